@@ -1,0 +1,137 @@
+"""The verbs: prune, unprune, dense."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from . import methods  # noqa: F401  makes the methods known by name
+from .hooks import Hooks
+from .pruner import TokenPruner
+from .tokens import LAYOUTS
+
+CONFIG_KEY, MODULE = "token_pruning", "token_pruner"
+
+
+def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor: str = "auto") -> PreTrainedModel:
+    """Prune the tokens of ``model`` while it runs; in place, reversible by ``unprune``.
+
+    Args:
+        model: any transformers model with a stack of attention layers.
+        method: e.g. ``LTP(target_flops=0.4)`` or ``TopK(keep=0.5)``. None: what the model's config.json says, with the
+            parameters that lie in its weights.
+        executor: "mask" hides dropped tokens (reference), "padded" shortens to the widest row, "packed" has no padding at
+            all; "auto" takes mask while a method trains softly, else packed where the model allows, else padded. Not saved.
+
+    Returns:
+        The same model; the method is its submodule ``token_pruner``, which carries the ``report`` of the last forward.
+
+    Raises:
+        ValueError: unknown executor or layer, a model without layers, a configuration that cannot be read.
+        TypeError: ``model`` or ``method`` is something else.
+
+    Example:
+        >>> model = AutoModelForSequenceClassification.from_pretrained("my-classifier")
+        >>> prune(model, TopK(keep=0.5))
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"prune() takes a transformers model, got {type(model).__name__}")
+    if isinstance(method, type) or not (method is None or isinstance(method, TokenPruner)):
+        raise TypeError(f"prune() takes a method such as TopK(keep=0.5), got {method!r}")
+    if executor != "auto" and executor not in LAYOUTS:
+        raise ValueError(f"executor={executor!r}: expected auto, {', '.join(LAYOUTS)}")
+    weights = {}
+    if method is None:
+        config = getattr(model.config, CONFIG_KEY, None)
+        if config is None:
+            raise ValueError(f"{type(model).__name__} has no {CONFIG_KEY} entry in its config.json: name a method to prune() with")
+        method = TokenPruner.from_dict(config)
+        weights = saved_weights(model)
+    if getattr(model, MODULE, None) is not None:
+        warnings.warn(f"the model was pruned with {model.token_pruner.name}; {method.name} replaces it", stacklevel=2)
+        unprune(model)
+    hooks = Hooks(model, method, executor)
+    method.bind(hooks.info)
+    expected = set(method.state_dict())
+    if expected and weights and set(weights) != expected:
+        raise ValueError(f"corrupted checkpoint: it holds {sorted(weights)} of the pruner, {method.name} needs {sorted(expected)}")
+    if weights:
+        method.load_state_dict(weights)
+    elif expected and config_of(model) is not None and method.to_dict() == config_of(model):
+        raise ValueError(f"corrupted checkpoint: the weights of {method.name} ({', '.join(sorted(expected))}) are missing")
+    parameter = next(model.parameters())
+    model.token_pruner = method.to(parameter.device)
+    method.train(model.training)
+    method.hooks = hooks
+    hooks.attach()
+    setattr(model.config, CONFIG_KEY, method.to_dict())
+    return model
+
+
+def config_of(model: PreTrainedModel) -> dict | None:
+    """The token_pruning entry of a model's configuration."""
+    return getattr(model.config, CONFIG_KEY, None)
+
+
+def saved_weights(model: PreTrainedModel) -> dict:
+    """The pruner's tensors in the checkpoint that ``model`` was loaded from; safetensors only."""
+    source = model.config._name_or_path
+    found = {}
+    for name in _weight_files(source):
+        try:
+            with safe_open(name, framework="pt") as file:
+                prefix = MODULE + "."
+                found.update({k[len(prefix) :]: file.get_tensor(k) for k in file.keys() if k.startswith(prefix)})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"corrupted checkpoint: {name} cannot be read ({error})") from error
+    return found
+
+
+def _weight_files(source: str) -> list[str]:
+    if os.path.isdir(source):
+        names = sorted(n for n in os.listdir(source) if n.endswith(".safetensors"))
+        return [os.path.join(source, n) for n in names]
+    if cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False):
+        raise ValueError(f"{source} is sharded on the hub: download it first and load it from the folder")
+    file = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    return [file] if file else []
+
+
+def unprune(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the pruning off again: the model is what it was. Raises ValueError if it is not pruned."""
+    pruner = getattr(model, MODULE, None)
+    if pruner is None:
+        raise ValueError(f"{type(model).__name__} is not pruned")
+    pruner.hooks.detach()
+    del model.token_pruner
+    if hasattr(model.config, CONFIG_KEY):
+        delattr(model.config, CONFIG_KEY)
+    return model
+
+
+@contextmanager
+def dense(model: PreTrainedModel, *, unpadded: bool = False) -> Iterator[PreTrainedModel]:
+    """Within the context nothing is pruned.
+
+    Args:
+        unpadded: keep the executor at work, with every token kept: under packed the dense model without its padding, which
+            is what pruning has to be compared with.
+
+    Example:
+        >>> with dense(model):
+        ...     reference = model(**batch).logits
+    """
+    pruner = getattr(model, MODULE, None)
+    if pruner is None:
+        raise ValueError(f"{type(model).__name__} is not pruned: it is dense already")
+    before, pruner.hooks.mode = pruner.hooks.mode, "unpadded" if unpadded else "dense"
+    try:
+        yield model
+    finally:
+        pruner.hooks.mode = before

@@ -1,0 +1,214 @@
+"""Looking into attention: the registered attention function, and the view a method has of a scored layer.
+
+Shapes: B batch, N tokens, H heads, d channels of a head. One attention function and one mask function are registered with
+transformers per base implementation, "pruned|sdpa" for "sdpa" and so on; nothing of transformers is replaced.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .tokens import Packed, Tokens
+
+PREFIX = "pruned|"
+CHUNK = 4_000_000  # attention probabilities held at once while scoring, so that they stay near the cache
+
+
+class View:
+    """What a method sees of one scored layer. Everything is (B, N, ...), whatever the executor.
+
+    Attributes:
+        layer: 0-based number of the layer.
+        site: position of the layer in the method's ``at``.
+        tokens: the tokens that entered the layer.
+        protected: (B, N) bool, tokens that are never dropped.
+        keep: (B, N) bool, the decision, once it was made.
+        score: (B, N), the method's score, once it was made.
+    """
+
+    def __init__(self, layer: int, site: int, tokens: Tokens, protected: Tensor, hidden: Tensor):
+        self.layer, self.site, self.tokens, self.protected, self._hidden = layer, site, tokens, protected, hidden
+        self.score: Tensor | None = None
+        self.keep: Tensor | None = None
+        self.after: Tokens | None = None
+        self._seen: tuple | None = None
+        self._weights: Tensor | None = None
+
+    def see(self, module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+        """Called by the attention function with query (B, H, N, d) and key, both (1, H, T, d) when packed."""
+        self._seen = (module, query, key, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+    def see_weights(self, weights: Tensor) -> None:
+        """Called with the attention probabilities (B, H, N, N) of an implementation that makes them."""
+        self._weights = weights
+
+    def release(self) -> None:
+        """Let go of the layer's tensors; the decision and the score stay."""
+        self._seen = self._weights = self._hidden = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the layer has shown its attention."""
+        return self._seen is not None or self._weights is not None
+
+    @property
+    def alive(self) -> Tensor:
+        """(B, N) bool."""
+        return self.tokens.alive
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, N, C), the states that entered the layer."""
+        return self.tokens.pad(self._hidden)
+
+    @property
+    def key(self) -> Tensor:
+        """(B, H, N, d), the keys of the layer."""
+        return self.tokens.pad(self._seen[2].transpose(1, 2)).transpose(1, 2)
+
+    def received(self) -> Tensor:
+        """(B, N) fp32: the attention each token receives, relative to uniform attention (live tokens average 1).
+
+        The mean over heads and live query rows of the attention probabilities before dropout (LTP eq. 1, "column mean"),
+        times the number of live tokens, so that thresholds carry over lengths. Padding and dead tokens neither vote nor
+        receive; in a soft stage each row votes with its gate.
+        """
+        votes = self.tokens.votes
+        if self._weights is not None:
+            received = (votes[:, None, None] @ self._weights.float()).mean(1)[:, 0]
+        elif isinstance(self.tokens, Packed):
+            received = self._received_packed()
+        else:
+            module, query, key, mask, scaling = self._seen
+            received = column_mean(query, key, additive(mask, query, module), votes, scaling)
+        return received.masked_fill(~self.alive, 0.0)
+
+    def _received_packed(self) -> Tensor:
+        module, query, key, mask, scaling = self._seen
+        parts = []
+        for sequence, row, count, length in self.tokens.runs():
+            q, k = (x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key))
+            step = max(1, CHUNK // max(1, length * length))
+            for i in range(0, count, step):
+                m = None if mask is None else self.tokens.sequence_mask(mask, sequence + i)
+                if mask is not None:
+                    step = 1
+                votes = q.new_ones(len(q[i : i + step]), length, dtype=torch.float32)
+                bias = additive(m, q, module)
+                parts.append(column_mean(q[i : i + step], k[i : i + step], bias, votes, scaling).flatten())
+        return self.tokens.pad(torch.cat(parts)[None])
+
+    def rows(self, position: Tensor) -> Tensor:
+        """(B, H, N) fp32 attention probabilities of one query row per sequence, at slot ``position`` (B,)."""
+        if self._weights is not None:
+            at = position.view(-1, 1, 1, 1).expand(-1, self._weights.shape[1], 1, self._weights.shape[-1])
+            return self._weights.gather(2, at)[:, :, 0].float()
+        query, key, scaling = self._seen[1], self.key, self._seen[4]
+        query = self.tokens.pad(query.transpose(1, 2)).transpose(1, 2)
+        at = position.view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[-1])
+        logits = (query.gather(2, at).float() @ repeat_heads(key, query).float().transpose(-1, -2))[:, :, 0] * scaling
+        if self.tokens.log_gate is not None:
+            logits = logits + self.tokens.log_gate[:, None]
+        return logits.masked_fill(~self.alive[:, None], float("-inf")).softmax(-1)
+
+
+def repeat_heads(key: Tensor, query: Tensor) -> Tensor:
+    """Keys of grouped-query attention, one per query head."""
+    return key if key.shape[1] == query.shape[1] else key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+
+def additive(mask: Tensor | None, query: Tensor, module) -> Tensor | None:
+    """An attention mask as fp32 bias; ``None`` means causal in a causal module and nothing elsewhere."""
+    if mask is None:
+        if not getattr(module, "is_causal", False):
+            return None
+        n = query.shape[-2]
+        mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    return mask.float()
+
+
+def column_mean(query: Tensor, key: Tensor, bias: Tensor | None, votes: Tensor, scaling: float) -> Tensor:
+    """(B, N): sum over query rows of ``votes`` (B, N) times the attention probability, averaged over heads.
+
+    One chunk of heads at a time: the probabilities of all heads at once cost several times as much from N = 256 up.
+    """
+    heads, key = query.shape[1], repeat_heads(key, query)
+    step = max(1, CHUNK // max(1, query.shape[0] * query.shape[2] * key.shape[2]))
+    total = 0
+    with torch.autocast(query.device.type, enabled=False):
+        for h in range(0, heads, step):
+            logits = (query[:, h : h + step].float() * scaling) @ key[:, h : h + step].float().transpose(-1, -2)
+            if bias is not None:
+                logits = logits + (bias if bias.dim() < 4 or bias.shape[1] == 1 else bias[:, h : h + step])
+            total = total + (votes[:, None, None] @ logits.softmax(-1)).sum(1)[:, 0]
+    return total / heads
+
+
+def base_function(module, name: str):
+    """transformers' attention function of that name; "eager" lives in the model's own file."""
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+class PrunedAttention:
+    """The attention function registered for one base implementation: shows the scored layer, runs packed rows."""
+
+    def __init__(self, base: str):
+        self.base = base
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, token_view=None, **kwargs):
+        function = base_function(module, self.base)
+        kwargs.update(scaling=scaling, dropout=dropout)
+        if token_view is None:
+            return function(module, query, key, value, attention_mask, **kwargs)
+        token_view.see(module, query, key, attention_mask, scaling)
+        if isinstance(token_view.tokens, Packed):
+            return self._packed(function, module, query, key, value, attention_mask, token_view.tokens, kwargs)
+        output, weights = function(module, query, key, value, attention_mask, **kwargs)
+        if weights is not None and not (dropout and module.training):
+            token_view.see_weights(weights)
+        return output, weights
+
+    def _packed(self, function, module, query, key, value, mask, tokens: Packed, kwargs):
+        """One call per run of equally long neighbours, or per sequence where a mask tells them apart."""
+        outputs = []
+        for sequence, row, count, length in tokens.runs():
+            qkv = [x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value)]
+            masks = [None if mask is None else tokens.sequence_mask(mask, sequence + i) for i in range(count)]
+            if all(m is None for m in masks):
+                outputs.append(function(module, *qkv, None, **self._free(module, mask, kwargs))[0].flatten(0, 1))
+                continue
+            for i, m in enumerate(masks):
+                part = function(module, *(x[i : i + 1] for x in qkv), m, **self._free(module, mask, kwargs))[0]
+                outputs.append(part[0])
+        return torch.cat(outputs)[None], None
+
+    @staticmethod
+    def _free(module, mask, kwargs):
+        """With a mask that says everything, the absence of one must not be read as causal."""
+        return kwargs if mask is None or not getattr(module, "is_causal", False) else {**kwargs, "is_causal": False}
+
+
+def register(base: str) -> str:
+    """Register the pruned form of an attention implementation with its mask function; returns the new name.
+
+    Without the mask function transformers would build no mask at all and silently attend to padding.
+    """
+    name = PREFIX + base
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        if base != "eager" and base not in ALL_ATTENTION_FUNCTIONS:
+            raise ValueError(f"attention implementation {base!r} is unknown; known: {sorted(ALL_ATTENTION_FUNCTIONS)}")
+        if base not in ALL_MASK_ATTENTION_FUNCTIONS:
+            raise ValueError(f"attention implementation {base!r} has no mask function; load the model with 'sdpa' or 'eager'")
+        AttentionInterface.register(name, PrunedAttention(base))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name

@@ -1,0 +1,240 @@
+"""Attach a method to a model: narrow what each layer is given, let the method act, put every token back at the end.
+
+All hooks are bound methods, so that ``copy.deepcopy`` takes them along. What a layer needs travels in its keyword arguments
+(the ``View``): a checkpointed layer that runs again in the backward pass finds what it found the first time. Between layers
+it lies in a ``Forward``, one per thread.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .attention import View, register
+from .flops import LayerCount
+from .pruner import TokenPruner
+from .stack import describe, find_stack
+from .tokens import LAYOUTS, Packed, Padded, Tokens
+
+# The per-token arguments of layers, besides the mask, and their token dimensions; all else is passed on as it is.
+PER_TOKEN = {"position_embeddings": (-2,), "position_ids": (-1,), "relative_pos": (-2, -1), "position_bias": (-2, -1)}
+
+
+@dataclass
+class Forward:
+    """One forward of the model, between its layers."""
+
+    mask: Tensor | None
+    ids: Tensor | None
+    layer: int = 0
+    tokens: Tokens | None = None
+    protected: Tensor | None = None  # (B, N0)
+    states: Tensor | None = None  # what entered the current layer
+    views: list[View] = field(default_factory=list)
+    counts: list[LayerCount] = field(default_factory=list)
+
+
+class Hooks:
+    """The hooks of one pruned model. ``mode`` is "pruned", "unpadded" (nothing leaves) or "dense" (the hooks do nothing)."""
+
+    def __init__(self, model: PreTrainedModel, pruner: TokenPruner, executor: str):
+        self.stack, self.pruner, self.executor, self.mode = find_stack(model), pruner, executor, "pruned"
+        self.info = describe(model, self.stack)
+        self.packable = self.stack.shown and self.stack.carried and not self.stack.relative
+        if executor == "packed" and not self.packable:
+            raise ValueError(
+                f"executor='packed' is not possible with {type(self.stack.base).__name__}: its attention takes position biases "
+                "or does not hand its arguments to transformers' attention interface; use executor='padded' or 'auto'"
+            )
+        self.inputs = list(inspect.signature(self.stack.base.forward).parameters)
+        self.original = self.stack.base.config._attn_implementation
+        self.eager = self.original == "eager" or not self.stack.shown
+        self.handles: list = []
+        self.forwards: dict[int, Forward] = {}
+
+    def attach(self) -> None:
+        """Register the hooks and the attention function."""
+        stack = self.stack
+        if stack.base._can_set_attn_implementation():
+            # a function that is not shown the view leaves only the probabilities of the eager one
+            stack.base.set_attn_implementation(register(self.original) if stack.shown else "eager")
+        add = self.handles.append
+        add(stack.base.register_forward_pre_hook(self.begin, with_kwargs=True))
+        add(stack.base.register_forward_hook(self.end))
+        for layer in stack.layers:
+            add(layer.register_forward_pre_hook(self.enter, with_kwargs=True))
+            add(layer.register_forward_hook(self.leave, with_kwargs=True))
+            if stack.inside or not stack.shown:
+                block = layer.get_submodule(stack.block)
+                add(block.register_forward_hook(self.after_attention, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Undo ``attach``."""
+        for handle in self.handles:
+            handle.remove()
+        if self.stack.base._can_set_attn_implementation():
+            self.stack.base.set_attn_implementation(self.original)
+
+    def layout(self, cached: bool) -> type[Tokens]:
+        """The executor of the forward that begins."""
+        if self.executor != "auto":
+            return LAYOUTS[self.executor]
+        if self.pruner.soft:
+            return LAYOUTS["mask"]
+        packed = self.packable and self.stack.text and not cached and not torch.compiler.is_compiling()
+        return LAYOUTS["packed" if packed else "padded"]
+
+    @property
+    def forward(self) -> Forward | None:
+        """The forward under way in this thread."""
+        return self.forwards.get(0 if torch.compiler.is_compiling() else threading.get_ident())
+
+    @forward.setter
+    def forward(self, value: Forward | None) -> None:
+        self.forwards[0 if torch.compiler.is_compiling() else threading.get_ident()] = value
+
+    # --- hooks, in the order in which they run ---------------------------------------------------------------------
+    def begin(self, base, args, kwargs) -> None:
+        """Model pre-hook: remember the 2-D mask and the ids; a decoding step is left alone."""
+        self.forward = None
+        if self.mode == "dense":
+            return
+        given = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
+        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            kind = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"a pruned model takes the 2-D attention mask (B, N) of real tokens, got a {kind} one")
+        if cache is None or cache.get_seq_length() == 0:
+            self.forward = Forward(mask, given.get("input_ids"))
+        elif mask is not None and not bool(mask.all()):
+            raise ValueError(
+                "a padded batch cannot decode on a pruned cache: the mask is read by column and the cache has fewer of them; "
+                "generate within dense(model), or one prompt at a time"
+            )
+
+    def _start(self, forward: Forward, hidden: Tensor, cached: bool) -> Tensor:
+        mask = forward.mask if forward.mask is not None and forward.mask.shape == hidden.shape[:2] else None
+        tokens = self.layout(cached).start(hidden, mask)
+        forward.protected = self.pruner.protection(tokens.alive, forward.ids)
+        if tokens.blank is not None:  # a row without one real token passes as in the dense model
+            forward.protected = forward.protected | tokens.blank[:, None]
+        forward.tokens = tokens
+        return tokens.enter(hidden)
+
+    def enter(self, layer, args, kwargs):
+        """Layer pre-hook: narrow the arguments to the tokens that are left."""
+        forward = self.forward
+        if forward is None:
+            return None
+        kwargs = {**dict(zip(self.stack.arguments, args, strict=False)), **kwargs}
+        hidden = kwargs.pop(self.stack.arguments[0])
+        if forward.tokens is None:
+            hidden = self._start(forward, hidden, kwargs.get("past_key_values") is not None)
+        tokens, forward.states = forward.tokens, hidden
+        if tokens.touched:
+            for name, dims in PER_TOKEN.items():
+                if kwargs.get(name) is not None:
+                    kwargs[name] = self._narrow(tokens, name, kwargs[name], dims)
+            if "attention_mask" in self.stack.arguments:
+                mask = kwargs.get("attention_mask")
+                kwargs["attention_mask"] = tokens.mask(mask, hidden.dtype, self.stack.causal, self.eager)
+        site = self.pruner.site(forward.layer) if self.mode == "pruned" else -1
+        protected = forward.protected.gather(1, tokens.index) & tokens.alive
+        view = View(forward.layer, site, tokens, protected, hidden)
+        forward.views.append(view)
+        if not self.stack.shown and site >= 0 and "output_attentions" in self.stack.arguments:
+            kwargs["output_attentions"] = True
+        if self.stack.carried:
+            kwargs["token_view"] = view
+        else:  # the attention block is given no arguments of ours: the view rides on a mask that is this layer's own
+            kwargs["attention_mask"] = kwargs["attention_mask"].clone()
+            kwargs["attention_mask"].token_view = view
+        return (hidden,), kwargs
+
+    def _narrow(self, tokens: Tokens, name: str, value, dims: tuple[int, ...]):
+        if isinstance(value, (tuple, list)):  # (cos, sin)
+            return type(value)(self._narrow(tokens, name, v, dims) for v in value)
+        value = tokens.narrow(value, dims)
+        if name == "relative_pos" and isinstance(tokens, Padded):  # DeBERTa wants it (1, B * H, K, K) once rows differ
+            heads = self.stack.base.config.num_attention_heads
+            value = value.flatten(0, -3).repeat_interleave(heads, 0)[None]
+        return value
+
+    def after_attention(self, block, args, kwargs, output):
+        """Attention block post-hook: take its probabilities; where it returns the residual state, tokens leave here."""
+        view = kwargs.get("token_view")
+        if view is None and not self.stack.carried:
+            view = next((v for a in (*args, *kwargs.values()) if (v := getattr(a, "token_view", None)) is not None), None)
+        if view is None or view.site < 0:
+            return None
+        if not self.stack.shown and isinstance(output, tuple) and output[1] is not None:
+            view.see_weights(output[1])
+        if not self.stack.inside or self.pruner.soft:
+            return None
+        self._decide(view)
+        if view.after is view.tokens:
+            return None
+        return (view.after.take(output[0]), *output[1:]) if isinstance(output, tuple) else view.after.take(output)
+
+    def _decide(self, view: View) -> None:
+        """Let the method choose, once: a layer that runs again must repeat what was decided."""
+        if view.after is None:
+            self._check(view)
+            with torch.no_grad():
+                view.keep = self.pruner.select(view)
+            view.after = self.pruner.reduce(view)
+
+    def _check(self, view: View) -> None:
+        if self.pruner.needs_attention and not view.ready:
+            raise RuntimeError(
+                f"layer {view.layer} of {self.info.name} delivered no attention, so nothing would be pruned; load the model with "
+                "attn_implementation='sdpa' or 'eager', and do not change it after prune()"
+            )
+
+    def leave(self, layer, args, kwargs, output):
+        """Layer post-hook: go on with the tokens that are left; after the last layer put all of them back."""
+        forward = self.forward
+        if forward is None:
+            return None
+        given = hidden = output[0] if isinstance(output, tuple) else output
+        view, tokens, last_complete = forward.views[-1], forward.tokens, forward.states
+        scored = view.site >= 0
+        if scored and self.pruner.soft:
+            self._check(view)
+            forward.tokens = tokens.gate(self.pruner.soften(view))
+            mask = kwargs.get("attention_mask")
+            if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
+                # a 0/1 mask (DeBERTa) has no place for log(gate): there the gate scales the state, as in LTP
+                hidden = hidden * forward.tokens.log_gate.exp().to(hidden.dtype)[..., None]
+        elif scored:
+            self._decide(view)
+            if not self.stack.inside:
+                last_complete, hidden = hidden, view.after.take(hidden) if view.after is not tokens else hidden
+            if view.after is not tokens:
+                view.after.full = tokens.restore(last_complete)
+            forward.tokens = view.after
+        passed = forward.tokens.live if self.stack.inside and scored else tokens.live
+        forward.counts.append(LayerCount(tokens.live, passed, scored and self.pruner.needs_attention))
+        forward.layer += 1
+        if forward.layer == self.stack.depth:
+            hidden = forward.tokens.restore(hidden)
+        if hidden is given:
+            return None
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def end(self, base, args, output) -> None:
+        """Model post-hook: hand out the record."""
+        forward, self.forward = self.forward, None
+        if forward is None or forward.tokens is None:
+            return
+        if forward.layer != self.stack.depth:
+            raise RuntimeError(
+                f"{forward.layer} of {self.stack.depth} layers ran, so the dropped tokens could not be put back; "
+                "set layerdrop to 0 while a model is pruned"
+            )
+        self.pruner.remember(forward.views, forward.counts)

@@ -1,0 +1,122 @@
+"""LTP: learned token pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import View
+from ..pruner import Record, StackInfo, TokenPruner
+
+
+@dataclass(eq=False, repr=False)
+class LTP(TokenPruner):
+    """Learned thresholds on the attention received (Kim et al., "Learned Token Pruning for Transformers", KDD 2022).
+
+    A token leaves after layer l if its score s is below that layer's threshold. In the soft stage a token fades instead with
+    the gate sigmoid((s - threshold) / temperature) (their eq. 6) and the thresholds learn with the weights; in the hard stage
+    the thresholds are fixed and the weights go on.
+
+    Departures. The score is relative to uniform attention over live rows (theirs is divided by the padded length: the same at
+    one length, but theirs does not carry over to another). The gate enters the attention of the following layers as
+    log(gate) on the key: a gate of 0 is exactly removal and a gate of 1 exactly presence, in pre-LN models too, where
+    a gate on the layer's output is undone by the next LayerNorm. Gates multiply over layers. [CLS] never leaves. The budget
+    is a FLOPs target instead of a weight to search for: a quadratic penalty on the expected MACs (as LTMP's, Bonnaerens and
+    Dambre, TMLR 2023) whose target falls from 1 over the first half of the soft stage, and one common shift of all
+    thresholds, found by bisection on held-out inputs, whenever the hard stage begins, is evaluated or ends.
+
+    Args:
+        target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. None: no target, the
+            L1 penalty ``weight`` * mean gate of the paper's eq. 7.
+        weight: of the penalty. Default 10 with a target, 0.1 without.
+        temperature: of the gates, in units of uniform attention. The paper's 1e-4..2e-3 at length 128 are 0.013..0.26.
+        init: the first threshold of the last layer; the others rise to it linearly with depth (1.28 = their 0.01 * 128).
+        soft_until: share of the training that is soft.
+    """
+
+    target_flops: float | None = None
+    weight: float | None = None
+    temperature: float = 0.1
+    init: float = 1.0
+    soft_until: float = 0.5
+
+    name: ClassVar[str] = "ltp"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_flops is not None and not 0 < self.target_flops <= 1:
+            raise ValueError(f"target_flops={self.target_flops}: expected a fraction of the dense MACs in (0, 1]")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature}: expected a positive number")
+
+    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+        """Every layer; the last only for heads that read the first token alone, which no other token can reach any more."""
+        last = info.last_site if info.reads_first_only else min(info.last_site, info.depth - 2)
+        return tuple(range(info.first_site, last + 1))
+
+    def build(self, info: StackInfo) -> None:
+        rising = [self.init * layer / max(1, info.depth) for layer in self.sites]
+        self.threshold = nn.Parameter(torch.tensor(rising, dtype=torch.float32))
+
+    def choose(self, score: Tensor, view: View) -> Tensor:
+        return score >= self.threshold[view.site]
+
+    def soften(self, view: View) -> Tensor:
+        view.score = self.score(view)
+        log_gate = F.logsigmoid((view.score - self.threshold[view.site]) / self.temperature)
+        return log_gate.masked_fill(view.protected | ~view.alive, 0.0)
+
+    def phase(self, progress: float) -> str:
+        return "soft" if progress < self.soft_until else "hard"
+
+    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+        if not self.soft:
+            return 0.0 * self.threshold.sum()  # the parameter takes part in every backward, as DDP expects
+        if self.target_flops is None:
+            gates = [count.n_ffn / record.counts[0].n_attention for count in record.counts if count.scored]
+            return (0.1 if self.weight is None else self.weight) * torch.stack(gates).mean()
+        ramp = min(1.0, self.progress / max(1e-9, 0.5 * self.soft_until))
+        target = 1 + (self.target_flops - 1) * ramp
+        return (10.0 if self.weight is None else self.weight) * (record.flops_fraction() - target) ** 2
+
+    @torch.no_grad()
+    def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
+        """Shift all thresholds by one number so that the hard model meets ``target_flops`` on ``batches``.
+
+        ``forward(batch)`` runs the model and returns the ``Record``. Raises ValueError where the target cannot be reached.
+        """
+        if self.target_flops is None:
+            return {}
+        batches, start = list(batches), self.threshold.clone()
+
+        def fraction(shift: float) -> float:
+            self.threshold.copy_(start + shift)
+            records = [forward(batch) for batch in batches]
+            return sum(r.used for r in records) / sum(r.dense for r in records)
+
+        low, high, reached = 0.0, 0.0, fraction(0.0)
+        step = 0.05
+        while reached < self.target_flops and low > -64:  # too few MACs: lower the thresholds
+            high, low, step = low, low - step, 2 * step
+            reached = fraction(low)
+        while reached > self.target_flops and high < 64 and low == 0:
+            low, high, step = high, high + step, 2 * step
+            reached = fraction(high)
+        if high >= 64:
+            self.threshold.copy_(start)
+            raise ValueError(
+                f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: with every token but the protected "
+                f"ones gone {reached:.3f} of the MACs are left; prune at earlier layers or choose a larger target"
+            )
+        for _ in range(14):
+            middle = (low + high) / 2
+            reached = fraction(middle)
+            if abs(reached / self.target_flops - 1) < 0.002:
+                break
+            low, high = (middle, high) if reached > self.target_flops else (low, middle)
+        return {"flops_fraction": reached, "shift": float(self.threshold[0] - start[0])}

@@ -1,0 +1,95 @@
+"""Keep the k best-scored tokens of each row; with the two baselines that every comparison needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..attention import View
+from ..pruner import StackInfo, TokenPruner, check_keep, kept_count, top_k
+
+REPLAY = "replay"
+
+
+@dataclass(eq=False, repr=False)
+class TopK(TokenPruner):
+    """Top-k token pruning by the attention received; needs no training.
+
+    The selection of SpAtten (Wang, Zhang and Han, HPCA 2021) and of LTP's top-k baseline, without their layer schedule: at
+    each site the survivors of a row with the highest column mean of that layer stay. Departures: mean over live rows instead
+    of a sum over all, no accumulation over layers.
+
+    Args:
+        keep: a fraction of the row's survivors (sites compound) or a count of tokens, for all sites or one per site.
+            "replay" keeps as many as ``self.counts`` (B, S) says, which whoever calls the model sets before each forward:
+            baselines replay the counts of the method they are compared with.
+    """
+
+    keep: float | int | str | tuple = 0.5
+
+    name: ClassVar[str] = "topk"
+
+    def build(self, info: StackInfo) -> None:
+        if self.keep == REPLAY:
+            return
+        shares = self.keep if isinstance(self.keep, (tuple, list)) else [self.keep] * len(self.sites)
+        for share in shares:
+            check_keep(share)
+            if isinstance(share, int) and info.max_tokens is not None and share > info.max_tokens:
+                raise ValueError(f"keep={share}: the model takes {info.max_tokens} tokens at most")
+        if len(shares) != len(self.sites):
+            raise ValueError(f"keep has {len(shares)} entries for the {len(self.sites)} sites at={list(self.sites)}")
+        self.shares = tuple(shares)
+
+    def choose(self, score: Tensor, view: View) -> Tensor:
+        live, protected = view.alive.sum(1), view.protected.sum(1)
+        if self.keep == REPLAY:
+            if self.counts is None or len(self.counts) != len(live):
+                raise RuntimeError("keep='replay' needs token_pruner.counts (B, S) to be set before each forward")
+            k = torch.maximum(self.counts[:, view.site].to(live.device), protected)
+        else:
+            k = kept_count(self.shares[view.site], live, protected)
+        return top_k(score.masked_fill(view.protected, float("inf")), k, view.alive)
+
+    def width(self, slots: int, site: int) -> int | None:
+        protect = self.info.protected if self.protect is None else self.protect
+        if self.keep == REPLAY or not isinstance(protect, (tuple, list)):
+            return None
+        share = self.shares[site]
+        count = min(share, slots) if isinstance(share, int) else (slots * round(share * 1000) + 999) // 1000
+        return max(count, len(protect), 1)
+
+
+@dataclass(eq=False, repr=False)
+class Random(TopK):
+    """Baseline: which tokens stay is a coin's choice. Arguments as ``TopK``.
+
+    The coin is a hash of position, row length, layer and ``seed``, so that a prediction depends neither on the batch nor on
+    the executor; in training a fresh number is mixed in at every forward.
+    """
+
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+    needs_attention: ClassVar[bool] = False
+
+    def score(self, view: View) -> Tensor:
+        salt = torch.randint(1 << 30, ()).item() if self.training else self.seed
+        x = view.tokens.index + 7919 * view.alive.sum(1, keepdim=True) + 104_729 * view.layer + 1_299_709 * salt
+        for multiplier in (0x45D9F3B, 0x119DE1F3):  # an integer hash, kept within 31 bits
+            x = ((x ^ (x >> 16)) * multiplier) & 0x7FFFFFFF
+        return (x ^ (x >> 15)).double()
+
+
+@dataclass(eq=False, repr=False)
+class FirstK(TopK):
+    """Baseline: the first tokens of each row stay. Arguments as ``TopK``."""
+
+    name: ClassVar[str] = "firstk"
+    needs_attention: ClassVar[bool] = False
+
+    def score(self, view: View) -> Tensor:
+        return -view.tokens.index.double()

@@ -1,0 +1,278 @@
+"""The base class of every method: which tokens stay.
+
+    tokens = reduce(tokens, choose(score(view)))          one step, after layer i in ``at``
+
+A method is a dataclass in a file of its own. Its fields are its configuration (they are what config.json gets), its
+parameters ride in the model's weights, and it overrides what its paper changes of ``score``, ``choose``, ``reduce``,
+``soften``, ``loss``, ``phase`` and ``calibrate``. It never notices how tokens are removed.
+
+Shapes: B batch, N tokens, S sites (the layers in ``at``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .attention import View
+from .flops import LayerCost, LayerCount, dense_macs, macs
+from .tokens import Tokens
+
+VERSION = 1
+METHODS: dict[str, type[TokenPruner]] = {}
+
+
+@dataclass(frozen=True)
+class StackInfo:
+    """What a method may know of the model it serves."""
+
+    name: str
+    depth: int
+    last_site: int  # the last layer whose score can still save something
+    reads_first_only: bool  # the head reads the first token alone
+    protected: tuple[int, ...]  # the model's own special tokens, as positions among the live tokens
+    max_tokens: int | None
+    costs: tuple[LayerCost, ...]
+    first_site: int = 0
+
+
+@dataclass
+class Record:
+    """What happened in one forward: the views of the scored layers and the tokens of every layer."""
+
+    views: list[View]
+    counts: list[LayerCount]
+    costs: list[LayerCost]
+
+    @property
+    def used(self) -> Tensor:
+        """Scalar: MACs of the forward, expected ones in a soft stage (differentiable)."""
+        return macs(self.costs, self.counts).sum()
+
+    @property
+    def dense(self) -> Tensor:
+        """Scalar: MACs of the dense model on the same tokens without padding."""
+        return dense_macs(self.costs, self.counts[0].n_attention).sum()
+
+    def flops_fraction(self) -> Tensor:
+        """Scalar: ``used / dense``."""
+        return self.used / self.dense
+
+
+@dataclass(eq=False, repr=False)
+class TokenPruner(nn.Module):
+    """Base class of the methods.
+
+    Args:
+        at: 0-based layers after whose attention tokens leave; the score of layer i decides what goes on from i. Default:
+            a quarter, a half and three quarters of the depth.
+        protect: tokens that never leave: positions among the live tokens (negative ones from the end), or
+            ``{"ids": [...]}`` for token ids. Default: the first token of text encoders, the last of decoders, class,
+            distillation and register tokens of vision models. At run time a bool (B, N) may be assigned as well.
+    """
+
+    at: tuple[int, ...] | None = dataclasses.field(default=None, kw_only=True)
+    protect: Any = dataclasses.field(default=None, kw_only=True)
+
+    name: ClassVar[str] = ""
+    needs_attention: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if not inspect.isabstract(cls) and cls.name:
+            METHODS[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.at = None if self.at is None else tuple(int(i) for i in self.at)
+        self.info: StackInfo | None = None
+        self.record: Record | None = None
+        self.progress = 1.0
+        self.counts: Tensor | None = None
+
+    # --- what a method overrides ---------------------------------------------------------------------------------
+    def score(self, view: View) -> Tensor:
+        """(B, N): the importance of each token. Default: the attention it receives, relative to uniform."""
+        return view.received()
+
+    def choose(self, score: Tensor, view: View) -> Tensor:
+        """(B, N) bool: the tokens that stay. Dead ones are removed and protected ones added afterwards."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which tokens to keep")
+
+    def reduce(self, view: View) -> Tokens:
+        """The tokens after this site, ``view.keep`` being the choice. Default: drop the others."""
+        return view.tokens.drop(view.keep, self.width(view.keep.shape[1], view.site))
+
+    def soften(self, view: View) -> Tensor:
+        """(B, N) logarithm of the gate of each token, while ``soft``."""
+        raise NotImplementedError(f"{type(self).__name__} has no soft stage")
+
+    def build(self, info: StackInfo) -> None:
+        """Create the parameters, once the model is known and ``at`` is settled."""
+
+    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+        """The layers to prune at when none were named."""
+        quarters = (-(-info.depth * q // 4) - 1 for q in (1, 2, 3))
+        return tuple(sorted({min(max(i, info.first_site), info.last_site) for i in quarters}))
+
+    def width(self, slots: int, site: int) -> int | None:
+        """An upper bound on the tokens a row keeps of ``slots`` at a site, where it follows from the shape alone."""
+        return None
+
+    def phase(self, progress: float) -> str:
+        """Name of the training stage at ``progress`` (0..1)."""
+        return "hard"
+
+    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+        """What the method adds to the task loss. ``forward(**override)`` runs the model again on the batch."""
+        return 0.0
+
+    def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
+        """Bring the method onto its budget on ``batches``; returns what was reached (empty: it has no budget)."""
+        return {}
+
+    # --- what is the same for all --------------------------------------------------------------------------------
+    @property
+    def soft(self) -> bool:
+        """Whether tokens fade (gates) instead of leaving: only in training, in a soft phase."""
+        return self.training and self.phase(self.progress) == "soft"
+
+    def bind(self, info: StackInfo) -> None:
+        """Settle ``at`` for a model and create the parameters.
+
+        Raises:
+            ValueError: a layer in ``at`` does not exist or can save nothing.
+        """
+        self.info = info
+        at = self.default_at(info) if self.at is None else self.at
+        for layer in at:
+            if not info.first_site <= layer <= info.last_site:
+                raise ValueError(
+                    f"at={list(at)}: layer {layer} is not possible in {info.name}; its {info.depth} layers can be pruned at "
+                    f"{info.first_site}..{info.last_site} (0-based)"
+                )
+        if list(at) != sorted(set(at)):
+            raise ValueError(f"at={list(at)}: expected rising layers without repetition")
+        self.sites = tuple(at)
+        self.build(info)
+
+    def site(self, layer: int) -> int:
+        """Position of a layer in ``at``; -1 where it is not scored."""
+        return self.sites.index(layer) if layer in self.sites else -1
+
+    def protection(self, alive: Tensor, ids: Tensor | None) -> Tensor:
+        """(B, N) bool: the protected tokens among those ``alive`` (B, N)."""
+        protect = self.info.protected if self.protect is None else self.protect
+        if isinstance(protect, Tensor):
+            if protect.shape != alive.shape:
+                raise ValueError(f"protect has shape {tuple(protect.shape)}, the batch has {tuple(alive.shape)}")
+            return protect.to(alive.device) & alive
+        if isinstance(protect, dict):
+            if ids is None:
+                raise ValueError("protect={'ids': ...} needs input_ids, the model was called without")
+            return torch.isin(ids, torch.as_tensor(protect["ids"], device=ids.device)) & alive
+        rank, live = alive.cumsum(1) - 1, alive.sum(1, keepdim=True)
+        protected = torch.zeros_like(alive)
+        for position in protect:
+            protected = protected | (rank == (position if position >= 0 else live + position))
+        return protected & alive
+
+    def select(self, view: View) -> Tensor:
+        """(B, N) bool: the method's choice among the live tokens, never empty, protected tokens included."""
+        view.score = self.score(view)
+        keep = self.choose(view.score, view) & view.alive | view.protected
+        best = view.score.masked_fill(~view.alive, float("-inf")).argmax(1, keepdim=True)
+        only = torch.zeros_like(keep).scatter(1, best, True) & view.alive
+        return keep | only & ~keep.any(1, keepdim=True)
+
+    def remember(self, views: list[View], counts: list[LayerCount]) -> None:
+        """Take over the record of a forward."""
+        if torch.compiler.is_compiling():
+            return
+        views = [view for view in views if view.site >= 0]
+        if not torch.is_grad_enabled():
+            for view in views:
+                view.release()
+        self.record = Record(views, counts, list(self.info.costs))
+
+    @property
+    def report(self) -> list[dict]:
+        """The last forward, layer by layer: tokens entering, tokens kept, MACs, and the fraction of the dense MACs.
+
+        Sums over the batch; padding is not counted.
+        """
+        if self.record is None:
+            raise RuntimeError("no forward has been recorded yet: call the model first (compiled models record nothing)")
+        rows = []
+        start = self.record.counts[0].n_attention.float()
+        for layer, (cost, count) in enumerate(zip(self.record.costs, self.record.counts, strict=True)):
+            used = cost.macs(count.n_attention.float(), count.n_ffn.float(), count.scored).sum().item()
+            after = self.record.counts[layer + 1].n_attention if layer + 1 < len(self.record.counts) else count.n_ffn
+            rows.append(
+                {
+                    "layer": layer,
+                    "tokens_in": count.n_attention.sum().item(),
+                    "tokens_kept": after.sum().item(),
+                    "macs": used,
+                    "dense_macs": cost.macs(start, start).sum().item(),
+                }
+            )
+        return rows
+
+    def to_dict(self) -> dict:
+        """What config.json gets; ``from_dict`` takes it back."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["at"] = list(self.sites) if hasattr(self, "sites") else self.at
+        if isinstance(fields["protect"], Tensor):
+            fields["protect"] = None  # belongs to one batch
+        return {"method": self.name, "version": VERSION, **fields}
+
+    @staticmethod
+    def from_dict(config: dict) -> TokenPruner:
+        """The method a configuration describes; keys it does not know are ignored.
+
+        Raises:
+            ValueError: unknown method or a newer version.
+        """
+        if config.get("version", VERSION) > VERSION:
+            raise ValueError(
+                f"the token_pruning entry of config.json has version {config['version']}, this thresher reads up to {VERSION}: "
+                "update thresher"
+            )
+        if config.get("method") not in METHODS:
+            raise ValueError(f"unknown pruning method {config.get('method')!r}; known: {', '.join(sorted(METHODS))}")
+        method = METHODS[config["method"]]
+        known = {f.name for f in dataclasses.fields(method)}
+        return method(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("method", "version"))
+
+
+def top_k(score: Tensor, k: Tensor, alive: Tensor) -> Tensor:
+    """(B, N) bool: the ``k`` (B,) best-scored live tokens of each row; ties go to the lower position."""
+    order = score.masked_fill(~alive, float("-inf")).sort(dim=1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return (rank < k[:, None]) & alive
+
+
+def kept_count(keep: float | int, live: Tensor, protected: Tensor | int = 0) -> Tensor:
+    """(B,) = max(protected, 1, ceil(keep * live)) for a fraction, in thousandths; a count is clipped to ``live`` (B,)."""
+    if isinstance(keep, int):
+        k = live.clamp(max=keep)
+    else:
+        k = (live * round(keep * 1000) + 999) // 1000
+    return torch.maximum(k.clamp(min=1), torch.as_tensor(protected, device=live.device))
+
+
+def check_keep(keep: Any, what: str = "keep") -> None:
+    """Raise ValueError unless ``keep`` is a fraction in (0, 1] or a count >= 1."""
+    ok = not isinstance(keep, bool) and (isinstance(keep, int) and keep >= 1 or isinstance(keep, float) and 0 < keep <= 1)
+    if not ok:
+        raise ValueError(f"{what}={keep!r}: expected a fraction in (0, 1] or a whole number of tokens from 1 up")

@@ -1,0 +1,274 @@
+"""What is left of a batch of sequences: drop tokens, and put every token back at its place.
+
+Shapes: B batch, N slots now, N0 tokens at the start, T live tokens of the whole batch, C channels. Three layouts hold the
+same tokens and mean the same thing; which one runs is the executor:
+
+========  =======================  =============================================================
+masked    hidden (B, N0, C)        dropped tokens stay and are hidden from attention: the reference
+padded    hidden (B, N, C)         tensors shrink to the widest row; shorter rows end in dead slots
+packed    hidden (1, T, C)         one row of all live tokens; no padding, no dead slot
+========  =======================  =============================================================
+
+This module needs torch only and knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Gather ``index`` (B, K) along ``dim`` of ``x``, whose leading dimension is 1 or B."""
+    x = x.expand(index.shape[0], *x.shape[1:])
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = index.shape
+    return torch.take_along_dim(x, index.view(shape), dim)
+
+
+class Tokens:
+    """Tokens of a batch in one of the three layouts; immutable, each ``drop`` gives a new one.
+
+    Attributes:
+        alive: (B, N) bool, the slots that hold a live token (padding and dropped tokens are False).
+        index: (B, N) long, the original position of the token in each slot.
+        full: (B, N0, C), the last complete state of every original token; None until something was dropped.
+        blank: (B,) bool, rows that came without a single live token; they pass as in the dense model. None: no such row.
+        log_gate: (B, N) or None, the logarithm of each token's soft gate while a method trains softly.
+    """
+
+    def __init__(self, alive: Tensor, index: Tensor, blank: Tensor | None = None):
+        self.alive, self.index, self.blank = alive, index, blank
+        self.full: Tensor | None = None
+        self.log_gate: Tensor | None = None
+        self.touched = False
+
+    @classmethod
+    def start(cls, hidden: Tensor, mask: Tensor | None) -> Tokens:
+        """All tokens of ``hidden`` (B, N0, C); ``mask`` (B, N0) is non-zero at real tokens, None if all are real."""
+        batch, width = hidden.shape[:2]
+        index = torch.arange(width, device=hidden.device).expand(batch, width)
+        if mask is None:
+            return cls(torch.ones(batch, width, dtype=torch.bool, device=hidden.device), index)
+        alive = mask != 0
+        blank = ~alive.any(1)
+        return cls(alive | blank[:, None], index, blank)
+
+    @property
+    def live(self) -> Tensor:
+        """(B,) live tokens per row; the sum of the gates while a method trains softly."""
+        if self.log_gate is None:
+            return self.alive.sum(1)
+        return (self.log_gate.exp() * self.alive).sum(1)
+
+    @property
+    def votes(self) -> Tensor:
+        """(B, N) fp32 weight of each query row in a score: 1 live, 0 dead, the gate while a method trains softly."""
+        return self.alive.float() if self.log_gate is None else self.log_gate.float().exp() * self.alive
+
+    def gate(self, log_gate: Tensor) -> Tokens:
+        """The same tokens with ``log_gate`` (B, N) multiplied onto their gates."""
+        new = self._copy()
+        new.log_gate, new.touched = log_gate if self.log_gate is None else self.log_gate + log_gate, True
+        return new
+
+    def unchanged(self, keep: Tensor) -> bool:
+        """Whether ``keep`` drops nothing (never known while a graph is traced: there the general path is taken)."""
+        return not torch.compiler.is_compiling() and bool((keep == self.alive).all())
+
+    def _copy(self) -> Tokens:
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    # --- what a layout defines -----------------------------------------------------------------------------------
+    def enter(self, hidden: Tensor) -> Tensor:
+        """The model's (B, N0, C) in this layout."""
+        return hidden
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(B, N, ...) of a tensor in this layout."""
+        return x
+
+    def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
+        """The tokens in ``keep`` (B, N) bool; ``width`` bounds the kept count of a row where it is known beforehand."""
+        raise NotImplementedError
+
+    def take(self, x: Tensor) -> Tensor:
+        """Bring ``x``, in the layout before the drop that made these tokens, into this layout."""
+        return x
+
+    def narrow(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        """A per-token argument of original size, with token dimensions ``dims``, for the tokens that are left."""
+        return x
+
+    def mask(self, mask: Tensor | None, dtype: torch.dtype, causal: bool, additive: bool) -> Tensor | None:
+        """A layer's attention mask of original size for the tokens that are left; of the same kind as the one given.
+
+        Kinds: bool (True = attend), additive float, 0/1 integers. None means causal in a ``causal`` model and all elsewhere;
+        it becomes an ``additive`` or a bool one. Soft gates enter as log(gate) on the key, in an additive mask of ``dtype``.
+        """
+        alive = self.alive[:, None, None]
+        additive = additive and mask is None or self.log_gate is not None
+        if mask is None:
+            mask = self.index[:, None, :, None] >= self.index[:, None, None] if causal else torch.ones_like(alive)
+        elif mask.shape[-2] == 1 or mask.stride(-2) == 0:  # the same for every query
+            mask = self.narrow(mask[..., :1, :], (-1,))
+        else:
+            mask = self.narrow(mask, (-2, -1))
+        if mask.shape[-2] > 1:  # a dead row may see nobody any more, which is NaN: let it see itself
+            own = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+            alive = alive | (own if self.blank is None else own & ~self.blank[:, None, None, None])
+        if additive:
+            bias = torch.zeros((), dtype=dtype, device=mask.device) if self.log_gate is None else self.log_gate[:, None, None]
+            if mask.dtype == torch.bool:
+                return torch.where(mask & alive, bias.to(dtype), torch.finfo(dtype).min)
+            return mask + bias if mask.is_floating_point() else mask * (bias > math.log(0.5))
+        if mask.is_floating_point():
+            return mask.masked_fill(~alive, torch.finfo(mask.dtype).min)
+        return mask & alive if mask.dtype == torch.bool else mask * alive
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """(B, N0, C): ``hidden`` at the places of the live tokens, the last complete state at all others."""
+        raise NotImplementedError
+
+
+class Masked(Tokens):
+    """Every token stays in the tensor; the dropped ones are no longer attended to."""
+
+    def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
+        if self.unchanged(keep):
+            return self
+        new = self._copy()
+        new.alive, new.touched = keep, True
+        return new
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        return hidden if self.full is None else torch.where(self.alive[..., None], hidden, self.full)
+
+
+class Padded(Tokens):
+    """Rectangular: as wide as the row that keeps the most."""
+
+    source: Tensor | None = None  # (B, N) slots of the layout before
+
+    def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
+        if self.unchanged(keep):
+            return self
+        slots = keep.shape[1]
+        if not torch.compiler.is_compiling():
+            width = int(keep.sum(1).max())
+        elif width is None:  # data-dependent; a width of 0 or 1 would be specialised
+            width = keep.sum(1).max().clamp(min=min(2, slots)).item()
+            torch._check(width >= 2)
+            torch._check(width <= slots)
+        order = torch.arange(slots, 0, -1, device=keep.device)
+        new = self._copy()
+        new.source = (keep * order).topk(width, dim=1).indices  # survivors in their order, then any of the rest
+        new.alive, new.index = keep.gather(1, new.source), self.index.gather(1, new.source)
+        new.log_gate = None if self.log_gate is None else self.log_gate.gather(1, new.source)
+        new.touched = True
+        return new
+
+    def take(self, x: Tensor) -> Tensor:
+        return x if self.source is None else take(x, self.source, 1)
+
+    def narrow(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        for dim in dims:
+            x = take(x, self.index, dim)
+        return x
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        if self.full is None:
+            return hidden
+        # dead slots write back what is there: duplicates or stale writes would be counted twice in the gradient
+        state = torch.where(self.alive[..., None], hidden, take(self.full, self.index, 1))
+        return self.full.scatter(1, self.index[..., None].expand_as(state), state)
+
+
+class Packed(Tokens):
+    """All live tokens of the batch in one row, sequence after sequence.
+
+    Attributes:
+        rows: (T,) long, each token's row of the flattened (B * N0, C) original.
+        lengths: live tokens per sequence.
+    """
+
+    rows: Tensor
+    lengths: list[int]
+    source: Tensor | None = None  # (T,) rows of the layout before
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        self.touched = True
+        self.origin = tuple(hidden.shape[:2])
+        rows = self.alive.flatten().nonzero()[:, 0]
+        self._lay_out(rows, self.alive.sum(1))
+        self.full = hidden
+        return hidden.flatten(0, 1).index_select(0, rows)[None]
+
+    def _lay_out(self, rows: Tensor, live: Tensor) -> None:
+        self.rows, self.lengths, self.masks = rows, live.tolist(), {}
+        width = max(self.lengths)
+        self.alive = torch.arange(width, device=rows.device) < live[:, None]
+        self.slots = None if min(self.lengths) == width else self.alive.flatten().nonzero()[:, 0]
+        self.index = self.pad((rows % self.origin[1])[None])
+
+    def pad(self, x: Tensor) -> Tensor:
+        if self.slots is None:
+            return x.reshape(*self.alive.shape, *x.shape[2:])
+        flat = x.new_zeros(self.alive.numel(), *x.shape[2:]).index_copy(0, self.slots, x[0])
+        return flat.view(*self.alive.shape, *x.shape[2:])
+
+    def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
+        if self.unchanged(keep):
+            return self
+        new = self._copy()
+        kept = keep.flatten() if self.slots is None else keep.flatten()[self.slots]
+        new.source = kept.nonzero()[:, 0]
+        new._lay_out(self.rows[new.source], keep.sum(1))
+        return new
+
+    def take(self, x: Tensor) -> Tensor:
+        return x if self.source is None else x.index_select(1, self.source)
+
+    def narrow(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        (dim,) = dims
+        if x.shape[0] == 1:
+            return x.index_select(dim, self.rows % self.origin[1])
+        return x.movedim(dim, 1).flatten(0, 1).index_select(0, self.rows)[None].movedim(1, dim)
+
+    def mask(self, mask: Tensor | None, dtype: torch.dtype, causal: bool, additive: bool) -> Tensor | None:
+        return mask  # each sequence cuts its own part, see sequence_mask
+
+    def runs(self) -> list[tuple[int, int, int, int]]:
+        """(first sequence, first row, number of sequences, their length) of each run of equally long neighbours."""
+        runs, row, sequence = [], 0, 0
+        for length, group in groupby(self.lengths):
+            count = len(list(group))
+            runs.append((sequence, row, count, length))
+            sequence, row = sequence + count, row + count * length
+        return runs
+
+    def sequence_mask(self, mask: Tensor, sequence: int) -> Tensor | None:
+        """The part of an attention mask of original size (B or 1, 1 or H, N0 or 1, N0) that one sequence needs.
+
+        None where it lets everything through; remembered, since a model hands the same mask to many layers.
+        """
+        memory = self.masks.setdefault(id(mask), (mask, {}))[1]
+        if sequence not in memory:
+            first = sum(self.lengths[:sequence])
+            at = self.rows[first : first + self.lengths[sequence]] % self.origin[1]
+            part = mask[sequence if len(mask) > 1 else 0].index_select(-1, at)
+            part = (part if part.shape[-2] == 1 else part.index_select(-2, at))[None]
+            free = part.all() if part.dtype == torch.bool else (part == 0).all()
+            memory[sequence] = None if free else part
+        return memory[sequence]
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        return self.full.flatten(0, 1).index_copy(0, self.rows, hidden[0]).view_as(self.full)
+
+
+LAYOUTS: dict[str, type[Tokens]] = {"mask": Masked, "padded": Padded, "packed": Packed}

@@ -1,0 +1,19 @@
+"""What every test relies on: no network, one thread, no progress bars, no window, the same hypothesis examples each run."""
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    MPLBACKEND="Agg",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+# After the environment: these read it when they are imported.
+import hypothesis  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+hypothesis.settings.load_profile("ci")  # no deadline, no database, repeatable
