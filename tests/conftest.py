@@ -1,4 +1,4 @@
-"""What every test relies on: no network, one thread, no progress bars, no window, the same hypothesis examples each run."""
+"""What every test relies on: no network, one thread, no progress bars, no windows, repeatable hypothesis examples."""
 
 import os
 
@@ -10,9 +10,9 @@ os.environ.update(
 )
 
 # After the environment: these read it when they are imported.
-import hypothesis  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import hypothesis
+import torch
+import transformers
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()

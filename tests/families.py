@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import transformers as t
 
+from thresher.stack import find_stack
+
 TEXT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 97}
 VISION = {k: v for k, v in TEXT.items() if k != "vocab_size"} | {"image_size": 20, "patch_size": 4, "num_channels": 3}
 DECODER = TEXT | {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -43,7 +45,10 @@ class Family:
         if self.kind == "audio":
             return {"input_features": torch.randn(len(lengths), 80, 60, generator=generator)}
         width = max(lengths) if width is None else width
-        ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+        ids, mask = (
+            torch.zeros(len(lengths), width, dtype=torch.long),
+            torch.zeros(len(lengths), width, dtype=torch.long),
+        )
         for row, length in enumerate(lengths):
             at = slice(0, length) if side == "right" else slice(width - length, width)
             generator = torch.Generator().manual_seed(seed + row)
@@ -52,11 +57,28 @@ class Family:
         return {"input_ids": ids, "attention_mask": mask}
 
     def run(self, model, batch: dict):
-        """(output of the head or of the stack, last hidden state or None)."""
+        """Output of the head, or of the stack where there is none."""
         if self.kind == "decoder":
-            batch = {**batch, "use_cache": False}
+            batch = {"use_cache": False, **batch}
         output = model(**batch)
         return output.logits if "logits" in output else output.last_hidden_state
+
+    def answers(self, model, batch: dict) -> dict:
+        """{"output": of the head, "states": last hidden states of the stack}; per token (T, C), padding left out."""
+        found = {}
+        base = find_stack(model).base
+        handle = base.register_forward_hook(lambda m, a, output: found.update(states=output.last_hidden_state))
+        found["output"] = self.run(model, batch)
+        handle.remove()
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            found = {k: v[mask.bool()] if v.shape[:2] == mask.shape and v.dim() == 3 else v for k, v in found.items()}
+        return found
+
+
+def difference(a: dict, b: dict) -> float:
+    """The largest difference between two answers, relative where states are larger than 1."""
+    return max(((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1)).item() for k in a)
 
 
 def _text(name: str, config: str | None = None, head="ForSequenceClassification", **options) -> Family:
@@ -69,11 +91,22 @@ FAMILIES: dict[str, Family] = {
     "distilbert": Family(
         "DistilBertForSequenceClassification",
         "DistilBertConfig",
-        {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64, "vocab_size": 97, "dropout": 0.0, "attention_dropout": 0.0},
+        {
+            "dim": 32,
+            "n_layers": 4,
+            "n_heads": 4,
+            "hidden_dim": 64,
+            "vocab_size": 97,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        }
+        | {"seq_classif_dropout": 0.0},
     ),
     "electra": _text("Electra", embedding_size=16),
-    "albert": _text("Albert", embedding_size=16),
-    "mpnet": Family("MPNetForSequenceClassification", "MPNetConfig", TEXT | NO_DROPOUT, packed=False, implementation="eager"),
+    "albert": _text("Albert", embedding_size=16, classifier_dropout_prob=0.0),
+    "mpnet": Family(
+        "MPNetForSequenceClassification", "MPNetConfig", TEXT | NO_DROPOUT, packed=False, implementation="eager"
+    ),
     "deberta-v2": Family(
         "DebertaV2ForSequenceClassification",
         "DebertaV2Config",
@@ -94,13 +127,21 @@ FAMILIES: dict[str, Family] = {
     "modernbert": Family(
         "ModernBertForSequenceClassification",
         "ModernBertConfig",
-        TEXT | {"local_attention": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+        TEXT
+        | {
+            "local_attention": 8,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
         sharpen=4.0,
     ),
     "vit": Family("ViTForImageClassification", "ViTConfig", VISION | NO_DROPOUT, "vision"),
     "deit": Family("DeiTForImageClassification", "DeiTConfig", VISION | NO_DROPOUT, "vision"),
     "dinov2": Family("Dinov2ForImageClassification", "Dinov2Config", VISION | NO_DROPOUT, "vision"),
-    "clip-vision": Family("CLIPVisionModel", "CLIPVisionConfig", VISION, "vision", sharpen=2.0),
+    "clip-vision": Family("CLIPVisionModel", "CLIPVisionConfig", VISION, "vision", sharpen=4.0),
     "siglip-vision": Family("SiglipVisionModel", "SiglipVisionConfig", VISION, "vision", False, 2.0, "eager"),
     "whisper-encoder": Family(
         "WhisperForAudioClassification",

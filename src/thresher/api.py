@@ -46,7 +46,7 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor
         raise TypeError(f"prune() takes a method such as TopK(keep=0.5), got {method!r}")
     if executor != "auto" and executor not in LAYOUTS:
         raise ValueError(f"executor={executor!r}: expected auto, {', '.join(LAYOUTS)}")
-    weights = {}
+    weights = None
     if method is None:
         config = getattr(model.config, CONFIG_KEY, None)
         if config is None:
@@ -58,13 +58,11 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor
         unprune(model)
     hooks = Hooks(model, method, executor)
     method.bind(hooks.info)
-    expected = set(method.state_dict())
-    if expected and weights and set(weights) != expected:
-        raise ValueError(f"corrupted checkpoint: it holds {sorted(weights)} of the pruner, {method.name} needs {sorted(expected)}")
-    if weights:
+    if weights is not None:
+        found, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, method.state_dict()))
+        if found != expected:
+            raise ValueError(f"corrupted checkpoint: it holds {found} of the pruner's weights, {method.name} needs {expected}")
         method.load_state_dict(weights)
-    elif expected and config_of(model) is not None and method.to_dict() == config_of(model):
-        raise ValueError(f"corrupted checkpoint: the weights of {method.name} ({', '.join(sorted(expected))}) are missing")
     parameter = next(model.parameters())
     model.token_pruner = method.to(parameter.device)
     method.train(model.training)
@@ -72,11 +70,6 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor
     hooks.attach()
     setattr(model.config, CONFIG_KEY, method.to_dict())
     return model
-
-
-def config_of(model: PreTrainedModel) -> dict | None:
-    """The token_pruning entry of a model's configuration."""
-    return getattr(model.config, CONFIG_KEY, None)
 
 
 def saved_weights(model: PreTrainedModel) -> dict:
@@ -94,6 +87,8 @@ def saved_weights(model: PreTrainedModel) -> dict:
 
 
 def _weight_files(source: str) -> list[str]:
+    if not source:  # built from a configuration
+        return []
     if os.path.isdir(source):
         names = sorted(n for n in os.listdir(source) if n.endswith(".safetensors"))
         return [os.path.join(source, n) for n in names]

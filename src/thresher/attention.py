@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .tokens import Packed, Tokens
+from .tokens import Packed, Tokens, take
 
 PREFIX = "pruned|"
 CHUNK = 4_000_000  # attention probabilities held at once while scoring, so that they stay near the cache
@@ -39,6 +39,7 @@ class View:
         self.after: Tokens | None = None
         self._seen: tuple | None = None
         self._weights: Tensor | None = None
+        self._received: Tensor | None = None
 
     def see(self, module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
         """Called by the attention function with query (B, H, N, d) and key, both (1, H, T, d) when packed."""
@@ -48,9 +49,13 @@ class View:
         """Called with the attention probabilities (B, H, N, N) of an implementation that makes them."""
         self._weights = weights
 
+    def see_received(self, received: Tensor) -> None:
+        """Called with (1, T), the attention received in packed rows, where the probabilities were at hand."""
+        self._received = self.tokens.pad(received)
+
     def release(self) -> None:
         """Let go of the layer's tensors; the decision and the score stay."""
-        self._seen = self._weights = self._hidden = None
+        self._seen = self._weights = self._hidden = self._received = None
 
     @property
     def ready(self) -> bool:
@@ -80,7 +85,9 @@ class View:
         receive; in a soft stage each row votes with its gate.
         """
         votes = self.tokens.votes
-        if self._weights is not None:
+        if self._received is not None:
+            received = self._received
+        elif self._weights is not None:
             received = (votes[:, None, None] @ self._weights.float()).mean(1)[:, 0]
         elif isinstance(self.tokens, Packed):
             received = self._received_packed()
@@ -94,11 +101,9 @@ class View:
         parts = []
         for sequence, row, count, length in self.tokens.runs():
             q, k = (x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key))
-            step = max(1, CHUNK // max(1, length * length))
+            step = 1 if mask is not None else max(1, CHUNK // max(1, length * length))
             for i in range(0, count, step):
                 m = None if mask is None else self.tokens.sequence_mask(mask, sequence + i)
-                if mask is not None:
-                    step = 1
                 votes = q.new_ones(len(q[i : i + step]), length, dtype=torch.float32)
                 bias = additive(m, q, module)
                 parts.append(column_mean(q[i : i + step], k[i : i + step], bias, votes, scaling).flatten())
@@ -109,12 +114,19 @@ class View:
         if self._weights is not None:
             at = position.view(-1, 1, 1, 1).expand(-1, self._weights.shape[1], 1, self._weights.shape[-1])
             return self._weights.gather(2, at)[:, :, 0].float()
-        query, key, scaling = self._seen[1], self.key, self._seen[4]
-        query = self.tokens.pad(query.transpose(1, 2)).transpose(1, 2)
+        module, query, _, mask, scaling = self._seen
+        query, row = self.tokens.pad(query.transpose(1, 2)).transpose(1, 2), position[:, None]
         at = position.view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[-1])
-        logits = (query.gather(2, at).float() @ repeat_heads(key, query).float().transpose(-1, -2))[:, :, 0] * scaling
-        if self.tokens.log_gate is not None:
-            logits = logits + self.tokens.log_gate[:, None]
+        logits = query.gather(2, at).float() @ repeat_heads(self.key, query).float().transpose(-1, -2) * scaling
+        if mask is None and getattr(module, "is_causal", False):
+            mask = (torch.arange(query.shape[2], device=query.device) <= row)[:, None, None]
+        elif mask is not None:
+            packed = isinstance(self.tokens, Packed)  # whose masks are of original size
+            if mask.shape[-2] > 1:
+                mask = take(mask, self.tokens.index.gather(1, row) if packed else row, -2)
+            mask = take(mask, self.tokens.index, -1) if packed else mask
+        bias = additive(mask, query, module)  # with the soft gates, where there are any
+        logits = logits[:, :, 0] if bias is None else (logits + bias)[:, :, 0]
         return logits.masked_fill(~self.alive[:, None], float("-inf")).softmax(-1)
 
 
@@ -172,24 +184,29 @@ class PrunedAttention:
             return function(module, query, key, value, attention_mask, **kwargs)
         token_view.see(module, query, key, attention_mask, scaling)
         if isinstance(token_view.tokens, Packed):
-            return self._packed(function, module, query, key, value, attention_mask, token_view.tokens, kwargs)
+            return self._packed(function, module, query, key, value, attention_mask, token_view, kwargs)
         output, weights = function(module, query, key, value, attention_mask, **kwargs)
         if weights is not None and not (dropout and module.training):
             token_view.see_weights(weights)
         return output, weights
 
-    def _packed(self, function, module, query, key, value, mask, tokens: Packed, kwargs):
+    def _packed(self, function, module, query, key, value, mask, view: View, kwargs):
         """One call per run of equally long neighbours, or per sequence where a mask tells them apart."""
-        outputs = []
+        tokens, outputs, received = view.tokens, [], []
         for sequence, row, count, length in tokens.runs():
-            qkv = [x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value)]
+            run = [x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value)]
             masks = [None if mask is None else tokens.sequence_mask(mask, sequence + i) for i in range(count)]
             if all(m is None for m in masks):
-                outputs.append(function(module, *qkv, None, **self._free(module, mask, kwargs))[0].flatten(0, 1))
-                continue
-            for i, m in enumerate(masks):
-                part = function(module, *(x[i : i + 1] for x in qkv), m, **self._free(module, mask, kwargs))[0]
-                outputs.append(part[0])
+                calls = [(run, None)]
+            else:
+                calls = [([x[i : i + 1] for x in run], m) for i, m in enumerate(masks)]
+            for qkv, m in calls:
+                output, weights = function(module, *qkv, m, **self._free(module, mask, kwargs))
+                outputs.append(output.flatten(0, 1))
+                if view.site >= 0 and weights is not None and not (kwargs["dropout"] and module.training):
+                    received.append(weights.float().sum(2).mean(1).flatten())
+        if received:
+            view.see_received(torch.cat(received)[None])
         return torch.cat(outputs)[None], None
 
     @staticmethod

@@ -63,6 +63,7 @@ class Hooks:
         if stack.base._can_set_attn_implementation():
             # a function that is not shown the view leaves only the probabilities of the eager one
             stack.base.set_attn_implementation(register(self.original) if stack.shown else "eager")
+        self.implementation = stack.base.config._attn_implementation
         add = self.handles.append
         add(stack.base.register_forward_pre_hook(self.begin, with_kwargs=True))
         add(stack.base.register_forward_hook(self.end))
@@ -86,7 +87,9 @@ class Hooks:
             return LAYOUTS[self.executor]
         if self.pruner.soft:
             return LAYOUTS["mask"]
-        packed = self.packable and self.stack.text and not cached and not torch.compiler.is_compiling()
+        # the backward of one attention call per sequence costs more than the padding of batches grouped by length
+        training = self.pruner.training and torch.is_grad_enabled()
+        packed = self.packable and self.stack.text and not (cached or training or torch.compiler.is_compiling())
         return LAYOUTS["packed" if packed else "padded"]
 
     @property
@@ -104,6 +107,11 @@ class Hooks:
         self.forward = None
         if self.mode == "dense":
             return
+        if self.stack.base.config._attn_implementation != self.implementation:
+            raise RuntimeError(
+                f"the attention implementation of {self.info.name} was changed after prune(), to "
+                f"{self.stack.base.config._attn_implementation!r}, so nothing would be pruned; change it before prune()"
+            )
         given = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
         mask, cache = given.get("attention_mask"), given.get("past_key_values")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -142,6 +150,8 @@ class Hooks:
                     kwargs[name] = self._narrow(tokens, name, kwargs[name], dims)
             if "attention_mask" in self.stack.arguments:
                 mask = kwargs.get("attention_mask")
+                if mask is not None and self.stack.binary:  # 1.0 from a model that was given no mask is no bias
+                    mask = mask.long()
                 kwargs["attention_mask"] = tokens.mask(mask, hidden.dtype, self.stack.causal, self.eager)
         site = self.pruner.site(forward.layer) if self.mode == "pruned" else -1
         protected = forward.protected.gather(1, tokens.index) & tokens.alive
@@ -152,8 +162,10 @@ class Hooks:
         if self.stack.carried:
             kwargs["token_view"] = view
         else:  # the attention block is given no arguments of ours: the view rides on a mask that is this layer's own
-            kwargs["attention_mask"] = kwargs["attention_mask"].clone()
-            kwargs["attention_mask"].token_view = view
+            mask = kwargs.get("attention_mask")
+            mask = tokens.mask(None, hidden.dtype, self.stack.causal, True) if mask is None else mask.clone()
+            mask.token_view = view
+            kwargs["attention_mask"] = mask
         return (hidden,), kwargs
 
     def _narrow(self, tokens: Tokens, name: str, value, dims: tuple[int, ...]):

@@ -238,18 +238,22 @@ class TokenPruner(nn.Module):
         """The method a configuration describes; keys it does not know are ignored.
 
         Raises:
-            ValueError: unknown method or a newer version.
+            ValueError: unknown method, a newer version or values that the method cannot take.
         """
-        if config.get("version", VERSION) > VERSION:
-            raise ValueError(
-                f"the token_pruning entry of config.json has version {config['version']}, this thresher reads up to {VERSION}: "
-                "update thresher"
-            )
+        entry = "the token_pruning entry of config.json"
+        if not isinstance(config, dict):
+            raise ValueError(f"{entry} is {config!r}: expected an object with the method's name and values")
+        version = config.get("version", VERSION)
+        if not isinstance(version, int) or version > VERSION:
+            raise ValueError(f"{entry} has version {version!r}, this thresher reads up to {VERSION}: update thresher")
         if config.get("method") not in METHODS:
             raise ValueError(f"unknown pruning method {config.get('method')!r}; known: {', '.join(sorted(METHODS))}")
         method = METHODS[config["method"]]
         known = {f.name for f in dataclasses.fields(method)}
-        return method(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known})
+        try:
+            return method(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{entry} is nothing that {method.__name__} can take: {error}") from error
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("method", "version"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
+from functools import cache
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ class Stack:
         shown: the block hands its keyword arguments to the attention function, which then sees the view.
         carried: the layer hands its keyword arguments to the block.
         relative: positions enter as a bias between pairs, which packed rows cannot carry.
+        binary: the block reads its attention mask as 0/1, whatever the type.
         causal: a decoder.
         arguments: names of the layer's arguments, the hidden states first.
     """
@@ -40,6 +42,7 @@ class Stack:
     shown: bool
     carried: bool
     relative: bool
+    binary: bool
     causal: bool
     arguments: list[str]
     costs: list[LayerCost]
@@ -89,6 +92,7 @@ def find_stack(model: PreTrainedModel) -> Stack:
         shown=bool(cores) and hands_on(cores[0], "attention_interface("),
         carried=hands_on(layer, f"self.{names[0]}("),
         relative=any(name in arguments for name in ("relative_pos", "position_bias")),
+        binary=any("attention_mask.bool()" in source(m) for m in block.modules()),
         causal=any(getattr(m, "is_causal", False) is True for m in block.modules()),
         arguments=arguments,
         costs=[layer_cost(layers[i % len(layers)], names[0], base.config) for i in range(depth)],
@@ -139,8 +143,13 @@ def embeds(model: PreTrainedModel) -> bool:
 
 def source(module: nn.Module) -> str:
     """The text of a module's forward; empty where there is none to read."""
+    return _source(type(module))
+
+
+@cache
+def _source(kind: type[nn.Module]) -> str:
     try:
-        return inspect.getsource(type(module).forward)
+        return inspect.getsource(kind.forward)
     except (OSError, TypeError):
         return ""
 

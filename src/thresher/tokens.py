@@ -185,8 +185,9 @@ class Padded(Tokens):
         if self.full is None:
             return hidden
         # dead slots write back what is there: duplicates or stale writes would be counted twice in the gradient
-        state = torch.where(self.alive[..., None], hidden, take(self.full, self.index, 1))
-        return self.full.scatter(1, self.index[..., None].expand_as(state), state)
+        full = self.full.to(hidden.dtype)  # autocast may have changed it
+        state = torch.where(self.alive[..., None], hidden, take(full, self.index, 1))
+        return full.scatter(1, self.index[..., None].expand_as(state), state)
 
 
 class Packed(Tokens):
@@ -268,7 +269,8 @@ class Packed(Tokens):
         return memory[sequence]
 
     def restore(self, hidden: Tensor) -> Tensor:
-        return self.full.flatten(0, 1).index_copy(0, self.rows, hidden[0]).view_as(self.full)
+        full = self.full.to(hidden.dtype)  # autocast may have changed it
+        return full.flatten(0, 1).index_copy(0, self.rows, hidden[0]).view_as(full)
 
 
 LAYOUTS: dict[str, type[Tokens]] = {"mask": Masked, "padded": Padded, "packed": Packed}

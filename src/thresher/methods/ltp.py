@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from ..attention import View
 from ..pruner import Record, StackInfo, TokenPruner
 
+TOLERANCE = 0.002  # of the target; scores are discrete, so a budget is met closely and not exactly
+MOST, FAR = 20, 64.0  # steps of the search, and the shift at which every token is gone
+
 
 @dataclass(eq=False, repr=False)
 class LTP(TokenPruner):
@@ -97,26 +100,30 @@ class LTP(TokenPruner):
         def fraction(shift: float) -> float:
             self.threshold.copy_(start + shift)
             records = [forward(batch) for batch in batches]
-            return sum(r.used for r in records) / sum(r.dense for r in records)
+            return float(sum(r.used for r in records) / sum(r.dense for r in records))
 
-        low, high, reached = 0.0, 0.0, fraction(0.0)
-        step = 0.05
-        while reached < self.target_flops and low > -64:  # too few MACs: lower the thresholds
-            high, low, step = low, low - step, 2 * step
-            reached = fraction(low)
-        while reached > self.target_flops and high < 64 and low == 0:
-            low, high, step = high, high + step, 2 * step
-            reached = fraction(high)
-        if high >= 64:
+        reached = search(fraction, self.target_flops)
+        if reached > self.target_flops * 1.02 and float(self.threshold[0] - start[0]) > FAR:
             self.threshold.copy_(start)
             raise ValueError(
                 f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: with every token but the protected "
                 f"ones gone {reached:.3f} of the MACs are left; prune at earlier layers or choose a larger target"
             )
-        for _ in range(14):
-            middle = (low + high) / 2
-            reached = fraction(middle)
-            if abs(reached / self.target_flops - 1) < 0.002:
-                break
-            low, high = (middle, high) if reached > self.target_flops else (low, middle)
         return {"flops_fraction": reached, "shift": float(self.threshold[0] - start[0])}
+
+
+def search(falling: Callable[[float], float], target: float) -> float:
+    """Bring a falling function close to ``target``, from 0 on; returns its value where it was called last."""
+    before, at, value = 0.0, 0.0, falling(0.0)
+    step = 0.05 if value > target else -0.05
+    while abs(value - target) > TOLERANCE * target and (value > target) == (step > 0) and abs(at) <= FAR:
+        before, at, step = at, at + step, 2 * step
+        value = falling(at)
+    low, high = min(before, at), max(before, at)
+    for _ in range(MOST):
+        if abs(value - target) <= TOLERANCE * target or abs(at) > FAR:
+            break
+        middle = (low + high) / 2
+        value = falling(middle)
+        low, high = (middle, high) if value > target else (low, middle)
+    return value

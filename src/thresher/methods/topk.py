@@ -67,8 +67,8 @@ class TopK(TokenPruner):
 class Random(TopK):
     """Baseline: which tokens stay is a coin's choice. Arguments as ``TopK``.
 
-    The coin is a hash of position, row length, layer and ``seed``, so that a prediction depends neither on the batch nor on
-    the executor; in training a fresh number is mixed in at every forward.
+    The coin is a hash of a token's rank among the survivors, their number, the layer and ``seed``, so that a prediction
+    depends neither on the batch nor on padding nor on the executor; in training a fresh number is mixed in at every forward.
     """
 
     seed: int = 0
@@ -78,7 +78,7 @@ class Random(TopK):
 
     def score(self, view: View) -> Tensor:
         salt = torch.randint(1 << 30, ()).item() if self.training else self.seed
-        x = view.tokens.index + 7919 * view.alive.sum(1, keepdim=True) + 104_729 * view.layer + 1_299_709 * salt
+        x = view.alive.cumsum(1) + 7919 * view.alive.sum(1, keepdim=True) + 104_729 * view.layer + 1_299_709 * salt
         for multiplier in (0x45D9F3B, 0x119DE1F3):  # an integer hash, kept within 31 bits
             x = ((x ^ (x >> 16)) * multiplier) & 0x7FFFFFFF
         return (x ^ (x >> 15)).double()

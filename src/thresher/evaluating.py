@@ -1,0 +1,127 @@
+"""A saved model on the test part of a data set: its quality and MACs, and its time beside the dense model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from .api import dense
+from .bench import measure, predict, quality, replayed
+from .data import load_task, tokenize
+from .loading import clip, load
+from .machine import environment
+from .report import plot as draw
+from .report import row
+
+
+def evaluate(
+    model: str,
+    data: str,
+    *,
+    batch_size: int = 32,
+    max_length: int = 256,
+    limit: int | None = None,
+    executor: str = "auto",
+    metric: str | None = None,
+    **columns,
+) -> list[dict]:
+    """Quality and MACs on the test part: a row for the model as it is and, if it is pruned, one for it unpruned."""
+    net, max_length, task, test = _opened(model, data, max_length, executor, metric, columns)
+    test = test.select(range(min(len(test), limit or len(test))))
+    modes = ["pruned", "dense-unpadded"] if hasattr(net, "token_pruner") else ["dense-unpadded"]
+    results = {}
+    for mode in modes:
+        with dense(net) if mode != "pruned" and "pruned" in modes else nullcontext():
+            results[mode] = predict(net, test, batch_size=batch_size)
+    return [
+        row(
+            task=task.name,
+            model=Path(model).name,
+            method=net.token_pruner.name if mode == "pruned" else "dense",
+            runtime="torch",
+            precision="fp32",
+            mode=mode,
+            threads=torch.get_num_threads(),
+            metric=task.metric,
+            quality=quality(result, test["labels"], task.metric),
+            quality_dense=quality(results["dense-unpadded"], test["labels"], task.metric),
+            flops_ratio=result.macs_dense / result.macs_used,
+            split="test",
+            max_length=max_length,
+            n_examples=len(test),
+            tokens_mean=result.tokens_mean,
+            **environment(),
+        )
+        for mode, result in results.items()
+    ]
+
+
+def bench(
+    model: str,
+    data: str,
+    *,
+    against: str | None = None,
+    runtime: Sequence[str] = ("torch",),
+    precision: Sequence[str] = ("fp32",),
+    batch_size: Sequence[int] = (1, 32),
+    max_length: int = 256,
+    threads: int | None = None,
+    repeats: int = 5,
+    limit: int | None = None,
+    baselines: Sequence[str] = ("random", "firstk"),
+    plot: str | Path | None = None,
+    metric: str | None = None,
+    progress=None,
+    **columns,
+) -> list[dict]:
+    """Time and quality of a pruned model beside the dense one, padded and unpadded, and beside baselines.
+
+    The baselines choose as many tokens of each text as the model does, on its own weights: what they lose is what the
+    choice is worth. ``against`` names the dense model, by default ``dense`` in the model's folder, else the model
+    itself without pruning. The other arguments are those of ``bench.measure``.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    net, max_length, task, test = _opened(model, data, max_length, "auto", metric, columns)
+    if not hasattr(net, "token_pruner"):
+        raise ValueError(f"{model} is not pruned: there is nothing to compare; thresher train makes a pruned model")
+    own = os.path.join(model, "dense")
+    other = load(against or own)[0] if against or os.path.isdir(own) else None
+    test = test.select(range(min(len(test), limit or len(test))))
+    kept = predict(net, test).kept
+    copies = {name: replayed(net, name, kept) for name in baselines}
+    rows = []
+    for one in runtime:
+        for kind in precision:
+            rows += measure(
+                net,
+                test,
+                task,
+                max_length=max_length,
+                batch_sizes=batch_size,
+                repeats=repeats,
+                threads=threads,
+                baselines=copies,
+                against=other,
+                runtime=one,
+                precision=kind,
+                fields={"model": Path(model).name, "split": "test"},
+                progress=progress,
+            )
+    if plot:
+        draw(rows, plot)
+    return rows
+
+
+def _opened(model: str, data: str, max_length: int, executor: str, metric: str | None, columns: dict):
+    """(model, longest text, task, tokenized test part), the labels in the model's order."""
+    net, tokenizer = load(model, executor)
+    names = [net.config.id2label[i] for i in range(net.config.num_labels)]
+    named = names if net.config.num_labels > 1 and not all(name.startswith("LABEL_") for name in names) else None
+    task = load_task(data, metric=metric, labels=named, **columns)
+    max_length = clip(max_length, net.config)
+    return net, max_length, task, tokenize(task.test, task, tokenizer, max_length)[0]

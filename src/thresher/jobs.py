@@ -1,0 +1,396 @@
+"""The main job from end to end: a model and labelled text in, a pruned model and its honest figures out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .api import prune, unprune
+from .bench import Predictions, predict, quality
+from .data import DataError, Task, load_task, tokenize
+from .evaluating import bench, evaluate  # noqa: F401  the other jobs of the command line
+from .loading import classifier, clip, load, make_method, reading
+from .machine import environment, has_bf16
+from .methods.topk import REPLAY, TopK
+from .pruner import TokenPruner
+from .report import row
+from .training import PruningTrainer
+
+SUMMARY = "thresher.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; everything that decides the result.
+
+    Args:
+        method: a pruning method, or "dense": the same extra steps and distillation with nothing pruned.
+        method_options: its fields, e.g. ``{"target_flops": 0.4}``.
+        epochs: of dense fine-tuning; 0: the model is fine-tuned already.
+        prune_epochs: of training with the method, taught by the dense model.
+        lr, prune_lr, pruner_lr: peak learning rates of the two stages (the second defaults to the first) and of the
+            method's own parameters.
+        distill: weight of the dense model's answers against the labels.
+        max_length: longer texts are cut, in tokens.
+        limit: training rows to use.
+        dropout: overrides the model's own rates in both stages.
+        bf16: autocast; None: where the processor has matrix instructions for it.
+        freeze_embeddings: leave them as they were pretrained.
+        dense_model: a folder to take the dense fine-tuned model from.
+        replay: folder of a pruned model; the method keeps as many tokens of each text as that one does.
+    """
+
+    model: str
+    data: str
+    config: str | None = None
+    text: str | tuple[str, ...] | None = None
+    label: str | None = None
+    metric: str | None = None
+    method: str = "ltp"
+    method_options: dict | None = None
+    epochs: float = 3
+    prune_epochs: float = 3
+    lr: float = 5e-5
+    prune_lr: float | None = None
+    pruner_lr: float = 2e-2
+    distill: float = 0.5
+    batch_size: int = 32
+    max_length: int = 256
+    seed: int = 0
+    limit: int | None = None
+    dropout: float | None = None
+    bf16: bool | None = None
+    freeze_embeddings: bool = True
+    dense_model: str | None = None
+    replay: str | None = None
+
+
+def train(
+    model: str,
+    data: str,
+    out: str,
+    *,
+    fresh: bool = False,
+    progress: bool = True,
+    threads: int | None = None,
+    target_flops: float | None = None,
+    keep: float | int | tuple | None = None,
+    at: tuple[int, ...] | None = None,
+    **options,
+) -> list[dict]:
+    """Fine-tune, prune and save, to a budget, in one go.
+
+    Args:
+        model: folder or hub id of a pretrained or fine-tuned model.
+        data: see ``thresher.data.load_task``.
+        out: the folder for the pruned model, with the dense one in ``out/dense``, the figures in ``out/thresher.json``.
+            Written aside and moved into place; interrupted, the same call goes on where it was.
+        fresh: forget what an earlier call left in ``out``.
+        target_flops, keep, at: the method's options, where it has them; without any, LTP leaves 40 % of the MACs.
+        options: see ``Recipe``.
+
+    Returns:
+        Two rows, dense and pruned, measured on the test part.
+
+    Raises:
+        ValueError: bad input, or ``out`` holds the result of another recipe.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    method = {"target_flops": target_flops, "keep": keep, "at": at, **(options.pop("method_options", None) or {})}
+    method = {name: value for name, value in method.items() if value is not None}
+    if not method and options.get("method", "ltp") == "ltp":
+        method = {"target_flops": 0.4}
+    options = {name: value for name, value in options.items() if value is not None}
+    return Training(Recipe(model=model, data=data, method_options=method, **options), Path(out), progress).run(fresh)
+
+
+class Training:
+    """One run of ``train``: its folders, its stages and what it measured."""
+
+    def __init__(self, recipe: Recipe, out: Path, progress: bool):
+        self.recipe, self.out, self.progress = recipe, out, progress
+        self.work = out.with_name(f".{out.name}.training")
+        self.claim = self.work / "recipe.json"
+
+    def run(self, fresh: bool) -> list[dict]:
+        recipe = self.recipe
+        pruner = self._method()
+        ours = (self.out / SUMMARY).exists()
+        if not ours and self.out.exists() and any(self.out.iterdir()):
+            raise ValueError(f"{self.out} is not empty and holds no {SUMMARY}: choose another folder for the result")
+        if fresh:
+            for folder in (self.out, self.work):
+                shutil.rmtree(folder, ignore_errors=True)
+        elif ours:
+            summary = json.loads((self.out / SUMMARY).read_text())
+            self._same(summary["recipe"], self.out)
+            return summary["rows"]
+        elif self.claim.exists():
+            self._same(json.loads(self.claim.read_text()), self.work)
+        started = time.time()
+        task, parts, cut = self._data()
+        # 1. the dense model
+        folder = Path(recipe.dense_model) if recipe.dense_model else self.work / "dense"
+        if not (folder / "config.json").exists():
+            set_seed(recipe.seed)
+            net = self._classifier(recipe.model, task)
+            self._claim()
+            arguments = self._arguments("dense", recipe.epochs, recipe.lr)
+            if recipe.epochs:
+                self._train(Trainer(net, arguments, self.collate, parts["train"]))
+            self._save(net, folder)
+            shutil.rmtree(arguments.output_dir, ignore_errors=True)
+        # 2. the method, taught by the dense model
+        net = self._classifier(str(folder), task).eval()
+        self._claim()
+        taught = self._taught(net, parts["train"])
+        before = self._predict(net, parts["test"], "dense")
+        counts = None
+        if recipe.replay:
+            source = load(recipe.replay)[0]
+            pruner = make_method(
+                recipe.method, {**(recipe.method_options or {}), "keep": REPLAY, "at": source.token_pruner.sites}
+            )
+            taught = taught.add_column("token_counts", predict(source, parts["train"]).kept.tolist())
+            counts = predict(source, parts["test"], batch_size=recipe.batch_size).kept
+        prune(net, pruner or TopK(keep=1.0, at=()))
+        arguments = self._arguments("prune", recipe.prune_epochs, recipe.prune_lr or recipe.lr)
+        trainer = PruningTrainer(
+            net,
+            arguments,
+            self.collate,
+            taught,
+            calibration_dataset=parts["validation"],
+            distill=recipe.distill,
+            pruner_lr=recipe.pruner_lr,
+        )
+        if recipe.prune_epochs:
+            set_seed(recipe.seed)
+            self._train(trainer)
+        trainer.reached.update(trainer.calibrate())  # once more in fp32, in which the model is measured
+        # 3. what came of it, on the test part, which chose nothing
+        after = self._predict(net.eval(), parts["test"], recipe.method, counts)
+        rows = [
+            self._row(task, parts["test"], before, before, "dense", None),
+            self._row(task, parts["test"], after, before, recipe.method, trainer.state.global_step),
+        ]
+        if pruner is None:
+            unprune(net)
+        summary = {
+            "recipe": asdict(recipe),
+            "rows": rows,
+            "reached": {k: float(v) for k, v in trainer.reached.items()},
+            "seconds": round(time.time() - started, 1),
+            "texts_cut": cut,
+            "removed": task.removed,
+            "predictions": {"dense": _answers(before), "pruned": _answers(after)},
+            "kept": (after.kept.float().mean(0) / after.tokens_mean).tolist(),
+        }
+        self._finish(net, folder, summary)
+        return rows
+
+    # --- pieces --------------------------------------------------------------------------------------------------
+    def _method(self) -> TokenPruner | None:
+        """The method, made first so that a mistake is told before anything runs; None for "dense"."""
+        if self.recipe.method == "dense":
+            return None
+        options = dict(self.recipe.method_options or {})
+        if self.recipe.replay:
+            options["keep"] = REPLAY
+        return make_method(self.recipe.method, options)
+
+    def _same(self, recipe: dict, folder: Path) -> None:
+        now = json.loads(json.dumps(asdict(self.recipe)))
+        other = [f"{k}: {recipe.get(k)!r} there, {v!r} asked" for k, v in now.items() if recipe.get(k) != v]
+        if other:
+            raise ValueError(
+                f"{folder} belongs to another recipe ({'; '.join(other)}): choose another folder or start afresh"
+            )
+
+    def _claim(self) -> None:
+        """Make the work folder this recipe's own, once it is known that there is something to do."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        if not self.claim.exists():
+            aside = self.claim.with_suffix(".partial")
+            aside.write_text(json.dumps(asdict(self.recipe), indent=1))
+            aside.rename(self.claim)
+
+    def _data(self):
+        r = self.recipe
+        task = load_task(r.data, config=r.config, text=r.text, label=r.label, metric=r.metric, seed=0, limit=r.limit)
+        if task.train is None:
+            raise DataError(f"{r.data} has no training part: name a file or folder that holds train")
+        self.tokenizer = reading(AutoTokenizer.from_pretrained, r.model)
+        self.collate = DataCollatorWithPadding(self.tokenizer)
+        self.max_length = clip(r.max_length, reading(AutoConfig.from_pretrained, r.model))
+        parts, cut = {}, {}
+        for name in ("train", "validation", "test"):
+            parts[name], cut[name] = tokenize(getattr(task, name), task, self.tokenizer, self.max_length)
+        return task, parts, cut
+
+    def _classifier(self, model: str, task: Task) -> PreTrainedModel:
+        return classifier(model, task, dropout=self.recipe.dropout, freeze_embeddings=self.recipe.freeze_embeddings)
+
+    def _taught(self, net: PreTrainedModel, train):
+        """The training rows with the dense model's answers, computed once."""
+        logits = predict(net, train, batch_size=64).logits
+        return train.add_column("teacher_logits", logits.tolist())
+
+    def _arguments(self, stage: str, epochs: float, lr: float) -> TrainingArguments:
+        r = self.recipe
+        on_cpu = not torch.cuda.is_available()
+        return TrainingArguments(
+            output_dir=str(self.work / f"{stage}-checkpoints"),
+            num_train_epochs=epochs,
+            learning_rate=lr,
+            per_device_train_batch_size=r.batch_size,
+            per_device_eval_batch_size=r.batch_size,
+            lr_scheduler_type="linear",
+            warmup_steps=0.06,
+            train_sampling_strategy="group_by_length",
+            optim="adamw_torch_fused",
+            bf16=has_bf16() if r.bf16 is None else r.bf16,
+            use_cpu=on_cpu,
+            seed=r.seed,
+            save_strategy="epoch",
+            save_total_limit=1,
+            logging_steps=20,
+            report_to=[],
+            disable_tqdm=not self.progress,
+            dataloader_pin_memory=not on_cpu,
+        )
+
+    def _train(self, trainer: Trainer) -> None:
+        """Train from the last checkpoint, if there is one; Ctrl-C leaves a new one and raises KeyboardInterrupt."""
+        interrupt, checkpoint = Interrupt(), last_checkpoint(Path(trainer.args.output_dir))
+        trainer.add_callback(interrupt)
+        if checkpoint and self.progress:
+            print(f"resumed: {checkpoint.parent.name.split('-')[0]} training goes on after step {step_of(checkpoint)}")
+        with interrupt, writing(self.work):
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if interrupt.asked:
+            raise KeyboardInterrupt
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # ends autocast, which would stay
+
+    def _predict(self, net: PreTrainedModel, test, name: str, counts=None) -> Predictions:
+        return predict(net, test, batch_size=self.recipe.batch_size, counts=counts)
+
+    def _row(self, task: Task, test, result: Predictions, before: Predictions, method: str, steps: int | None) -> dict:
+        options = self.recipe.method_options or {}
+        return row(
+            task=task.name,
+            model=Path(self.recipe.model).name,
+            method=method,
+            target_flops=options.get("target_flops") if steps is not None else None,
+            seed=self.recipe.seed,
+            runtime="torch",
+            precision="fp32",
+            mode="dense-unpadded" if steps is None else "pruned",
+            threads=torch.get_num_threads(),
+            metric=task.metric,
+            quality=quality(result, test["labels"], task.metric),
+            quality_dense=quality(before, test["labels"], task.metric),
+            flops_ratio=result.macs_dense / result.macs_used,
+            split="test",
+            selected_on=task.selected_on,
+            max_length=self.max_length,
+            n_examples=len(test),
+            tokens_mean=result.tokens_mean,
+            trained_steps=steps,
+            **environment(),
+        )
+
+    def _save(self, net: PreTrainedModel, folder: Path) -> None:
+        aside = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        with writing(folder):
+            net.save_pretrained(aside)
+            self.tokenizer.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+
+    def _finish(self, net: PreTrainedModel, dense_folder: Path, summary: dict) -> None:
+        """Write the result aside, then move it into place as a whole."""
+        result = self.work / "result"
+        self._save(net, result)
+        if dense_folder.parent == self.work:
+            shutil.copytree(dense_folder, result / "dense")
+        (result / SUMMARY).write_text(json.dumps(summary, indent=1))
+        if self.out.exists():
+            self.out.rmdir()
+        result.rename(self.out)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+class Interrupt(TrainerCallback):
+    """Within the context Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.asked, self.before = False, None
+
+    def __enter__(self):
+        with suppress(ValueError):  # not the main thread, which alone gets signals
+            self.before = signal.signal(signal.SIGINT, self._ask)
+
+    def __exit__(self, *_):
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that had been made when a checkpoint was written."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; one that was cut off while it was written is removed."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        with suppress(OSError, ValueError):
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # the Trainer writes it last
+            return checkpoint
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
+
+
+@contextmanager
+def writing(folder: Path):
+    """Say where weights could not be written."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"the weights in {folder} cannot be written: {error}") from error
+
+
+def _answers(predictions: Predictions) -> list:
+    """Classes, or values of a regression; what paired intervals need."""
+    logits = predictions.logits
+    return [round(x, 5) for x in logits[:, 0].tolist()] if logits.shape[1] == 1 else logits.argmax(1).tolist()

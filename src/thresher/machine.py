@@ -1,0 +1,50 @@
+"""What this machine is and can do; the circumstances that every measurement states."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+VERSIONS = ("torch", "transformers", "thresher")
+
+
+def has_bf16() -> bool:
+    """Whether bf16 autocast pays: on GPUs that have it and on CPUs with AMX (elsewhere it is slower than fp32)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def hardware() -> str:
+    """Processor and cores, and the GPU if there is one."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    name = f"{name}, {os.cpu_count()} cores{', AMX' if not torch.cuda.is_available() and has_bf16() else ''}"
+    return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
+
+
+def command() -> str:
+    """The command line, with paths relative to where it was called."""
+    here = os.getcwd()
+    words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+    return shlex.join(os.path.relpath(w, here) if os.path.isabs(w) else w for w in words)
+
+
+def environment() -> dict[str, str]:
+    """hardware, versions, command and date of a row."""
+    known = [f"python {platform.python_version()}"]
+    for name in VERSIONS:
+        try:
+            known.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"hardware": hardware(), "versions": ", ".join(known), "command": command(), "date": date}

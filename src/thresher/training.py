@@ -1,0 +1,221 @@
+"""Training a pruned model: the method's loss and the teacher's on top of transformers' Trainer.
+
+All content lives in the method, so that a loop of one's own needs one added term (see examples/raw_loop.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import Trainer, TrainerCallback
+
+from .pruner import Record, TokenPruner
+
+LOGITS = ("logits", "start_logits", "end_logits")
+CALIBRATION_ROWS = 256
+
+
+def distillation(student: Any, teacher: Any, temperature: float = 2.0) -> Tensor:
+    """Scalar: how far the student's answers are from the teacher's; both are model outputs or dictionaries of logits.
+
+    T^2 KL(teacher || student) at temperature T (Hinton et al., 2015), the mean over the batch and over the heads; the
+    squared difference for a regression head of one number.
+    """
+    losses = []
+    for name in LOGITS:
+        if name not in student or name not in teacher:
+            continue
+        s, t = student[name].float(), teacher[name].float()
+        if s.shape[-1] == 1:
+            losses.append(F.mse_loss(s, t))
+        else:
+            s, t = (x.flatten(0, -2) / temperature for x in (s, t))
+            losses.append(temperature**2 * F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="batchmean"))
+    if not losses:
+        raise ValueError(f"nothing to distil: the outputs hold none of {', '.join(LOGITS)}")
+    return torch.stack(losses).mean()
+
+
+def param_groups(model: nn.Module, lr: float, pruner_lr: float, weight_decay: float = 0.0) -> list[dict]:
+    """Parameter groups for any optimiser: the method's own parameters get ``pruner_lr`` and no weight decay.
+
+    Give the optimiser ``rest`` as well: ``optimizer.register_step_pre_hook(rest)``.
+    """
+    own = {id(p) for p in model.token_pruner.parameters()}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    return [{"params": others, "lr": lr, "weight_decay": weight_decay}, pruner_group(model.token_pruner, pruner_lr)]
+
+
+def pruner_group(pruner: TokenPruner, lr: float) -> dict:
+    """The parameter group of a method."""
+    return {"params": list(pruner.parameters()), "lr": lr, "weight_decay": 0.0, "rests": True}
+
+
+def rest(optimizer: torch.optim.Optimizer, *_) -> None:
+    """Before a step: a method's parameter whose gradient is zero stays where it is; momentum would carry it on.
+
+    A hard stage has a gradient of zero, and not none, because DDP waits for one of every parameter.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("rests") else ():
+            if parameter.grad is not None and not parameter.grad.any():
+                parameter.grad = None
+
+
+class PruningTrainer(Trainer):
+    """transformers' Trainer for a model that ``prune`` was called on.
+
+    Args:
+        teacher: a frozen model whose answers are distilled, usually the dense fine-tuned model. A column
+            ``teacher_logits`` in the data set takes its place where the answers were computed beforehand.
+        distill: weight of the distillation, 1 - ``distill`` of the task loss.
+        temperature: of the distillation.
+        pruner_lr: learning rate of the method's own parameters (thresholds, gates); it decays with the others.
+        calibration_dataset: inputs on which a budget is kept, never a test set; default: ``eval_dataset``, else
+            ``train_dataset``.
+
+    The rest is as in ``transformers.Trainer``: mixed precision, accumulation, checkpointing, resuming, DDP.
+    """
+
+    loss_is_scaled_for_ga = False  # the terms are means over a batch, not over what is accumulated
+
+    def __init__(
+        self,
+        *args,
+        teacher: nn.Module | None = None,
+        distill: float = 0.5,
+        temperature: float = 2.0,
+        pruner_lr: float = 1e-2,
+        calibration_dataset: Dataset | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        if not isinstance(getattr(self.model, "token_pruner", None), TokenPruner):
+            raise ValueError("PruningTrainer needs a pruned model: call prune(model, method) first")
+        if not 0 <= distill <= 1:
+            raise ValueError(f"distill={distill}: expected a weight in [0, 1]")
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
+        self.distill, self.temperature, self.pruner_lr = distill, temperature, pruner_lr
+        self.calibration_dataset = calibration_dataset
+        self.label_names = [*self.label_names] if self.label_names else ["labels"]
+        self.reached: dict[str, float] = {}
+        self.add_callback(_Stages(self))
+
+    @property
+    def pruner(self) -> TokenPruner:
+        """The method that is trained."""
+        return self.model.token_pruner
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list({*self._signature_columns, "teacher_logits", "token_counts"})
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Task loss, distillation and the method's own loss; only the task loss in evaluation."""
+        inputs = dict(inputs)
+        answers = inputs.pop("teacher_logits", None)
+        self.pruner.counts = inputs.pop("token_counts", None)
+        if any(name in inputs for name in self.label_names):
+            task, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+        else:
+            task, outputs = None, model(**inputs)
+        if not model.training:
+            return (task, outputs) if return_outputs else task
+        record = self.pruner.record
+        if answers is not None:
+            answers = {"logits": answers}
+        elif self.teacher is not None:
+            with torch.no_grad():
+                answers = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
+        if answers is None and task is None:
+            raise ValueError("no labels and no teacher: there is nothing to learn from")
+        loss = 0.0 if task is None else task
+        if answers is not None:
+            weight = 1.0 if task is None else self.distill
+            loss = (1 - weight) * loss + weight * distillation(outputs, answers, self.temperature)
+        loss = loss + self.pruner.loss(lambda **override: model(**{**inputs, **override}), inputs, record, answers)
+        self.reached["flops_fraction"] = record.flops_fraction().detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model=None):
+        """The Trainer's optimiser with a group of its own for the method's parameters."""
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            own = list(self.pruner.parameters())
+            if own:
+                ids = {id(p) for p in own}
+                for group in self.optimizer.param_groups:
+                    group["params"] = [p for p in group["params"] if id(p) not in ids]
+                self.optimizer.add_param_group(pruner_group(self.pruner, self.pruner_lr))
+                self.optimizer.register_step_pre_hook(rest)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add the share of the dense MACs in the last batch and the stage to what is logged."""
+        if "loss" in logs and "flops_fraction" in self.reached:
+            logs["flops_fraction"] = round(float(self.reached["flops_fraction"]), 4)
+        super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def calibrate(self, rows: int | None = None) -> dict[str, float]:
+        """Let the method meet its budget on (``rows`` of) the calibration data; returns what it reached."""
+        data = self.calibration_dataset or self.eval_dataset or self.train_dataset
+        data = self._remove_unused_columns(data) if hasattr(data, "column_names") else data
+        if rows is not None and rows < len(data):  # spread over all, which may be in the order of their labels
+            data = Subset(data, [i * len(data) // rows for i in range(rows)])
+        loader = DataLoader(data, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+        batches = [
+            {k: v for k, v in b.items() if k not in ("teacher_logits", "token_counts", "labels")} for b in loader
+        ]
+        was_training = self.model.training
+        self.model.eval()
+
+        def forward(batch: dict) -> Record:
+            self.model(**self._prepare_inputs(dict(batch)))
+            return self.pruner.record
+
+        try:
+            reached = self.pruner.calibrate(forward, batches)
+        finally:
+            self.model.train(was_training)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for parameter in self.pruner.parameters():
+                torch.distributed.broadcast(parameter.data, src=0)
+        return reached
+
+
+class _Stages(TrainerCallback):
+    """Tells the method how far the training is; has it meet its budget whenever the hard stage begins, pauses or ends.
+
+    That is at the end of a step, before anything is evaluated or saved: what is saved meets the budget, and training
+    that resumes there has nothing to catch up on.
+    """
+
+    def __init__(self, trainer: PruningTrainer):
+        self.trainer, self.phase = trainer, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._move(state)
+        if self.phase == "hard" and state.global_step == 0:
+            self.trainer.calibrate(CALIBRATION_ROWS)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        before, last = self.phase, state.global_step >= state.max_steps
+        self._move(state)
+        pauses = last or control.should_evaluate or state.epoch % 1 == 0
+        if self.phase == "hard" and (self.phase != before or pauses):
+            self.trainer.calibrate(None if last else CALIBRATION_ROWS)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            self._move(state)
+            self.trainer.reached.update(self.trainer.calibrate())
+
+    def _move(self, state) -> None:
+        pruner = self.trainer.pruner
+        pruner.progress = state.global_step / max(1, state.max_steps)
+        self.phase = pruner.phase(pruner.progress)

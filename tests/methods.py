@@ -1,0 +1,15 @@
+"""Every method, as the matrix runs it: keeping every token, and pruning. A new method is one line here."""
+
+from __future__ import annotations
+
+from thresher import LTP, FirstK, Random, Threshold, TopK
+
+# name: (keeps every token, lets tokens leave); made anew for each model
+METHODS = {
+    "topk": (lambda: TopK(keep=1.0), lambda: TopK(keep=0.6)),
+    "topk-counts": (lambda: TopK(keep=64), lambda: TopK(keep=(9, 6, 3))),
+    "random": (lambda: Random(keep=1.0), lambda: Random(keep=0.6)),
+    "firstk": (lambda: FirstK(keep=1.0), lambda: FirstK(keep=0.6)),
+    "threshold": (lambda: Threshold(0.0), lambda: Threshold((0.4, 0.6, 0.8))),
+    "ltp": (lambda: LTP(init=0.0), lambda: LTP(init=1.6)),
+}
