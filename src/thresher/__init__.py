@@ -1,10 +1,47 @@
 """Thresher: faster transformers by removing the tokens they no longer need."""
 
-from .api import dense, prune, unprune
-from .methods.ltp import LTP
-from .methods.threshold import Threshold
-from .methods.topk import FirstK, Random, TopK
-from .pruner import TokenPruner
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import dense, prune, unprune
+    from .methods.ltp import LTP
+    from .methods.threshold import Threshold
+    from .methods.topk import FirstK, Random, TopK
+    from .pruner import TokenPruner
+    from .training import PruningTrainer
 
 __version__ = "0.1.0"
-__all__ = ["LTP", "FirstK", "Random", "Threshold", "TokenPruner", "TopK", "dense", "prune", "unprune"]
+__all__ = [
+    "LTP",
+    "FirstK",
+    "PruningTrainer",
+    "Random",
+    "Threshold",
+    "TokenPruner",
+    "TopK",
+    "dense",
+    "prune",
+    "unprune",
+]
+_HOMES = {
+    "api": ("dense", "prune", "unprune"),
+    "methods.ltp": ("LTP",),
+    "methods.threshold": ("Threshold",),
+    "methods.topk": ("FirstK", "Random", "TopK"),
+    "pruner": ("TokenPruner",),
+    "training": ("PruningTrainer",),
+}
+
+
+def __getattr__(name: str):
+    """Import a public name when it is first used: the command line is quick because torch can wait."""
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f".{home}", __name__), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

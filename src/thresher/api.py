@@ -26,8 +26,9 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor
         model: any transformers model with a stack of attention layers.
         method: e.g. ``LTP(target_flops=0.4)`` or ``TopK(keep=0.5)``. None: what the model's config.json says, with the
             parameters that lie in its weights.
-        executor: "mask" hides dropped tokens (reference), "padded" shortens to the widest row, "packed" has no padding at
-            all; "auto" takes mask while a method trains softly, else packed where the model allows, else padded. Not saved.
+        executor: "mask" hides dropped tokens (reference), "padded" shortens to the widest row, "packed" has no padding
+            at all; "auto" takes mask while a method trains softly, else packed where the model allows, else padded.
+            Not saved.
 
     Returns:
         The same model; the method is its submodule ``token_pruner``, which carries the ``report`` of the last forward.
@@ -50,7 +51,9 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor
     if method is None:
         config = getattr(model.config, CONFIG_KEY, None)
         if config is None:
-            raise ValueError(f"{type(model).__name__} has no {CONFIG_KEY} entry in its config.json: name a method to prune() with")
+            raise ValueError(
+                f"{type(model).__name__} has no {CONFIG_KEY} entry in its config.json: name a method to prune() with"
+            )
         method = TokenPruner.from_dict(config)
         weights = saved_weights(model)
     if getattr(model, MODULE, None) is not None:
@@ -61,7 +64,9 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor
     if weights is not None:
         found, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, method.state_dict()))
         if found != expected:
-            raise ValueError(f"corrupted checkpoint: it holds {found} of the pruner's weights, {method.name} needs {expected}")
+            raise ValueError(
+                f"corrupted checkpoint: it holds {found} of the pruner's weights, {method.name} needs {expected}"
+            )
         method.load_state_dict(weights)
     parameter = next(model.parameters())
     model.token_pruner = method.to(parameter.device)
@@ -79,8 +84,8 @@ def saved_weights(model: PreTrainedModel) -> dict:
     for name in _weight_files(source):
         try:
             with safe_open(name, framework="pt") as file:
-                prefix = MODULE + "."
-                found.update({k[len(prefix) :]: file.get_tensor(k) for k in file.keys() if k.startswith(prefix)})  # noqa: SIM118
+                own = [key for key in file.keys() if key.startswith(f"{MODULE}.")]  # noqa: SIM118  it is no dictionary
+                found.update({key.removeprefix(f"{MODULE}."): file.get_tensor(key) for key in own})
         except (SafetensorError, OSError) as error:
             raise ValueError(f"corrupted checkpoint: {name} cannot be read ({error})") from error
     return found
@@ -115,8 +120,8 @@ def dense(model: PreTrainedModel, *, unpadded: bool = False) -> Iterator[PreTrai
     """Within the context nothing is pruned.
 
     Args:
-        unpadded: keep the executor at work, with every token kept: under packed the dense model without its padding, which
-            is what pruning has to be compared with.
+        unpadded: keep the executor at work, with every token kept: under packed the dense model without its padding,
+            which is what pruning has to be compared with.
 
     Example:
         >>> with dense(model):

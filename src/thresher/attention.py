@@ -1,7 +1,7 @@
 """Looking into attention: the registered attention function, and the view a method has of a scored layer.
 
-Shapes: B batch, N tokens, H heads, d channels of a head. One attention function and one mask function are registered with
-transformers per base implementation, "pruned|sdpa" for "sdpa" and so on; nothing of transformers is replaced.
+Shapes: B batch, N tokens, H heads, d channels of a head. One attention function and one mask function are registered
+with transformers per base implementation, "pruned|sdpa" for "sdpa" and so on; nothing of transformers is replaced.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ class View:
 
     Attributes:
         layer: 0-based number of the layer.
-        site: position of the layer in the method's ``at``.
+        site: position of the layer in the method's ``at``; -1 where it has none.
+        scored: whether the method looks at the layer's attention.
+        scaling: of the layer's logits.
         tokens: the tokens that entered the layer.
         protected: (B, N) bool, tokens that are never dropped.
         keep: (B, N) bool, the decision, once it was made.
         score: (B, N), the method's score, once it was made.
     """
 
-    def __init__(self, layer: int, site: int, tokens: Tokens, protected: Tensor, hidden: Tensor):
+    def __init__(self, layer: int, site: int, tokens: Tokens, protected: Tensor, hidden: Tensor, scored: bool):
         self.layer, self.site, self.tokens, self.protected, self._hidden = layer, site, tokens, protected, hidden
+        self.scored, self.scaling = scored, 1.0
         self.score: Tensor | None = None
         self.keep: Tensor | None = None
         self.after: Tokens | None = None
@@ -43,7 +46,8 @@ class View:
 
     def see(self, module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
         """Called by the attention function with query (B, H, N, d) and key, both (1, H, T, d) when packed."""
-        self._seen = (module, query, key, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        self.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        self._seen = (module, query, key, mask, self.scaling)
 
     def see_weights(self, weights: Tensor) -> None:
         """Called with the attention probabilities (B, H, N, N) of an implementation that makes them."""
@@ -80,9 +84,9 @@ class View:
     def received(self) -> Tensor:
         """(B, N) fp32: the attention each token receives, relative to uniform attention (live tokens average 1).
 
-        The mean over heads and live query rows of the attention probabilities before dropout (LTP eq. 1, "column mean"),
-        times the number of live tokens, so that thresholds carry over lengths. Padding and dead tokens neither vote nor
-        receive; in a soft stage each row votes with its gate.
+        The mean over heads and live query rows of the attention probabilities before dropout (LTP eq. 1, "column
+        mean"), times the number of live tokens, so that thresholds carry over lengths. Padding and dead tokens neither
+        vote nor receive; in a soft stage each row votes with its gate.
         """
         votes = self.tokens.votes
         if self._received is not None:
@@ -100,7 +104,9 @@ class View:
         module, query, key, mask, scaling = self._seen
         parts = []
         for sequence, row, count, length in self.tokens.runs():
-            q, k = (x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key))
+            q, k = (
+                x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key)
+            )
             step = 1 if mask is not None else max(1, CHUNK // max(1, length * length))
             for i in range(0, count, step):
                 m = None if mask is None else self.tokens.sequence_mask(mask, sequence + i)
@@ -153,7 +159,9 @@ def column_mean(query: Tensor, key: Tensor, bias: Tensor | None, votes: Tensor, 
     One chunk of heads at a time: the probabilities of all heads at once cost several times as much from N = 256 up.
     """
     heads, key = query.shape[1], repeat_heads(key, query)
-    step = max(1, CHUNK // max(1, query.shape[0] * query.shape[2] * key.shape[2]))
+    step = heads  # a graph knows no sizes
+    if not torch.compiler.is_compiling():
+        step = max(1, CHUNK // max(1, query.shape[0] * query.shape[2] * key.shape[2]))
     total = 0
     with torch.autocast(query.device.type, enabled=False):
         for h in range(0, heads, step):
@@ -162,6 +170,25 @@ def column_mean(query: Tensor, key: Tensor, bias: Tensor | None, votes: Tensor, 
                 logits = logits + (bias if bias.dim() < 4 or bias.shape[1] == 1 else bias[:, h : h + step])
             total = total + (votes[:, None, None] @ logits.softmax(-1)).sum(1)[:, 0]
     return total / heads
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def attend_and_score(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of full rows, and what each token receives on the way: one product of queries and keys instead of two.
+
+    Shapes: query (B, H, N, d), key and value with H or fewer heads; returns (B, N, H, d) and (B, N) fp32.
+    """
+    logits = (query * scaling) @ repeat_heads(key, query).transpose(-1, -2)
+    if bias is not None:
+        logits = logits + bias
+    weights = logits.softmax(-1, dtype=torch.float32)
+    output = weights.to(value.dtype) @ repeat_heads(value, query)
+    return output.transpose(1, 2), weights.sum(2).mean(1)
 
 
 def base_function(module, name: str):
@@ -193,21 +220,29 @@ class PrunedAttention:
     def _packed(self, function, module, query, key, value, mask, view: View, kwargs):
         """One call per run of equally long neighbours, or per sequence where a mask tells them apart."""
         tokens, outputs, received = view.tokens, [], []
+        fused = view.scored and not (kwargs["dropout"] and module.training) and kwargs.get("softcap") is None
         for sequence, row, count, length in tokens.runs():
-            run = [x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value)]
+            run = [
+                x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1)
+                for x in (query, key, value)
+            ]
             masks = [None if mask is None else tokens.sequence_mask(mask, sequence + i) for i in range(count)]
-            if all(m is None for m in masks):
-                calls = [(run, None)]
+            if any(m is not None for m in masks):
+                step = 1
             else:
-                calls = [([x[i : i + 1] for x in run], m) for i, m in enumerate(masks)]
-            for qkv, m in calls:
-                output, weights = function(module, *qkv, m, **self._free(module, mask, kwargs))
+                step = max(1, CHUNK // (query.shape[1] * length * length)) if fused else count
+            for i in range(0, count, step):
+                qkv, m = [x[i : i + step] for x in run], masks[i]
+                if fused:
+                    bias = None if m is None and mask is not None else additive(m, qkv[0], module)
+                    output, scores = attend_and_score(*qkv, bias, view.scaling)
+                    received.append(scores.flatten())
+                else:
+                    output, _ = function(module, *qkv, m, **self._free(module, mask, kwargs))
                 outputs.append(output.flatten(0, 1))
-                if view.site >= 0 and weights is not None and not (kwargs["dropout"] and module.training):
-                    received.append(weights.float().sum(2).mean(1).flatten())
         if received:
-            view.see_received(torch.cat(received)[None])
-        return torch.cat(outputs)[None], None
+            view.see_received(_joined(received)[None])
+        return _joined(outputs)[None], None
 
     @staticmethod
     def _free(module, mask, kwargs):
@@ -225,7 +260,9 @@ def register(base: str) -> str:
         if base != "eager" and base not in ALL_ATTENTION_FUNCTIONS:
             raise ValueError(f"attention implementation {base!r} is unknown; known: {sorted(ALL_ATTENTION_FUNCTIONS)}")
         if base not in ALL_MASK_ATTENTION_FUNCTIONS:
-            raise ValueError(f"attention implementation {base!r} has no mask function; load the model with 'sdpa' or 'eager'")
+            raise ValueError(
+                f"attention implementation {base!r} has no mask function; load the model with 'sdpa' or 'eager'"
+            )
         AttentionInterface.register(name, PrunedAttention(base))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name

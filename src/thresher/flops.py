@@ -1,7 +1,7 @@
 """Counting multiply-accumulates (MACs) from the tokens that were really there. Pure arithmetic.
 
-Encoder layers only, live tokens only, each sub-block charged at the tokens that passed it. For a standard layer of n tokens,
-C channels and I intermediate channels that is 4nC^2 + 2nCI + 2n^2C, and n^2C more for a column-mean score.
+Encoder layers only, live tokens only, each sub-block charged at the tokens that passed it. For a standard layer of n
+tokens, C channels and I intermediate channels that is 4nC^2 + 2nCI + 2n^2C, and n^2C more for a column-mean score.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerCost:
-    """MACs of one layer: ``attention`` and ``ffn`` per token (the sizes of their weights), ``width`` = heads x head size."""
+    """MACs of one layer: ``attention`` and ``ffn`` per token (the sizes of their weights), ``width`` = heads x head
+    size."""
 
     attention: int
     ffn: int
@@ -30,7 +31,8 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class LayerCount:
-    """Tokens of one layer in one forward: (B,) entering its attention, (B,) entering its FFN, and whether it was scored."""
+    """Tokens of one layer in one forward: (B,) entering its attention, (B,) entering its FFN, and whether it was
+    scored."""
 
     n_attention: Tensor
     n_ffn: Tensor

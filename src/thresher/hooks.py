@@ -1,8 +1,8 @@
 """Attach a method to a model: narrow what each layer is given, let the method act, put every token back at the end.
 
-All hooks are bound methods, so that ``copy.deepcopy`` takes them along. What a layer needs travels in its keyword arguments
-(the ``View``): a checkpointed layer that runs again in the backward pass finds what it found the first time. Between layers
-it lies in a ``Forward``, one per thread.
+All hooks are bound methods, so that ``copy.deepcopy`` takes them along. What a layer needs travels in its keyword
+arguments (the ``View``): a checkpointed layer that runs again in the backward pass finds what it found the first time.
+Between layers it lies in a ``Forward``, one per thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .attention import View, register
 from .flops import LayerCount
 from .pruner import TokenPruner
 from .stack import describe, find_stack
-from .tokens import LAYOUTS, Packed, Padded, Tokens
+from .tokens import LAYOUTS, Padded, Tokens
 
 # The per-token arguments of layers, besides the mask, and their token dimensions; all else is passed on as it is.
 PER_TOKEN = {"position_embeddings": (-2,), "position_ids": (-1,), "relative_pos": (-2, -1), "position_bias": (-2, -1)}
@@ -40,7 +40,7 @@ class Forward:
 
 
 class Hooks:
-    """The hooks of one pruned model. ``mode`` is "pruned", "unpadded" (nothing leaves) or "dense" (the hooks do nothing)."""
+    """The hooks of one pruned model; ``mode``: "pruned", "unpadded" (nothing leaves) or "dense" (they do nothing)."""
 
     def __init__(self, model: PreTrainedModel, pruner: TokenPruner, executor: str):
         self.stack, self.pruner, self.executor, self.mode = find_stack(model), pruner, executor, "pruned"
@@ -48,7 +48,8 @@ class Hooks:
         self.packable = self.stack.shown and self.stack.carried and not self.stack.relative
         if executor == "packed" and not self.packable:
             raise ValueError(
-                f"executor='packed' is not possible with {type(self.stack.base).__name__}: its attention takes position biases "
+                f"executor='packed' is not possible with {type(self.stack.base).__name__}: its attention takes "
+                f"position biases "
                 "or does not hand its arguments to transformers' attention interface; use executor='padded' or 'auto'"
             )
         self.inputs = list(inspect.signature(self.stack.base.forward).parameters)
@@ -121,7 +122,8 @@ class Hooks:
             self.forward = Forward(mask, given.get("input_ids"))
         elif mask is not None and not bool(mask.all()):
             raise ValueError(
-                "a padded batch cannot decode on a pruned cache: the mask is read by column and the cache has fewer of them; "
+                "a padded batch cannot decode on a pruned cache: the mask is read by column and the cache has "
+                "fewer of them; "
                 "generate within dense(model), or one prompt at a time"
             )
 
@@ -155,7 +157,7 @@ class Hooks:
                 kwargs["attention_mask"] = tokens.mask(mask, hidden.dtype, self.stack.causal, self.eager)
         site = self.pruner.site(forward.layer) if self.mode == "pruned" else -1
         protected = forward.protected.gather(1, tokens.index) & tokens.alive
-        view = View(forward.layer, site, tokens, protected, hidden)
+        view = View(forward.layer, site, tokens, protected, hidden, site >= 0 and self.pruner.needs_attention)
         forward.views.append(view)
         if not self.stack.shown and site >= 0 and "output_attentions" in self.stack.arguments:
             kwargs["output_attentions"] = True
@@ -181,7 +183,9 @@ class Hooks:
         """Attention block post-hook: take its probabilities; where it returns the residual state, tokens leave here."""
         view = kwargs.get("token_view")
         if view is None and not self.stack.carried:
-            view = next((v for a in (*args, *kwargs.values()) if (v := getattr(a, "token_view", None)) is not None), None)
+            view = next(
+                (v for a in (*args, *kwargs.values()) if (v := getattr(a, "token_view", None)) is not None), None
+            )
         if view is None or view.site < 0:
             return None
         if not self.stack.shown and isinstance(output, tuple) and output[1] is not None:
@@ -204,7 +208,8 @@ class Hooks:
     def _check(self, view: View) -> None:
         if self.pruner.needs_attention and not view.ready:
             raise RuntimeError(
-                f"layer {view.layer} of {self.info.name} delivered no attention, so nothing would be pruned; load the model with "
+                f"layer {view.layer} of {self.info.name} delivered no attention, so nothing would be pruned; load "
+                f"the model with "
                 "attn_implementation='sdpa' or 'eager', and do not change it after prune()"
             )
 
@@ -228,7 +233,7 @@ class Hooks:
             if not self.stack.inside:
                 last_complete, hidden = hidden, view.after.take(hidden) if view.after is not tokens else hidden
             if view.after is not tokens:
-                view.after.full = tokens.restore(last_complete)
+                view.after.store(tokens.restore(last_complete))
             forward.tokens = view.after
         passed = forward.tokens.live if self.stack.inside and scored else tokens.live
         forward.counts.append(LayerCount(tokens.live, passed, scored and self.pruner.needs_attention))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -138,20 +139,20 @@ class Training:
         ours = (self.out / SUMMARY).exists()
         if not ours and self.out.exists() and any(self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and holds no {SUMMARY}: choose another folder for the result")
-        if fresh:
-            for folder in (self.out, self.work):
-                shutil.rmtree(folder, ignore_errors=True)
-        elif ours:
+        if ours and not fresh:
             summary = json.loads((self.out / SUMMARY).read_text())
             self._same(summary["recipe"], self.out)
             return summary["rows"]
-        elif self.claim.exists():
+        if self.claim.exists() and not fresh:
             self._same(json.loads(self.claim.read_text()), self.work)
         started = time.time()
         task, parts, cut = self._data()
+        for folder in (self.out, self.work):
+            if fresh and folder.exists():
+                shutil.rmtree(folder)
         # 1. the dense model
         folder = Path(recipe.dense_model) if recipe.dense_model else self.work / "dense"
-        if not (folder / "config.json").exists():
+        if not recipe.dense_model and not (folder / "config.json").exists():
             set_seed(recipe.seed)
             net = self._classifier(recipe.model, task)
             self._claim()
@@ -164,7 +165,7 @@ class Training:
         net = self._classifier(str(folder), task).eval()
         self._claim()
         taught = self._taught(net, parts["train"])
-        before = self._predict(net, parts["test"], "dense")
+        before = predict(net, parts["test"], batch_size=recipe.batch_size)
         counts = None
         if recipe.replay:
             source = load(recipe.replay)[0]
@@ -189,16 +190,18 @@ class Training:
             self._train(trainer)
         trainer.reached.update(trainer.calibrate())  # once more in fp32, in which the model is measured
         # 3. what came of it, on the test part, which chose nothing
-        after = self._predict(net.eval(), parts["test"], recipe.method, counts)
+        after = predict(net.eval(), parts["test"], batch_size=recipe.batch_size, counts=counts)
+        steps = {"dense": self._dense_steps(parts["train"]), "prune": trainer.state.global_step}
         rows = [
-            self._row(task, parts["test"], before, before, "dense", None),
-            self._row(task, parts["test"], after, before, recipe.method, trainer.state.global_step),
+            self._row(task, parts["test"], before, before, "dense", steps["dense"]),
+            self._row(task, parts["test"], after, before, recipe.method, steps["prune"]),
         ]
         if pruner is None:
             unprune(net)
         summary = {
             "recipe": asdict(recipe),
             "rows": rows,
+            "steps": steps,
             "reached": {k: float(v) for k, v in trainer.reached.items()},
             "seconds": round(time.time() - started, 1),
             "texts_cut": cut,
@@ -292,20 +295,21 @@ class Training:
             raise KeyboardInterrupt
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # ends autocast, which would stay
 
-    def _predict(self, net: PreTrainedModel, test, name: str, counts=None) -> Predictions:
-        return predict(net, test, batch_size=self.recipe.batch_size, counts=counts)
+    def _dense_steps(self, train) -> int:
+        r = self.recipe
+        return 0 if r.dense_model else math.ceil(r.epochs * math.ceil(len(train) / r.batch_size))
 
-    def _row(self, task: Task, test, result: Predictions, before: Predictions, method: str, steps: int | None) -> dict:
+    def _row(self, task: Task, test, result: Predictions, before: Predictions, method: str, steps: int) -> dict:
         options = self.recipe.method_options or {}
         return row(
             task=task.name,
             model=Path(self.recipe.model).name,
             method=method,
-            target_flops=options.get("target_flops") if steps is not None else None,
+            target_flops=None if method == "dense" else options.get("target_flops"),
             seed=self.recipe.seed,
             runtime="torch",
             precision="fp32",
-            mode="dense-unpadded" if steps is None else "pruned",
+            mode="dense-unpadded" if method == "dense" else "pruned",
             threads=torch.get_num_threads(),
             metric=task.metric,
             quality=quality(result, test["labels"], task.metric),

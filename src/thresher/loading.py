@@ -61,7 +61,8 @@ def classifier(
             setattr(config, name, dropout)
     if getattr(config, CONFIG_KEY, None) is not None:
         raise ValueError(f"{model} is pruned already: train from its dense model")
-    # the fused attention of CPUs has a slow backward: at 53 tokens the probabilities are 2-3 times as fast to train with
+    # the fused attention of CPUs has a slow backward: at 53 tokens the probabilities are 2-3 times as fast to train
+    # with
     on_cpu = not torch.cuda.is_available()
     net = open_model(
         model, config=config, ignore_mismatched_sizes=True, **({"attn_implementation": "eager"} if on_cpu else {})

@@ -32,10 +32,20 @@ def hardware() -> str:
 
 
 def command() -> str:
-    """The command line, with paths relative to where it was called."""
-    here = os.getcwd()
-    words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
-    return shlex.join(os.path.relpath(w, here) if os.path.isabs(w) else w for w in words)
+    """The command line; of absolute paths, what lies below the folder where it was called, else their last part."""
+    here = os.getcwd() + os.sep
+
+    def local(word: str) -> str:
+        option, equals, path = word.rpartition("=")
+        if not os.path.isabs(path):
+            return word
+        return (
+            option
+            + equals
+            + (path.removeprefix(here) if path.startswith(here) else os.path.basename(path.rstrip(os.sep)))
+        )
+
+    return shlex.join([os.path.basename(sys.argv[0]), *map(local, sys.argv[1:])])
 
 
 def environment() -> dict[str, str]:

@@ -70,8 +70,8 @@ class TokenPruner(nn.Module):
     """Base class of the methods.
 
     Args:
-        at: 0-based layers after whose attention tokens leave; the score of layer i decides what goes on from i. Default:
-            a quarter, a half and three quarters of the depth.
+        at: 0-based layers after whose attention tokens leave; the score of layer i decides what goes on from i.
+            Default: a quarter, a half and three quarters of the depth.
         protect: tokens that never leave: positions among the live tokens (negative ones from the end), or
             ``{"ids": [...]}`` for token ids. Default: the first token of text encoders, the last of decoders, class,
             distillation and register tokens of vision models. At run time a bool (B, N) may be assigned as well.
@@ -154,7 +154,8 @@ class TokenPruner(nn.Module):
         for layer in at:
             if not info.first_site <= layer <= info.last_site:
                 raise ValueError(
-                    f"at={list(at)}: layer {layer} is not possible in {info.name}; its {info.depth} layers can be pruned at "
+                    f"at={list(at)}: layer {layer} is not possible in {info.name}; its {info.depth} layers can be "
+                    f"pruned at "
                     f"{info.first_site}..{info.last_site} (0-based)"
                 )
         if list(at) != sorted(set(at)):
@@ -208,7 +209,9 @@ class TokenPruner(nn.Module):
         Sums over the batch; padding is not counted.
         """
         if self.record is None:
-            raise RuntimeError("no forward has been recorded yet: call the model first (compiled models record nothing)")
+            raise RuntimeError(
+                "no forward has been recorded yet: call the model first (compiled models record nothing)"
+            )
         rows = []
         start = self.record.counts[0].n_attention.float()
         for layer, (cost, count) in enumerate(zip(self.record.costs, self.record.counts, strict=True)):
@@ -255,6 +258,10 @@ class TokenPruner(nn.Module):
         except (TypeError, ValueError) as error:
             raise ValueError(f"{entry} is nothing that {method.__name__} can take: {error}") from error
 
+    def __getstate__(self) -> dict:
+        """What a copy takes along: not the record of the last forward, whose tensors belong to a graph."""
+        return {**self.__dict__, "record": None, "counts": None}
+
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("method", "version"))
 
@@ -267,7 +274,8 @@ def top_k(score: Tensor, k: Tensor, alive: Tensor) -> Tensor:
 
 
 def kept_count(keep: float | int, live: Tensor, protected: Tensor | int = 0) -> Tensor:
-    """(B,) = max(protected, 1, ceil(keep * live)) for a fraction, in thousandths; a count is clipped to ``live`` (B,)."""
+    """(B,) = max(protected, 1, ceil(keep * live)) for a fraction, in thousandths; a count is clipped to ``live``
+    (B,)."""
     if isinstance(keep, int):
         k = live.clamp(max=keep)
     else:
@@ -277,6 +285,8 @@ def kept_count(keep: float | int, live: Tensor, protected: Tensor | int = 0) -> 
 
 def check_keep(keep: Any, what: str = "keep") -> None:
     """Raise ValueError unless ``keep`` is a fraction in (0, 1] or a count >= 1."""
-    ok = not isinstance(keep, bool) and (isinstance(keep, int) and keep >= 1 or isinstance(keep, float) and 0 < keep <= 1)
+    ok = not isinstance(keep, bool) and (
+        (isinstance(keep, int) and keep >= 1) or (isinstance(keep, float) and 0 < keep <= 1)
+    )
     if not ok:
         raise ValueError(f"{what}={keep!r}: expected a fraction in (0, 1] or a whole number of tokens from 1 up")

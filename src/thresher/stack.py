@@ -67,17 +67,22 @@ def find_stack(model: PreTrainedModel) -> Stack:
     inner = [m for m in holders if not any(h is not m and h in set(m.modules()) for h in holders)]
     if not inner:
         raise ValueError(
-            f"no transformer layers were found in {type(model).__name__}: neither _can_record_outputs['hidden_states'] nor a "
+            f"no transformer layers were found in {type(model).__name__}: neither "
+            f"_can_record_outputs['hidden_states'] nor a "
             "list called layer, layers, h or blocks; pass the sub-model that holds the layers"
         )
     if len(inner) > 1:
         names = ", ".join(type(m).__name__ for m in inner)
-        raise ValueError(f"{type(model).__name__} holds several stacks of layers ({names}): prune one of these sub-models")
+        raise ValueError(
+            f"{type(model).__name__} holds several stacks of layers ({names}): prune one of these sub-models"
+        )
     base, layers = inner[0], layers_of(inner[0])
     layer = layers[0]
     names = [n for n, m in layer.named_children() if re.search("attn|attention", n) and linear_size(m)]
     if not names:
-        raise ValueError(f"no attention block was found in {type(layer).__name__}: expected a child named like attn or attention")
+        raise ValueError(
+            f"no attention block was found in {type(layer).__name__}: expected a child named like attn or attention"
+        )
     block = layer.get_submodule(names[0])
     cores = [m for m in block.modules() if "attention_interface(" in source(m)]
     arguments = list(inspect.signature(layer.forward).parameters)
@@ -155,12 +160,14 @@ def _source(kind: type[nn.Module]) -> str:
 
 
 def hands_on(module: nn.Module, call: str) -> bool:
-    """Whether a forward passes its ``**kwargs`` to ``call``; read from the source, as transformers does in such questions."""
+    """Whether a forward passes its ``**kwargs`` to ``call``; read from the source, as transformers does in such
+    questions."""
     return bool(re.search(r"\*\*\w+", source(module).partition(call)[2]))
 
 
 def returns_residual_state(layer: nn.Module, block: nn.Module) -> bool:
-    """Post-LN layers of BERT's kind: one of the layer's two norms lies within the attention block, after its residual."""
+    """Post-LN layers of BERT's kind: one of the layer's two norms lies within the attention block, after its
+    residual."""
     norms = [m for m in layer.modules() if isinstance(m, nn.LayerNorm)]
     if len(norms) != 2 or norms[0].weight is None or norms[0].weight.shape != norms[1].weight.shape:
         return False

@@ -1,7 +1,7 @@
 """What is left of a batch of sequences: drop tokens, and put every token back at its place.
 
-Shapes: B batch, N slots now, N0 tokens at the start, T live tokens of the whole batch, C channels. Three layouts hold the
-same tokens and mean the same thing; which one runs is the executor:
+Shapes: B batch, N slots now, N0 tokens at the start, T live tokens of the whole batch, C channels. Three layouts hold
+the same tokens and mean the same thing; which one runs is the executor:
 
 ========  =======================  =============================================================
 masked    hidden (B, N0, C)        dropped tokens stay and are hidden from attention: the reference
@@ -23,10 +23,10 @@ from torch import Tensor
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """Gather ``index`` (B, K) along ``dim`` of ``x``, whose leading dimension is 1 or B."""
-    x = x.expand(index.shape[0], *x.shape[1:])
-    shape = [1] * x.dim()
+    shape, whole = [1] * x.dim(), [index.shape[0], *x.shape[1:]]
     shape[0], shape[dim] = index.shape
-    return torch.take_along_dim(x, index.view(shape), dim)
+    x, whole[dim] = x.expand(whole), index.shape[1]
+    return x.gather(dim, index.view(shape).expand(whole))  # take_along_dim cannot broadcast a width known at run time only
 
 
 class Tokens:
@@ -36,7 +36,8 @@ class Tokens:
         alive: (B, N) bool, the slots that hold a live token (padding and dropped tokens are False).
         index: (B, N) long, the original position of the token in each slot.
         full: (B, N0, C), the last complete state of every original token; None until something was dropped.
-        blank: (B,) bool, rows that came without a single live token; they pass as in the dense model. None: no such row.
+        blank: (B,) bool, rows that came without a single live token; they pass as in the dense model. None: no such
+            row.
         log_gate: (B, N) or None, the logarithm of each token's soft gate while a method trains softly.
     """
 
@@ -75,6 +76,10 @@ class Tokens:
         new.log_gate, new.touched = log_gate if self.log_gate is None else self.log_gate + log_gate, True
         return new
 
+    def store(self, full: Tensor) -> None:
+        """Take over (B, N0, C), what the tokens before the drop restored, as the last complete states."""
+        self.full = full
+
     def unchanged(self, keep: Tensor) -> bool:
         """Whether ``keep`` drops nothing (never known while a graph is traced: there the general path is taken)."""
         return not torch.compiler.is_compiling() and bool((keep == self.alive).all())
@@ -108,11 +113,13 @@ class Tokens:
     def mask(self, mask: Tensor | None, dtype: torch.dtype, causal: bool, additive: bool) -> Tensor | None:
         """A layer's attention mask of original size for the tokens that are left; of the same kind as the one given.
 
-        Kinds: bool (True = attend), additive float, 0/1 integers. None means causal in a ``causal`` model and all elsewhere;
-        it becomes an ``additive`` or a bool one. Soft gates enter as log(gate) on the key, in an additive mask of ``dtype``.
+        Kinds: bool (True = attend), additive float, 0/1 integers. None means causal in a ``causal`` model and all
+            elsewhere;
+        it becomes an ``additive`` or a bool one. Soft gates enter as log(gate) on the key, in an additive mask of
+        ``dtype``.
         """
         alive = self.alive[:, None, None]
-        additive = additive and mask is None or self.log_gate is not None
+        additive = (additive and mask is None) or self.log_gate is not None
         if mask is None:
             mask = self.index[:, None, :, None] >= self.index[:, None, None] if causal else torch.ones_like(alive)
         elif mask.shape[-2] == 1 or mask.stride(-2) == 0:  # the same for every query
@@ -123,7 +130,11 @@ class Tokens:
             own = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
             alive = alive | (own if self.blank is None else own & ~self.blank[:, None, None, None])
         if additive:
-            bias = torch.zeros((), dtype=dtype, device=mask.device) if self.log_gate is None else self.log_gate[:, None, None]
+            bias = (
+                torch.zeros((), dtype=dtype, device=mask.device)
+                if self.log_gate is None
+                else self.log_gate[:, None, None]
+            )
             if mask.dtype == torch.bool:
                 return torch.where(mask & alive, bias.to(dtype), torch.finfo(dtype).min)
             return mask + bias if mask.is_floating_point() else mask * (bias > math.log(0.5))
@@ -201,6 +212,7 @@ class Packed(Tokens):
     rows: Tensor
     lengths: list[int]
     source: Tensor | None = None  # (T,) rows of the layout before
+    owned: bool = False  # ``full`` is a copy of our own, so that without gradients it may be written in place
 
     def enter(self, hidden: Tensor) -> Tensor:
         self.touched = True
@@ -244,6 +256,9 @@ class Packed(Tokens):
     def mask(self, mask: Tensor | None, dtype: torch.dtype, causal: bool, additive: bool) -> Tensor | None:
         return mask  # each sequence cuts its own part, see sequence_mask
 
+    def store(self, full: Tensor) -> None:
+        self.full, self.owned = full, True
+
     def runs(self) -> list[tuple[int, int, int, int]]:
         """(first sequence, first row, number of sequences, their length) of each run of equally long neighbours."""
         runs, row, sequence = [], 0, 0
@@ -269,7 +284,12 @@ class Packed(Tokens):
         return memory[sequence]
 
     def restore(self, hidden: Tensor) -> Tensor:
+        if len(self.rows) == self.full.shape[0] * self.full.shape[1]:  # all are there, in their order
+            return hidden.view_as(self.full)
         full = self.full.to(hidden.dtype)  # autocast may have changed it
+        if self.owned and not torch.is_grad_enabled():
+            full.view(-1, full.shape[-1]).index_copy_(0, self.rows, hidden[0])
+            return full
         return full.flatten(0, 1).index_copy(0, self.rows, hidden[0]).view_as(full)
 
 

@@ -21,24 +21,26 @@ MOST, FAR = 20, 64.0  # steps of the search, and the shift at which every token 
 class LTP(TokenPruner):
     """Learned thresholds on the attention received (Kim et al., "Learned Token Pruning for Transformers", KDD 2022).
 
-    A token leaves after layer l if its score s is below that layer's threshold. In the soft stage a token fades instead with
-    the gate sigmoid((s - threshold) / temperature) (their eq. 6) and the thresholds learn with the weights; in the hard stage
-    the thresholds are fixed and the weights go on.
+    A token leaves after layer l if its score s is below that layer's threshold. In the soft stage a token fades
+    instead with the gate sigmoid((s - threshold) / temperature) (their eq. 6) and the thresholds learn with the
+    weights; in the hard stage the thresholds are fixed and the weights go on.
 
-    Departures. The score is relative to uniform attention over live rows (theirs is divided by the padded length: the same at
-    one length, but theirs does not carry over to another). The gate enters the attention of the following layers as
-    log(gate) on the key: a gate of 0 is exactly removal and a gate of 1 exactly presence, in pre-LN models too, where
-    a gate on the layer's output is undone by the next LayerNorm. Gates multiply over layers. [CLS] never leaves. The budget
-    is a FLOPs target instead of a weight to search for: a quadratic penalty on the expected MACs (as LTMP's, Bonnaerens and
-    Dambre, TMLR 2023) whose target falls from 1 over the first half of the soft stage, and one common shift of all
-    thresholds, found by bisection on held-out inputs, whenever the hard stage begins, is evaluated or ends.
+    Departures. The score is relative to uniform attention over live rows (theirs is divided by the padded length: the
+    same at one length, but theirs does not carry over to another). The gate enters the attention of the following
+    layers as log(gate) on the key: a gate of 0 is exactly removal and a gate of 1 exactly presence, in pre-LN models
+    too, where a gate on the layer's output is undone by the next LayerNorm. Gates multiply over layers. [CLS] never
+    leaves. The budget is a FLOPs target instead of a weight to search for: a quadratic penalty on the expected MACs
+    (as LTMP's, Bonnaerens and Dambre, TMLR 2023) whose target falls from 1 over the first half of the soft stage, and
+    one common shift of all thresholds, found by bisection on held-out inputs, whenever the hard stage begins, is
+    evaluated or ends.
 
     Args:
-        target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. None: no target, the
-            L1 penalty ``weight`` * mean gate of the paper's eq. 7.
+        target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. None: no target,
+            the L1 penalty ``weight`` * mean gate of the paper's eq. 7.
         weight: of the penalty. Default 10 with a target, 0.1 without.
         temperature: of the gates, in units of uniform attention. The paper's 1e-4..2e-3 at length 128 are 0.013..0.26.
-        init: the first threshold of the last layer; the others rise to it linearly with depth (1.28 = their 0.01 * 128).
+        init: the first threshold of the last layer; the others rise to it linearly with depth (1.28 = their 0.01 *
+            128).
         soft_until: share of the training that is soft.
     """
 
@@ -58,7 +60,8 @@ class LTP(TokenPruner):
             raise ValueError(f"temperature={self.temperature}: expected a positive number")
 
     def default_at(self, info: StackInfo) -> tuple[int, ...]:
-        """Every layer; the last only for heads that read the first token alone, which no other token can reach any more."""
+        """Every layer; the last only for heads that read the first token alone, which no other token can reach any
+        more."""
         last = info.last_site if info.reads_first_only else min(info.last_site, info.depth - 2)
         return tuple(range(info.first_site, last + 1))
 
@@ -91,7 +94,8 @@ class LTP(TokenPruner):
     def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
         """Shift all thresholds by one number so that the hard model meets ``target_flops`` on ``batches``.
 
-        ``forward(batch)`` runs the model and returns the ``Record``. Raises ValueError where the target cannot be reached.
+        ``forward(batch)`` runs the model and returns the ``Record``. Raises ValueError where the target cannot be
+        reached.
         """
         if self.target_flops is None:
             return {}
@@ -106,7 +110,8 @@ class LTP(TokenPruner):
         if reached > self.target_flops * 1.02 and float(self.threshold[0] - start[0]) > FAR:
             self.threshold.copy_(start)
             raise ValueError(
-                f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: with every token but the protected "
+                f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: with every token but "
+                f"the protected "
                 f"ones gone {reached:.3f} of the MACs are left; prune at earlier layers or choose a larger target"
             )
         return {"flops_fraction": reached, "shift": float(self.threshold[0] - start[0])}

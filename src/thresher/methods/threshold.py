@@ -15,8 +15,8 @@ from ..pruner import StackInfo, TokenPruner
 class Threshold(TokenPruner):
     """Manual thresholds on the attention received: LTP's own baseline (Kim et al., KDD 2022).
 
-    The unit is relative to uniform attention: 1 is what every token would get if attention were even, so a threshold carries
-    over lengths. A published absolute threshold at padded length 128 becomes 128 times as much here.
+    The unit is relative to uniform attention: 1 is what every token would get if attention were even, so a threshold
+    carries over lengths. A published absolute threshold at padded length 128 becomes 128 times as much here.
 
     Args:
         threshold: for all sites, or one per site. Up to 1 a row always keeps a token by itself.
@@ -29,7 +29,9 @@ class Threshold(TokenPruner):
     def build(self, info: StackInfo) -> None:
         values = self.threshold if isinstance(self.threshold, (tuple, list)) else [self.threshold] * len(self.sites)
         if len(values) != len(self.sites):
-            raise ValueError(f"threshold has {len(values)} entries for the {len(self.sites)} sites at={list(self.sites)}")
+            raise ValueError(
+                f"threshold has {len(values)} entries for the {len(self.sites)} sites at={list(self.sites)}"
+            )
         if any(value < 0 for value in values):
             raise ValueError(f"threshold={self.threshold!r}: expected numbers from 0 up (1 = uniform attention)")
         self.thresholds = tuple(float(value) for value in values)

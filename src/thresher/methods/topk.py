@@ -18,14 +18,14 @@ REPLAY = "replay"
 class TopK(TokenPruner):
     """Top-k token pruning by the attention received; needs no training.
 
-    The selection of SpAtten (Wang, Zhang and Han, HPCA 2021) and of LTP's top-k baseline, without their layer schedule: at
-    each site the survivors of a row with the highest column mean of that layer stay. Departures: mean over live rows instead
-    of a sum over all, no accumulation over layers.
+    The selection of SpAtten (Wang, Zhang and Han, HPCA 2021) and of LTP's top-k baseline, without their layer
+    schedule: at each site the survivors of a row with the highest column mean of that layer stay. Departures: mean
+    over live rows instead of a sum over all, no accumulation over layers.
 
     Args:
         keep: a fraction of the row's survivors (sites compound) or a count of tokens, for all sites or one per site.
-            "replay" keeps as many as ``self.counts`` (B, S) says, which whoever calls the model sets before each forward:
-            baselines replay the counts of the method they are compared with.
+            "replay" keeps as many as ``self.counts`` (B, S) says, which whoever calls the model sets before each
+            forward: baselines replay the counts of the method they are compared with.
     """
 
     keep: float | int | str | tuple = 0.5
@@ -68,7 +68,8 @@ class Random(TopK):
     """Baseline: which tokens stay is a coin's choice. Arguments as ``TopK``.
 
     The coin is a hash of a token's rank among the survivors, their number, the layer and ``seed``, so that a prediction
-    depends neither on the batch nor on padding nor on the executor; in training a fresh number is mixed in at every forward.
+    depends neither on the batch nor on padding nor on the executor; in training a fresh number is mixed in at every
+    forward.
     """
 
     seed: int = 0

@@ -1,0 +1,148 @@
+"""docs/results.md and README's headline out of benchmarks/results: every number there comes from a row here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from entries import ENTRIES, TASKS, Entry
+
+ORDER = ("dense", "dense-continued", "ltp", "topk", "firstk", "random")
+
+
+def load(results: Path) -> dict[str, dict]:
+    """Results by entry name."""
+    files = {entry.name: results / f"{entry.name}.json" for entry in ENTRIES}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def labels_of(task: str):
+    """Gold labels of a task's test part; they are not in the results."""
+    from entries import DATA
+    from thresher.data import load_task
+
+    setting = TASKS[task]
+    test = load_task(str(DATA / setting.data), config=setting.config)
+    return test.test[test.label_column], test.metric
+
+
+def quality_table(task: str, entries: list[Entry], results: dict[str, dict]) -> list[str]:
+    """Quality of each method on the test part: mean over seeds, paired differences with 95 % intervals."""
+    from thresher.report import pooled_interval
+
+    labels, metric = labels_of(task)
+    runs = defaultdict(dict)
+    for entry in entries:
+        if entry.name in results:
+            runs[entry.method][entry.seed] = results[entry.name]
+    lines = [
+        f"| method | seeds | {metric} | drop against dense [95 % interval] | against dense, same extra steps | FLOPs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in sorted(runs, key=ORDER.index):
+        seeds = sorted(runs[method])
+        rows = [runs[method][s]["rows"][0] for s in seeds]
+        cells = [method, ", ".join(map(str, seeds)), f"{mean(r['quality'] for r in rows):.2f}"]
+        for reference in ("dense", "dense-continued"):
+            both = [s for s in seeds if s in runs[reference] and reference != method and method != "dense"]
+            if not both:
+                cells.append("")
+                continue
+            pairs = [(labels, answers(runs[reference][s]), answers(runs[method][s])) for s in both]
+            low, high = pooled_interval(metric, pairs)
+            drop = mean(runs[reference][s]["rows"][0]["quality"] - runs[method][s]["rows"][0]["quality"] for s in both)
+            cells.append(f"{drop:+.2f} [{low:+.2f}, {high:+.2f}]")
+        cells.append(f"{mean(r['flops_ratio'] for r in rows):.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def answers(result: dict) -> list:
+    """The model's answers on the test part."""
+    return result["predictions"]["pruned"]
+
+
+def mean(values) -> float:
+    """Of an iterable."""
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def speed_table(result: dict) -> list[str]:
+    """Wall-clock rows of one interleaved run."""
+    from thresher.report import markdown
+
+    return markdown(result["rows"]).splitlines()
+
+
+def headline(results: dict[str, dict]) -> str:
+    """One sentence per task for the README."""
+    lines = []
+    for task in TASKS:
+        ltp = [e for e in ENTRIES if e.task == task and e.method == "ltp" and e.name in results]
+        if ltp:
+            rows = [results[e.name]["rows"][0] for e in ltp]
+            lines.append(
+                f"* {task}, MiniLM-L6, LTP, {len(rows)} seed{'s' * (len(rows) > 1)}: "
+                f"{mean(r['flops_ratio'] for r in rows):.2f}x fewer "
+                f"FLOPs than dense unpadded, {rows[0]['metric']} {mean(r['quality'] for r in rows):.1f} against "
+                f"{mean(r['quality_dense'] for r in rows):.1f} dense."
+            )
+    return "\n".join(lines) or "No result has landed yet."
+
+
+def write(results: Path, target: Path) -> None:
+    """Write ``target`` and the headline of the README beside it."""
+    found = load(results)
+    lines = [
+        "# Results",
+        "",
+        "Written by `python benchmarks/run.py --tables` from `benchmarks/results`; do not edit.",
+        "",
+    ]
+    lines += [
+        "MiniLM-L6, fp32 evaluation, test parts that chose nothing. FLOPs: how many times fewer MACs the encoder",
+        "layers spend than dense unpadded on the same texts (own length). TopK, FirstK and Random keep, text by text",
+        "and site by site, as many tokens as LTP did, and are trained with the same steps and the same distillation.",
+        "Intervals: paired bootstrap over examples and seeds. One configuration was tried per row.",
+        "",
+    ]
+    missing = [entry.name for entry in ENTRIES if entry.name not in found]
+    for task, setting in TASKS.items():
+        entries = [entry for entry in ENTRIES if entry.task == task and entry.kind == "train"]
+        if not any(entry.name in found for entry in entries):
+            continue
+        rows = f", {setting.limit:,} training rows" if setting.limit else ""
+        lines += [
+            f"## {task}",
+            "",
+            f"At most {setting.max_length} tokens{rows}; {setting.epochs:g} epochs of fine-tuning, "
+            f"{setting.prune_epochs:g} of pruning; "
+            f"budget {setting.target:g} of the dense MACs.",
+            "",
+            *quality_table(task, entries, found),
+            "",
+        ]
+        for entry in (e for e in ENTRIES if e.task == task and e.kind != "train" and e.name in found):
+            row = found[entry.name]["rows"][0]
+            lines += [f"Wall-clock, one interleaved run, {row['threads']} threads, {row['hardware']}:", ""]
+            lines += [*speed_table(found[entry.name]), ""]
+    if missing:
+        lines += ["## Not run yet", "", *[f"* {name}" for name in missing], ""]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace(target, "\n".join(lines))
+    readme = target.parent.parent / "README.md"
+    if readme.exists():
+        text = readme.read_text()
+        marked = f"<!-- results -->\n{headline(found)}\n<!-- /results -->"
+        replace(readme, re.sub(r"<!-- results -->.*?<!-- /results -->", lambda _: marked, text, flags=re.S))
+
+
+def replace(target: Path, text: str) -> None:
+    """Write a file aside and move it."""
+    aside = target.with_suffix(".partial")
+    aside.write_text(text)
+    os.replace(aside, target)

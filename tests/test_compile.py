@@ -1,0 +1,77 @@
+"""torch.compile takes a pruned model as one graph, for kept counts that follow from the shape and for those of the data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from families import FAMILIES, difference
+from thresher import LTP, FirstK, Threshold, TopK, prune
+
+METHODS = {
+    "topk": lambda: TopK(keep=0.6),
+    "counts": lambda: TopK(keep=(9, 6, 3)),
+    "firstk": lambda: FirstK(keep=0.6),
+    "threshold": lambda: Threshold((0.4, 0.6, 0.8)),
+    "ltp": lambda: LTP(init=1.6),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def check(family: str, method, backend: str, batches: list[dict], dynamic: bool | None = None) -> None:
+    """One graph, and the answers of the model that is not compiled."""
+    source = FAMILIES[family]
+    model = prune(source.build(), method, executor="padded")
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
+    with torch.no_grad():
+        for batch in batches:
+            expected = source.run(model, batch)
+            found = compiled(**batch)
+            found = found.logits if "logits" in found else found.last_hidden_state
+            assert difference({"output": found}, {"output": expected}) <= 1e-5
+            report = model.token_pruner.report
+            assert report[-1]["tokens_kept"] < report[0]["tokens_in"]
+
+
+@pytest.mark.parametrize("family, method", [("bert", "threshold"), ("vit", "topk")])
+def test_one_graph(family, method):
+    check(family, METHODS[method](), "eager", [FAMILIES[family].batch()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "vit", "dinov2"])
+def test_one_graph_of_every_method(family, method):
+    check(family, METHODS[method](), "eager", [FAMILIES[family].batch()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["topk", "threshold"])
+def test_one_graph_for_all_shapes(method):
+    batches = [FAMILIES["bert"].batch(lengths) for lengths in ((24, 18, 10), (17, 17), (20, 3, 9, 12))]
+    check("bert", METHODS[method](), "eager", batches, dynamic=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "family, method", [("bert", "topk"), ("bert", "threshold"), ("vit", "threshold"), ("modernbert", "ltp")]
+)
+def test_compiled_code(family, method):
+    check(family, METHODS[method](), "inductor", [FAMILIES[family].batch(seed=seed) for seed in (1, 30)])
+
+
+@pytest.mark.slow
+def test_packed_rows_give_way_to_padded_ones_while_compiling():
+    model = prune(FAMILIES["bert"].build(), TopK(keep=0.6))
+    batch = FAMILIES["bert"].batch()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        found = torch.compile(model, fullgraph=True, backend="eager")(**batch).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
