@@ -1,4 +1,4 @@
-"""torch.compile takes a pruned model as one graph, for kept counts that follow from the shape and for those of the data."""
+"""torch.compile takes a pruned model as one graph, whether kept counts follow from the shape or from the data."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def summary() -> str:
     combinations = [(m, f, e) for m in METHODS for f in FAMILIES for e in LAYOUTS]
     why = Counter((f, reason) for m, f, e in combinations if (reason := refusal(f, e)))
     lines = [
-        f"{len(METHODS)} methods x {len(FAMILIES)} families x {len(LAYOUTS)} executors = {len(combinations)} combinations"
+        f"{len(METHODS)} methods x {len(FAMILIES)} families x {len(LAYOUTS)} executors: {len(combinations)} places"
     ]
     lines += [f"{len(combinations) - why.total()} run", f"{why.total()} are refused with an error:"]
     return "\n".join(lines + [f"  {count} packed with {family}: {reason}" for (family, reason), count in why.items()])

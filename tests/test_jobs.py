@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +25,7 @@ from test_show import tiny_tokenizer
 from thresher import cli, jobs
 from thresher.data import DataError
 from thresher.report import ROW_FIELDS
+from thresher.resuming import step_of
 
 FILLERS = ("the", "farmer", "and", "grain", "script", "thresh")
 OPTIONS = {"batch_size": 16, "max_length": 32, "epochs": 3, "prune_epochs": 2, "lr": 4e-3, "bf16": False}
@@ -80,7 +80,9 @@ def assert_same(found: Path, expected: Path) -> None:
             row.update(date=None, command=None)
     assert summaries[0] == summaries[1]
     for name, tensor in weights(expected).items():
-        torch.testing.assert_close(weights(found)[name], tensor, atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            weights(found)[name], tensor, atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def fails(*arguments: object) -> str:
@@ -237,6 +239,97 @@ def test_what_is_not_ours_is_left_alone(toy, tmp_path, fresh):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+# --- mistakes --------------------------------------------------------------------------------------------------------
+def spoiled(toy, folder: Path) -> Path:
+    """The model, with half of its weights."""
+    shutil.copytree(toy.model, folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return folder
+
+
+MISTAKES = {
+    "method": (lambda toy, t: ({"method": "nope"}), r"unknown pruning method 'nope'; known: .*ltp"),
+    "target": (lambda toy, t: ({"target_flops": 1.5}), r"target_flops=1\.5: expected a fraction"),
+    "option": (lambda toy, t: ({"method": "topk"}), r"method topk has no target_flops; it has at, keep, protect"),
+    "layer": (lambda toy, t: ({"at": (0, 7)}), r"at=\[0, 7\]: layer 7 is not possible"),
+    "no data": (lambda toy, t: ({"data": str(t / "none.csv")}), r"none\.csv' is no file or folder"),
+    "no train": (lambda toy, t: ({"data": str(write(t / "d" / "test.csv", 20, 0).parent)}), "no training part"),
+    "class": (lambda toy, t: ({"data": str(write(t / "one.csv", 40, 0, ["chaff"]))}), "only the class chaff"),
+    "no model": (lambda toy, t: ({"model": str(t / "none")}), "cannot be loaded, expected a model folder or a hub id"),
+    "weights": (lambda toy, t: ({"model": str(spoiled(toy, t / "m"))}), "corrupted checkpoint: the weights in"),
+    "pruned": (lambda toy, t: ({"model": str(toy.pruned)}), "is pruned already: train from its dense model"),
+    "dense model": (lambda toy, t: ({"dense_model": str(t)}), "cannot be loaded, expected a model folder"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_and_leave_nothing_behind(toy, trained, tmp_path, mistake):
+    toy.pruned = trained.out
+    change, message = MISTAKES[mistake]
+    options = {"model": toy.model, "data": toy.data, **UNTRAINED, **change(toy, tmp_path)}
+    (tmp_path / "notes.txt").touch()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message) as error:
+        jobs.train(out=str(tmp_path / "out"), **options)
+    assert "\n" not in str(error.value)
+    assert [f for f in sorted(tmp_path.iterdir()) if f.name != ".out.training"] == before
+    if mistake != "layer":  # what a model cannot do is known when it is there
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_long_texts_are_cut_and_counted(toy, tmp_path):
+    model = BertForSequenceClassification(BertConfig(**TEXT | {"num_hidden_layers": 2, "max_position_embeddings": 10}))
+    model.save_pretrained(tmp_path / "short")
+    tiny_tokenizer().save_pretrained(tmp_path / "short")
+    out = tmp_path / "out"
+    with pytest.warns(UserWarning) as caught:
+        rows = jobs.train(
+            str(tmp_path / "short"), toy.data, str(out), method="dense", **UNTRAINED | {"target_flops": None}
+        )
+    said = [str(warning.message) for warning in caught]
+    assert said[0] == "max_length=32 is more than the 10 positions of the model; 10 is used"
+    lengths = [len(ids) for ids in tiny_tokenizer()([line["text"] for line in csv_rows(toy, "test")])["input_ids"]]
+    cut = json.loads((out / jobs.SUMMARY).read_text())["texts_cut"]
+    assert cut["test"] == sum(n > 10 for n in lengths) and 0 < cut["test"] < 48
+    assert f"{cut['test']} of 48 texts are longer than 10 tokens and were cut" in said
+    assert rows[0]["max_length"] == 10 and rows[0]["tokens_mean"] == sum(min(n, 10) for n in lengths) / 48
+
+
+def command_line(toy, out: Path) -> tuple:
+    options = "--epochs 0 --prune-epochs 1 --batch-size 16 --max-length 32 --no-bf16 --no-freeze-embeddings --target-flops 0.6"
+    return ("train", toy.model, "--data", toy.data, "--out", out, "--quiet", *options.split())
+
+
+def test_an_output_that_cannot_be_written_is_told(toy, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot write" in fails(*command_line(toy, tmp_path / "file"))
+    assert "cannot write" in fails(*command_line(toy, tmp_path / "file" / "out"))
+    assert (tmp_path / "file").read_text() == "in the way"
+    if os.geteuid():  # who may write everywhere is not kept out
+        tmp_path.chmod(0o500)
+        assert "Permission denied" in fails(*command_line(toy, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("room", [100, 40_000, 200_000], ids=["recipe", "dense", "checkpoint"])
+def test_a_full_disk_is_told_and_nothing_is_half_written(toy, tmp_path, room):
+    """No file may be over ``room`` bytes: writing really fails, of the recipe, the weights or the optimiser's state."""
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (Path(toy.model) / "model.safetensors").stat().st_size
+    assert 40_000 < size < 200_000 < 2 * size, "the optimiser's state is twice the weights"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        line = fails(*command_line(toy, out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    print(line)
+    assert "corrupted" not in line
+    assert not out.exists()
+    result = CliRunner().invoke(cli.app, [*map(str, command_line(toy, out))])
+    assert result.exit_code == 0, result.output
+    assert [file.name for file in tmp_path.iterdir()] == ["out"] and (out / jobs.SUMMARY).exists()
+
+
 # --- interruptions ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("step", [5, 30, 40], ids=["dense", "soft", "hard"])
 def test_interrupted_training_goes_on(toy, trained, tmp_path, monkeypatch, capsys, step):
@@ -297,10 +390,10 @@ def test_ctrl_c_at_the_command_line(toy, trained, tmp_path):
     assert first.returncode == 130 and "interrupted; run the same command again to resume" in said
     assert "Traceback" not in said and not out.exists()
     (checkpoint,) = (tmp_path / ".out.training" / "dense-checkpoints").glob("checkpoint-*")
-    assert 20 <= jobs.step_of(checkpoint) < 270
+    assert 20 <= step_of(checkpoint) < 270
     second = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=280)
     assert second.returncode == 0, second.stderr
-    assert f"resumed: dense training goes on after step {jobs.step_of(checkpoint)}" in second.stderr
+    assert f"resumed: dense training goes on after step {step_of(checkpoint)}" in second.stderr
     options = OPTIONS | {"epochs": 30, "progress": False}
     jobs.train(toy.model, toy.data, str(tmp_path / "whole"), **options)
     assert_same(out, tmp_path / "whole")

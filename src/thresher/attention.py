@@ -221,6 +221,7 @@ class PrunedAttention:
         """One call per run of equally long neighbours, or per sequence where a mask tells them apart."""
         tokens, outputs, received = view.tokens, [], []
         fused = view.scored and not (kwargs["dropout"] and module.training) and kwargs.get("softcap") is None
+        blank = [False] * len(tokens.lengths) if tokens.blank is None else tokens.blank.tolist()
         for sequence, row, count, length in tokens.runs():
             run = [
                 x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1)
@@ -233,7 +234,10 @@ class PrunedAttention:
                 step = max(1, CHUNK // (query.shape[1] * length * length)) if fused else count
             for i in range(0, count, step):
                 qkv, m = [x[i : i + step] for x in run], masks[i]
-                if fused:
+                if fused and blank[sequence + i]:  # what a query that sees nobody gets is the implementation's own
+                    output, _ = function(module, *qkv, m, **self._free(module, mask, kwargs))
+                    received.append(output.new_zeros(length, dtype=torch.float32))
+                elif fused:
                     bias = None if m is None and mask is not None else additive(m, qkv[0], module)
                     output, scores = attend_and_score(*qkv, bias, view.scaling)
                     received.append(scores.flatten())

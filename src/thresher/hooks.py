@@ -84,6 +84,8 @@ class Hooks:
 
     def layout(self, cached: bool) -> type[Tokens]:
         """The executor of the forward that begins."""
+        if cached and self.executor == "packed":
+            raise ValueError("packed rows do not fit a KV cache: call the model with use_cache=False, or use 'padded'")
         if self.executor != "auto":
             return LAYOUTS[self.executor]
         if self.pruner.soft:
@@ -122,9 +124,8 @@ class Hooks:
             self.forward = Forward(mask, given.get("input_ids"))
         elif mask is not None and not bool(mask.all()):
             raise ValueError(
-                "a padded batch cannot decode on a pruned cache: the mask is read by column and the cache has "
-                "fewer of them; "
-                "generate within dense(model), or one prompt at a time"
+                "a padded batch cannot decode on a pruned cache: the mask is read by column and the cache has fewer "
+                "of them; generate within dense(model), or one prompt at a time"
             )
 
     def _start(self, forward: Forward, hidden: Tensor, cached: bool) -> Tensor:
@@ -208,9 +209,8 @@ class Hooks:
     def _check(self, view: View) -> None:
         if self.pruner.needs_attention and not view.ready:
             raise RuntimeError(
-                f"layer {view.layer} of {self.info.name} delivered no attention, so nothing would be pruned; load "
-                f"the model with "
-                "attn_implementation='sdpa' or 'eager', and do not change it after prune()"
+                f"layer {view.layer} of {self.info.name} delivered no attention, so nothing would be pruned; load the "
+                "model with attn_implementation='sdpa' or 'eager', and do not change it after prune()"
             )
 
     def leave(self, layer, args, kwargs, output):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,11 +18,9 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from .api import prune, unprune
 from .bench import Predictions, predict, quality
@@ -34,6 +31,7 @@ from .machine import environment, has_bf16
 from .methods.topk import REPLAY, TopK
 from .pruner import TokenPruner
 from .report import row
+from .resuming import Interrupt, Order, last_checkpoint, step_of
 from .training import PruningTrainer
 
 SUMMARY = "thresher.json"
@@ -287,6 +285,7 @@ class Training:
         """Train from the last checkpoint, if there is one; Ctrl-C leaves a new one and raises KeyboardInterrupt."""
         interrupt, checkpoint = Interrupt(), last_checkpoint(Path(trainer.args.output_dir))
         trainer.add_callback(interrupt)
+        trainer.add_callback(Order())
         if checkpoint and self.progress:
             print(f"resumed: {checkpoint.parent.name.split('-')[0]} training goes on after step {step_of(checkpoint)}")
         with interrupt, writing(self.work):
@@ -344,45 +343,6 @@ class Training:
             self.out.rmdir()
         result.rename(self.out)
         shutil.rmtree(self.work, ignore_errors=True)
-
-
-class Interrupt(TrainerCallback):
-    """Within the context Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.asked, self.before = False, None
-
-    def __enter__(self):
-        with suppress(ValueError):  # not the main thread, which alone gets signals
-            self.before = signal.signal(signal.SIGINT, self._ask)
-
-    def __exit__(self, *_):
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _ask(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-
-
-def step_of(checkpoint: Path) -> int:
-    """Steps that had been made when a checkpoint was written."""
-    return int(checkpoint.name.split("-")[1])
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; one that was cut off while it was written is removed."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
-        with suppress(OSError, ValueError):
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # the Trainer writes it last
-            return checkpoint
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    return None
 
 
 @contextmanager

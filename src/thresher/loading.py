@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -79,10 +80,10 @@ def make_method(name: str, options: dict) -> TokenPruner:
     """A method by name; options it does not know are refused."""
     if name not in METHODS:
         raise ValueError(f"unknown pruning method {name!r}; known: {', '.join(sorted(METHODS))}")
-    fields = METHODS[name].__dataclass_fields__
-    unknown = sorted(set(options) - set(fields))
+    known = {field.name for field in fields(METHODS[name])}
+    unknown = sorted(set(options) - known)
     if unknown:
-        raise ValueError(f"method {name} has no {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
+        raise ValueError(f"method {name} has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     return METHODS[name](**options)
 
 

@@ -155,8 +155,7 @@ class TokenPruner(nn.Module):
             if not info.first_site <= layer <= info.last_site:
                 raise ValueError(
                     f"at={list(at)}: layer {layer} is not possible in {info.name}; its {info.depth} layers can be "
-                    f"pruned at "
-                    f"{info.first_site}..{info.last_site} (0-based)"
+                    f"pruned at {info.first_site}..{info.last_site} (0-based)"
                 )
         if list(at) != sorted(set(at)):
             raise ValueError(f"at={list(at)}: expected rising layers without repetition")

@@ -26,7 +26,8 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     shape, whole = [1] * x.dim(), [index.shape[0], *x.shape[1:]]
     shape[0], shape[dim] = index.shape
     x, whole[dim] = x.expand(whole), index.shape[1]
-    return x.gather(dim, index.view(shape).expand(whole))  # take_along_dim cannot broadcast a width known at run time only
+    # not take_along_dim, which cannot broadcast a width that is known at run time only
+    return x.gather(dim, index.view(shape).expand(whole))
 
 
 class Tokens:
