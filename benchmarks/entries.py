@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-DATA = Path(
-    os.environ.get("THRESHER_DATA", "../shared/data")
-)  # folders named as the hub's data sets, see benchmarks/README.md
+DATA = Path(os.environ.get("THRESHER_DATA", "data"))  # folders named as the hub's data sets, see benchmarks/README.md
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,16 @@ def ready(entry: Entry) -> bool:
     return not result_file(entry).exists() and all((RUNS / name / "config.json").exists() for name in entry.needs)
 
 
+def labels_of(entry: Entry) -> list:
+    """Gold labels of the task's test part, so that intervals can be computed where the data are not."""
+    from entries import DATA, TASKS
+    from thresher.data import load_task
+
+    setting = TASKS[entry.task]
+    task = load_task(str(DATA / setting.data), config=setting.config)
+    return task.test[task.label_column]
+
+
 def run(entry: Entry) -> None:
     """Run one entry and land its rows."""
     if entry.kind != "train":
@@ -68,8 +78,9 @@ def run(entry: Entry) -> None:
         summary = json.loads((RUNS / entry.name / SUMMARY).read_text())
         rows = [{**rows[-1], "model": entry.model, "method": entry.method, "target_flops": entry.target}]
         if entry.method == "dense":
-            rows[0].update(mode="dense-unpadded", trained_steps=summary["steps"]["dense"])
-        extra = {k: summary[k] for k in ("reached", "kept", "seconds", "texts_cut", "removed", "predictions")}
+            rows[0].update(mode="dense-unpadded")
+        extra = {"labels": labels_of(entry)}
+        extra |= {k: summary[k] for k in ("reached", "kept", "seconds", "texts_cut", "removed", "predictions")}
     file = result_file(entry)
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(".partial")

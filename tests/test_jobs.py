@@ -297,8 +297,8 @@ def test_long_texts_are_cut_and_counted(toy, tmp_path):
 
 
 def command_line(toy, out: Path) -> tuple:
-    options = "--epochs 0 --prune-epochs 1 --batch-size 16 --max-length 32 --no-bf16 --no-freeze-embeddings --target-flops 0.6"
-    return ("train", toy.model, "--data", toy.data, "--out", out, "--quiet", *options.split())
+    options = "--epochs 0 --prune-epochs 1 --batch-size 16 --max-length 32 --no-bf16 --no-freeze-embeddings --quiet"
+    return ("train", toy.model, "--data", toy.data, "--out", out, "--target-flops", "0.6", *options.split())
 
 
 def test_an_output_that_cannot_be_written_is_told(toy, tmp_path):
@@ -322,8 +322,7 @@ def test_a_full_disk_is_told_and_nothing_is_half_written(toy, tmp_path, room):
         line = fails(*command_line(toy, out))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    print(line)
-    assert "corrupted" not in line
+    assert f"cannot write in {tmp_path / '.out.training'}, is the disk full? (" in line
     assert not out.exists()
     result = CliRunner().invoke(cli.app, [*map(str, command_line(toy, out))])
     assert result.exit_code == 0, result.output
@@ -380,7 +379,7 @@ def test_ctrl_c_at_the_command_line(toy, trained, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", "from thresher.cli import main; main()", "train", toy.model, "--data", toy.data]
     command += "--batch-size 16 --max-length 32 --epochs 30 --prune-epochs 2 --lr 4e-3 --no-bf16".split()  # noqa: SIM905
-    command += ["--target-flops", "0.5", "--out", str(out)]
+    command += ["--target-flops", "0.5", "--threads", "1", "--out", str(out)]
     first, text = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ), b""
     while b"'loss'" not in text:  # the first is logged at step 20 of 270
         text += os.read(first.stderr.fileno(), 4096)

@@ -56,10 +56,8 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor
             )
         method = TokenPruner.from_dict(config)
         weights = saved_weights(model)
-    if getattr(model, MODULE, None) is not None:
-        warnings.warn(f"the model was pruned with {model.token_pruner.name}; {method.name} replaces it", stacklevel=2)
-        unprune(model)
-    hooks = Hooks(model, method, executor)
+    before = getattr(model, MODULE, None)
+    hooks = Hooks(model, method, executor, None if before is None else before.hooks.original)
     method.bind(hooks.info)
     if weights is not None:
         found, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, method.state_dict()))
@@ -68,6 +66,9 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor
                 f"corrupted checkpoint: it holds {found} of the pruner's weights, {method.name} needs {expected}"
             )
         method.load_state_dict(weights)
+    if before is not None:  # only now, when nothing can be refused any more
+        warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
+        unprune(model)
     parameter = next(model.parameters())
     model.token_pruner = method.to(parameter.device)
     method.train(model.training)

@@ -91,7 +91,9 @@ def train(
     out: Annotated[Path, Option(metavar="DIR", help="The folder for the pruned model.")],
     method: Annotated[str, Option(metavar="NAME", help="ltp, topk, threshold, ...")] = "ltp",
     target_flops: Annotated[float | None, Option(help="Share of the dense MACs to be left; default: 0.4.")] = None,
-    keep: Annotated[Any, Option(parser=_keep, metavar="K", help="Share (0.5) or number (64) kept, for topk.")] = None,
+    keep: Annotated[
+        Any, Option(parser=_keep, metavar="K", help="Share (0.5) or number (64) kept, for topk and its kin.")
+    ] = None,
     at: Annotated[Any, Option(parser=_list(int), metavar="1,2,4", help="Layers after which tokens leave.")] = None,
     epochs: Annotated[int, Option(min=0, metavar="N", help="Dense fine-tuning; 0 if MODEL is fine-tuned.")] = 3,
     prune_epochs: Annotated[int, Option(min=0, metavar="N", help="Training with pruning.")] = 3,
@@ -165,8 +167,8 @@ def bench(
     model: Annotated[str, Argument(metavar="DIR", help="The folder of a pruned model.")],
     data: Data,
     against: Annotated[str | None, Option(metavar="MODEL", help="Another model to compare with.")] = None,
-    runtime: Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="torch, onnx, openvino.")] = "torch",
-    precision: Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="fp32, bf16, int8.")] = "fp32",
+    runtime: Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="torch.")] = "torch",
+    precision: Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="fp32, bf16.")] = "fp32",
     batch_size: Annotated[Any, Option(parser=_list(int), metavar="M[,N]", help="Texts in a batch.")] = "1,32",
     repeats: Annotated[int, Option(min=1, metavar="N", help="Times that each measurement is made.")] = 5,
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw time and quality as a PNG.")] = None,

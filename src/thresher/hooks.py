@@ -42,7 +42,7 @@ class Forward:
 class Hooks:
     """The hooks of one pruned model; ``mode``: "pruned", "unpadded" (nothing leaves) or "dense" (they do nothing)."""
 
-    def __init__(self, model: PreTrainedModel, pruner: TokenPruner, executor: str):
+    def __init__(self, model: PreTrainedModel, pruner: TokenPruner, executor: str, original: str | None = None):
         self.stack, self.pruner, self.executor, self.mode = find_stack(model), pruner, executor, "pruned"
         self.info = describe(model, self.stack)
         self.packable = self.stack.shown and self.stack.carried and not self.stack.relative
@@ -53,7 +53,7 @@ class Hooks:
                 "or does not hand its arguments to transformers' attention interface; use executor='padded' or 'auto'"
             )
         self.inputs = list(inspect.signature(self.stack.base.forward).parameters)
-        self.original = self.stack.base.config._attn_implementation
+        self.original = original or self.stack.base.config._attn_implementation
         self.eager = self.original == "eager" or not self.stack.shown
         self.handles: list = []
         self.forwards: dict[int, Forward] = {}
@@ -86,6 +86,8 @@ class Hooks:
         """The executor of the forward that begins."""
         if cached and self.executor == "packed":
             raise ValueError("packed rows do not fit a KV cache: call the model with use_cache=False, or use 'padded'")
+        if self.pruner.soft and self.executor == "packed":
+            raise ValueError("packed rows have no place for soft gates: train with executor='auto', 'mask' or 'padded'")
         if self.executor != "auto":
             return LAYOUTS[self.executor]
         if self.pruner.soft:
@@ -122,11 +124,17 @@ class Hooks:
             raise ValueError(f"a pruned model takes the 2-D attention mask (B, N) of real tokens, got a {kind} one")
         if cache is None or cache.get_seq_length() == 0:
             self.forward = Forward(mask, given.get("input_ids"))
-        elif mask is not None and not bool(mask.all()):
+        elif not self._decodable(mask):
             raise ValueError(
-                "a padded batch cannot decode on a pruned cache: the mask is read by column and the cache has fewer "
-                "of them; generate within dense(model), or one prompt at a time"
+                "this cache cannot be decoded from: its rows have padding or kept different counts, or executor='mask' "
+                "hid tokens that it still holds; generate within dense(model), or one prompt at a time"
             )
+
+    def _decodable(self, mask: Tensor | None) -> bool:
+        """Whether a cache that the last forward filled holds kept tokens alone: masks are read by column, it is not."""
+        counts = [] if self.pruner.record is None else self.pruner.record.counts
+        even = all(bool((count.n_attention == count.n_attention[0]).all()) for count in counts)
+        return even and self.executor != "mask" and (mask is None or bool(mask.all()))
 
     def _start(self, forward: Forward, hidden: Tensor, cached: bool) -> Tensor:
         mask = forward.mask if forward.mask is not None and forward.mask.shape == hidden.shape[:2] else None

@@ -233,7 +233,8 @@ class Training:
         self.work.mkdir(parents=True, exist_ok=True)
         if not self.claim.exists():
             aside = self.claim.with_suffix(".partial")
-            aside.write_text(json.dumps(asdict(self.recipe), indent=1))
+            with writing(self.work):
+                aside.write_text(json.dumps(asdict(self.recipe), indent=1))
             aside.rename(self.claim)
 
     def _data(self):
@@ -326,7 +327,7 @@ class Training:
     def _save(self, net: PreTrainedModel, folder: Path) -> None:
         aside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
-        with writing(folder):
+        with writing(self.work):
             net.save_pretrained(aside)
             self.tokenizer.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -336,9 +337,10 @@ class Training:
         """Write the result aside, then move it into place as a whole."""
         result = self.work / "result"
         self._save(net, result)
-        if dense_folder.parent == self.work:
-            shutil.copytree(dense_folder, result / "dense")
-        (result / SUMMARY).write_text(json.dumps(summary, indent=1))
+        with writing(self.work):
+            if dense_folder.parent == self.work:
+                shutil.copytree(dense_folder, result / "dense")
+            (result / SUMMARY).write_text(json.dumps(summary, indent=1))
         if self.out.exists():
             self.out.rmdir()
         result.rename(self.out)
@@ -347,11 +349,14 @@ class Training:
 
 @contextmanager
 def writing(folder: Path):
-    """Say where weights could not be written."""
+    """Say where writing failed: libraries name neither the file nor, in torch.save, the reason."""
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(f"the weights in {folder} cannot be written: {error}") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        told = isinstance(error, OSError) and error.filename is not None
+        if told or (isinstance(error, RuntimeError) and "inline_container" not in str(error)):
+            raise
+        raise OSError(f"cannot write in {folder}, is the disk full? ({str(error).splitlines()[0]})") from error
 
 
 def _answers(predictions: Predictions) -> list:

@@ -36,7 +36,6 @@ EXTRA_FIELDS = {  # what a row may hold besides
     "flops_ratio_timed": "flops_ratio on the timed examples only",
     "n_timed": "examples whose time was taken",
     "repeats": "times each of them ran",
-    "floor_ms": "time of the pass below which dropping tokens gains nothing, ms",
     "tried": "configurations tried before this one was chosen",
     "recipe": "how the model was trained",
     "note": "anything else",

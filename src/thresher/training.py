@@ -66,6 +66,20 @@ def rest(optimizer: torch.optim.Optimizer, *_) -> None:
                 parameter.grad = None
 
 
+def take_part(model: nn.Module, args: Any, outputs: Any) -> Any:
+    """Forward hook for DDP: the method's parameters take part in every answer, in a hard stage with weight zero.
+
+    DDP waits for a gradient of each parameter, and looks for unused ones in the answers; one that is in the loss alone
+    is an error.
+    """
+    if model.training and torch.is_grad_enabled():
+        nothing = sum(0.0 * parameter.sum() for parameter in model.token_pruner.parameters())
+        for name in ("loss", *LOGITS):
+            if outputs.get(name) is not None:
+                outputs[name] = outputs[name] + nothing
+    return outputs
+
+
 class PruningTrainer(Trainer):
     """transformers' Trainer for a model that ``prune`` was called on.
 
@@ -94,6 +108,8 @@ class PruningTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if self.args.ddp_find_unused_parameters is None:  # all get gradients, some outside the forward
+            self.args.ddp_find_unused_parameters = False
         if not isinstance(getattr(self.model, "token_pruner", None), TokenPruner):
             raise ValueError("PruningTrainer needs a pruned model: call prune(model, method) first")
         if not 0 <= distill <= 1:
@@ -104,6 +120,8 @@ class PruningTrainer(Trainer):
         self.label_names = [*self.label_names] if self.label_names else ["labels"]
         self.reached: dict[str, float] = {}
         self.add_callback(_Stages(self))
+        if self.args.world_size > 1:
+            self.model.register_forward_hook(take_part)
 
     @property
     def pruner(self) -> TokenPruner:
@@ -155,7 +173,7 @@ class PruningTrainer(Trainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the share of the dense MACs in the last batch and the stage to what is logged."""
+        """Add the share of the dense MACs in the last batch to what is logged."""
         if "loss" in logs and "flops_fraction" in self.reached:
             logs["flops_fraction"] = round(float(self.reached["flops_fraction"]), 4)
         super().log(logs, *args, **kwargs)

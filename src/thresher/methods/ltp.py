@@ -39,8 +39,7 @@ class LTP(TokenPruner):
             the L1 penalty ``weight`` * mean gate of the paper's eq. 7.
         weight: of the penalty. Default 10 with a target, 0.1 without.
         temperature: of the gates, in units of uniform attention. The paper's 1e-4..2e-3 at length 128 are 0.013..0.26.
-        init: the first threshold of the last layer; the others rise to it linearly with depth (1.28 = their 0.01 *
-            128).
+        init: layer i of L starts at ``init`` * i / L (1.28 is their 0.01 at length 128).
         soft_until: share of the training that is soft.
     """
 
@@ -84,7 +83,11 @@ class LTP(TokenPruner):
         if not self.soft:
             return 0.0 * self.threshold.sum()  # the parameter takes part in every backward, as DDP expects
         if self.target_flops is None:
-            gates = [count.n_ffn / record.counts[0].n_attention for count in record.counts if count.scored]
+            ends = [
+                *(count.n_attention for count in record.counts[1:]),
+                record.counts[-1].n_ffn,
+            ]  # left after each layer
+            gates = [ends[view.layer] / record.counts[0].n_attention for view in record.views]
             return (0.1 if self.weight is None else self.weight) * torch.stack(gates).mean()
         ramp = min(1.0, self.progress / max(1e-9, 0.5 * self.soft_until))
         target = 1 + (self.target_flops - 1) * ramp
