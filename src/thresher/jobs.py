@@ -250,12 +250,17 @@ class Training:
             parts[name], cut[name] = tokenize(getattr(task, name), task, self.tokenizer, self.max_length)
         return task, parts, cut
 
+    @property
+    def bf16(self) -> bool:
+        """Whether to train under bf16 autocast."""
+        return has_bf16() if self.recipe.bf16 is None else self.recipe.bf16
+
     def _classifier(self, model: str, task: Task) -> PreTrainedModel:
         return classifier(model, task, dropout=self.recipe.dropout, freeze_embeddings=self.recipe.freeze_embeddings)
 
     def _taught(self, net: PreTrainedModel, train):
-        """The training rows with the dense model's answers, computed once."""
-        logits = predict(net, train, batch_size=64).logits
+        """The training rows with the dense model's answers, computed once, in bf16 where the training is."""
+        logits = predict(net, train, batch_size=64, bf16=self.bf16).logits
         return train.add_column("teacher_logits", logits.tolist())
 
     def _arguments(self, stage: str, epochs: float, lr: float) -> TrainingArguments:
@@ -271,7 +276,7 @@ class Training:
             warmup_steps=0.06,
             train_sampling_strategy="group_by_length",
             optim="adamw_torch_fused",
-            bf16=has_bf16() if r.bf16 is None else r.bf16,
+            bf16=self.bf16,
             use_cpu=on_cpu,
             seed=r.seed,
             save_strategy="epoch",
