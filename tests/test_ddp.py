@@ -32,7 +32,10 @@ def train(folder: str, stage: str) -> None:
     # the penalty of a budget is not linear: half a batch each has not quite the gradient of the whole
     method = LTP(weight=1.0, soft_until=1.0) if stage == "soft" else LTP(target_flops=0.5, soft_until=0.5)
     options = {"per_device_train_batch_size": ROWS // world, "max_steps": STEPS, "max_grad_norm": 0.0}
-    options |= {"optim": "sgd", "learning_rate": 0.05, "pruner_lr": 1.0} if stage == "soft" else {"pruner_lr": 0.05}
+    if stage == "soft":
+        options |= {"optim": "sgd", "learning_rate": 0.05, "pruner_lr": 1.0}
+    else:  # where DDP looks for parameters without a part in the forward, it must not take the resting ones for such
+        options |= {"pruner_lr": 0.05, "ddp_find_unused_parameters": True}
     made = trainer(Path(folder) / "checkpoints", method, data=rows(ROWS * STEPS), callbacks=[Watch()], **options)
     before = made.pruner.threshold.detach().clone()
     made.train()

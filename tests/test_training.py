@@ -388,7 +388,7 @@ def test_nothing_to_learn_from_is_told(tmp_path):
 # --- without a Trainer -----------------------------------------------------------------------------------------------
 def test_the_raw_loop_runs(tmp_path):
     script = Path(__file__).parent.parent / "examples" / "raw_loop.py"
-    command = [sys.executable, "-W", "error::UserWarning:thresher", str(script), "--steps", "12"]
+    command = [sys.executable, "-W", "error::UserWarning:thresher", str(script), "12"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, cwd=tmp_path, timeout=280)
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]

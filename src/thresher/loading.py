@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from .api import CONFIG_KEY, prune
 from .data import Task, positions
@@ -25,10 +27,22 @@ def load(model: str, executor: str = "auto", **options) -> tuple[PreTrainedModel
     Raises:
         ValueError: no such model, or one that cannot be read.
     """
-    net = open_model(model, **options)
+    with _without_report():
+        net = open_model(model, **options)
     if getattr(net.config, CONFIG_KEY, None) is not None:
         prune(net, executor=executor)
     return net.eval(), reading(AutoTokenizer.from_pretrained, model)
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers reports the pruner's weights as unexpected; ``prune`` looks for them itself."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def reading(read: Callable, model: str, **options):
@@ -43,6 +57,7 @@ def reading(read: Callable, model: str, **options):
 
 
 def open_model(model: str, **options) -> PreTrainedModel:
+    """A sequence classifier from a folder or the hub, as it lies there."""
     if os.path.isdir(model) and not os.path.exists(os.path.join(model, "config.json")):
         raise ValueError(f"{model} holds no config.json: expected the folder of a saved transformers model")
     return reading(AutoModelForSequenceClassification.from_pretrained, model, **options)
