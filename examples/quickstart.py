@@ -47,7 +47,16 @@ def main() -> int:
         threads=1,
     )
     console.rule("2/3  measure: dense padded, dense unpadded, pruned, and baselines with the same counts")
-    rows = jobs.bench(str(OUT / "model"), DATA, max_length=MAX_LENGTH, repeats=3, threads=1, plot=OUT / "report.png")
+    rows = jobs.bench(
+        str(OUT / "model"),
+        DATA,
+        max_length=MAX_LENGTH,
+        repeats=3,
+        examples=32,
+        batches=4,
+        threads=1,
+        plot=OUT / "report.png",
+    )
     for row in rows:
         row.update(
             target_flops=TARGET if row["mode"] == "pruned" else None, seed=0, selected_on=trained[-1]["selected_on"]

@@ -4,8 +4,6 @@ python examples/raw_loop.py 200                    a toy, in which one word deci
 python examples/raw_loop.py 600 reviews.csv MODEL  a table of texts and labels, and a model for it
 """
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 from itertools import chain, islice, repeat
@@ -54,8 +52,8 @@ def main(steps: str = "200", *source: str) -> None:
         return pruner.record
 
     for step, batch in enumerate(islice(batches, steps)):
-        pruner.progress = step / steps  # 4: soft gates in the first half, real removal in the second
-        loss = model.train()(**batch).loss + pruner.loss(partial(model, **batch), batch, pruner.record)  # 5
+        pruner.progress = step / steps  # 5: soft gates in the first half, real removal in the second
+        loss = model.train()(**batch).loss + pruner.loss(partial(model, **batch), batch, pruner.record)  # 4
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

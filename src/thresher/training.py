@@ -108,8 +108,6 @@ class PruningTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        if self.args.ddp_find_unused_parameters is None:  # all get gradients, some outside the forward
-            self.args.ddp_find_unused_parameters = False
         if not isinstance(getattr(self.model, "token_pruner", None), TokenPruner):
             raise ValueError("PruningTrainer needs a pruned model: call prune(model, method) first")
         if not 0 <= distill <= 1:
