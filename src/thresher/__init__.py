@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .api import dense, prune, unprune
     from .methods.ltp import LTP
     from .methods.threshold import Threshold
+    from .methods.top import ToP
     from .methods.topk import FirstK, Random, TopK
     from .pruner import TokenPruner
     from .training import PruningTrainer
@@ -18,6 +19,7 @@ __all__ = [
     "PruningTrainer",
     "Random",
     "Threshold",
+    "ToP",
     "TokenPruner",
     "TopK",
     "dense",
@@ -28,6 +30,7 @@ _HOMES = {
     "api": ("dense", "prune", "unprune"),
     "methods.ltp": ("LTP",),
     "methods.threshold": ("Threshold",),
+    "methods.top": ("ToP",),
     "methods.topk": ("FirstK", "Random", "TopK"),
     "pruner": ("TokenPruner",),
     "training": ("PruningTrainer",),

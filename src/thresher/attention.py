@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .tokens import Packed, Tokens, take
+from .tokens import CLOSED_LOG, Packed, Tokens, take
 
 PREFIX = "pruned|"
 CHUNK = 4_000_000  # attention probabilities held at once while scoring, so that they stay near the cache
@@ -70,6 +70,12 @@ class View:
     def alive(self) -> Tensor:
         """(B, N) bool."""
         return self.tokens.alive
+
+    @property
+    def open(self) -> Tensor:
+        """(B, N) bool: the live tokens whose gate is not closed in a soft stage."""
+        gate = self.tokens.log_gate
+        return self.alive if gate is None else self.alive & (gate > CLOSED_LOG)
 
     @property
     def hidden(self) -> Tensor:

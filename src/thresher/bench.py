@@ -45,6 +45,7 @@ class Predictions:
         kept: (N, S) long, tokens left after each site; S = 0 where nothing was pruned.
         tokens: (N,) long, tokens of each input.
         rows_used, rows_dense: (N,) MACs of each example, and those of the dense model on it without padding.
+        scores: where they were asked for, the scores (n,) of each example's n tokens at the last site.
         macs_used, macs_dense, tokens_mean: their sums and the mean length.
     """
 
@@ -53,6 +54,7 @@ class Predictions:
     tokens: Tensor
     rows_used: Tensor
     rows_dense: Tensor
+    scores: list[Tensor] | None = None
 
     def __post_init__(self):
         self.macs_used, self.macs_dense = int(self.rows_used.sum()), int(self.rows_dense.sum())
@@ -99,6 +101,7 @@ def predict(
     counts: Tensor | None = None,
     progress: Callable[[int, int], Any] | None = None,
     bf16: bool = False,
+    scores: bool = False,
 ) -> Predictions:
     """Run a model, pruned or not, over a tokenized data set in batches of similar length.
 
@@ -107,6 +110,7 @@ def predict(
         counts: (N, S) tokens to keep, for a method with keep="replay"; default: those ``replayed`` was given.
         progress: called with the examples done and all of them.
         bf16: run a bfloat16 copy of the model.
+        scores: keep the method's scores; only for one that lets nothing leave.
 
     Raises:
         ValueError: no rows, padded rows, rows over ``pad_to``, counts that do not fit, a model without logits (B, K).
@@ -115,7 +119,7 @@ def predict(
     text, pruner = Text(model, dataset, pad_to), getattr(model, MODULE, None)
     counts = _counts(model, len(dataset), counts)
     rows_dense = dense_macs(find_stack(model).costs if pruner is None else pruner.info.costs, text.lengths)
-    order, logits, kept, used = [], [], [], []
+    order, logits, kept, used, scored = [], [], [], [], []
     with torch.inference_mode(), _ready(model):
         for rows in text.batches(range(len(dataset)), batch_size):
             if counts is not None:
@@ -128,12 +132,16 @@ def predict(
             kept.append(torch.stack(left, 1) if left else torch.zeros(len(rows), 0, dtype=torch.long))
             used.append(macs(pruner.record.costs, pruner.record.counts) if ran else rows_dense[rows])
             logits.append(output.float())
+            if scores:
+                view = pruner.record.views[-1]
+                scored += [score[alive] for score, alive in zip(view.score, view.alive, strict=True)]
             order += rows
             if progress:
                 progress(len(order), len(dataset))
     back = torch.tensor(order).argsort()
     logits, kept, used = (torch.cat(parts).cpu()[back] for parts in (logits, kept, used))
-    return Predictions(logits, kept, text.lengths, used, rows_dense)
+    scored = [scored[i] for i in back.tolist()] if scores else None
+    return Predictions(logits, kept, text.lengths, used, rows_dense, scored)
 
 
 def quality(predictions: Predictions | Tensor, labels: Any, metric: str) -> float:

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    DataCollatorWithPadding,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -32,7 +31,7 @@ from .methods.topk import REPLAY, TopK
 from .pruner import TokenPruner
 from .report import row
 from .resuming import Interrupt, Order, last_checkpoint, step_of
-from .training import PruningTrainer
+from .training import Collator, PruningTrainer, Ranking
 
 SUMMARY = "thresher.json"
 
@@ -162,7 +161,7 @@ class Training:
         # 2. the method, taught by the dense model
         net = self._classifier(str(folder), task).eval()
         self._claim()
-        taught = self._taught(net, parts["train"])
+        taught = self._taught(net, pruner, parts["train"]) if recipe.prune_epochs else parts["train"]
         before = predict(net, parts["test"], batch_size=recipe.batch_size)
         counts = None
         if recipe.replay:
@@ -188,7 +187,8 @@ class Training:
             self._train(trainer)
         trainer.reached.update(trainer.calibrate())  # once more in fp32, in which the model is measured
         # 3. what came of it, on the test part, which chose nothing
-        after = predict(net.eval(), parts["test"], batch_size=recipe.batch_size, counts=counts)
+        untouched = recipe.method == "dense" and not recipe.prune_epochs
+        after = before if untouched else predict(net.eval(), parts["test"], batch_size=recipe.batch_size, counts=counts)
         steps = {"dense": self._dense_steps(parts["train"]), "prune": trainer.state.global_step}
         rows = [
             self._row(task, parts["test"], before, before, "dense", steps["dense"]),
@@ -243,7 +243,7 @@ class Training:
         if task.train is None:
             raise DataError(f"{r.data} has no training part: name a file or folder that holds train")
         self.tokenizer = reading(AutoTokenizer.from_pretrained, r.model)
-        self.collate = DataCollatorWithPadding(self.tokenizer)
+        self.collate = Collator(self.tokenizer)
         self.max_length = clip(r.max_length, reading(AutoConfig.from_pretrained, r.model))
         parts, cut = {}, {}
         for name in ("train", "validation", "test"):
@@ -258,10 +258,17 @@ class Training:
     def _classifier(self, model: str, task: Task) -> PreTrainedModel:
         return classifier(model, task, dropout=self.recipe.dropout, freeze_embeddings=self.recipe.freeze_embeddings)
 
-    def _taught(self, net: PreTrainedModel, train):
+    def _taught(self, net: PreTrainedModel, pruner: TokenPruner | None, train):
         """The training rows with the dense model's answers, computed once, in bf16 where the training is."""
-        logits = predict(net, train, batch_size=64, bf16=self.bf16).logits
-        return train.add_column("teacher_logits", logits.tolist())
+        ranks = pruner is not None and pruner.ranks_teacher
+        if ranks:
+            prune(net, Ranking())
+        answers = predict(net, train, batch_size=64, bf16=self.bf16, scores=ranks)
+        train = train.add_column("teacher_logits", answers.logits.tolist())
+        if not ranks:
+            return train
+        unprune(net)
+        return train.add_column("teacher_ranking", [score.tolist() for score in answers.scores])
 
     def _arguments(self, stage: str, epochs: float, lr: float) -> TrainingArguments:
         r = self.recipe

@@ -40,6 +40,7 @@ class StackInfo:
     max_tokens: int | None
     costs: tuple[LayerCost, ...]
     first_site: int = 0
+    inside: bool = True  # tokens leave before the FFN of their layer
 
 
 @dataclass
@@ -82,6 +83,7 @@ class TokenPruner(nn.Module):
 
     name: ClassVar[str] = ""
     needs_attention: ClassVar[bool] = True
+    ranks_teacher: ClassVar[bool] = False  # whether ``loss`` wants the teacher's ranking
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -265,11 +267,17 @@ class TokenPruner(nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("method", "version"))
 
 
-def top_k(score: Tensor, k: Tensor, alive: Tensor) -> Tensor:
-    """(B, N) bool: the ``k`` (B,) best-scored live tokens of each row; ties go to the lower position."""
+def ranks(score: Tensor, alive: Tensor) -> Tensor:
+    """(B, N) long: the place of each live token by its score, 0 the best, the others behind; ties go to the lower
+    position."""
     order = score.masked_fill(~alive, float("-inf")).sort(dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    return (rank < k[:, None]) & alive
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, places)
+
+
+def top_k(score: Tensor, k: Tensor, alive: Tensor) -> Tensor:
+    """(B, N) bool: the ``k`` (B,) best-scored live tokens of each row."""
+    return (ranks(score, alive) < k[:, None]) & alive
 
 
 def kept_count(keep: float | int, live: Tensor, protected: Tensor | int = 0) -> Tensor:

@@ -122,6 +122,7 @@ def describe(model: PreTrainedModel, stack: Stack) -> StackInfo:
         protected=protected,
         max_tokens=getattr(stack.base.config, "max_position_embeddings", None),
         costs=tuple(stack.costs),
+        inside=stack.inside,
     )
 
 

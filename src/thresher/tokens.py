@@ -30,6 +30,10 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x.gather(dim, index.view(shape).expand(whole))
 
 
+CLOSED = 1e-8  # of a gate: next to nothing, but not nothing, so that a closed gate has a gradient and may open again
+CLOSED_LOG = math.log(2 * CLOSED)  # the logarithm of a gate that is closed is below
+
+
 class Tokens:
     """Tokens of a batch in one of the three layouts; immutable, each ``drop`` gives a new one.
 

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import Trainer, TrainerCallback
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
-from .pruner import Record, TokenPruner
+from .api import prune
+from .attention import View
+from .pruner import Record, StackInfo, TokenPruner
 
 LOGITS = ("logits", "start_logits", "end_logits")
+TAUGHT = {"teacher_logits": "logits", "teacher_ranking": "ranking"}  # columns of a data set that take a teacher's place
 CALIBRATION_ROWS = 256
 
 
@@ -80,12 +84,37 @@ def take_part(model: nn.Module, args: Any, outputs: Any) -> Any:
     return outputs
 
 
+class Ranking(TokenPruner):
+    """Scores the last layer and lets nothing leave: a teacher's view of which tokens matter."""
+
+    def bind(self, info: StackInfo) -> None:
+        self.info, self.sites = info, (info.depth - 1,)
+
+    def choose(self, score: Tensor, view: View) -> Tensor:
+        return view.alive
+
+
+class Collator(DataCollatorWithPadding):
+    """Pads the inputs, and with them the column ``teacher_ranking``, a number for each token."""
+
+    def __call__(self, features: list[dict]) -> dict[str, Any]:
+        features = [dict(row) for row in features]
+        rankings = [torch.as_tensor(row.pop("teacher_ranking")) for row in features if "teacher_ranking" in row]
+        batch = super().__call__(features)
+        if rankings:
+            side = getattr(self.tokenizer, "padding_side", "right")
+            padded = pad_sequence(rankings, batch_first=True, padding_side=side)
+            batch["teacher_ranking"] = F.pad(padded, (0, batch["input_ids"].shape[1] - padded.shape[1]))
+        return batch
+
+
 class PruningTrainer(Trainer):
     """transformers' Trainer for a model that ``prune`` was called on.
 
     Args:
         teacher: a frozen model whose answers are distilled, usually the dense fine-tuned model. A column
-            ``teacher_logits`` in the data set takes its place where the answers were computed beforehand.
+            ``teacher_logits`` in the data set takes its place where the answers were computed beforehand, and
+            ``teacher_ranking`` (its last layer's scores, one per token) for methods that distil it.
         distill: weight of the distillation, 1 - ``distill`` of the task loss.
         temperature: of the distillation.
         pruner_lr: learning rate of the method's own parameters (thresholds, gates); it decays with the others.
@@ -113,6 +142,8 @@ class PruningTrainer(Trainer):
         if not 0 <= distill <= 1:
             raise ValueError(f"distill={distill}: expected a weight in [0, 1]")
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
+        if teacher is not None and self.pruner.ranks_teacher:
+            prune(teacher, Ranking(), executor="mask")
         self.distill, self.temperature, self.pruner_lr = distill, temperature, pruner_lr
         self.calibration_dataset = calibration_dataset
         self.label_names = [*self.label_names] if self.label_names else ["labels"]
@@ -128,12 +159,12 @@ class PruningTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list({*self._signature_columns, "teacher_logits", "token_counts"})
+        self._signature_columns = list({*self._signature_columns, *TAUGHT, "token_counts"})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Task loss, distillation and the method's own loss; only the task loss in evaluation."""
         inputs = dict(inputs)
-        answers = inputs.pop("teacher_logits", None)
+        answers = {name: inputs.pop(column) for column, name in TAUGHT.items() if column in inputs}
         self.pruner.counts = inputs.pop("token_counts", None)
         if any(name in inputs for name in self.label_names):
             task, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
@@ -142,18 +173,20 @@ class PruningTrainer(Trainer):
         if not model.training:
             return (task, outputs) if return_outputs else task
         record = self.pruner.record
-        if answers is not None:
-            answers = {"logits": answers}
-        elif self.teacher is not None:
+        if not answers and self.teacher is not None:
             with torch.no_grad():
-                answers = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
-        if answers is None and task is None:
+                answers = dict(self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}))
+            if self.pruner.ranks_teacher:
+                answers["ranking"] = self.teacher.token_pruner.record.views[-1].score
+        if not answers and task is None:
             raise ValueError("no labels and no teacher: there is nothing to learn from")
         loss = 0.0 if task is None else task
-        if answers is not None:
+        if answers:
             weight = 1.0 if task is None else self.distill
             loss = (1 - weight) * loss + weight * distillation(outputs, answers, self.temperature)
-        loss = loss + self.pruner.loss(lambda **override: model(**{**inputs, **override}), inputs, record, answers)
+        loss = loss + self.pruner.loss(
+            lambda **override: model(**{**inputs, **override}), inputs, record, answers or None
+        )
         self.reached["flops_fraction"] = record.flops_fraction().detach()
         return (loss, outputs) if return_outputs else loss
 
@@ -184,9 +217,7 @@ class PruningTrainer(Trainer):
         if rows is not None and rows < len(data):  # spread over all, which may be in the order of their labels
             data = Subset(data, [i * len(data) // rows for i in range(rows)])
         loader = DataLoader(data, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
-        batches = [
-            {k: v for k, v in b.items() if k not in ("teacher_logits", "token_counts", "labels")} for b in loader
-        ]
+        batches = [{k: v for k, v in b.items() if k not in (*TAUGHT, "token_counts", "labels")} for b in loader]
         was_training = self.model.training
         self.model.eval()
 

@@ -12,27 +12,28 @@ from torch import Tensor, nn
 
 from ..attention import View
 from ..pruner import Record, StackInfo, TokenPruner
-
-TOLERANCE = 0.002  # of the target; scores are discrete, so a budget is met closely and not exactly
-MOST, FAR = 20, 64.0  # steps of the search, and the shift at which every token is gone
+from ..search import FAR, search
+from ..tokens import CLOSED
 
 
 @dataclass(eq=False, repr=False)
 class LTP(TokenPruner):
     """Learned thresholds on the attention received (Kim et al., "Learned Token Pruning for Transformers", KDD 2022).
 
-    A token leaves after layer l if its score s is below that layer's threshold. In the soft stage a token fades
-    instead with the gate sigmoid((s - threshold) / temperature) (their eq. 6) and the thresholds learn with the
-    weights; in the hard stage the thresholds are fixed and the weights go on.
+    A token leaves after layer l if its score s is below that layer's threshold. In the soft stage the thresholds learn
+    with the weights, by the gradient of the gate sigmoid((s - threshold) / temperature) (their eq. 6); in the hard
+    stage the thresholds are fixed and the weights go on.
 
     Departures. The score is relative to uniform attention over live rows (theirs is divided by the padded length: the
     same at one length, but theirs does not carry over to another). The gate enters the attention of the following
     layers as log(gate) on the key: a gate of 0 is exactly removal and a gate of 1 exactly presence, in pre-LN models
-    too, where a gate on the layer's output is undone by the next LayerNorm. Gates multiply over layers. [CLS] never
-    leaves. The budget is a FLOPs target instead of a weight to search for: a quadratic penalty on the expected MACs
-    (as LTMP's, Bonnaerens and Dambre, TMLR 2023) whose target falls from 1 over the first half of the soft stage, and
-    one common shift of all thresholds, found by bisection on held-out inputs, whenever the hard stage begins, is
-    evaluated or ends.
+    too, where a gate on the layer's output is undone by the next LayerNorm. Gates multiply over layers, and are
+    rounded to 0 or 1 in the forward pass, straight through: half-open gates carry what hard removal then takes away
+    (``straight_through=False`` leaves them half open, as the paper does). [CLS] never leaves, and a row keeps its
+    ``min_keep`` best tokens: in a text of four words no attention is far below uniform. The budget is a FLOPs target
+    instead of a weight to search for: a quadratic penalty on the expected MACs (as LTMP's, Bonnaerens and Dambre, TMLR
+    2023) whose target falls from 1 over the first half of the soft stage, and one common shift of all thresholds,
+    found by bisection on held-out inputs, whenever the hard stage begins, is evaluated or ends.
 
     Args:
         target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. None: no target,
@@ -41,6 +42,8 @@ class LTP(TokenPruner):
         temperature: of the gates, in units of uniform attention. The paper's 1e-4..2e-3 at length 128 are 0.013..0.26.
         init: layer i of L starts at ``init`` * i / L (1.28 is their 0.01 at length 128).
         soft_until: share of the training that is soft.
+        straight_through: whether gates are 0 or 1 in the soft stage.
+        min_keep: tokens that a row keeps at least, protected ones included.
     """
 
     target_flops: float | None = None
@@ -48,6 +51,8 @@ class LTP(TokenPruner):
     temperature: float = 0.1
     init: float = 1.0
     soft_until: float = 0.5
+    straight_through: bool = True
+    min_keep: int = 3
 
     name: ClassVar[str] = "ltp"
 
@@ -57,6 +62,8 @@ class LTP(TokenPruner):
             raise ValueError(f"target_flops={self.target_flops}: expected a fraction of the dense MACs in (0, 1]")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: expected a positive number")
+        if self.min_keep < 1:
+            raise ValueError(f"min_keep={self.min_keep}: expected a number of tokens from 1 up")
 
     def default_at(self, info: StackInfo) -> tuple[int, ...]:
         """Every layer; the last only for heads that read the first token alone, which no other token can reach any
@@ -69,12 +76,23 @@ class LTP(TokenPruner):
         self.threshold = nn.Parameter(torch.tensor(rising, dtype=torch.float32))
 
     def choose(self, score: Tensor, view: View) -> Tensor:
-        return score >= self.threshold[view.site]
+        return (score >= self.threshold[view.site]) | self._best(score, view, view.alive)
+
+    def _best(self, score: Tensor, view: View, alive: Tensor) -> Tensor:
+        """(B, N) bool: the ``min_keep`` best tokens of each row, the protected ones first."""
+        order = score.masked_fill(view.protected, float("inf")).masked_fill(~alive, float("-inf"))
+        return order >= order.topk(min(self.min_keep, order.shape[1])).values[:, -1:]
 
     def soften(self, view: View) -> Tensor:
         view.score = self.score(view)
-        log_gate = F.logsigmoid((view.score - self.threshold[view.site]) / self.temperature)
-        return log_gate.masked_fill(view.protected | ~view.alive, 0.0)
+        open_by = (view.score - self.threshold[view.site]) / self.temperature
+        if self.straight_through:
+            gate = open_by.sigmoid()
+            log_gate = (gate + (open_by >= 0).float() - gate.detach() + CLOSED).log()
+        else:
+            log_gate = F.logsigmoid(open_by)
+        spared = view.protected | self._best(view.score.detach(), view, view.open)
+        return log_gate.masked_fill(spared | ~view.alive, 0.0)
 
     def phase(self, progress: float) -> str:
         return "soft" if progress < self.soft_until else "hard"
@@ -118,20 +136,3 @@ class LTP(TokenPruner):
                 f"ones gone {reached:.3f} of the MACs are left; prune at earlier layers or choose a larger target"
             )
         return {"flops_fraction": reached, "shift": float(self.threshold[0] - start[0])}
-
-
-def search(falling: Callable[[float], float], target: float) -> float:
-    """Bring a falling function close to ``target``, from 0 on; returns its value where it was called last."""
-    before, at, value = 0.0, 0.0, falling(0.0)
-    step = 0.05 if value > target else -0.05
-    while abs(value - target) > TOLERANCE * target and (value > target) == (step > 0) and abs(at) <= FAR:
-        before, at, step = at, at + step, 2 * step
-        value = falling(at)
-    low, high = min(before, at), max(before, at)
-    for _ in range(MOST):
-        if abs(value - target) <= TOLERANCE * target or abs(at) > FAR:
-            break
-        middle = (low + high) / 2
-        value = falling(middle)
-        low, high = (middle, high) if value > target else (low, middle)
-    return value

@@ -1,0 +1,270 @@
+"""ToP: constraint-aware, ranking-distilled token pruning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import View
+from ..flops import dense_macs
+from ..pruner import Record, StackInfo, TokenPruner, ranks
+from ..tokens import CLOSED
+
+LOW, HIGH, BETA = -0.1, 1.1, 2 / 3  # the hard concrete distribution: its stretch and its temperature
+BOUND = math.log(100)  # of the parameters, their log odds
+FIRST = 0.05  # the chance of a gate to be on, of a bin to be off, where the training starts
+RANK_LOSSES = ("arp2", "ndcg", "none")
+
+
+@dataclass(eq=False, repr=False)
+class ToP(TokenPruner):
+    """Ranking-distilled, constraint-aware token pruning (Li et al., "Constraint-aware and Ranking-distilled Token
+    Pruning for Efficient Transformer Inference", KDD 2023, as its released code has it).
+
+    At each site the survivors are ranked by the attention they receive and fall into ``bins`` of equal relative rank.
+    A mask over the bins, one per site and the same for all inputs, says which stay; a gate per site says whether the
+    site prunes at all. Masks and gates are random in the soft stage (hard concrete; a gate is rounded, straight
+    through) and learn with the weights under a Lagrangian L = m1 (c - target) + m2 (c - target)^2 on the expected
+    cost c, whose multipliers ascend; the target falls from 1 over the first ``ramp`` of the training. In evaluation
+    and in the hard stage they are fixed: in each site the expected number of bins, those with the least odds, are off.
+    The ranking of the teacher's last layer is distilled into the first third of the layers.
+
+    Departures. Scores are means over live rows alone (theirs include padding and what has left). A soft mask enters
+    the attention as log(mask) on the key, so that 0 is exactly removal and 1 presence in training as in inference
+    (theirs scales the hidden state in training and masks keys in inference). Bins are found in integers. A hard stage
+    follows, in which the weights settle with the masks that are used: as many bins off, the least odds of all sites
+    first, as put the cost, counted in tokens, onto the budget.
+
+    Args:
+        target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs.
+        bins: of relative rank, per site. The paper: 20 to 100, more for long texts.
+        topk: tokens of the teacher's ranking that are distilled.
+        rank_loss: "arp2" (pairs weighted by the difference of their ranks, pytorchltr's LambdaARPLoss2 as the paper
+            uses it), "ndcg" (LambdaRank's weights, Burges 2010) or "none".
+        rank_weight: of the ranking loss, falling to a hundredth over the ramp.
+        gates: whether there are gates; without, every site prunes.
+        ramp, soft_until: shares of the training.
+    """
+
+    target_flops: float | None = None
+    bins: int = 32
+    topk: int = 20
+    rank_loss: str = "arp2"
+    rank_weight: float = 0.01
+    gates: bool = True
+    ramp: float = 0.3
+    soft_until: float = 0.6
+
+    name: ClassVar[str] = "top"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_flops is not None and not 0 < self.target_flops <= 1:
+            raise ValueError(f"target_flops={self.target_flops}: expected a fraction of the dense MACs in (0, 1]")
+        if self.rank_loss not in RANK_LOSSES:
+            raise ValueError(f"rank_loss={self.rank_loss!r}: expected one of {', '.join(RANK_LOSSES)}")
+        if self.bins < 1:
+            raise ValueError(f"bins={self.bins}: expected a whole number from 1 up")
+        if self.target_flops is None:
+            self.target_flops = 0.4
+
+    @property
+    def ranks_teacher(self) -> bool:
+        """Whether ``loss`` wants the teacher's ranking."""
+        return self.rank_loss != "none"
+
+    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+        """Every layer but the last."""
+        return tuple(range(info.first_site, max(info.first_site, info.depth - 2) + 1))
+
+    def build(self, info: StackInfo) -> None:
+        sites = len(self.sites)
+        self.rank = nn.Parameter(torch.full((sites, self.bins), BOUND))
+        self.gate = nn.Parameter(torch.full((sites,), odds(FIRST))) if self.gates else None
+        self.multiplier = nn.Parameter(torch.zeros(2))
+        self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
+        self.early = [i for i, layer in enumerate(self.sites) if layer < max(1, info.depth // 3)]
+
+    # --- what stays ----------------------------------------------------------------------------------------------
+    def choose(self, score: Tensor, view: View) -> Tensor:
+        mask = self.mask if self.phase(self.progress) == "hard" else self.settled()
+        return mask[view.site][self.bin(score, view.alive & ~view.protected)]
+
+    def bin(self, score: Tensor, free: Tensor) -> Tensor:
+        """(B, N) long: the bin of each token by its rank among the ``free`` ones (B, N) of its row."""
+        count = free.sum(1, keepdim=True).clamp(min=1)
+        return (ranks(score, free).clamp(max=count - 1) * self.bins) // count
+
+    def settled(self) -> Tensor:
+        """(S, bins) bool: the masks without chance. Of each site the expected number of bins, those of least odds, is
+        off; so is the whole site where its gate is more likely off than on."""
+        rank = self.rank.detach()
+        mask = ranks(rank, torch.ones_like(rank, dtype=torch.bool)) < chance(rank).sum(1).round()[:, None]
+        return mask | self.idle
+
+    @property
+    def idle(self) -> Tensor:
+        """(S, 1) bool: the sites whose gate is off."""
+        if self.gate is None:
+            return torch.zeros(len(self.sites), 1, dtype=torch.bool, device=self.rank.device)
+        return (chance(self.gate.detach()) < 0.5)[:, None]
+
+    def soften(self, view: View) -> Tensor:
+        view.score = self.score(view)
+        free = view.open & ~view.protected
+        if view.site == 0:
+            self._bound()
+        keep = sample(self.rank[view.site])[self.bin(view.score.detach(), free)]
+        if self.gate is not None:
+            soft = sample(self.gate[view.site])
+            keep = 1 - (1 - keep) * ((soft > 0).float() + soft - soft.detach())
+        return (keep + CLOSED).clamp(max=1).log().masked_fill(~free, 0.0)
+
+    @torch.no_grad()
+    def _bound(self) -> None:
+        """Keep the log odds within +-ln 100, where their gradients live."""
+        for parameter in (self.rank, self.gate):
+            if parameter is not None:
+                parameter.clamp_(-BOUND, BOUND)
+
+    # --- training ------------------------------------------------------------------------------------------------
+    def phase(self, progress: float) -> str:
+        return "soft" if progress < self.soft_until else "hard"
+
+    @property
+    def ramped(self) -> float:
+        """How much of the ramp is over (0..1)."""
+        return min(1.0, self.progress / max(1e-9, self.ramp))
+
+    def expected(self, tokens: Tensor) -> Tensor:
+        """Scalar: the expected MACs as a fraction of the dense ones on rows of ``tokens`` (B,) tokens."""
+        stay = chance(self.rank).mean(1)
+        if self.gate is not None:
+            stay = 1 - (1 - stay) * chance(self.gate)
+        used, left = 0.0, tokens
+        for layer, cost in enumerate(self.info.costs):
+            site = self.site(layer)
+            after = left if site < 0 else 1 + stay[site] * (left - 1)
+            used, left = used + cost.macs(left, after if self.info.inside else left, site >= 0), after
+        return used.sum() / dense_macs(self.info.costs, tokens).sum()
+
+    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+        if not self.soft:
+            return sum(0.0 * parameter.sum() for parameter in self.parameters())
+        over = self.expected(record.counts[0].n_attention.float()) - (1 + (self.target_flops - 1) * self.ramped)
+        first, second = Ascend.apply(self.multiplier)
+        total = first * over + second * over**2
+        if self.ranks_teacher:
+            if teacher is None or "ranking" not in teacher:
+                raise ValueError("ToP distils its teacher's ranking: train with a teacher, or with rank_loss='none'")
+            weight = self.rank_weight * max(0.01, 1 - self.ramped)
+            total = total + weight * sum(
+                ranking_loss(share(view), teacher["ranking"], view.alive & ~view.protected, self.topk, self.rank_loss)
+                for view in (record.views[i] for i in self.early)
+            )
+        return total
+
+    # --- the budget ----------------------------------------------------------------------------------------------
+    def counted(self, mask: Tensor, tokens: Tensor) -> float:
+        """MACs as a fraction of the dense ones on rows of ``tokens`` (B,) tokens: what stays depends on lengths
+        alone."""
+        rows, used, left = torch.arange(int(tokens.max())), 0, tokens
+        table = torch.stack([mask[:, (rows[:m] * self.bins) // m].sum(1) for m in range(1, len(rows) + 1)], 1)
+        table = torch.cat([torch.zeros(len(mask), 1, dtype=table.dtype), table], 1)  # (S, m): survivors among m
+        for layer, cost in enumerate(self.info.costs):
+            site = self.site(layer)
+            after = left if site < 0 else 1 + table[site][left - 1]
+            used, left = used + cost.macs(left, after if self.info.inside else left, site >= 0), after
+        return float(used.sum() / dense_macs(self.info.costs, tokens).sum())
+
+    @torch.no_grad()
+    def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
+        """Fix the masks: as many bins off, the least odds of all sites first, as meet ``target_flops`` on ``batches``.
+
+        ``forward(batch)`` runs the model and returns the ``Record``. Raises ValueError where the target cannot be
+        reached.
+        """
+        tokens = torch.cat([forward(batch).counts[0].n_attention for batch in batches]).cpu()
+        odds = self.rank.detach() + 1000 * self.idle  # of sites that do not prune only where nothing else is left
+        order = odds.cpu().T.flip(0, 1).flatten().argsort(stable=True)  # ties: worse ranks first, deeper sites first
+
+        def without(k: int) -> tuple[float, Tensor]:
+            mask = torch.ones(len(order), dtype=torch.bool)
+            mask[order[:k]] = False
+            mask = mask.view(self.bins, -1).flip(0, 1).T
+            return self.counted(mask, tokens), mask
+
+        low, high = 0, len(order)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if without(middle)[0] > self.target_flops else (low, middle)
+        (above, more), (reached, mask) = without(max(0, low - 1)), without(low)
+        if above <= 1.02 * self.target_flops and above - self.target_flops < self.target_flops - reached:
+            reached, mask = above, more
+        if reached > 1.02 * self.target_flops:
+            raise ValueError(
+                f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: with every bin off "
+                f"{reached:.3f} of the MACs are left; prune at earlier layers or choose a larger target"
+            )
+        self.mask.copy_(mask)
+        return {"flops_fraction": reached}
+
+
+def odds(chance: float) -> float:
+    """The parameter of a hard concrete variable that is above 0 with this ``chance``."""
+    return math.log(chance / (1 - chance)) + BETA * math.log(-LOW / HIGH)
+
+
+def chance(odds: Tensor) -> Tensor:
+    """The chance of a hard concrete variable to be above 0, of its log odds."""
+    return (odds - BETA * math.log(-LOW / HIGH)).sigmoid()
+
+
+def sample(odds: Tensor) -> Tensor:
+    """Hard concrete variables in [0, 1] of the shape of their log ``odds`` (Louizos et al., ICLR 2018, eq. 10-11)."""
+    noise = torch.rand_like(odds).clamp(1e-6, 1 - 1e-6)
+    return (((noise.logit() + odds) / BETA).sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def share(view: View) -> Tensor:
+    """(B, N): the attention a token receives as a share of all, the unit of the paper's ranking loss."""
+    return view.score / view.tokens.live.clamp(min=1)[:, None]
+
+
+def ranking_loss(score: Tensor, teacher: Tensor, free: Tensor, k: int, kind: str) -> Tensor:
+    """Scalar: how far ``score`` (B, N) is from ordering the teacher's best ``k`` of the ``free`` tokens as it does.
+
+    The pairwise logistic loss log2(1 + exp(-(s_i - s_j))) over pairs that the teacher ranks i before j, weighted by
+    the difference of their ranks ("arp2") or by what swapping them changes of the NDCG ("ndcg"), divided by k^2.
+    """
+    k = min(k, free.shape[1])
+    order = teacher.masked_fill(~free, float("-inf")).topk(k, dim=1).indices
+    place = torch.arange(k, device=free.device)
+    real = place < free.sum(1, keepdim=True)
+    s = score.gather(1, order)
+    weight = (place[None, :] - place[:, None]).clamp(min=0).float()  # (k, k): rank of j minus rank of i
+    if kind == "ndcg":
+        gain, found = (k - 1.0 - place) / max(1, k - 1), 1 / (2 + ranks(s.detach(), real).float()).log2()
+        ideal = (gain / (2.0 + place).log2()).sum()
+        swap = (gain[:, None] - gain[None, :]).abs() * (found[:, :, None] - found[:, None, :]).abs() / ideal
+        weight = swap * (weight > 0) * k
+    pairs = F.softplus(s[:, None, :] - s[:, :, None]) / math.log(2)  # [b, i, j]: log2(1 + exp(-(s_i - s_j)))
+    return (weight * pairs * (real[:, :, None] & real[:, None, :])).sum((1, 2)).mean() / k**2
+
+
+class Ascend(torch.autograd.Function):
+    """The identity whose gradient is reversed, so that an optimiser that descends makes it ascend."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return -gradient

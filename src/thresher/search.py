@@ -1,0 +1,25 @@
+"""Meeting a budget by one number. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+TOLERANCE = 0.002  # of the target; tokens are discrete, so a budget is met closely and not exactly
+MOST, FAR = 20, 64.0  # steps of the search, and how far it looks
+
+
+def search(falling: Callable[[float], float], target: float) -> float:
+    """Bring a falling function close to ``target``, from 0 on; returns its value where it was called last."""
+    before, at, value = 0.0, 0.0, falling(0.0)
+    step = 0.05 if value > target else -0.05
+    while abs(value - target) > TOLERANCE * target and (value > target) == (step > 0) and abs(at) <= FAR:
+        before, at, step = at, at + step, 2 * step
+        value = falling(at)
+    low, high = min(before, at), max(before, at)
+    for _ in range(MOST):
+        if abs(value - target) <= TOLERANCE * target or abs(at) > FAR:
+            break
+        middle = (low + high) / 2
+        value = falling(middle)
+        low, high = (middle, high) if value > target else (low, middle)
+    return value

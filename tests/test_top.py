@@ -1,0 +1,265 @@
+"""ToP: bins, masks and gates, the counted budget, the Lagrangian and the ranking that is distilled."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from families import FAMILIES
+from methods import Holes
+from thresher import ToP, jobs, prune
+from thresher.methods.top import BOUND, chance, odds, ranking_loss, sample
+from toy import OPTIONS, make_toy
+
+BERT = FAMILIES["bert"]
+LENGTHS = (24, 18, 10, 21)
+
+
+def pruned(method, family: str = "bert", **config):
+    return prune(FAMILIES[family].build(**config), method)
+
+
+def forward_of(model, family: str = "bert"):
+    def forward(batch):
+        with torch.no_grad():
+            FAMILIES[family].run(model, batch)
+        return model.token_pruner.record
+
+    return forward
+
+
+@given(st.integers(1, 300), st.integers(1, 128))
+def test_bins_are_exact_integer_divisions_of_the_rank(count, bins):
+    method = ToP(bins=bins)
+    found = method.bin(torch.arange(count, 0, -1.0)[None], torch.ones(1, count, dtype=torch.bool))
+    assert found[0].tolist() == [rank * bins // count for rank in range(count)]
+
+
+def test_holes_leave_by_relative_rank_and_nothing_comes_back():
+    method = Holes(bins=8)
+    model = pruned(method)
+    forward_of(model)(BERT.batch(LENGTHS))
+    for view in method.record.views:
+        free = view.alive & ~view.protected
+        for row in range(len(LENGTHS)):
+            order = sorted(free[row].nonzero()[:, 0].tolist(), key=lambda i: (-view.score[row, i].item(), i))
+            stay = {i for r, i in enumerate(order) if method.mask[view.site][r * 8 // len(order)]}
+            kept = (view.keep[row] & free[row]).nonzero()[:, 0].tolist()
+            assert set(kept) == stay
+    alive = [set(i[a].tolist()) for v in method.record.views for i, a in [(v.after.index[0], v.after.alive[0])]]
+    assert all(later <= earlier for earlier, later in pairwise(alive))
+    assert len(alive[0]) < 24
+
+
+def test_hard_concrete_variables_have_the_stated_chance():
+    torch.manual_seed(0)
+    for p in (0.05, 0.5, 0.9):
+        parameter = torch.full((20_000,), odds(p))
+        assert chance(parameter)[0].item() == pytest.approx(p, abs=1e-6)
+        assert (sample(parameter) > 0).float().mean().item() == pytest.approx(p, abs=0.01)
+    assert sample(parameter).min() >= 0 and sample(parameter).max() <= 1
+
+
+@pytest.mark.parametrize("gates", [True, False])
+def test_training_starts_from_all_tokens_and_gates_off(gates):
+    method = ToP(bins=8, gates=gates)
+    pruned(method)
+    assert method.settled().all() and method.mask.all()
+    assert (chance(method.rank) > 0.99).all()
+    if gates:
+        torch.testing.assert_close(chance(method.gate), torch.full((3,), 0.05))
+    else:
+        assert method.gate is None
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_counted_macs_are_those_of_a_forward(family):
+    method = Holes(bins=8)
+    model = pruned(method, family)
+    record = forward_of(model, family)(FAMILIES[family].batch(LENGTHS))
+    found = method.counted(method.mask, torch.tensor(LENGTHS))
+    assert found == pytest.approx(float(record.used.float() / record.dense), rel=1e-6) and found < 0.95
+
+
+@pytest.mark.parametrize("target", [0.6, 0.75, 0.9])
+def test_calibration_meets_the_target_and_drops_the_least_odds(target):
+    method = ToP(target_flops=target, bins=32)
+    model = pruned(method)
+    with torch.no_grad():
+        method.rank.copy_(torch.randn(3, 32, generator=torch.Generator().manual_seed(1)))
+        method.gate.copy_(torch.tensor([2.0, -4.0, 2.0]))
+    batches = [BERT.batch((60, 41, 33, 52), seed=seed) for seed in range(3)]
+    forward = forward_of(model)
+    reached = method.calibrate(forward, batches)["flops_fraction"]
+    records = [forward(batch) for batch in batches]
+    measured = float(sum(r.used for r in records) / sum(r.dense for r in records))
+    assert measured == pytest.approx(reached, rel=1e-6)
+    assert measured == pytest.approx(target, rel=0.02)
+    assert method.mask[1].all(), "a site whose gate is off prunes only where the others cannot"
+    on, off = method.rank[::2][method.mask[::2]], method.rank[::2][~method.mask[::2]]
+    assert on.min() > off.max()
+
+
+def test_without_training_all_sites_lose_their_worst_ranks_alike():
+    method = ToP(target_flops=0.7, bins=32)
+    model = pruned(method)
+    method.calibrate(forward_of(model), [BERT.batch((60, 41, 33, 52))])
+    left = method.mask.sum(1)
+    assert left.max() - left.min() <= 1 and left.max() < 32
+    assert all(mask[: int(n)].all() for mask, n in zip(method.mask, left, strict=True))
+
+
+def test_a_target_out_of_reach_is_an_error_and_changes_nothing():
+    method = ToP(target_flops=0.1)
+    model = pruned(method)
+    with pytest.raises(ValueError, match=r"target_flops=0.1 cannot be reached at=\[0, 1, 2\].*of the MACs are left"):
+        method.calibrate(forward_of(model), [BERT.batch(LENGTHS)])
+    assert method.mask.all()
+
+
+def test_masks_of_zeros_and_ones_answer_the_same_in_training_and_without():
+    method = ToP(bins=8)
+    model = pruned(method, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    method._bound = lambda: None  # certain masks, beyond what training allows
+    with torch.no_grad():
+        method.rank.fill_(100.0)
+        method.rank[:, 2::3] = -100.0
+        method.gate.copy_(torch.tensor([100.0, 100.0, -100.0]))
+        method.mask.copy_(method.settled())
+        hard = BERT.run(model.eval(), BERT.batch(LENGTHS))
+        used = method.record.used.float()
+        method.progress = 0.0
+        soft = BERT.run(model.train(), BERT.batch(LENGTHS))
+    assert not method.mask[:2, 2].any() and method.mask[2].all()
+    torch.testing.assert_close(soft, hard, atol=1e-5, rtol=0)
+    torch.testing.assert_close(method.record.used, used, rtol=1e-5, atol=0)
+
+
+def test_evaluation_in_the_soft_stage_uses_the_masks_of_the_moment():
+    method = ToP(bins=8)
+    model = pruned(method).eval()
+    with torch.no_grad():
+        method.rank[:, 4:] = -BOUND
+        method.gate.fill_(BOUND)
+    method.progress = 0.1
+    forward_of(model)(BERT.batch(LENGTHS))
+    assert method.record.counts[-1].n_attention.sum() < sum(LENGTHS)
+    method.progress = 1.0
+    forward_of(model)(BERT.batch(LENGTHS))
+    assert method.record.counts[-1].n_attention.sum() == sum(LENGTHS)
+
+
+def soft_step(method, steps: int, **config) -> list[float]:
+    """Train the parameters of the method alone on its own loss; the expected cost after each step."""
+    model, found = pruned(method, **config).train(), []
+    optimizer = torch.optim.Adam(method.parameters(), lr=0.05)
+    batch = BERT.batch(LENGTHS)
+    for step in range(steps):
+        method.progress = step / steps * method.soft_until
+        BERT.run(model, batch)
+        optimizer.zero_grad()
+        method.loss(None, batch, method.record).backward()
+        optimizer.step()
+        found.append(method.expected(torch.tensor(LENGTHS).float()).item())
+    return found
+
+
+def test_the_lagrangian_brings_the_expected_cost_to_the_target():
+    method = ToP(target_flops=0.7, bins=8, rank_loss="none", ramp=0.2, soft_until=1.0)
+    found = soft_step(method, 400)
+    assert found[0] > 0.95 and found[-1] == pytest.approx(0.7, abs=0.05)
+    assert method.multiplier[1] > 0, "the quadratic multiplier only ascends"
+
+
+def test_a_cost_above_the_target_raises_the_multipliers():
+    method = ToP(target_flops=0.5, bins=8, rank_loss="none", ramp=1e-9)
+    model = pruned(method).train()
+    method.progress = 0.1
+    BERT.run(model, BERT.batch(LENGTHS))
+    method.loss(None, {}, method.record).backward()
+    assert (method.multiplier.grad < 0).all()  # a step against the gradient raises them
+
+
+def test_the_hard_stage_has_no_loss_but_a_gradient_of_zero():
+    method = ToP(rank_loss="none", soft_until=0.5)
+    model = pruned(method).train()
+    method.progress = 0.5
+    BERT.run(model, BERT.batch(LENGTHS))
+    loss = method.loss(None, {}, method.record)
+    loss.backward()
+    assert loss == 0 and all((p.grad == 0).all() for p in method.parameters())
+
+
+def test_the_ranking_loss_is_the_sum_over_pairs():
+    torch.manual_seed(0)
+    score, teacher = torch.rand(2, 7), torch.rand(2, 7)
+    free = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0, 0]]).bool()
+    k, total = 4, 0.0
+    for row in range(2):
+        order = sorted(free[row].nonzero()[:, 0].tolist(), key=lambda i: -teacher[row, i].item())[:k]
+        for a, i in enumerate(order):
+            for b, j in enumerate(order):
+                if a < b:
+                    total += (b - a) * math.log2(1 + math.exp(-(score[row, i] - score[row, j]).item()))
+    found = ranking_loss(score, teacher, free, k, "arp2")
+    assert found.item() == pytest.approx(total / 2 / k**2, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind, places", [("arp2", 8), ("ndcg", 6)], ids=["arp2", "ndcg"])
+def test_the_ranking_loss_pulls_scores_into_the_teachers_order(kind, places):
+    """The NDCG hardly weighs the last places."""
+    torch.manual_seed(0)
+    teacher, free = torch.rand(3, 12), torch.ones(3, 12, dtype=torch.bool)
+    free[:, 0] = False
+    score = torch.rand(3, 12, requires_grad=True)
+    optimizer = torch.optim.Adam([score], lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        ranking_loss(score, teacher, free, 8, kind).backward()
+        optimizer.step()
+    best = teacher[:, 1:].topk(places).indices
+    assert (score[:, 1:].gather(1, best).diff(dim=1) < 0).all()
+
+
+def test_gradients_of_the_ranking_reach_the_early_layers_only():
+    method = ToP(target_flops=1.0, rank_weight=1.0)
+    model = pruned(method).train()
+    method.progress = 0.0
+    batch = BERT.batch(LENGTHS)
+    BERT.run(model, batch)
+    ranking = torch.rand(len(LENGTHS), 24)
+    method.loss(None, batch, method.record, {"ranking": ranking}).backward()
+    layers = model.bert.encoder.layer
+    assert layers[0].attention.self.query.weight.grad.abs().sum() > 0
+    assert layers[1].attention.self.query.weight.grad is None
+
+
+@pytest.mark.parametrize("teacher", [None, {"logits": torch.zeros(4, 3)}])
+def test_a_teacher_without_a_ranking_is_an_error(teacher):
+    method = ToP()
+    model = pruned(method).train()
+    method.progress = 0.1
+    BERT.run(model, BERT.batch(LENGTHS))
+    with pytest.raises(ValueError, match="train with a teacher, or with rank_loss='none'"):
+        method.loss(None, {}, method.record, teacher)
+
+
+@pytest.mark.parametrize("wrong", [{"target_flops": 0.0}, {"bins": 0}, {"rank_loss": "mse"}])
+def test_top_refuses_what_cannot_be(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        ToP(**wrong)
+
+
+def test_top_distils_the_ranking_and_meets_its_budget(tmp_path):
+    toy, options = make_toy(tmp_path), OPTIONS | {"method": "top", "method_options": {"bins": 16}, "target_flops": 0.7}
+    _, pruned = jobs.train(toy.model, toy.data, str(tmp_path / "top"), **options)
+    summary = json.loads((tmp_path / "top" / jobs.SUMMARY).read_text())
+    assert (pruned["method"], pruned["target_flops"]) == ("top", 0.7)
+    assert summary["reached"]["flops_fraction"] == pytest.approx(0.7, rel=0.02)
+    assert 1 / pruned["flops_ratio"] == pytest.approx(0.7, rel=0.1) and pruned["quality"] > 90
