@@ -17,7 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .tokens import CLOSED_LOG, Packed, Tokens, take
 
 PREFIX = "pruned|"
-CHUNK = 4_000_000  # attention probabilities held at once while scoring, so that they stay near the cache
+CHUNK = 4_000_000  # attention probabilities held at once while scoring
+CACHED = 300_000  # and while attending as well, so that they do not leave a core's cache
 
 
 class View:
@@ -189,12 +190,18 @@ def attend_and_score(
 
     Shapes: query (B, H, N, d), key and value with H or fewer heads; returns (B, N, H, d) and (B, N) fp32.
     """
-    logits = (query * scaling) @ repeat_heads(key, query).transpose(-1, -2)
-    if bias is not None:
-        logits = logits + bias
-    weights = logits.softmax(-1, dtype=torch.float32)
-    output = weights.to(value.dtype) @ repeat_heads(value, query)
-    return output.transpose(1, 2), weights.sum(2).mean(1)
+    batch, heads, length, _ = query.shape
+    query, key, value = query * scaling, repeat_heads(key, query).transpose(-1, -2), repeat_heads(value, query)
+    step, outputs, received = max(1, CACHED // (batch * length * length)), [], 0
+    votes = torch.ones(batch, 1, 1, length, device=query.device)
+    for h in range(0, heads, step):
+        logits = query[:, h : h + step] @ key[:, h : h + step]
+        if bias is not None:
+            logits = logits + (bias if bias.dim() < 4 or bias.shape[1] == 1 else bias[:, h : h + step])
+        weights = logits.softmax(-1, dtype=torch.float32)
+        outputs.append(weights.to(value.dtype) @ value[:, h : h + step])
+        received = received + (votes @ weights).sum(1)[:, 0]  # a product is quicker than a sum over rows
+    return torch.cat(outputs, 1).transpose(1, 2), received / heads
 
 
 def base_function(module, name: str):

@@ -247,6 +247,8 @@ class Packed(Tokens):
         kept = keep.flatten() if self.slots is None else keep.flatten()[self.slots]
         new.source = kept.nonzero()[:, 0]
         new._lay_out(self.rows[new.source], keep.sum(1))
+        for name, (mask, parts) in self.masks.items():  # what lets everything through does so for fewer tokens
+            new.masks[name] = (mask, {sequence: None for sequence, part in parts.items() if part is None})
         return new
 
     def take(self, x: Tensor) -> Tensor:
