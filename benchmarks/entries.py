@@ -23,7 +23,8 @@ class TaskSetting:
     epochs: float = 3
     prune_epochs: float = 3
     lr: float = 5e-5
-    target: float = 0.47
+    prune_lr: float = 1e-4
+    target: float = 0.49
 
 
 TASKS = {
@@ -73,6 +74,7 @@ class Entry:
             "epochs": task.epochs,
             "prune_epochs": 0 if self.method == "dense" else task.prune_epochs,
             "lr": task.lr,
+            "prune_lr": task.prune_lr,
             "seed": self.seed,
             "dropout": 0.0,
             "method": "dense" if self.method.startswith("dense") else self.method,

@@ -237,7 +237,7 @@ def test_masked_tensors_keep_their_shape():
 
 @everywhere
 @pytest.mark.parametrize(
-    "method", [TopK(keep=1), Random(keep=1), FirstK(keep=1), Threshold(99.0), LTP(init=99.0)], ids=repr
+    "method", [TopK(keep=1), Random(keep=1), FirstK(keep=1), Threshold(99.0), LTP(init=99.0, min_keep=1)], ids=repr
 )
 @pytest.mark.parametrize("family, kept", [("bert", {0}), ("deit", {0, 1}), ("llama", {-1})])
 def test_special_tokens_always_stay(family, kept, method, executor):

@@ -177,6 +177,25 @@ def test_the_lagrangian_brings_the_expected_cost_to_the_target():
     assert method.multiplier[1] > 0, "the quadratic multiplier only ascends"
 
 
+def test_what_is_watched():
+    method = ToP(target_flops=0.6, bins=8, ramp=0.5, topk=4)
+    model = pruned(method).train()
+    assert method.metrics() == {}, "before the first step"
+    method.progress = 0.25
+    BERT.run(model, BERT.batch(LENGTHS))
+    ranking = method.record.views[0].score.detach()
+    method.loss(None, {}, method.record, {"ranking": ranking}).backward()
+    found = method.metrics()
+    assert found["flops_target"] == pytest.approx(0.8) and found["flops_hard"] == pytest.approx(1, abs=0.1)
+    assert found["flops_expected"] == pytest.approx(method.expected(torch.tensor(LENGTHS).float()).item())
+    assert found["gates_on"] == 0 and found["multiplier_1"] == 0
+    assert found["rank_overlap_0"] == 1
+    method.loss(None, {}, method.record, {"ranking": -ranking})
+    assert method.metrics()["rank_overlap_0"] < 0.5
+    method.progress = 1.0
+    assert method.metrics() == {}
+
+
 def test_a_cost_above_the_target_raises_the_multipliers():
     method = ToP(target_flops=0.5, bins=8, rank_loss="none", ramp=1e-9)
     model = pruned(method).train()

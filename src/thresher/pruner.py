@@ -139,6 +139,10 @@ class TokenPruner(nn.Module):
         """Bring the method onto its budget on ``batches``; returns what was reached (empty: it has no budget)."""
         return {}
 
+    def metrics(self) -> dict[str, float]:
+        """What to watch while training; ``PruningTrainer`` logs it."""
+        return {}
+
     # --- what is the same for all --------------------------------------------------------------------------------
     @property
     def soft(self) -> bool:

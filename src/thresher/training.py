@@ -204,9 +204,10 @@ class PruningTrainer(Trainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the share of the dense MACs in the last batch to what is logged."""
+        """Add the share of the dense MACs in the last batch, and the method's own metrics, to what is logged."""
         if "loss" in logs and "flops_fraction" in self.reached:
             logs["flops_fraction"] = round(float(self.reached["flops_fraction"]), 4)
+            logs.update({name: round(value, 4) for name, value in self.pruner.metrics().items()})
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()

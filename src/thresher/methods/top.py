@@ -89,6 +89,7 @@ class ToP(TokenPruner):
         self.gate = nn.Parameter(torch.full((sites,), odds(FIRST))) if self.gates else None
         self.multiplier = nn.Parameter(torch.zeros(2))
         self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
+        self.agreement: list[Tensor] = []
         self.early = [i for i, layer in enumerate(self.sites) if layer < max(1, info.depth // 3)]
 
     # --- what stays ----------------------------------------------------------------------------------------------
@@ -163,12 +164,28 @@ class ToP(TokenPruner):
         if self.ranks_teacher:
             if teacher is None or "ranking" not in teacher:
                 raise ValueError("ToP distils its teacher's ranking: train with a teacher, or with rank_loss='none'")
-            weight = self.rank_weight * max(0.01, 1 - self.ramped)
-            total = total + weight * sum(
-                ranking_loss(share(view), teacher["ranking"], view.alive & ~view.protected, self.topk, self.rank_loss)
-                for view in (record.views[i] for i in self.early)
-            )
+            ranking, views = teacher["ranking"], [record.views[i] for i in self.early]
+            weight, free = self.rank_weight * max(0.01, 1 - self.ramped), views[0].alive & ~views[0].protected
+            losses = [ranking_loss(share(view), ranking, free, self.topk, self.rank_loss) for view in views]
+            total = total + weight * sum(losses)
+            self.agreement = [overlap(view.score.detach(), ranking, free, self.topk) for view in views]
         return total
+
+    def metrics(self) -> dict[str, float]:
+        """The cost that is asked for, expected and, with masks without chance, counted; gates, multipliers, and how
+        many of the teacher's best tokens the early sites rank among their best."""
+        if self.record is None or not self.soft:
+            return {}
+        tokens = self.record.counts[0].n_attention.detach()
+        found = {
+            "flops_target": 1 + (self.target_flops - 1) * self.ramped,
+            "flops_expected": self.expected(tokens.float()).item(),
+            "flops_hard": self.counted(self.settled().cpu(), tokens.long().cpu()),
+            "gates_on": float((~self.idle).sum()),
+        }
+        found |= {f"multiplier_{i + 1}": value for i, value in enumerate(self.multiplier.tolist())}
+        found |= {f"rank_overlap_{self.sites[i]}": a.item() for i, a in zip(self.early, self.agreement, strict=False)}
+        return found
 
     # --- the budget ----------------------------------------------------------------------------------------------
     def counted(self, mask: Tensor, tokens: Tensor) -> float:
@@ -256,6 +273,13 @@ def ranking_loss(score: Tensor, teacher: Tensor, free: Tensor, k: int, kind: str
         weight = swap * (weight > 0) * k
     pairs = F.softplus(s[:, None, :] - s[:, :, None]) / math.log(2)  # [b, i, j]: log2(1 + exp(-(s_i - s_j)))
     return (weight * pairs * (real[:, :, None] & real[:, None, :])).sum((1, 2)).mean() / k**2
+
+
+def overlap(score: Tensor, teacher: Tensor, free: Tensor, k: int) -> Tensor:
+    """Scalar: the mean share of the teacher's best ``k`` of the ``free`` tokens that are among the best ``k`` here."""
+    both = (ranks(score, free) < k) & (ranks(teacher, free) < k) & free
+    count = free.sum(1)
+    return (both.sum(1)[count > 0] / count[count > 0].clamp(max=k)).mean()
 
 
 class Ascend(torch.autograd.Function):
