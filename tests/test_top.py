@@ -186,8 +186,8 @@ def test_what_is_watched():
     ranking = method.record.views[0].score.detach()
     method.loss(None, {}, method.record, {"ranking": ranking}).backward()
     found = method.metrics()
-    assert found["flops_target"] == pytest.approx(0.8) and found["flops_hard"] == pytest.approx(1, abs=0.1)
-    assert found["flops_expected"] == pytest.approx(method.expected(torch.tensor(LENGTHS).float()).item())
+    assert found["cost_target"] == pytest.approx(0.8) and found["cost_hard"] == pytest.approx(1, abs=0.1)
+    assert found["cost_expected"] == pytest.approx(method.expected(torch.tensor(LENGTHS).float()).item())
     assert found["gates_on"] == 0 and found["multiplier_1"] == 0
     assert found["rank_overlap_0"] == 1
     method.loss(None, {}, method.record, {"ranking": -ranking})

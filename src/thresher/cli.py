@@ -91,6 +91,8 @@ def train(
     out: Annotated[Path, Option(metavar="DIR", help="The folder for the pruned model.")],
     method: Annotated[str, Option(metavar="NAME", help="ltp, topk, threshold, ...")] = "ltp",
     target_flops: Annotated[float | None, Option(help="Share of the dense MACs to be left; default: 0.4.")] = None,
+    target_latency: Annotated[float | None, Option(help="Share of the dense time to be left (top).")] = None,
+    target_latency_ms: Annotated[float | None, Option(help="Mean milliseconds per text, one at a time (top).")] = None,
     keep: Annotated[
         Any, Option(parser=_keep, metavar="K", help="Share (0.5) or number (64) kept, for topk and its kin.")
     ] = None,
@@ -128,6 +130,13 @@ def train(
     from . import jobs
 
     _measure(jobs.train, json_file, model, data, str(out), **options, progress=not quiet)
+    if not quiet and (target_latency or target_latency_ms):
+        reached = json.loads((out / jobs.SUMMARY).read_text())["reached"]
+        asked = f"{target_latency_ms} ms" if target_latency_ms else f"{target_latency} of the dense time"
+        _say(
+            f"asked: {asked}; measured: {reached['latency_ms']:.2f} ms, "
+            f"{reached['latency_fraction_measured']:.2f} of the dense {reached['latency_ms_dense']:.2f} ms"
+        )
     if not quiet:
         _say(f"the model is in {out}")
 

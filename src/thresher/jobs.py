@@ -25,6 +25,7 @@ from .api import prune, unprune
 from .bench import Predictions, predict, quality
 from .data import DataError, Task, load_task, tokenize
 from .evaluating import bench, evaluate  # noqa: F401  the other jobs of the command line
+from .latency import compare
 from .loading import classifier, clip, load, make_method, reading
 from .machine import environment, has_bf16
 from .methods.topk import REPLAY, TopK
@@ -34,6 +35,7 @@ from .resuming import Interrupt, Order, last_checkpoint, step_of
 from .training import Collator, PruningTrainer, Ranking
 
 SUMMARY = "thresher.json"
+TIMED = 64  # texts that a target of time is measured on
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def train(
     progress: bool = True,
     threads: int | None = None,
     target_flops: float | None = None,
+    target_latency: float | None = None,
+    target_latency_ms: float | None = None,
     keep: float | int | tuple | None = None,
     at: tuple[int, ...] | None = None,
     **options,
@@ -103,7 +107,8 @@ def train(
         out: the folder for the pruned model, with the dense one in ``out/dense``, the figures in ``out/thresher.json``.
             Written aside and moved into place; interrupted, the same call goes on where it was.
         fresh: forget what an earlier call left in ``out``.
-        target_flops, keep, at: the method's options, where it has them; without any, LTP leaves 40 % of the MACs.
+        target_flops, target_latency, target_latency_ms, keep, at: the method's options, where it has them; without
+            any, LTP leaves 40 % of the MACs.
         options: see ``Recipe``.
 
     Returns:
@@ -114,7 +119,8 @@ def train(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    method = {"target_flops": target_flops, "keep": keep, "at": at, **(options.pop("method_options", None) or {})}
+    method = {"target_flops": target_flops, "target_latency": target_latency, "target_latency_ms": target_latency_ms}
+    method |= {"keep": keep, "at": at, **(options.pop("method_options", None) or {})}
     method = {name: value for name, value in method.items() if value is not None}
     if not method and options.get("method", "ltp") == "ltp":
         method = {"target_flops": 0.4}
@@ -186,6 +192,8 @@ class Training:
             set_seed(recipe.seed)
             self._train(trainer)
         trainer.reached.update(trainer.calibrate())  # once more in fp32, in which the model is measured
+        if pruner is not None and pruner.needs_table:
+            trainer.reached.update(self._timed(net, parts["validation"]))
         # 3. what came of it, on the test part, which chose nothing
         untouched = recipe.method == "dense" and not recipe.prune_epochs
         after = before if untouched else predict(net.eval(), parts["test"], batch_size=recipe.batch_size, counts=counts)
@@ -269,6 +277,16 @@ class Training:
             return train
         unprune(net)
         return train.add_column("teacher_ranking", [score.tolist() for score in answers.scores])
+
+    def _timed(self, net: PreTrainedModel, validation) -> dict[str, float]:
+        """The asked time beside that of single texts, spread over the validation part."""
+        count = min(len(validation), TIMED)
+        texts = [validation[i * len(validation) // count] for i in range(count)]
+        inputs = [
+            {k: text[k] for k in ("input_ids", "token_type_ids", "attention_mask") if k in text} for text in texts
+        ]
+        dense, pruned = compare(net, ({k: torch.tensor([v]) for k, v in one.items()} for one in inputs))
+        return {"latency_ms_dense": dense, "latency_ms": pruned, "latency_fraction_measured": pruned / dense}
 
     def _arguments(self, stage: str, epochs: float, lr: float) -> TrainingArguments:
         r = self.recipe

@@ -84,6 +84,7 @@ class TokenPruner(nn.Module):
     name: ClassVar[str] = ""
     needs_attention: ClassVar[bool] = True
     ranks_teacher: ClassVar[bool] = False  # whether ``loss`` wants the teacher's ranking
+    needs_table: ClassVar[bool] = False  # whether the budget is one of time, priced by ``table``, a LatencyTable
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

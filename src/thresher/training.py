@@ -16,6 +16,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
 from .api import prune
 from .attention import View
+from .latency import latency_table
 from .pruner import Record, StackInfo, TokenPruner
 
 LOGITS = ("logits", "start_logits", "end_logits")
@@ -139,6 +140,8 @@ class PruningTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if not isinstance(getattr(self.model, "token_pruner", None), TokenPruner):
             raise ValueError("PruningTrainer needs a pruned model: call prune(model, method) first")
+        if self.pruner.needs_table and self.pruner.table is None:
+            self.pruner.table = latency_table(self.model)
         if not 0 <= distill <= 1:
             raise ValueError(f"distill={distill}: expected a weight in [0, 1]")
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)

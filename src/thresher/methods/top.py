@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import View
-from ..flops import dense_macs
 from ..pruner import Record, StackInfo, TokenPruner, ranks
 from ..tokens import CLOSED
+
+if TYPE_CHECKING:
+    from ..latency import LatencyTable
 
 LOW, HIGH, BETA = -0.1, 1.1, 2 / 3  # the hard concrete distribution: its stretch and its temperature
 BOUND = math.log(100)  # of the parameters, their log odds
 FIRST = 0.05  # the chance of a gate to be on, of a bin to be off, where the training starts
+TARGETS = ("target_flops", "target_latency", "target_latency_ms")
 RANK_LOSSES = ("arp2", "ndcg", "none")
 
 
@@ -31,9 +34,10 @@ class ToP(TokenPruner):
     A mask over the bins, one per site and the same for all inputs, says which stay; a gate per site says whether the
     site prunes at all. Masks and gates are random in the soft stage (hard concrete; a gate is rounded, straight
     through) and learn with the weights under a Lagrangian L = m1 (c - target) + m2 (c - target)^2 on the expected
-    cost c, whose multipliers ascend; the target falls from 1 over the first ``ramp`` of the training. In evaluation
-    and in the hard stage they are fixed: in each site the expected number of bins, those with the least odds, are off.
-    The ranking of the teacher's last layer is distilled into the first third of the layers.
+    cost c, in MACs or in measured time, whose multipliers ascend; the target falls from 1 over the first ``ramp`` of
+    the training. In evaluation and in the hard stage they are fixed: in each site the expected number of bins, those
+    with the least odds, are off. The ranking of the teacher's last layer is distilled into the first third of the
+    layers.
 
     Departures. Scores are means over live rows alone (theirs include padding and what has left). A soft mask enters
     the attention as log(mask) on the key, so that 0 is exactly removal and 1 presence in training as in inference
@@ -42,7 +46,11 @@ class ToP(TokenPruner):
     first, as put the cost, counted in tokens, onto the budget.
 
     Args:
-        target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs.
+        target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. 0.4 where no
+            other target is given.
+        target_latency: instead, time to be left, as a fraction of the dense model's without padding.
+        target_latency_ms: instead, mean milliseconds per example. Both are priced by a measured ``LatencyTable``, which
+            ``PruningTrainer`` makes; a loop of one's own says ``pruner.table = latency_table(model)``.
         bins: of relative rank, per site. The paper: 20 to 100, more for long texts.
         topk: tokens of the teacher's ranking that are distilled.
         rank_loss: "arp2" (pairs weighted by the difference of their ranks, pytorchltr's LambdaARPLoss2 as the paper
@@ -53,6 +61,8 @@ class ToP(TokenPruner):
     """
 
     target_flops: float | None = None
+    target_latency: float | None = None
+    target_latency_ms: float | None = None
     bins: int = 32
     topk: int = 20
     rank_loss: str = "arp2"
@@ -65,14 +75,20 @@ class ToP(TokenPruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target_flops is not None and not 0 < self.target_flops <= 1:
-            raise ValueError(f"target_flops={self.target_flops}: expected a fraction of the dense MACs in (0, 1]")
+        asked = {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(f'{k}={v}' for k, v in asked.items())}: expected one target")
+        for name, value in asked.items():
+            if value <= 0 or (value > 1 and name != "target_latency_ms"):
+                what = "a positive number" if name == "target_latency_ms" else "a fraction of the dense cost in (0, 1]"
+                raise ValueError(f"{name}={value}: expected {what}")
         if self.rank_loss not in RANK_LOSSES:
             raise ValueError(f"rank_loss={self.rank_loss!r}: expected one of {', '.join(RANK_LOSSES)}")
         if self.bins < 1:
             raise ValueError(f"bins={self.bins}: expected a whole number from 1 up")
-        if self.target_flops is None:
+        if not asked:
             self.target_flops = 0.4
+        self.table: LatencyTable | None = None
 
     @property
     def ranks_teacher(self) -> bool:
@@ -143,22 +159,47 @@ class ToP(TokenPruner):
         """How much of the ramp is over (0..1)."""
         return min(1.0, self.progress / max(1e-9, self.ramp))
 
+    @property
+    def needs_table(self) -> bool:
+        """Whether the budget is one of time."""
+        return self.target_flops is None
+
+    def cost(self, tokens: Tensor, stay: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Scalar: the cost as a fraction of the dense model's on rows of ``tokens`` (B,) tokens, in MACs or in time;
+        ``stay(site, n)`` says how many of n tokens that may leave stay."""
+        if self.needs_table and self.table is None:
+            raise RuntimeError("a target of time needs measured times: set pruner.table = latency_table(model)")
+        used = dense = self.table.fixed(tokens) if self.needs_table else torch.zeros(())
+        left = tokens
+        for layer, macs in enumerate(self.info.costs):
+            price = self.table.layer if self.needs_table else macs.macs
+            site = self.site(layer)
+            after = left if site < 0 else 1 + stay(site, left - 1)
+            used = used + price(left, after if self.info.inside else left, site >= 0)
+            left, dense = after, dense + price(tokens, tokens)
+        return used.sum() / dense.sum()
+
+    def target(self, tokens: Tensor) -> float:
+        """The target as a fraction of the dense cost on rows of ``tokens`` (B,) tokens."""
+        if self.target_latency_ms is None:
+            return self.target_latency if self.target_flops is None else self.target_flops
+        if self.table is None:
+            return self.cost(tokens, lambda site, n: n)  # which says what is missing
+        dense = self.table.fixed(tokens) + len(self.info.costs) * self.table.layer(tokens, tokens)
+        return self.target_latency_ms / dense.mean().item()
+
     def expected(self, tokens: Tensor) -> Tensor:
-        """Scalar: the expected MACs as a fraction of the dense ones on rows of ``tokens`` (B,) tokens."""
+        """Scalar: the expected cost as a fraction of the dense one on rows of ``tokens`` (B,) tokens."""
         stay = chance(self.rank).mean(1)
         if self.gate is not None:
             stay = 1 - (1 - stay) * chance(self.gate)
-        used, left = 0.0, tokens
-        for layer, cost in enumerate(self.info.costs):
-            site = self.site(layer)
-            after = left if site < 0 else 1 + stay[site] * (left - 1)
-            used, left = used + cost.macs(left, after if self.info.inside else left, site >= 0), after
-        return used.sum() / dense_macs(self.info.costs, tokens).sum()
+        return self.cost(tokens, lambda site, n: stay[site] * n)
 
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
         if not self.soft:
             return sum(0.0 * parameter.sum() for parameter in self.parameters())
-        over = self.expected(record.counts[0].n_attention.float()) - (1 + (self.target_flops - 1) * self.ramped)
+        tokens = record.counts[0].n_attention.float()
+        over = self.expected(tokens) - (1 + (self.target(tokens) - 1) * self.ramped)
         first, second = Ascend.apply(self.multiplier)
         total = first * over + second * over**2
         if self.ranks_teacher:
@@ -178,9 +219,9 @@ class ToP(TokenPruner):
             return {}
         tokens = self.record.counts[0].n_attention.detach()
         found = {
-            "flops_target": 1 + (self.target_flops - 1) * self.ramped,
-            "flops_expected": self.expected(tokens.float()).item(),
-            "flops_hard": self.counted(self.settled().cpu(), tokens.long().cpu()),
+            "cost_target": 1 + (self.target(tokens.float()) - 1) * self.ramped,
+            "cost_expected": self.expected(tokens.float()).item(),
+            "cost_hard": self.counted(self.settled().cpu(), tokens.long().cpu()),
             "gates_on": float((~self.idle).sum()),
         }
         found |= {f"multiplier_{i + 1}": value for i, value in enumerate(self.multiplier.tolist())}
@@ -189,25 +230,22 @@ class ToP(TokenPruner):
 
     # --- the budget ----------------------------------------------------------------------------------------------
     def counted(self, mask: Tensor, tokens: Tensor) -> float:
-        """MACs as a fraction of the dense ones on rows of ``tokens`` (B,) tokens: what stays depends on lengths
-        alone."""
-        rows, used, left = torch.arange(int(tokens.max())), 0, tokens
-        table = torch.stack([mask[:, (rows[:m] * self.bins) // m].sum(1) for m in range(1, len(rows) + 1)], 1)
-        table = torch.cat([torch.zeros(len(mask), 1, dtype=table.dtype), table], 1)  # (S, m): survivors among m
-        for layer, cost in enumerate(self.info.costs):
-            site = self.site(layer)
-            after = left if site < 0 else 1 + table[site][left - 1]
-            used, left = used + cost.macs(left, after if self.info.inside else left, site >= 0), after
-        return float(used.sum() / dense_macs(self.info.costs, tokens).sum())
+        """The cost as a fraction of the dense one on rows of ``tokens`` (B,) tokens: with ``mask`` (S, bins) what stays
+        depends on lengths alone."""
+        rows = torch.arange(int(tokens.max()))
+        table = [mask[:, (rows[:m] * self.bins) // m].sum(1) for m in range(1, len(rows) + 1)]
+        table = torch.stack([torch.zeros(len(mask), dtype=torch.long), *table], 1)  # (S, m): survivors among m
+        return float(self.cost(tokens, lambda site, n: table[site][n]))
 
     @torch.no_grad()
     def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
-        """Fix the masks: as many bins off, the least odds of all sites first, as meet ``target_flops`` on ``batches``.
+        """Fix the masks: as many bins off, the least odds of all sites first, as meet the target on ``batches``.
 
         ``forward(batch)`` runs the model and returns the ``Record``. Raises ValueError where the target cannot be
         reached.
         """
         tokens = torch.cat([forward(batch).counts[0].n_attention for batch in batches]).cpu()
+        target = self.target(tokens.float())
         odds = self.rank.detach() + 1000 * self.idle  # of sites that do not prune only where nothing else is left
         order = odds.cpu().T.flip(0, 1).flatten().argsort(stable=True)  # ties: worse ranks first, deeper sites first
 
@@ -220,17 +258,18 @@ class ToP(TokenPruner):
         low, high = 0, len(order)
         while low < high:
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if without(middle)[0] > self.target_flops else (low, middle)
+            low, high = (middle + 1, high) if without(middle)[0] > target else (low, middle)
         (above, more), (reached, mask) = without(max(0, low - 1)), without(low)
-        if above <= 1.02 * self.target_flops and above - self.target_flops < self.target_flops - reached:
+        if above <= 1.02 * target and above - target < target - reached:
             reached, mask = above, more
-        if reached > 1.02 * self.target_flops:
+        if reached > 1.02 * target:
+            asked = next(f"{name}={getattr(self, name)}" for name in TARGETS if getattr(self, name) is not None)
             raise ValueError(
-                f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: with every bin off "
-                f"{reached:.3f} of the MACs are left; prune at earlier layers or choose a larger target"
+                f"{asked} cannot be reached at={list(self.sites)}: with every bin off {reached:.3f} of the "
+                f"{'time' if self.needs_table else 'MACs'} are left; prune at earlier layers or choose a larger target"
             )
         self.mask.copy_(mask)
-        return {"flops_fraction": reached}
+        return {"latency_fraction" if self.needs_table else "flops_fraction": reached}
 
 
 def odds(chance: float) -> float:

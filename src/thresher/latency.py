@@ -1,0 +1,217 @@
+"""What the layers of a model cost in time on this machine: a table that prices a schedule before it is run.
+
+Shapes: n tokens per example. Times are milliseconds per example.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .api import MODULE, dense, prune, unprune
+from .attention import View
+from .machine import hardware
+from .methods.topk import TopK
+from .pruner import StackInfo, TokenPruner
+from .stack import find_stack
+
+GRID = (8, 16, 32, 64, 128, 256, 512)
+Curve = tuple[tuple[float, ...], tuple[float, ...]]  # tokens, rising, and the milliseconds they take
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured time(tokens) of the parts of one layer, and of all that is not a layer.
+
+    Attributes:
+        attention, scored: the attention block of a layer that is not a site, and of one that is, with its hooks,
+            scoring and removal.
+        ffn: the rest of the layer.
+        rest: embeddings, head and Python, once per forward.
+        batch_size, threads: what was measured.
+    """
+
+    attention: Curve
+    scored: Curve
+    ffn: Curve
+    rest: Curve
+    batch_size: int
+    threads: int
+
+    def layer(self, n_attention: Tensor, n_ffn: Tensor, scored: bool = False) -> Tensor:
+        """(B,) ms of a layer with so many tokens in its attention block and in its FFN (differentiable)."""
+        return between(n_attention, self.scored if scored else self.attention) + between(n_ffn, self.ffn)
+
+    def fixed(self, tokens: Tensor) -> Tensor:
+        """(B,) ms of everything but the layers."""
+        return between(tokens, self.rest)
+
+
+def between(x: Tensor, curve: Curve) -> Tensor:
+    """``curve`` at ``x`` by linear interpolation, continued at its ends; differentiable in ``x``."""
+    at, value = (torch.tensor(part, dtype=torch.float32, device=x.device) for part in curve)
+    x = x.float()
+    right = torch.searchsorted(at, x.detach().contiguous()).clamp(1, len(at) - 1)
+    left = right - 1
+    slope = (value[right] - value[left]) / (at[right] - at[left])
+    return (value[left] + (x - at[left]) * slope).clamp(min=0)
+
+
+class Trim(TokenPruner):
+    """Scores every layer and lets one token go at each: a site in all it does, at nearly full length."""
+
+    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+        return tuple(range(info.first_site, info.last_site + 1))
+
+    def choose(self, score: Tensor, view: View) -> Tensor:
+        return view.alive & (view.tokens.index != view.tokens.index.masked_fill(~view.alive, -1).amax(1, keepdim=True))
+
+
+def latency_table(
+    model: PreTrainedModel, *, batch_size: int = 1, repeats: int = 5, cache: str | Path | None = None
+) -> LatencyTable:
+    """Measure ``model`` at lengths up to its limit, a few seconds on MiniLM; remembered per machine and model.
+
+    Args:
+        batch_size: examples at once; times are per example.
+        repeats: of each forward; the median counts.
+        cache: folder of what was measured before, default ``$THRESHER_CACHE`` or ~/.cache/thresher.
+
+    Raises:
+        ValueError: the model does not read token ids.
+    """
+    if not find_stack(model).text:
+        raise ValueError(f"{type(model).__name__} does not read token ids: its time over lengths cannot be measured")
+    folder = Path(cache or os.environ.get("THRESHER_CACHE") or Path.home() / ".cache" / "thresher")
+    file = folder / f"latency-{_key(model, batch_size)}.json"
+    if file.exists():
+        return _read(file)
+    table = _measure(model, batch_size, repeats)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(asdict(table)))
+    os.replace(aside, file)
+    return table
+
+
+def _read(file: Path) -> LatencyTable:
+    made = json.loads(file.read_text())
+    curves = {n: tuple(map(tuple, made[n])) for n in ("attention", "scored", "ffn", "rest")}
+    return LatencyTable(**made | curves)
+
+
+def _key(model: PreTrainedModel, batch_size: int) -> str:
+    stack, parameter = find_stack(model), next(model.parameters())
+    told = [type(stack.base).__name__, stack.depth, [asdict(cost) for cost in stack.costs], batch_size, hardware()]
+    told += [str(parameter.dtype), str(parameter.device), torch.get_num_threads(), torch.__version__]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def _measure(model: PreTrainedModel, batch_size: int, repeats: int) -> LatencyTable:
+    net = copy.deepcopy(model).eval()
+    if hasattr(net, MODULE):
+        unprune(net)
+    longest = getattr(net.config, "max_position_embeddings", None) or GRID[-1]
+    grid = [n for n in GRID if n <= longest]
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for kind, method in (("attention", TopK(keep=1.0, at=())), ("scored", Trim())):
+        prune(net, method)
+        for n in grid:
+            ids = torch.randint(5, net.config.vocab_size, (batch_size, n), device=net.device)
+            runs = [_forward(net, ids) for _ in range(repeats + 1)][1:]
+            # of a layer the fastest run, since what else the machine does only adds; of the layers the median
+            best = {name: [min(times) for times in zip(*(run[name] for run in runs), strict=True)] for name in runs[0]}
+            if kind == "attention":
+                for name, times in best.items():
+                    points[name].append((n, statistics.median(times) / batch_size))
+            else:
+                times = [best["attention"][layer] for layer in method.sites]
+                left = [max(1, n - i) for i in range(len(times))]
+                points[kind].append((statistics.mean(left), statistics.median(times) / batch_size))
+        unprune(net)
+    return LatencyTable(
+        **{name: _curve(points[name]) for name in ("attention", "scored", "ffn", "rest")},
+        batch_size=batch_size,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _curve(points: list[tuple[float, float]]) -> Curve:
+    """Time never falls as tokens grow; what looks so is noise."""
+    tokens, times = zip(*points, strict=True)
+    return tuple(map(float, tokens)), tuple(accumulate(times, max))
+
+
+def _forward(net: PreTrainedModel, ids: Tensor) -> dict[str, list[float]]:
+    """ms of each layer's attention block and of the rest of it, and of all else, in one forward."""
+    stack, marks = find_stack(net), []
+
+    def mark(*_):
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    handles = []
+    for layer in stack.layers:
+        handles.append(layer.register_forward_pre_hook(mark, prepend=True))
+        handles.append(layer.get_submodule(stack.block).register_forward_hook(mark))
+        handles.append(layer.register_forward_hook(mark))
+    try:
+        with torch.inference_mode():
+            mark()
+            net(input_ids=ids, attention_mask=torch.ones_like(ids))
+            mark()
+    finally:
+        for handle in handles:
+            handle.remove()
+    begin, *inner, end = (1000 * moment for moment in marks)
+    starts, middles, ends = inner[::3], inner[1::3], inner[2::3]
+    attention = [m - s for s, m in zip(starts, middles, strict=True)]
+    ffn = [e - m for m, e in zip(middles, ends, strict=True)]
+    return {"attention": attention, "ffn": ffn, "rest": [end - begin - sum(attention) - sum(ffn)]}
+
+
+def compare(model: PreTrainedModel, batches: Iterable[dict], repeats: int = 3) -> tuple[float, float]:
+    """Mean ms per example of ``model`` without pruning and with it, both without padding, interleaved.
+
+    The fastest of ``repeats`` of each batch counts: what else the machine does only ever adds.
+    """
+    totals, examples = [0.0, 0.0], 0
+    net = model.eval()
+    with torch.inference_mode():
+        for batch in batches:
+            examples += len(batch["input_ids"])
+            best = [float("inf"), float("inf")]
+            for _ in range(repeats + 1):
+                for i, mode in enumerate((_unpruned, _as_it_is)):
+                    with mode(net):
+                        started = time.perf_counter()
+                        net(**batch)
+                        if batch["input_ids"].is_cuda:
+                            torch.cuda.synchronize()
+                        best[i] = min(best[i], time.perf_counter() - started)
+            totals = [total + 1000 * b for total, b in zip(totals, best, strict=True)]
+    return totals[0] / examples, totals[1] / examples
+
+
+def _unpruned(net: PreTrainedModel):
+    return dense(net, unpadded=True)
+
+
+@contextmanager
+def _as_it_is(net: PreTrainedModel):
+    yield net
