@@ -42,6 +42,8 @@ class Entry:
     kind: "train" (quality and FLOPs on the test part), "speed" (wall-clock of all methods of a task, in one run) or
         "efficiency" (wall-clock against FLOPs of fixed schedules, untrained).
     method: a pruning method, "dense" (fine-tuning alone) or "dense-continued" (the same extra steps, nothing pruned).
+    variant: what sets it apart from the entry of the same method and target, in its name.
+    options: of ``thresher.jobs.train``, or of the timing.
     needs: names of entries whose models it starts from: first the dense one, then the one whose counts it replays.
     """
 
@@ -52,14 +54,15 @@ class Entry:
     kind: str = "train"
     model: str = "minilm-l6"
     target: float | None = None
+    variant: str = ""
     needs: tuple[str, ...] = ()
     options: dict = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:
-        """task/model-method[-target]-seed."""
-        budget = f"-{self.target:g}" if self.target is not None else ""
-        return f"{self.task}/{self.model}-{self.method}{budget}-s{self.seed}"
+        """task/model-method[-variant][-target]-seed."""
+        parts = [self.model, self.method, self.variant, "" if self.target is None else f"{self.target:g}"]
+        return f"{self.task}/{'-'.join(part for part in parts if part)}-s{self.seed}"
 
     def recipe(self, folder: Path) -> dict:
         """The arguments of ``thresher.jobs.train``; ``folder`` holds the models of other entries."""
@@ -85,7 +88,7 @@ class Entry:
         if len(self.needs) > 1:
             recipe["replay"] = str(folder / self.needs[1])
         if self.target is not None and len(self.needs) < 2:
-            recipe["method_options"] = {"target_flops": self.target}
+            recipe["method_options"] = {"target_flops": self.target, **self.options.get("method_options", {})}
         return recipe
 
 
@@ -96,6 +99,31 @@ def smoke(task: str, seed: int) -> list[Entry]:
     ltp = Entry(task, "ltp", seed, target=target, needs=(dense.name,))
     rest = [Entry(task, m, seed, target=target, needs=(dense.name, ltp.name)) for m in ("topk", "firstk", "random")]
     return [dense, ltp, *rest, Entry(task, "dense-continued", seed, needs=(dense.name,))]
+
+
+def constrained(task: str, seed: int) -> list[Entry]:
+    """ToP and LTP at the mean gain of ToP's paper, and TopK with ToP's counts."""
+    dense = Entry(task, "dense", seed)
+    top = Entry(task, "top", seed, target=0.417, needs=(dense.name,))
+    topk = Entry(task, "topk", seed, target=0.417, variant="of-top", needs=(dense.name, top.name))
+    return [top, Entry(task, "ltp", seed, target=0.417, needs=(dense.name,)), topk]
+
+
+def ablation(task: str, target: float) -> list[Entry]:
+    """What each part of ToP is worth, seed 0."""
+    parts = {
+        "unranked": {"rank_weight": 0.0},  # the ranking is watched and not distilled
+        "ndcg": {"rank_loss": "ndcg"},
+        "ungated": {"gates": False},
+        "8-bins": {"bins": 8},
+        "128-bins": {"bins": 128},
+    }
+    needs = (Entry(task, "dense").name,)
+    changed = [
+        Entry(task, "top", variant=name, target=target, tier="full", needs=needs, options={"method_options": part})
+        for name, part in parts.items()
+    ]
+    return [Entry(task, "top", target=target, tier="full", needs=needs), *changed]
 
 
 def speed(task: str) -> Entry:
@@ -110,6 +138,8 @@ ENTRIES: list[Entry] = [
     *smoke("sst2", 0),
     *smoke("mrpc", 1),
     *smoke("mrpc", 2),
+    *(entry for task in ("20newsgroups", "sst2", "mrpc") for entry in constrained(task, 0)),
+    *ablation("mrpc", 0.25),
     speed("mrpc"),
     speed("sst2"),
     speed("20newsgroups"),

@@ -76,7 +76,8 @@ def run(entry: Entry) -> None:
             recipe.pop("model"), recipe.pop("data"), str(RUNS / entry.name), progress=sys.stderr.isatty(), **recipe
         )
         summary = json.loads((RUNS / entry.name / SUMMARY).read_text())
-        rows = [{**rows[-1], "model": entry.model, "method": entry.method, "target_flops": entry.target}]
+        method = f"{entry.method}-{entry.variant}".strip("-")
+        rows = [{**rows[-1], "model": entry.model, "method": method, "target_flops": entry.target}]
         if entry.method == "dense":
             rows[0].update(mode="dense-unpadded")
         extra = {"labels": labels_of(entry)}
