@@ -7,6 +7,7 @@ python examples/raw_loop.py 600 reviews.csv MODEL  a table of texts and labels, 
 import sys
 from functools import partial
 from itertools import chain, islice, repeat
+from math import ceil
 
 import torch
 from torch.utils.data import DataLoader
@@ -52,12 +53,12 @@ def main(steps: str = "200", *source: str) -> None:
         return pruner.record
 
     for step, batch in enumerate(islice(batches, steps)):
-        pruner.progress = step / steps  # 5: soft gates in the first half, real removal in the second
+        pruner.progress = step / steps  # 5: soft gates at first, then real removal
         loss = model.train()(**batch).loss + pruner.loss(partial(model, **batch), batch, pruner.record)  # 4
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step + 1 in (steps // 2, steps):
+        if step + 1 in (ceil(pruner.soft_until * steps), steps):
             reached = pruner.calibrate(record_of, held_out)  # 6: the thresholds are shifted until the budget is met
     with torch.no_grad():
         right = torch.cat([model.eval()(**batch).logits.argmax(1) == batch["labels"] for batch in held_out])

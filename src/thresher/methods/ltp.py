@@ -50,7 +50,7 @@ class LTP(TokenPruner):
     weight: float | None = None
     temperature: float = 0.1
     init: float = 1.0
-    soft_until: float = 0.5
+    soft_until: float = 0.3
     straight_through: bool = True
     min_keep: int = 3
 
