@@ -85,7 +85,16 @@ class View:
 
     @property
     def key(self) -> Tensor:
-        """(B, H, N, d), the keys of the layer."""
+        """(B, H, N, d), the keys of the layer.
+
+        Raises:
+            RuntimeError: the layer shows its attention probabilities alone.
+        """
+        if self._seen is None:
+            raise RuntimeError(
+                f"layer {self.layer} shows its attention probabilities and not its keys: choose a method that needs "
+                "no keys for this model"
+            )
         return self.tokens.pad(self._seen[2].transpose(1, 2)).transpose(1, 2)
 
     def received(self) -> Tensor:
