@@ -112,8 +112,8 @@ def write(results: Path, target: Path) -> None:
         "and site by site, as many tokens as LTP did, and are trained with the same steps and the same distillation.",
         "Intervals: paired bootstrap over examples and seeds.",
         "",
-        "How LTP prunes (gates, floor, rates, epochs, length of the soft stage) was chosen among twelve of them",
-        "on the validation part of SST-2. Three earlier ones had been read on the test parts of MRPC and SST-2, and that",
+        "How LTP prunes (gates, floor, rates, epochs, length of the soft stage) was chosen among twelve configurations",
+        "on the validation part of SST-2. Three earlier ones had been read on the test parts of MRPC and SST-2; that",
         "top-k was above LTP on MRPC's test part is why a shorter soft stage was among what was tried.",
         "",
     ]
