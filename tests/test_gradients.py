@@ -13,7 +13,7 @@ from thresher.tokens import LAYOUTS
 
 TRAINED = ("bert", "distilbert", "deberta-v2", "modernbert", "vit")
 RUN = [(f, e) for f in FAMILIES for e in ("padded", "packed") if FAMILIES[f].packed or e != "packed"]
-HARD, SOFT = (lambda: TopK(keep=0.6)), (lambda: LTP(target_flops=0.5, init=1.6))
+HARD, SOFT = (lambda: TopK(keep=0.6)), (lambda: LTP(target_flops=0.5, init=1.6, soft_until=0.5))
 
 
 def trained(family: str, method, executor: str = "auto", progress: float = 0.0, checkpointing: bool = False):

@@ -35,7 +35,7 @@ WORDS = [
     "in",
 ]
 TEXTS = ["the film was very good", "it is not a good plot , Ann made it long and dull in Paris", "dull"]
-METHODS = {"topk": lambda: TopK(keep=0.5), "ltp": lambda: LTP(init=3.2)}
+METHODS = {"topk": lambda: TopK(keep=0.5), "ltp": lambda: LTP(init=3.2, min_keep=1)}
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,9 @@ def test_the_configuration_says_what_prunes(saved):
         "weight": None,
         "temperature": 0.1,
         "init": 1.0,
-        "soft_until": 0.5,
+        "soft_until": 0.3,
+        "straight_through": True,
+        "min_keep": 3,
     }
     assert "pruned|" not in json.dumps(config)
     assert not list(folder.glob("*.bin")) + list(folder.glob("*.pkl")) + list(folder.glob("*.pt"))

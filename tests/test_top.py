@@ -269,7 +269,9 @@ def test_a_teacher_without_a_ranking_is_an_error(teacher):
         method.loss(None, {}, method.record, teacher)
 
 
-@pytest.mark.parametrize("wrong", [{"target_flops": 0.0}, {"bins": 0}, {"rank_loss": "mse"}])
+@pytest.mark.parametrize(
+    "wrong", [{"target_flops": 0.0}, {"bins": 0}, {"bins": 8.5}, {"topk": 0}, {"ramp": -1}, {"rank_loss": "mse"}]
+)
 def test_top_refuses_what_cannot_be(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
         ToP(**wrong)

@@ -242,7 +242,8 @@ class PrunedAttention:
     def _packed(self, function, module, query, key, value, mask, view: View, kwargs):
         """One call per run of equally long neighbours, or per sequence where a mask tells them apart."""
         tokens, outputs, received = view.tokens, [], []
-        fused = view.scored and not (kwargs["dropout"] and module.training) and kwargs.get("softcap") is None
+        plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux")) and not hasattr(module, "sinks")
+        fused = view.scored and plain and not (kwargs["dropout"] and module.training)
         blank = [False] * len(tokens.lengths) if tokens.blank is None else tokens.blank.tolist()
         for sequence, row, count, length in tokens.runs():
             run = [

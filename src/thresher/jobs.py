@@ -108,7 +108,7 @@ def train(
             Written aside and moved into place; interrupted, the same call goes on where it was.
         fresh: forget what an earlier call left in ``out``.
         target_flops, target_latency, target_latency_ms, keep, at: the method's options, where it has them; without
-            any, LTP leaves 40 % of the MACs.
+            any, LTP and ToP leave 40 % of the MACs.
         options: see ``Recipe``.
 
     Returns:
@@ -122,7 +122,7 @@ def train(
     method = {"target_flops": target_flops, "target_latency": target_latency, "target_latency_ms": target_latency_ms}
     method |= {"keep": keep, "at": at, **(options.pop("method_options", None) or {})}
     method = {name: value for name, value in method.items() if value is not None}
-    if not method and options.get("method", "ltp") == "ltp":
+    if not method and options.get("method", "ltp") in ("ltp", "top"):
         method = {"target_flops": 0.4}
     options = {name: value for name, value in options.items() if value is not None}
     return Training(Recipe(model=model, data=data, method_options=method, **options), Path(out), progress).run(fresh)

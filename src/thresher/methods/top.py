@@ -84,8 +84,12 @@ class ToP(TokenPruner):
                 raise ValueError(f"{name}={value}: expected {what}")
         if self.rank_loss not in RANK_LOSSES:
             raise ValueError(f"rank_loss={self.rank_loss!r}: expected one of {', '.join(RANK_LOSSES)}")
-        if self.bins < 1:
-            raise ValueError(f"bins={self.bins}: expected a whole number from 1 up")
+        for name in ("bins", "topk"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number from 1 up")
+        for name in ("ramp", "soft_until", "rank_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number from 0 up")
         if not asked:
             self.target_flops = 0.4
         self.table: LatencyTable | None = None
@@ -137,6 +141,7 @@ class ToP(TokenPruner):
         free = view.open & ~view.protected
         if view.site == 0:
             self._bound()
+            self.mask.copy_(self.settled())  # what is saved in the soft stage prunes as it does now
         keep = sample(self.rank[view.site])[self.bin(view.score.detach(), free)]
         if self.gate is not None:
             soft = sample(self.gate[view.site])
