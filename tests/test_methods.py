@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from families import FAMILIES
 from thresher import LTP, FirstK, Random, Threshold, TopK, prune
 from thresher.pruner import METHODS, TokenPruner, kept_count, top_k
+from thresher.search import search
 from thresher.tokens import LAYOUTS
 
 BERT = FAMILIES["bert"]
@@ -220,6 +221,12 @@ def test_calibration_reaches_the_target(target, init):
     assert float(reached["flops_fraction"]) == pytest.approx(float(measured), abs=1e-6)
     rising = torch.tensor([init * layer / 4 for layer in method.sites])
     torch.testing.assert_close(method.threshold.detach(), rising + reached["shift"], atol=1e-5, rtol=0)
+
+
+def test_a_step_over_the_target_ends_at_the_closer_side():
+    called = []
+    found = search(lambda x: called.append(x) or (1.0 if x < 0.3 else 0.39), 0.4)
+    assert found == 0.39 and called[-1] >= 0.3
 
 
 def test_a_target_out_of_reach_is_an_error_and_changes_nothing():

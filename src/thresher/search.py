@@ -9,17 +9,25 @@ MOST, FAR = 20, 64.0  # steps of the search, and how far it looks
 
 
 def search(falling: Callable[[float], float], target: float) -> float:
-    """Bring a falling function close to ``target``, from 0 on; returns its value where it was called last."""
-    before, at, value = 0.0, 0.0, falling(0.0)
+    """Bring a falling function as close to ``target`` as was found, from 0 on; returns its value there, where it was
+    called last."""
+    tried: dict[float, float] = {}
+
+    def call(at: float) -> float:
+        tried[at] = falling(at)
+        return tried[at]
+
+    before, at, value = 0.0, 0.0, call(0.0)
     step = 0.05 if value > target else -0.05
     while abs(value - target) > TOLERANCE * target and (value > target) == (step > 0) and abs(at) <= FAR:
         before, at, step = at, at + step, 2 * step
-        value = falling(at)
+        value = call(at)
     low, high = min(before, at), max(before, at)
     for _ in range(MOST):
         if abs(value - target) <= TOLERANCE * target or abs(at) > FAR:
             break
         middle = (low + high) / 2
-        value = falling(middle)
+        value = call(middle)
         low, high = (middle, high) if value > target else (low, middle)
-    return value
+    best = min(tried, key=lambda at: abs(tried[at] - target))
+    return value if tried[best] == value else falling(best)
