@@ -86,8 +86,15 @@ def run(entry: Entry) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(".partial")
     command = f"python benchmarks/run.py --all --only {entry.name}"
-    aside.write_text(json.dumps({"rows": [{**row, "command": command} for row in rows], **extra}, indent=1))
+    aside.write_text(as_json({"rows": [{**row, "command": command} for row in rows], **extra}))
     os.replace(aside, file)
+
+
+def as_json(result: dict) -> str:
+    """A result as text: a row or a list of numbers on one line."""
+    rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
+    rest = [f',\n "{name}": {json.dumps(value)}' for name, value in result.items() if name != "rows"]
+    return f'{{\n "rows": [\n  {rows}\n ]{"".join(rest)}\n}}\n'
 
 
 def main() -> int:

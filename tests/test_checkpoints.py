@@ -49,6 +49,11 @@ def test_resuming_changes_nothing(run, tmp_path, step):
     assert made.reached["flops_fraction"] == pytest.approx(run.trainer.reached["flops_fraction"], abs=1e-6)
 
 
+def test_the_teacher_is_left_as_it_came(run):
+    assert run.trainer.teacher is None or not hasattr(run.trainer.teacher, "token_pruner")
+    assert (run.trainer.teacher is None) == (run.kind == "ltp")
+
+
 def test_the_budget_is_met(run):
     result = predict(run.model, rows())
     assert result.macs_used / result.macs_dense == pytest.approx(run.budget, rel=0.02)

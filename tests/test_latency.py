@@ -68,10 +68,10 @@ def test_a_budget_of_time_is_priced_by_the_table():
         prune(BERT.build(), method)
         method.table = TABLE
         assert method.target(tokens) == pytest.approx(target)
-        assert method.cost(tokens, lambda site, n: n).item() == pytest.approx(1)
+        assert method.cost(tokens, torch.ones(1), lambda site, n: n).item() == pytest.approx(1)
         # half of the 29 leave in layer 0, then nothing: layer 0 attends to 30 tokens, all else sees 15.5
         half = 0.5 + 5 + 1.55 + 3 * 2 * 1.55
-        found = method.cost(tokens, lambda site, n: n * (0.5 if site == 0 else 1.0)).item()
+        found = method.cost(tokens, torch.ones(1), lambda site, n: n * (0.5 if site == 0 else 1.0)).item()
         assert found == pytest.approx(half / (0.5 + 4 * 2 * 5.0), rel=1e-5)
 
 

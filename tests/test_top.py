@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from families import FAMILIES
 from methods import Holes
 from thresher import ToP, jobs, prune
-from thresher.methods.top import BOUND, chance, odds, ranking_loss, sample
+from thresher.methods.top import BOUND, chance, odds, ranking_loss, rows_of, sample
 from toy import OPTIONS, make_toy
 
 BERT = FAMILIES["bert"]
@@ -78,12 +78,13 @@ def test_training_starts_from_all_tokens_and_gates_off(gates):
         assert method.gate is None
 
 
+@pytest.mark.parametrize("protect", [None, (), (0, -1), tuple(range(8))], ids=["default", "none", "two", "eight"])
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
-def test_counted_macs_are_those_of_a_forward(family):
-    method = Holes(bins=8)
+def test_counted_macs_are_those_of_a_forward(family, protect):
+    method = Holes(bins=8, protect=protect)
     model = pruned(method, family)
     record = forward_of(model, family)(FAMILIES[family].batch(LENGTHS))
-    found = method.counted(method.mask, torch.tensor(LENGTHS))
+    found = method.counted(method.mask, *rows_of(record))
     assert found == pytest.approx(float(record.used.float() / record.dense), rel=1e-6) and found < 0.95
 
 
@@ -166,7 +167,7 @@ def soft_step(method, steps: int, **config) -> list[float]:
         optimizer.zero_grad()
         method.loss(None, batch, method.record).backward()
         optimizer.step()
-        found.append(method.expected(torch.tensor(LENGTHS).float()).item())
+        found.append(method.expected(torch.tensor(LENGTHS).float(), torch.ones(4)).item())
     return found
 
 
@@ -187,7 +188,7 @@ def test_what_is_watched():
     method.loss(None, {}, method.record, {"ranking": ranking}).backward()
     found = method.metrics()
     assert found["cost_target"] == pytest.approx(0.8) and found["cost_hard"] == pytest.approx(1, abs=0.1)
-    assert found["cost_expected"] == pytest.approx(method.expected(torch.tensor(LENGTHS).float()).item())
+    assert found["cost_expected"] == pytest.approx(method.expected(torch.tensor(LENGTHS).float(), torch.ones(4)).item())
     assert found["gates_on"] == 0 and found["multiplier_1"] == 0
     assert found["rank_overlap_0"] == 1
     method.loss(None, {}, method.record, {"ranking": -ranking})

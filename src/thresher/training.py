@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
-from .api import prune
+from .api import MODULE, prune, unprune
 from .attention import View
 from .latency import latency_table
 from .pruner import Record, StackInfo, TokenPruner
@@ -105,7 +105,8 @@ class Collator(DataCollatorWithPadding):
         if rankings:
             side = getattr(self.tokenizer, "padding_side", "right")
             padded = pad_sequence(rankings, batch_first=True, padding_side=side)
-            batch["teacher_ranking"] = F.pad(padded, (0, batch["input_ids"].shape[1] - padded.shape[1]))
+            more = batch["input_ids"].shape[1] - padded.shape[1]
+            batch["teacher_ranking"] = F.pad(padded, (more, 0) if side == "left" else (0, more))
         return batch
 
 
@@ -145,8 +146,8 @@ class PruningTrainer(Trainer):
         if not 0 <= distill <= 1:
             raise ValueError(f"distill={distill}: expected a weight in [0, 1]")
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
-        if teacher is not None and self.pruner.ranks_teacher:
-            prune(teacher, Ranking(), executor="mask")
+        if teacher is not None and self.pruner.ranks_teacher and hasattr(teacher, MODULE):
+            raise ValueError(f"{self.pruner.name} wants the ranking of a teacher that is not pruned: unprune(teacher)")
         self.distill, self.temperature, self.pruner_lr = distill, temperature, pruner_lr
         self.calibration_dataset = calibration_dataset
         self.label_names = [*self.label_names] if self.label_names else ["labels"]
@@ -176,15 +177,16 @@ class PruningTrainer(Trainer):
         if not model.training:
             return (task, outputs) if return_outputs else task
         record = self.pruner.record
-        if not answers and self.teacher is not None:
+        lacks = not answers or (self.pruner.ranks_teacher and "ranking" not in answers)
+        if lacks and self.teacher is not None:
             with torch.no_grad():
-                answers = dict(self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}))
+                answers = dict(self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})) | answers
             if self.pruner.ranks_teacher:
                 answers["ranking"] = self.teacher.token_pruner.record.views[-1].score
         if not answers and task is None:
             raise ValueError("no labels and no teacher: there is nothing to learn from")
         loss = 0.0 if task is None else task
-        if answers:
+        if any(name in answers for name in LOGITS):
             weight = 1.0 if task is None else self.distill
             loss = (1 - weight) * loss + weight * distillation(outputs, answers, self.temperature)
         loss = loss + self.pruner.loss(
@@ -250,6 +252,8 @@ class _Stages(TrainerCallback):
         self.trainer, self.phase = trainer, None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.teacher is not None and self.trainer.pruner.ranks_teacher:
+            prune(self.trainer.teacher, Ranking(), executor="mask")
         self._move(state)
         if self.phase == "hard" and state.global_step == 0:
             self.trainer.calibrate(CALIBRATION_ROWS)
@@ -262,6 +266,8 @@ class _Stages(TrainerCallback):
             self.trainer.calibrate(None if last else CALIBRATION_ROWS)
 
     def on_train_end(self, args, state, control, **kwargs):
+        if hasattr(self.trainer.teacher, MODULE) and self.trainer.pruner.ranks_teacher:
+            unprune(self.trainer.teacher)  # it is the caller's, and is left as it came
         if state.global_step >= state.max_steps:
             self._move(state)
             self.trainer.reached.update(self.trainer.calibrate())

@@ -131,8 +131,7 @@ class LTP(TokenPruner):
         if reached > self.target_flops * 1.02 and float(self.threshold[0] - start[0]) > FAR:
             self.threshold.copy_(start)
             raise ValueError(
-                f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: with every token but "
-                f"the protected "
-                f"ones gone {reached:.3f} of the MACs are left; prune at earlier layers or choose a larger target"
+                f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: with all gone that may "
+                f"leave {reached:.3f} of the MACs are left; prune at earlier layers or choose a larger target"
             )
         return {"flops_fraction": reached, "shift": float(self.threshold[0] - start[0])}

@@ -28,7 +28,7 @@ RANK_LOSSES = ("arp2", "ndcg", "none")
 @dataclass(eq=False, repr=False)
 class ToP(TokenPruner):
     """Ranking-distilled, constraint-aware token pruning (Li et al., "Constraint-aware and Ranking-distilled Token
-    Pruning for Efficient Transformer Inference", KDD 2023, as its released code has it).
+    Pruning for Efficient Transformer Inference", KDD 2023), after its released code.
 
     At each site the survivors are ranked by the attention they receive and fall into ``bins`` of equal relative rank.
     A mask over the bins, one per site and the same for all inputs, says which stay; a gate per site says whether the
@@ -40,10 +40,11 @@ class ToP(TokenPruner):
     layers.
 
     Departures. Scores are means over live rows alone (theirs include padding and what has left). A soft mask enters
-    the attention as log(mask) on the key, so that 0 is exactly removal and 1 presence in training as in inference
+    the attention as log(mask) on the key, so that 0 (1e-8) is removal and 1 presence in training as in inference
     (theirs scales the hidden state in training and masks keys in inference). Bins are found in integers. A hard stage
     follows, in which the weights settle with the masks that are used: as many bins off, the least odds of all sites
-    first, as put the cost, counted in tokens, onto the budget.
+    first, as put the cost, counted in tokens, onto the budget. Soft masks multiply over the sites. The first layer
+    scores too, and is among those that learn the ranking. The task's loss joins the distillation.
 
     Args:
         target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. 0.4 where no
@@ -110,7 +111,7 @@ class ToP(TokenPruner):
         self.multiplier = nn.Parameter(torch.zeros(2))
         self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
         self.agreement: list[Tensor] = []
-        self.early = [i for i, layer in enumerate(self.sites) if layer < max(1, info.depth // 3)]
+        self.early = [i for i, layer in enumerate(self.sites) if layer < max(info.first_site + 1, info.depth // 3)]
 
     # --- what stays ----------------------------------------------------------------------------------------------
     def choose(self, score: Tensor, view: View) -> Tensor:
@@ -169,9 +170,9 @@ class ToP(TokenPruner):
         """Whether the budget is one of time."""
         return self.target_flops is None
 
-    def cost(self, tokens: Tensor, stay: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Scalar: the cost as a fraction of the dense model's on rows of ``tokens`` (B,) tokens, in MACs or in time;
-        ``stay(site, n)`` says how many of n tokens that may leave stay."""
+    def cost(self, tokens: Tensor, protected: Tensor, stay: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Scalar: the cost as a fraction of the dense model's, in MACs or in time, on rows of ``tokens`` (B,) tokens of
+        which ``protected`` (B,) cannot leave; ``stay(site, n)`` says how many of n others stay. A row keeps one."""
         if self.needs_table and self.table is None:
             raise RuntimeError("a target of time needs measured times: set pruner.table = latency_table(model)")
         used = dense = self.table.fixed(tokens) if self.needs_table else torch.zeros(())
@@ -179,7 +180,7 @@ class ToP(TokenPruner):
         for layer, macs in enumerate(self.info.costs):
             price = self.table.layer if self.needs_table else macs.macs
             site = self.site(layer)
-            after = left if site < 0 else 1 + stay(site, left - 1)
+            after = left if site < 0 else (protected + stay(site, left - protected)).clamp(min=1)
             used = used + price(left, after if self.info.inside else left, site >= 0)
             left, dense = after, dense + price(tokens, tokens)
         return used.sum() / dense.sum()
@@ -189,27 +190,32 @@ class ToP(TokenPruner):
         if self.target_latency_ms is None:
             return self.target_latency if self.target_flops is None else self.target_flops
         if self.table is None:
-            return self.cost(tokens, lambda site, n: n)  # which says what is missing
+            return self.cost(tokens, tokens, lambda site, n: n)  # which says what is missing
         dense = self.table.fixed(tokens) + len(self.info.costs) * self.table.layer(tokens, tokens)
         return self.target_latency_ms / dense.mean().item()
 
-    def expected(self, tokens: Tensor) -> Tensor:
-        """Scalar: the expected cost as a fraction of the dense one on rows of ``tokens`` (B,) tokens."""
+    def expected(self, tokens: Tensor, protected: Tensor) -> Tensor:
+        """Scalar: the expected cost as a fraction of the dense one; shapes as in ``cost``."""
         stay = chance(self.rank).mean(1)
         if self.gate is not None:
             stay = 1 - (1 - stay) * chance(self.gate)
-        return self.cost(tokens, lambda site, n: stay[site] * n)
+        return self.cost(tokens, protected, lambda site, n: stay[site] * n)
 
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
         if not self.soft:
             return sum(0.0 * parameter.sum() for parameter in self.parameters())
-        tokens = record.counts[0].n_attention.float()
-        over = self.expected(tokens) - (1 + (self.target(tokens) - 1) * self.ramped)
+        tokens, protected = rows_of(record)
+        over = self.expected(tokens.float(), protected) - (1 + (self.target(tokens.float()) - 1) * self.ramped)
         first, second = Ascend.apply(self.multiplier)
         total = first * over + second * over**2
         if self.ranks_teacher:
             if teacher is None or "ranking" not in teacher:
                 raise ValueError("ToP distils its teacher's ranking: train with a teacher, or with rank_loss='none'")
+            if not self.early:
+                raise ValueError(
+                    f"ToP distils the ranking into the first third of the layers, at={list(self.sites)} has none of "
+                    "them: name an earlier layer, or train with rank_loss='none'"
+                )
             ranking, views = teacher["ranking"], [record.views[i] for i in self.early]
             weight, free = self.rank_weight * max(0.01, 1 - self.ramped), views[0].alive & ~views[0].protected
             losses = [ranking_loss(share(view), ranking, free, self.topk, self.rank_loss) for view in views]
@@ -222,11 +228,11 @@ class ToP(TokenPruner):
         many of the teacher's best tokens the early sites rank among their best."""
         if self.record is None or not self.soft:
             return {}
-        tokens = self.record.counts[0].n_attention.detach()
+        tokens, protected = rows_of(self.record)
         found = {
             "cost_target": 1 + (self.target(tokens.float()) - 1) * self.ramped,
-            "cost_expected": self.expected(tokens.float()).item(),
-            "cost_hard": self.counted(self.settled().cpu(), tokens.long().cpu()),
+            "cost_expected": self.expected(tokens.float(), protected).item(),
+            "cost_hard": self.counted(self.settled().cpu(), tokens.cpu(), protected.cpu()),
             "gates_on": float((~self.idle).sum()),
         }
         found |= {f"multiplier_{i + 1}": value for i, value in enumerate(self.multiplier.tolist())}
@@ -234,13 +240,13 @@ class ToP(TokenPruner):
         return found
 
     # --- the budget ----------------------------------------------------------------------------------------------
-    def counted(self, mask: Tensor, tokens: Tensor) -> float:
-        """The cost as a fraction of the dense one on rows of ``tokens`` (B,) tokens: with ``mask`` (S, bins) what stays
-        depends on lengths alone."""
+    def counted(self, mask: Tensor, tokens: Tensor, protected: Tensor) -> float:
+        """The cost as a fraction of the dense one with ``mask`` (S, bins), under which what stays depends on lengths
+        alone; shapes as in ``cost``."""
         rows = torch.arange(int(tokens.max()))
         table = [mask[:, (rows[:m] * self.bins) // m].sum(1) for m in range(1, len(rows) + 1)]
         table = torch.stack([torch.zeros(len(mask), dtype=torch.long), *table], 1)  # (S, m): survivors among m
-        return float(self.cost(tokens, lambda site, n: table[site][n]))
+        return float(self.cost(tokens, protected, lambda site, n: table[site][n.clamp(min=0)]))
 
     @torch.no_grad()
     def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
@@ -249,7 +255,8 @@ class ToP(TokenPruner):
         ``forward(batch)`` runs the model and returns the ``Record``. Raises ValueError where the target cannot be
         reached.
         """
-        tokens = torch.cat([forward(batch).counts[0].n_attention for batch in batches]).cpu()
+        found = [rows_of(forward(batch)) for batch in batches]
+        tokens, protected = (torch.cat(part).cpu() for part in zip(*found, strict=True))
         target = self.target(tokens.float())
         odds = self.rank.detach() + 1000 * self.idle  # of sites that do not prune only where nothing else is left
         order = odds.cpu().T.flip(0, 1).flatten().argsort(stable=True)  # ties: worse ranks first, deeper sites first
@@ -258,7 +265,7 @@ class ToP(TokenPruner):
             mask = torch.ones(len(order), dtype=torch.bool)
             mask[order[:k]] = False
             mask = mask.view(self.bins, -1).flip(0, 1).T
-            return self.counted(mask, tokens), mask
+            return self.counted(mask, tokens, protected), mask
 
         low, high = 0, len(order)
         while low < high:
@@ -275,6 +282,11 @@ class ToP(TokenPruner):
             )
         self.mask.copy_(mask)
         return {"latency_fraction" if self.needs_table else "flops_fraction": reached}
+
+
+def rows_of(record: Record) -> tuple[Tensor, Tensor]:
+    """(B,) tokens of each row of a forward, and how many of them are protected."""
+    return record.counts[0].n_attention.detach().long(), record.views[0].protected.sum(1)
 
 
 def odds(chance: float) -> float:
