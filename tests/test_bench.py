@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 
 from families import FAMILIES
-from thresher import LTP, TopK, bench, dense, prune, report
-from thresher.data import compute_metric
+from thresher import LTP, TopK, bench, dense, metrics, predicting, prune, report
+from thresher.metrics import compute_metric
 
 LENGTHS = (5, 19, 3, 24, 11, 7, 16, 9, 24, 4, 13, 21, 6, 2, 18, 10)
 
@@ -45,8 +45,8 @@ def one_by_one(model, data):
 def measured():
     """A model, its data, its baselines and their rows."""
     model, data = pruned(), rows()
-    kept = bench.predict(model, data).kept
-    baselines = {name: bench.replayed(model, name, kept) for name in ("random", "firstk")}
+    kept = predicting.predict(model, data).kept
+    baselines = {name: predicting.replayed(model, name, kept) for name in ("random", "firstk")}
     baselines["smaller"] = FAMILIES["bert"].build(num_hidden_layers=2)
     threads = torch.get_num_threads()
     fields = {"split": "test", "seed": 3, "trained_steps": 7}
@@ -72,12 +72,12 @@ def test_order_is_restored_and_padding_changes_nothing(family):
     model, data = pruned(family, TopK(keep=0.5, at=(1, 2))), rows()
     expected = one_by_one(model, data)
     for options in ({"batch_size": 1}, {"batch_size": 5}, {"batch_size": 32, "pad_to": 30}):
-        assert torch.allclose(bench.predict(model, data, **options).logits, expected, atol=1e-4)
+        assert torch.allclose(predicting.predict(model, data, **options).logits, expected, atol=1e-4)
 
 
 def test_macs_are_those_of_the_real_tokens():
     model, data = pruned(), rows()
-    found = bench.predict(model, data, batch_size=5, pad_to=30)
+    found = predicting.predict(model, data, batch_size=5, pad_to=30)
     channels, inner = 32, 64
     for i, n in enumerate(LENGTHS):
         first = max(1, -(-n * 500 // 1000))
@@ -94,12 +94,12 @@ def test_macs_are_those_of_the_real_tokens():
 
 def test_dense_and_unpruned_models_are_counted_as_dense():
     model, data = pruned(), rows()
-    found = bench.predict(model, data)
+    found = predicting.predict(model, data)
     with dense(model):
-        plain = bench.predict(model, data)
+        plain = predicting.predict(model, data)
     with dense(model, unpadded=True):
-        packed = bench.predict(model, data)
-    bare = bench.predict(FAMILIES["bert"].build(), data)
+        packed = predicting.predict(model, data)
+    bare = predicting.predict(FAMILIES["bert"].build(), data)
     for other in (plain, packed, bare):
         assert other.macs_used == other.macs_dense == found.macs_dense > found.macs_used
         assert other.kept.shape == (len(LENGTHS), 0)
@@ -109,7 +109,7 @@ def test_dense_and_unpruned_models_are_counted_as_dense():
 def test_predict_leaves_the_model_as_it_was():
     model = pruned().train()
     seen = []
-    bench.predict(model, rows(), batch_size=5, progress=lambda done, total: seen.append((done, total)))
+    predicting.predict(model, rows(), batch_size=5, progress=lambda done, total: seen.append((done, total)))
     assert model.training and model.token_pruner.training and model.token_pruner.counts is None
     assert seen == [(5, 16), (10, 16), (15, 16), (16, 16)]
 
@@ -117,31 +117,31 @@ def test_predict_leaves_the_model_as_it_was():
 def test_bf16_runs_a_copy():
     model = pruned()
     model(**FAMILIES["bert"].batch())  # leaves a record with a graph, which cannot be copied
-    found = bench.predict(model, rows(), bf16=True)
+    found = predicting.predict(model, rows(), bf16=True)
     assert found.logits.dtype == torch.float32 and model.dtype == torch.float32
-    assert not torch.equal(found.logits, bench.predict(model, rows()).logits)
+    assert not torch.equal(found.logits, predicting.predict(model, rows()).logits)
 
 
 def test_regression_and_missing_columns():
     model, data = pruned(num_labels=1), rows(labels="values", columns=("input_ids",))
-    found = bench.predict(model, data)
+    found = predicting.predict(model, data)
     assert found.logits.shape == (16, 1)
     expected = compute_metric("pearson", one_by_one(model, data), data["labels"])
-    assert bench.quality(found, data["labels"], "pearson") == pytest.approx(expected, abs=1e-3)
-    low, high = bench.bootstrap_interval("pearson", data["labels"], found, n=200)
+    assert predicting.quality(found, data, "pearson") == pytest.approx(expected, abs=1e-3)
+    low, high = metrics.bootstrap_interval("pearson", data["labels"], found, n=200)
     assert low <= expected <= high
 
 
 def test_bad_input_is_named():
     model = pruned()
     with pytest.raises(ValueError, match="24 tokens, expected 20 at most"):
-        bench.predict(model, rows(), pad_to=20)
+        predicting.predict(model, rows(), pad_to=20)
     with pytest.raises(ValueError, match="hold padding"):
-        bench.predict(model, Dataset.from_dict({"input_ids": [[5, 0]], "attention_mask": [[1, 0]]}))
+        predicting.predict(model, Dataset.from_dict({"input_ids": [[5, 0]], "attention_mask": [[1, 0]]}))
     with pytest.raises(ValueError, match="nothing to measure"):
-        bench.predict(model, Dataset.from_dict({"text": ["a"]}))
+        predicting.predict(model, Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(ValueError, match="gives no logits"):
-        bench.predict(FAMILIES["bert"].build().bert, rows())
+        predicting.predict(FAMILIES["bert"].build().bert, rows())
     with pytest.raises(ValueError, match="is not measured here; there is torch"):
         bench.measure(model, rows(), task(), max_length=30, runtime="onnx")
     with pytest.raises(ValueError, match="there is fp32, bf16"):
@@ -153,7 +153,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="expected 20 at most"):
         bench.measure(model, rows(), task(), max_length=20)
     with pytest.raises(ValueError, match="not those of these 16 examples"):
-        known = {"pruned": bench.predict(model, rows((4, 5)))}
+        known = {"pruned": predicting.predict(model, rows((4, 5)))}
         bench.measure(model, rows(), task(), max_length=30, predictions=known)
 
 
@@ -163,17 +163,17 @@ def test_bad_input_is_named():
 def test_counts_are_replayed_exactly(method, executor):
     model, data = pruned(executor=executor), rows()
     with torch.no_grad():
-        found = bench.predict(model, data, batch_size=5)
-    baseline = bench.replayed(model, method, found.kept)
-    again = bench.predict(baseline, data, batch_size=3)
+        found = predicting.predict(model, data, batch_size=5)
+    baseline = predicting.replayed(model, method, found.kept)
+    again = predicting.predict(baseline, data, batch_size=3)
     assert torch.equal(again.kept, found.kept)
     assert not torch.allclose(again.logits, found.logits)
-    assert model.token_pruner.name == "topk" and torch.equal(bench.predict(model, data).kept, found.kept)
+    assert model.token_pruner.name == "topk" and torch.equal(predicting.predict(model, data).kept, found.kept)
     # the same MACs but for the scores, which the baselines don't need: n^2 C at the two scored layers
     scores = 32 * (torch.tensor(LENGTHS) ** 2 + found.kept[:, 0] ** 2)
     assert torch.equal(again.rows_used, found.rows_used - scores)
     # a method that scores as well uses exactly as many, and topk repeats itself
-    same = bench.predict(bench.replayed(model, "topk", found.kept), data)
+    same = predicting.predict(predicting.replayed(model, "topk", found.kept), data)
     assert same.macs_used == found.macs_used
     assert torch.allclose(same.logits, found.logits, atol=1e-4)
 
@@ -183,20 +183,20 @@ def test_replay_of_adaptive_counts():
     with torch.no_grad():
         for parameter in model.token_pruner.parameters():
             parameter.fill_(0.9)
-    found = bench.predict(model, data)
+    found = predicting.predict(model, data)
     assert len(set((found.kept[:, 0] / found.tokens).tolist())) > 2
-    assert torch.equal(bench.predict(bench.replayed(model, "random", found.kept), data).kept, found.kept)
+    assert torch.equal(predicting.predict(predicting.replayed(model, "random", found.kept), data).kept, found.kept)
 
 
 def test_replay_refuses_what_does_not_fit():
     model = pruned()
-    kept = bench.predict(model, rows()).kept
+    kept = predicting.predict(model, rows()).kept
     with pytest.raises(ValueError, match="topk, random, firstk"):
-        bench.replayed(model, "ltp", kept)
+        predicting.replayed(model, "ltp", kept)
     with pytest.raises(ValueError, match=r"expected \(N, 2\)"):
-        bench.replayed(model, "random", kept[:, :1])
+        predicting.replayed(model, "random", kept[:, :1])
     with pytest.raises(ValueError, match="of 16 rows, not of these 2"):
-        bench.predict(bench.replayed(model, "random", kept), rows((4, 5)))
+        predicting.predict(predicting.replayed(model, "random", kept), rows((4, 5)))
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
@@ -214,28 +214,28 @@ def answers(metric, seed=0, n=300):
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews", "pearson"])
 def test_the_fast_metrics_are_the_metrics(metric):
     labels, a, _ = answers(metric)
-    points = report._points(metric, labels, report._answers(metric, labels, a))
+    points = metrics._points(metric, labels, metrics._answers(metric, labels, a))
     assert points == pytest.approx(compute_metric(metric, a, labels), abs=1e-9)
     nothing = np.zeros(4, int) if metric != "pearson" else np.zeros(4)
-    assert report._points(metric, nothing, nothing) == compute_metric(metric, nothing, nothing)
+    assert metrics._points(metric, nothing, nothing) == compute_metric(metric, nothing, nothing)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews", "pearson"])
 def test_intervals_hold_the_estimate(metric):
     labels, a, b = answers(metric)
     point, other = (compute_metric(metric, x, labels) for x in (a, b))
-    low, high = bench.bootstrap_interval(metric, labels, a, n=400)
+    low, high = metrics.bootstrap_interval(metric, labels, a, n=400)
     assert low < point < high
-    paired = bench.bootstrap_interval(metric, labels, a, b, n=400)
+    paired = metrics.bootstrap_interval(metric, labels, a, b, n=400)
     assert paired[0] < point - other < paired[1]
-    assert bench.bootstrap_interval(metric, labels, a, a, n=50) == (0, 0)
-    assert bench.bootstrap_interval(metric, labels, a, b, n=400) == paired
+    assert metrics.bootstrap_interval(metric, labels, a, a, n=50) == (0, 0)
+    assert metrics.bootstrap_interval(metric, labels, a, b, n=400) == paired
 
 
 def test_interval_of_accuracy_is_the_binomial_one():
     labels = np.zeros(400, int)
     said = (np.arange(400) < 100).astype(int)  # 75 % right
-    low, high = bench.bootstrap_interval("accuracy", labels, said)
+    low, high = metrics.bootstrap_interval("accuracy", labels, said)
     half = 100 * 1.96 * math.sqrt(0.75 * 0.25 / 400)
     assert low == pytest.approx(75 - half, abs=0.5) and high == pytest.approx(75 + half, abs=0.5)
 
@@ -243,16 +243,16 @@ def test_interval_of_accuracy_is_the_binomial_one():
 def test_seeds_are_pooled():
     labels = answers("accuracy")[0]
     run = answers("accuracy")
-    alone = bench.bootstrap_interval("accuracy", *run, n=1000)
-    assert report.pooled_interval("accuracy", [run] * 3, n=1000) == pytest.approx(alone, abs=1.5)  # nothing new
+    alone = metrics.bootstrap_interval("accuracy", *run, n=1000)
+    assert metrics.pooled_interval("accuracy", [run] * 3, n=1000) == pytest.approx(alone, abs=1.5)  # nothing new
     rng = np.random.default_rng(5)
     good, bad = labels, np.where(rng.random(300) < 0.5, labels, labels + 1)
-    low, high = report.pooled_interval("accuracy", [(labels, good, bad), (labels, good, good)], n=400)
+    low, high = metrics.pooled_interval("accuracy", [(labels, good, bad), (labels, good, good)], n=400)
     assert low == 0 and high > 45  # the seeds differ, and are drawn as well
     with pytest.raises(ValueError, match="do not pair"):
-        report.pooled_interval("accuracy", [(labels, good, bad), (labels, good, None)])
+        metrics.pooled_interval("accuracy", [(labels, good, bad), (labels, good, None)])
     with pytest.raises(ValueError, match="do not pair"):
-        report.pooled_interval("accuracy", [(labels, good, bad), (labels[:9], good[:9], bad[:9])])
+        metrics.pooled_interval("accuracy", [(labels, good, bad), (labels[:9], good[:9], bad[:9])])
 
 
 # --- measure ---------------------------------------------------------------------------------------------------------
@@ -295,13 +295,15 @@ def test_ratios_agree(measured):
 
 def test_rows_hold_the_quality_of_all_examples(measured):
     model, data, found = measured
-    labels, said = data["labels"], bench.predict(model, data)
+    said = predicting.predict(model, data)
     with dense(model):
-        base = bench.predict(model, data)
+        base = predicting.predict(model, data)
     by_method = {r["method"]: r for r in found}
-    assert by_method["topk"]["quality"] == bench.quality(said, labels, "accuracy")
+    assert by_method["topk"]["quality"] == predicting.quality(said, data, "accuracy")
     assert (
-        by_method["dense"]["quality"] == by_method["topk"]["quality_dense"] == bench.quality(base, labels, "accuracy")
+        by_method["dense"]["quality"]
+        == by_method["topk"]["quality_dense"]
+        == predicting.quality(base, data, "accuracy")
     )
     assert by_method["topk"]["flops_used"] == said.macs_used and by_method["topk"]["flops_dense"] == said.macs_dense
     drop = by_method["topk"]["quality_dense"] - by_method["topk"]["quality"]
@@ -313,7 +315,7 @@ def test_rows_hold_the_quality_of_all_examples(measured):
 
 def test_limit_threads_and_known_predictions():
     model, data = pruned(), rows()
-    baseline = bench.replayed(model, "random", bench.predict(model, data).kept)
+    baseline = predicting.replayed(model, "random", predicting.predict(model, data).kept)
     known, said = {}, []
     options = {"max_length": 24, "batch_sizes": (32,), "repeats": 1, "limit": 6, "baselines": {"random": baseline}}
     found = bench.measure(
@@ -338,7 +340,7 @@ def test_where_packed_does_not_run_dense_is_sorted_by_length():
 def test_against_another_dense_model():
     model, data, other = pruned(), rows(), FAMILIES["bert"].build(seed=1)
     found = bench.measure(model, data, task(), max_length=24, batch_sizes=(4,), repeats=1, against=other)
-    expected = bench.quality(bench.predict(other, data), data["labels"], "accuracy")
+    expected = predicting.quality(predicting.predict(other, data), data, "accuracy")
     assert {r["quality_dense"] for r in found} == {expected} and not hasattr(other, "token_pruner")
     assert found[1]["executor"] == "packed"
 
@@ -364,7 +366,7 @@ def test_runners_take_turns():
             return float(len(calls))
 
     model = FAMILIES["bert"].build()
-    text = bench.Text(model, rows((3, 5, 8, 4)), None)
+    text = predicting.Text(model, rows((3, 5, 8, 4)), None)
     runners = [Recorder({"mode": m}, model, None, pad_to=9 if m == "a" else None) for m in "abc"]
     bench.time_all(runners, [[0, 1], [2, 3]], text, 2, lambda *_: None)
     assert "".join(mode for mode, _ in calls) == "abc" + "bca" + "bca" + "cab" + "cab" + "abc"

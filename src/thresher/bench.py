@@ -6,11 +6,9 @@ rows without padding, as ``data.tokenize`` makes them.
 
 from __future__ import annotations
 
-import copy
-import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,152 +20,17 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .api import MODULE, dense, prune, unprune
-from .data import Task, compute_metric
-from .flops import dense_macs, macs
+from .api import MODULE, dense
+from .data import Task
+from .flops import dense_macs
 from .machine import environment
-from .methods.topk import REPLAY, TopK
-from .pruner import METHODS
-from .report import bootstrap_interval, row
-from .stack import find_stack
+from .metrics import bootstrap_interval, compute_metric
+from .predicting import Predictions, Text, copied, counts_of, outcome, predict, ready
+from .report import row
 from .tokens import LAYOUTS
 
 MODES = ("dense-padded", "dense-unpadded", "pruned")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass
-class Predictions:
-    """What a model said of N examples, in their order, and what it cost.
-
-    Attributes:
-        logits: (N, K) fp32.
-        kept: (N, S) long, tokens left after each site; S = 0 where nothing was pruned.
-        tokens: (N,) long, tokens of each input.
-        rows_used, rows_dense: (N,) MACs of each example, and those of the dense model on it without padding.
-        scores: where they were asked for, the scores (n,) of each example's n tokens at the last site.
-        macs_used, macs_dense, tokens_mean: their sums and the mean length.
-    """
-
-    logits: Tensor
-    kept: Tensor
-    tokens: Tensor
-    rows_used: Tensor
-    rows_dense: Tensor
-    scores: list[Tensor] | None = None
-
-    def __post_init__(self):
-        self.macs_used, self.macs_dense = int(self.rows_used.sum()), int(self.rows_dense.sum())
-        self.tokens_mean = float(self.tokens.double().mean())
-
-
-class Text:
-    """The inputs of a model out of a tokenized data set, none over ``longest`` tokens, cut into batches at will."""
-
-    def __init__(self, model: PreTrainedModel, dataset: Dataset, longest: int | None):
-        takes = inspect.signature(model.forward).parameters
-        names = [n for n in ("input_ids", "token_type_ids") if n in takes and n in dataset.column_names]
-        self.columns = {name: list(dataset[name]) for name in names}
-        if not self.columns.get("input_ids"):
-            raise ValueError(f"nothing to measure: {len(dataset)} rows of {dataset.column_names}, expected input_ids")
-        if "attention_mask" in dataset.column_names and any(0 in mask for mask in dataset["attention_mask"]):
-            raise ValueError("the rows hold padding: tokenize them without, it is added where it is measured")
-        self.lengths = torch.tensor([len(ids) for ids in self.columns["input_ids"]])
-        if longest is not None and self.lengths.max() > longest:
-            raise ValueError(f"the longest row has {self.lengths.max()} tokens, expected {longest} at most")
-        self.fill = {"input_ids": getattr(model.config, "pad_token_id", None) or 0}
-
-    def batch(self, rows: list[int], width: int | None, device: torch.device) -> dict[str, Tensor]:
-        """The inputs (B, width) of some rows, padded on the right; ``width`` None: to the longest of them."""
-        mask = torch.arange(width or int(self.lengths[rows].max())) < self.lengths[rows, None]
-        batch = {"attention_mask": mask.long()}
-        for name, column in self.columns.items():
-            batch[name] = torch.full(mask.shape, self.fill.get(name, 0))
-            batch[name][mask] = torch.cat([torch.as_tensor(column[line]) for line in rows])
-        return {name: values.to(device) for name, values in batch.items()}
-
-    def batches(self, rows: Iterable[int], size: int) -> list[list[int]]:
-        """``rows`` in batches of neighbours in length, longest first."""
-        rows = sorted(rows, key=lambda line: -int(self.lengths[line]))
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def predict(
-    model: PreTrainedModel,
-    dataset: Dataset,
-    *,
-    batch_size: int = 32,
-    pad_to: int | None = None,
-    counts: Tensor | None = None,
-    progress: Callable[[int, int], Any] | None = None,
-    bf16: bool = False,
-    scores: bool = False,
-) -> Predictions:
-    """Run a model, pruned or not, over a tokenized data set in batches of similar length.
-
-    Args:
-        pad_to: pad every batch to so many tokens; default: to its longest row.
-        counts: (N, S) tokens to keep, for a method with keep="replay"; default: those ``replayed`` was given.
-        progress: called with the examples done and all of them.
-        bf16: run a bfloat16 copy of the model.
-        scores: keep the method's scores; only for one that lets nothing leave.
-
-    Raises:
-        ValueError: no rows, padded rows, rows over ``pad_to``, counts that do not fit, a model without logits (B, K).
-    """
-    model = _copy(model).to(torch.bfloat16) if bf16 else model
-    text, pruner = Text(model, dataset, pad_to), getattr(model, MODULE, None)
-    counts = _counts(model, len(dataset), counts)
-    rows_dense = dense_macs(find_stack(model).costs if pruner is None else pruner.info.costs, text.lengths)
-    order, logits, kept, used, scored = [], [], [], [], []
-    with torch.inference_mode(), _ready(model):
-        for rows in text.batches(range(len(dataset)), batch_size):
-            if counts is not None:
-                pruner.counts = counts[rows]
-            output = getattr(model(**text.batch(rows, pad_to, model.device)), "logits", None)
-            if output is None or output.dim() != 2:
-                raise ValueError(f"{type(model).__name__} gives no logits (B, K): measure a classification model")
-            ran = pruner is not None and pruner.hooks.mode != "dense"  # else there is no record of it
-            left = [view.keep.sum(1) for view in pruner.record.views] if ran else []
-            kept.append(torch.stack(left, 1) if left else torch.zeros(len(rows), 0, dtype=torch.long))
-            used.append(macs(pruner.record.costs, pruner.record.counts) if ran else rows_dense[rows])
-            logits.append(output.float())
-            if scores:
-                view = pruner.record.views[-1]
-                scored += [score[alive] for score, alive in zip(view.score, view.alive, strict=True)]
-            order += rows
-            if progress:
-                progress(len(order), len(dataset))
-    back = torch.tensor(order).argsort()
-    logits, kept, used = (torch.cat(parts).cpu()[back] for parts in (logits, kept, used))
-    scored = [scored[i] for i in back.tolist()] if scores else None
-    return Predictions(logits, kept, text.lengths, used, rows_dense, scored)
-
-
-def quality(predictions: Predictions | Tensor, labels: Any, metric: str) -> float:
-    """The task's metric in points; ``predictions`` may be the logits (N, K) alone."""
-    return compute_metric(metric, getattr(predictions, "logits", predictions), labels)
-
-
-def replayed(model: PreTrainedModel, method: str, counts: Tensor) -> PreTrainedModel:
-    """A copy of a pruned model in which a baseline chooses the tokens, as many as the method kept: ``counts`` (N, S).
-
-    ``method`` is "random", "firstk" or "topk". ``predict`` and ``measure`` hand each batch its counts, which must come
-    from ``predict`` on the same rows.
-
-    Example:
-        >>> baseline = replayed(model, "random", predict(model, rows).kept)
-    """
-    known, pruner = [n for n, m in METHODS.items() if issubclass(m, TopK)], getattr(model, MODULE, None)
-    name = method.replace("-", "")
-    if name not in known or pruner is None:
-        raise ValueError(f"expected a pruned model and one of {', '.join(known)}, got {method!r}")
-    if counts.dim() != 2 or counts.shape[1] != len(pruner.sites):
-        raise ValueError(f"counts have shape {tuple(counts.shape)}, expected (N, {len(pruner.sites)}): one per site")
-    protect = None if isinstance(pruner.protect, Tensor) else pruner.protect
-    baseline, again = unprune(_copy(model)), METHODS[name](keep=REPLAY, at=pruner.sites, protect=protect)
-    prune(baseline, again, executor=pruner.hooks.executor).token_pruner.row_counts = counts
-    return baseline
 
 
 @dataclass
@@ -270,19 +133,18 @@ def measure(
         raise ValueError('measure() needs a pruned model, and baselines that are not called "dense" or "pruned"')
     models = {"dense": against or model, "pruned": model, **(baselines or {})}
     chosen = np.sort(np.random.default_rng(0).permutation(len(dataset))[:limit])
-    counts = {name: given[chosen] for name, m in models.items() if (given := _counts(m, len(dataset))) is not None}
+    counts = {name: given[chosen] for name, m in models.items() if (given := counts_of(m, len(dataset))) is not None}
     dataset, runners, rows = dataset.select(chosen), [], []
-    labels = np.asarray(dataset["labels"]) if "labels" in dataset.column_names else None
     text = Text(model, dataset, max_length)
     order = text.lengths.argsort(stable=True)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads or torch.get_num_threads())
         for m in models.values():
-            stack.enter_context(_ready(m, model.token_pruner.hooks.executor if m is against else "auto"))
+            stack.enter_context(ready(m, model.token_pruner.hooks.executor if m is against else "auto"))
         exact = models["dense"]
         if precision != "fp32":
-            copies = {id(m): _copy(m).to(PRECISIONS[precision]) for m in models.values()}
+            copies = {id(m): copied(m).to(PRECISIONS[precision]) for m in models.values()}
             models = {name: copies[id(m)] for name, m in models.items()}
         for name, m in models.items():
             if name not in known:
@@ -293,7 +155,7 @@ def measure(
                 raise ValueError(f"the predictions of {name!r} are not those of these {len(dataset)} examples")
             for runner in _runners(name, m, known[name], max_length):
                 if runner.row["mode"] in modes or name in (baselines or ()):
-                    runner.row |= _judge(known["dense"], known[name], labels, task.metric)
+                    runner.row |= _judge(known["dense"], known[name], dataset, task.metric)
                     runner.counts = counts.get(name)
                     runners.append(runner)
         if precision != "fp32":
@@ -314,13 +176,14 @@ def measure(
     return [r for r in rows if r["mode"] != "reference"]
 
 
-def _judge(base: Predictions, own: Predictions, labels: Any, metric: str) -> dict:
+def _judge(base: Predictions, own: Predictions, dataset: Dataset, metric: str) -> dict:
     """Quality, and for a model that is not the dense one the interval of the drop."""
-    if labels is None:
+    if not {"labels", "gold"} & {*dataset.column_names}:
         return {}
-    scores = {"quality": quality(own, labels, metric), "quality_dense": quality(base, labels, metric)}
+    (a, labels), (b, _) = outcome(base, dataset), outcome(own, dataset)
+    scores = {"quality": compute_metric(metric, b, labels), "quality_dense": compute_metric(metric, a, labels)}
     if own is not base:
-        scores["interval_low"], scores["interval_high"] = bootstrap_interval(metric, labels, base, own)
+        scores["interval_low"], scores["interval_high"] = bootstrap_interval(metric, labels, a, b)
     return scores
 
 
@@ -365,34 +228,3 @@ def _times(runners: list[Runner], base: Tensor, padded: int, sample: list[int]) 
             "flops_ratio_timed": int(base[sample].sum()) / int(used[sample].sum()),
             "n_timed": len(sample),
         }
-
-
-def _counts(model: PreTrainedModel, total: int, counts: Tensor | None = None) -> Tensor | None:
-    """(N, S) the given ``counts``, else what ``replayed`` was given; None for other models."""
-    counts = getattr(getattr(model, MODULE, None), "row_counts", None) if counts is None else counts
-    if counts is not None and len(counts) != total:
-        raise ValueError(f"the token counts are of {len(counts)} rows, not of these {total}")
-    return counts
-
-
-def _copy(model: PreTrainedModel) -> PreTrainedModel:
-    if getattr(model, MODULE, None) is not None:
-        model.token_pruner.record = None  # it may hang on a graph, which cannot be copied
-    return copy.deepcopy(model)
-
-
-@contextmanager
-def _ready(model: PreTrainedModel, executor: str | None = None) -> Iterator[None]:
-    """Within the context: evaluation mode, and with an ``executor`` an unpruned model runs in it, dropping nothing."""
-    training, bare = model.training, getattr(model, MODULE, None) is None
-    model.eval()
-    if bare and executor:
-        prune(model, TopK(keep=1.0, at=()), executor=executor)
-    try:
-        yield
-    finally:
-        if bare and executor:
-            unprune(model)
-        elif not bare:
-            model.token_pruner.counts = None
-        model.train(training)

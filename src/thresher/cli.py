@@ -89,7 +89,7 @@ def train(
     model: Model,
     data: Data,
     out: Annotated[Path, Option(metavar="DIR", help="The folder for the pruned model.")],
-    method: Annotated[str, Option(metavar="NAME", help="ltp, topk, threshold, ...")] = "ltp",
+    method: Annotated[str | None, Option(metavar="NAME", help="ltp, top, topk, ...; default: ltp.")] = None,
     target_flops: Annotated[float | None, Option(help="Share of the dense MACs to be left; default: 0.4.")] = None,
     target_latency: Annotated[float | None, Option(help="Share of the dense time to be left (top).")] = None,
     target_latency_ms: Annotated[float | None, Option(help="Mean milliseconds per text, one at a time (top).")] = None,
@@ -97,8 +97,11 @@ def train(
         Any, Option(parser=_keep, metavar="K", help="Share (0.5) or number (64) kept, for topk and its kin.")
     ] = None,
     at: Annotated[Any, Option(parser=_list(int), metavar="1,2,4", help="Layers after which tokens leave.")] = None,
-    epochs: Annotated[int, Option(min=0, metavar="N", help="Dense fine-tuning; 0 if MODEL is fine-tuned.")] = 3,
-    prune_epochs: Annotated[int, Option(min=0, metavar="N", help="Training with pruning.")] = 3,
+    recipe: Annotated[str | None, Option(metavar="M-TASK", help="Settings of a method and a task: top-mrpc.")] = None,
+    epochs: Annotated[
+        int | None, Option(min=0, metavar="N", help="Dense fine-tuning; 0 if MODEL is fine-tuned; default: 3.")
+    ] = None,
+    prune_epochs: Annotated[int | None, Option(min=0, metavar="N", help="Training with pruning; default: 3.")] = None,
     lr: Annotated[float | None, Option(help="Peak learning rate.")] = None,
     dropout: Annotated[float | None, Option(help="Dropout rate; default: the model's own.")] = None,
     bf16: Annotated[bool | None, Option("--bf16/--no-bf16", help="In bfloat16; default: where it is fast.")] = None,
@@ -109,8 +112,10 @@ def train(
     text: Columns = None,
     label: Label = None,
     metric: Metric = None,
-    batch_size: BatchSize = 32,
-    max_length: MaxLength = 256,
+    batch_size: Annotated[int | None, Option(min=1, metavar="N", help="Texts in a batch; default: 32.")] = None,
+    max_length: Annotated[
+        int | None, Option(min=3, metavar="N", help="Tokens of a text; the rest is cut; default: 256.")
+    ] = None,
     limit: Limit = None,
     threads: Threads = None,
     json_file: Json = None,
@@ -124,6 +129,7 @@ def train(
       thresher train bert-base-uncased --data reviews.csv --out runs/reviews
       thresher train runs/dense --epochs 0 --data reviews.csv --target-flops 0.3 --out runs/fast
       thresher train bert-base-uncased --data glue --config sst2 --method topk --keep 0.7 --out runs/sst2
+      thresher train bert-base-uncased --data glue --config mrpc --recipe top-mrpc --out runs/mrpc
     """
     options = _options(locals(), "model", "data", "out")
     _start(verbose, quiet, json_file, folder=out)

@@ -12,12 +12,14 @@ import os
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from . import qa
+from .tasks import DataError, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,27 +31,6 @@ LABELS = ("label", "labels", "class", "category", "target", "score")
 SHARD = re.compile(r"-\d+-of-\d+(?=\.)")  # train-00000-of-00002.parquet
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 PARTS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation")}
-
-
-class DataError(ValueError):
-    """The data cannot be used: one line that says what was wrong, what was expected and what to do."""
-
-
-@dataclass
-class Task:
-    """A data set in parts: raw text, and labels 0..K-1 in the order of `labels` (floats for regression)."""
-
-    train: Dataset | None
-    validation: Dataset | None
-    test: Dataset
-    text_columns: tuple[str, ...]
-    label_column: str | None  # None where labels were neither found nor needed
-    labels: list[str]  # class names; empty for regression
-    kind: str  # classification | regression
-    metric: str  # accuracy | f1 | matthews | pearson
-    name: str
-    selected_on: str  # how the validation part came about
-    removed: dict[str, int]  # rows that train lost, by reason
 
 
 def load_task(
@@ -81,6 +62,7 @@ def load_task(
     of the rows. Validation is 10 % of train, at most 2,000 rows. Both cuts are stratified, with the fixed seed 0.
     Class names come from ClassLabel features, from a column `label_text` beside integers in `label`, or are the sorted
     labels. Floats mean regression, even a few whole ones (STS-B might look so): write classes as integers or strings.
+    Columns like SQuAD's make a question answering task (``qa.load_qa``).
     -1 means "no label", as on the hub. Quotes are plain characters in a .tsv, and nothing but "" is missing in a .csv.
     20newsgroups is stripped (`strip_post`; train then loses its empty posts, test keeps them), the train part of imdb
     loses the texts that test has too, bbc its duplicates. Raises DataError for whatever cannot be used.
@@ -88,6 +70,8 @@ def load_task(
     from datasets import Dataset
 
     name, parts = _read(str(path), config, (train_split, test_split))
+    if text is None and label is None and qa.is_qa(next(iter(parts.values()))):
+        return qa.load_qa(name, parts, seed=seed, limit=limit)
     columns, label = _find_columns(parts.get("train", next(iter(parts.values()))), text, label, need_labels)
     parts = _choose_parts(parts, train_split, test_split, label if need_labels else None)
     if not need_labels and any(_unlabelled(part, label).any() for part in parts.values()):
@@ -122,11 +106,14 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: Any, max_length: int | Non
 
     Rows hold input_ids, attention_mask, token_type_ids and labels, the last two where there are any. What is over
     `max_length` tokens, special ones included, is cut, from the longer text of a pair first, and a warning counts the
-    rows; None cuts nothing. A text without any token becomes one end-of-text (or padding) token.
+    rows; None cuts nothing. A text without any token becomes one end-of-text (or padding) token. Paragraphs with
+    questions are cut into windows instead (``qa.windows``), and those of several are counted.
     """
     from datasets import Dataset, concatenate_datasets
     from datasets.utils import tqdm
 
+    if task.kind == "qa":
+        return qa.windows(dataset, tokenizer, max_length)
     limits = {"truncation": "longest_first", "max_length": max_length} if max_length else {"verbose": False}
     end = tokenizer.eos_token_id or tokenizer.pad_token_id or 0
     empty = {"input_ids": [end], "attention_mask": [1], "token_type_ids": [0]}
@@ -161,35 +148,6 @@ def positions(model_or_config: Any) -> int | None:
         return min(t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables)
     limit = getattr(config, "max_position_embeddings", None) or 0  # XLNet's is -1, and DeBERTa-v3's is not used
     return limit if limit > 0 and getattr(config, "position_biased_input", True) else None
-
-
-def compute_metric(task_metric: str, predictions: Any, labels: Any) -> float:
-    """Accuracy, f1 (of class 1), matthews or pearson, in points (100 is perfect; 0 where it is undefined).
-
-    predictions: (B,) classes or values, or (B, K) logits; labels: (B,). Raises DataError if they do not fit.
-    """
-    from scipy.stats import pearsonr
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-    metrics = {"accuracy": accuracy_score, "f1": f1_score, "matthews": matthews_corrcoef, "pearson": pearsonr}
-    predictions, labels = np.asarray(predictions), np.asarray(labels)
-    same = f"{len(predictions)} predictions for {len(labels)} labels: expected as many (1 or more, for pearson 2)"
-    _require(len(predictions) == len(labels) > (task_metric == "pearson"), same)
-    finite = np.isfinite(predictions).all() and np.isfinite(labels).all()
-    _require(finite, "predictions or labels hold NaN or infinity: expected numbers, has the model diverged?")
-    if predictions.ndim == 2:
-        predictions = predictions[:, 0] if predictions.shape[1] == 1 else predictions.argmax(1)
-    with warnings.catch_warnings():  # both libraries warn where a metric is undefined (one class, a constant)
-        warnings.simplefilter("ignore")
-        score = metrics[task_metric](labels, predictions)
-    return 100 * float(np.nan_to_num(getattr(score, "statistic", score)))
-
-
-def lengths_sorted_batches(dataset: Dataset, batch_size: int) -> Iterator[list[int]]:
-    """Row numbers of a tokenized data set in batches, longest rows first; rows of equal length keep their order."""
-    lengths = [len(ids) for ids in dataset["input_ids"]]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
 def strip_post(post: str) -> str:

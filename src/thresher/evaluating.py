@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from .api import dense
-from .bench import measure, predict, quality, replayed
+from .bench import measure
 from .data import load_task, tokenize
 from .loading import clip, load
 from .machine import environment
+from .predicting import predict, quality, replayed
 from .report import plot as draw
 from .report import row
 
@@ -47,8 +48,8 @@ def evaluate(
             mode=mode,
             threads=torch.get_num_threads(),
             metric=task.metric,
-            quality=quality(result, test["labels"], task.metric),
-            quality_dense=quality(results["dense-unpadded"], test["labels"], task.metric),
+            quality=quality(result, test, task.metric),
+            quality_dense=quality(results["dense-unpadded"], test, task.metric),
             flops_ratio=result.macs_dense / result.macs_used,
             split="test",
             max_length=max_length,

@@ -6,12 +6,10 @@ import json
 import math
 import shutil
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -21,17 +19,18 @@ from transformers import (
     set_seed,
 )
 
+from . import recipes
 from .api import prune, unprune
-from .bench import Predictions, predict, quality
 from .data import DataError, Task, load_task, tokenize
 from .evaluating import bench, evaluate  # noqa: F401  the other jobs of the command line
 from .latency import compare
-from .loading import classifier, clip, load, make_method, reading
+from .loading import clip, for_task, load, make_method, reading
 from .machine import environment, has_bf16
 from .methods.topk import REPLAY, TopK
+from .predicting import Predictions, outcome, predict, quality
 from .pruner import TokenPruner
 from .report import row
-from .resuming import Interrupt, Order, last_checkpoint, step_of
+from .resuming import Interrupt, Order, last_checkpoint, step_of, writing
 from .training import Collator, PruningTrainer, Ranking
 
 SUMMARY = "thresher.json"
@@ -48,7 +47,7 @@ class Recipe:
         epochs: of dense fine-tuning; 0: the model is fine-tuned already.
         prune_epochs: of training with the method, taught by the dense model.
         lr, prune_lr, pruner_lr: peak learning rates of the two stages (the second defaults to the first) and of the
-            method's own parameters.
+            method's own parameters (its own default).
         distill: weight of the dense model's answers against the labels.
         max_length: longer texts are cut, in tokens.
         limit: training rows to use.
@@ -71,7 +70,7 @@ class Recipe:
     prune_epochs: float = 3
     lr: float = 5e-5
     prune_lr: float | None = None
-    pruner_lr: float = 2e-2
+    pruner_lr: float | None = None
     distill: float = 0.5
     batch_size: int = 32
     max_length: int = 256
@@ -97,6 +96,7 @@ def train(
     target_latency_ms: float | None = None,
     keep: float | int | tuple | None = None,
     at: tuple[int, ...] | None = None,
+    recipe: str | None = None,
     **options,
 ) -> list[dict]:
     """Fine-tune, prune and save, to a budget, in one go.
@@ -109,6 +109,7 @@ def train(
         fresh: forget what an earlier call left in ``out``.
         target_flops, target_latency, target_latency_ms, keep, at: the method's options, where it has them; without
             any, LTP and ToP leave 40 % of the MACs.
+        recipe: a method and a task, "top-mrpc" (see ``thresher.recipes``), whose settings stand where none is given.
         options: see ``Recipe``.
 
     Returns:
@@ -122,9 +123,12 @@ def train(
     method = {"target_flops": target_flops, "target_latency": target_latency, "target_latency_ms": target_latency_ms}
     method |= {"keep": keep, "at": at, **(options.pop("method_options", None) or {})}
     method = {name: value for name, value in method.items() if value is not None}
-    if not method and options.get("method", "ltp") in ("ltp", "top"):
-        method = {"target_flops": 0.4}
     options = {name: value for name, value in options.items() if value is not None}
+    preset = {"method": "ltp", "method_options": {}} if recipe is None else recipes.recipe(recipe)
+    more, options = preset.pop("method_options"), preset | options
+    if not method and options["method"] in ("ltp", "top"):
+        method = {"target_flops": 0.4}
+    method = (more if options["method"] == preset["method"] else {}) | method
     return Training(Recipe(model=model, data=data, method_options=method, **options), Path(out), progress).run(fresh)
 
 
@@ -212,7 +216,7 @@ class Training:
             "seconds": round(time.time() - started, 1),
             "texts_cut": cut,
             "removed": task.removed,
-            "predictions": {"dense": _answers(before), "pruned": _answers(after)},
+            "predictions": {"dense": _answers(before, parts["test"]), "pruned": _answers(after, parts["test"])},
             "kept": (after.kept.float().mean(0) / after.tokens_mean).tolist(),
         }
         self._finish(net, folder, summary)
@@ -264,7 +268,7 @@ class Training:
         return has_bf16() if self.recipe.bf16 is None else self.recipe.bf16
 
     def _classifier(self, model: str, task: Task) -> PreTrainedModel:
-        return classifier(model, task, dropout=self.recipe.dropout, freeze_embeddings=self.recipe.freeze_embeddings)
+        return for_task(model, task, dropout=self.recipe.dropout, freeze_embeddings=self.recipe.freeze_embeddings)
 
     def _taught(self, net: PreTrainedModel, pruner: TokenPruner | None, train):
         """The training rows with the dense model's answers, computed once, in bf16 where the training is."""
@@ -272,7 +276,11 @@ class Training:
         if ranks:
             prune(net, Ranking())
         answers = predict(net, train, batch_size=64, bf16=self.bf16, scores=ranks)
-        train = train.add_column("teacher_logits", answers.logits.tolist())
+        if isinstance(answers.logits, list):
+            for i, name in enumerate(("teacher_start_logits", "teacher_end_logits")):
+                train = train.add_column(name, [row[i].tolist() for row in answers.logits])
+        else:
+            train = train.add_column("teacher_logits", answers.logits.tolist())
         if not ranks:
             return train
         unprune(net)
@@ -342,8 +350,8 @@ class Training:
             mode="dense-unpadded" if method == "dense" else "pruned",
             threads=torch.get_num_threads(),
             metric=task.metric,
-            quality=quality(result, test["labels"], task.metric),
-            quality_dense=quality(before, test["labels"], task.metric),
+            quality=quality(result, test, task.metric),
+            quality_dense=quality(before, test, task.metric),
             flops_ratio=result.macs_dense / result.macs_used,
             split="test",
             selected_on=task.selected_on,
@@ -377,19 +385,9 @@ class Training:
         shutil.rmtree(self.work, ignore_errors=True)
 
 
-@contextmanager
-def writing(folder: Path):
-    """Say where writing failed: libraries name neither the file nor, in torch.save, the reason."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        told = isinstance(error, OSError) and error.filename is not None
-        if told or (isinstance(error, RuntimeError) and "inline_container" not in str(error)):
-            raise
-        raise OSError(f"cannot write in {folder}, is the disk full? ({str(error).splitlines()[0]})") from error
-
-
-def _answers(predictions: Predictions) -> list:
-    """Classes, or values of a regression; what paired intervals need."""
-    logits = predictions.logits
-    return [round(x, 5) for x in logits[:, 0].tolist()] if logits.shape[1] == 1 else logits.argmax(1).tolist()
+def _answers(predictions: Predictions, test) -> list:
+    """Classes, values of a regression or the F1 of answers; what paired intervals need."""
+    answers = torch.as_tensor(outcome(predictions, test)[0])
+    if answers.dim() == 2 and answers.shape[1] > 1:
+        return answers.argmax(1).tolist()
+    return [round(x, 5) for x in answers.flatten().tolist()]

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from .api import CONFIG_KEY, prune
@@ -22,7 +28,8 @@ DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "a
 
 
 def load(model: str, executor: str = "auto", **options) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer) of a saved classifier in evaluation mode, pruned if its configuration says so.
+    """(model, tokenizer) of a saved classifier, or model that answers questions, in evaluation mode; pruned if its
+    configuration says so.
 
     Raises:
         ValueError: no such model, or one that cannot be read.
@@ -56,22 +63,28 @@ def reading(read: Callable, model: str, **options):
         raise ValueError(f"{model!r} cannot be loaded, expected a model folder or a hub id: {line}") from error
 
 
-def open_model(model: str, **options) -> PreTrainedModel:
-    """A sequence classifier from a folder or the hub, as it lies there."""
+def open_model(model: str, *, answers: bool | None = None, **options) -> PreTrainedModel:
+    """A sequence classifier from a folder or the hub, as it lies there; or, if it ``answers`` questions (None: as its
+    configuration says), that."""
     if os.path.isdir(model) and not os.path.exists(os.path.join(model, "config.json")):
         raise ValueError(f"{model} holds no config.json: expected the folder of a saved transformers model")
-    return reading(AutoModelForSequenceClassification.from_pretrained, model, **options)
+    if answers is None:
+        known = reading(AutoConfig.from_pretrained, model).architectures or ()
+        answers = any(name.endswith("ForQuestionAnswering") for name in known)
+    kind = AutoModelForQuestionAnswering if answers else AutoModelForSequenceClassification
+    return reading(kind.from_pretrained, model, **options)
 
 
-def classifier(
+def for_task(
     model: str, task: Task, *, dropout: float | None = None, freeze_embeddings: bool = False
 ) -> PreTrainedModel:
-    """A classifier for the labels of ``task`` on the weights in ``model``; a head of another size is made anew."""
-    config = reading(AutoConfig.from_pretrained, model)
-    labels = task.labels or ["score"]
-    config.num_labels = len(labels)
-    config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
-    config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+    """A model for ``task`` on the weights in ``model``; a head of another size is made anew."""
+    config, answers = reading(AutoConfig.from_pretrained, model), task.kind == "qa"
+    if not answers:
+        labels = task.labels or ["score"]
+        config.num_labels = len(labels)
+        config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+        config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
     for name in DROPOUTS:
         if dropout is not None and getattr(config, name, None) is not None:
             setattr(config, name, dropout)
@@ -80,9 +93,8 @@ def classifier(
     # the fused attention of CPUs has a slow backward: at 53 tokens the probabilities are 2-3 times as fast to train
     # with
     on_cpu = not torch.cuda.is_available()
-    net = open_model(
-        model, config=config, ignore_mismatched_sizes=True, **({"attn_implementation": "eager"} if on_cpu else {})
-    )
+    options = {"attn_implementation": "eager"} if on_cpu else {}
+    net = open_model(model, answers=answers, config=config, ignore_mismatched_sizes=True, **options)
     net.get_input_embeddings().requires_grad_(not freeze_embeddings)
     if freeze_embeddings:
         for name, module in net.base_model.named_children():

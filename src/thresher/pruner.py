@@ -82,6 +82,7 @@ class TokenPruner(nn.Module):
     protect: Any = dataclasses.field(default=None, kw_only=True)
 
     name: ClassVar[str] = ""
+    lr: ClassVar[float] = 2e-2  # learning rate of its own parameters, where no other is given
     needs_attention: ClassVar[bool] = True
     ranks_teacher: ClassVar[bool] = False  # whether ``loss`` wants the teacher's ranking
     needs_table: ClassVar[bool] = False  # whether the budget is one of time, priced by ``table``, a LatencyTable

@@ -1,4 +1,4 @@
-"""Rows of measurements: the one form in which they are written, their intervals, and tables and a figure to look at.
+"""Rows of measurements: the one form in which they are written, and tables and a figure to look at.
 
 A row is a dictionary with every name in ``ROW_FIELDS``; what was not measured is None. The figure needs matplotlib.
 """
@@ -13,10 +13,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-
-from .data import compute_metric
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,59 +86,6 @@ def read_rows(path: str | Path) -> list[dict]:
         return [row(**r) for r in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path} does not hold {{"rows": [...]}} of measurements: {error}') from None
-
-
-def bootstrap_interval(
-    metric: str, labels: Any, predictions_a: Any, predictions_b: Any = None, n: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a quality, or of the paired difference a - b, in points.
-
-    labels (N,); predictions: ``bench.Predictions``, logits (N, K), or classes or values (N,). The examples are drawn
-    anew ``n`` times, the same for a and b.
-    """
-    return pooled_interval(metric, [(labels, predictions_a, predictions_b)], n, seed)
-
-
-def pooled_interval(metric: str, runs: Iterable[tuple], n: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """``bootstrap_interval`` of the mean over training seeds; ``runs`` holds (labels, a, b or None) of each.
-
-    All seeds answer the same N examples. A draw takes the same examples of all, and draws the seeds as well.
-    """
-    runs = [[(np.asarray(labels), _answers(metric, labels, p)) for p in ab if p is not None] for labels, *ab in runs]
-    if len({(len(run), len(run[0][0])) for run in runs}) != 1:
-        raise ValueError("the runs do not pair: expected the same examples, and a second prediction in all or none")
-    size, rng, draws = len(runs[0][0][0]), np.random.default_rng(seed), []
-    for _ in range(n):
-        some, which = rng.integers(size, size=size), rng.integers(len(runs), size=len(runs))
-        points = [[_points(metric, labels[some], answers[some]) for labels, answers in runs[i]] for i in which]
-        draws.append(np.mean([a - sum(b) for a, *b in points]))
-    low, high = np.percentile(draws, (2.5, 97.5)).tolist()
-    return low, high
-
-
-def _answers(metric: str, labels: Any, predictions: Any) -> np.ndarray:
-    """(N,) classes or values, after the checks of ``compute_metric``."""
-    answers = np.asarray(getattr(predictions, "logits", predictions))
-    compute_metric(metric, answers, labels)
-    return answers if answers.ndim == 1 else answers[:, 0] if answers.shape[1] == 1 else answers.argmax(1)
-
-
-def _points(metric: str, labels: np.ndarray, answers: np.ndarray) -> float:
-    """``compute_metric`` in a hundredth of its time, as thousands of draws need it; (N,) each."""
-    if metric == "accuracy":
-        above, below = (labels == answers).sum(), len(labels)
-    elif metric == "f1":
-        true, said = labels == 1, answers == 1
-        above, below = 2 * (true & said).sum(), true.sum() + said.sum()
-    elif metric == "pearson":
-        x, y = labels - labels.mean(), answers - answers.mean()
-        above, below = x @ y, np.sqrt((x @ x) * (y @ y))
-    else:  # matthews, of any number of classes
-        n, size = float(len(labels)), 1 + max(labels.max(), answers.max())
-        table = np.bincount(labels * size + answers, minlength=size * size).reshape(size, size).astype(float)
-        true, said = table.sum(1), table.sum(0)
-        above, below = n * np.trace(table) - true @ said, np.sqrt((n * n - true @ true) * (n * n - said @ said))
-    return 100 * float(above / below) if below > 0 else 0.0
 
 
 def table(rows: list[dict], title: str | None = None) -> Table:

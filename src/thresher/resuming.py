@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -65,3 +66,15 @@ def last_checkpoint(folder: Path) -> Path | None:
             return checkpoint
         shutil.rmtree(checkpoint, ignore_errors=True)
     return None
+
+
+@contextmanager
+def writing(folder: Path):
+    """Say where writing failed: libraries name neither the file nor, in torch.save, the reason."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        told = isinstance(error, OSError) and error.filename is not None
+        if told or (isinstance(error, RuntimeError) and "inline_container" not in str(error)):
+            raise
+        raise OSError(f"cannot write in {folder}, is the disk full? ({str(error).splitlines()[0]})") from error

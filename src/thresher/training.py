@@ -20,21 +20,28 @@ from .latency import latency_table
 from .pruner import Record, StackInfo, TokenPruner
 
 LOGITS = ("logits", "start_logits", "end_logits")
-TAUGHT = {"teacher_logits": "logits", "teacher_ranking": "ranking"}  # columns of a data set that take a teacher's place
-CALIBRATION_ROWS = 256
+# columns of a data set that take a teacher's place
+TAUGHT = {f"teacher_{name}": name for name in (*LOGITS, "ranking")}
+PER_TOKEN = ("teacher_ranking", "teacher_start_logits", "teacher_end_logits")
+CALIBRATION_ROWS, NEVER = 256, -1e4  # NEVER: the logit of a token that is not there
 
 
-def distillation(student: Any, teacher: Any, temperature: float = 2.0) -> Tensor:
+def distillation(student: Any, teacher: Any, temperature: float = 2.0, mask: Tensor | None = None) -> Tensor:
     """Scalar: how far the student's answers are from the teacher's; both are model outputs or dictionaries of logits.
 
     T^2 KL(teacher || student) at temperature T (Hinton et al., 2015), the mean over the batch and over the heads; the
-    squared difference for a regression head of one number.
+    squared difference for a regression head of one number. ``mask`` (B, N): the tokens that are there, among which a
+    head that points at a token chooses, and of which one that labels tokens is asked.
     """
     losses = []
     for name in LOGITS:
         if name not in student or name not in teacher:
             continue
         s, t = student[name].float(), teacher[name].float()
+        if mask is not None and name != "logits":
+            s, t = (x.masked_fill(mask == 0, NEVER) for x in (s, t))
+        elif mask is not None and s.dim() == 3:
+            s, t = s[mask != 0], t[mask != 0]
         if s.shape[-1] == 1:
             losses.append(F.mse_loss(s, t))
         else:
@@ -45,8 +52,9 @@ def distillation(student: Any, teacher: Any, temperature: float = 2.0) -> Tensor
     return torch.stack(losses).mean()
 
 
-def param_groups(model: nn.Module, lr: float, pruner_lr: float, weight_decay: float = 0.0) -> list[dict]:
-    """Parameter groups for any optimiser: the method's own parameters get ``pruner_lr`` and no weight decay.
+def param_groups(model: nn.Module, lr: float, pruner_lr: float | None = None, weight_decay: float = 0.0) -> list[dict]:
+    """Parameter groups for any optimiser: the method's own parameters get ``pruner_lr`` (None: the
+    method's ``lr``) and no weight decay.
 
     Give the optimiser ``rest`` as well: ``optimizer.register_step_pre_hook(rest)``.
     """
@@ -55,8 +63,9 @@ def param_groups(model: nn.Module, lr: float, pruner_lr: float, weight_decay: fl
     return [{"params": others, "lr": lr, "weight_decay": weight_decay}, pruner_group(model.token_pruner, pruner_lr)]
 
 
-def pruner_group(pruner: TokenPruner, lr: float) -> dict:
+def pruner_group(pruner: TokenPruner, lr: float | None) -> dict:
     """The parameter group of a method."""
+    lr = pruner.lr if lr is None else lr
     return {"params": list(pruner.parameters()), "lr": lr, "weight_decay": 0.0, "rests": True}
 
 
@@ -96,17 +105,17 @@ class Ranking(TokenPruner):
 
 
 class Collator(DataCollatorWithPadding):
-    """Pads the inputs, and with them the column ``teacher_ranking``, a number for each token."""
+    """Pads the inputs, and with them the columns that hold a number for each token (``PER_TOKEN``)."""
 
     def __call__(self, features: list[dict]) -> dict[str, Any]:
         features = [dict(row) for row in features]
-        rankings = [torch.as_tensor(row.pop("teacher_ranking")) for row in features if "teacher_ranking" in row]
+        numbers = {name: [torch.as_tensor(f.pop(name)) for f in features] for name in PER_TOKEN if name in features[0]}
         batch = super().__call__(features)
-        if rankings:
-            side = getattr(self.tokenizer, "padding_side", "right")
-            padded = pad_sequence(rankings, batch_first=True, padding_side=side)
+        side = getattr(self.tokenizer, "padding_side", "right")
+        for name, rows in numbers.items():
+            padded = pad_sequence(rows, batch_first=True, padding_side=side)
             more = batch["input_ids"].shape[1] - padded.shape[1]
-            batch["teacher_ranking"] = F.pad(padded, (more, 0) if side == "left" else (0, more))
+            batch[name] = F.pad(padded, (more, 0) if side == "left" else (0, more))
         return batch
 
 
@@ -119,7 +128,8 @@ class PruningTrainer(Trainer):
             ``teacher_ranking`` (its last layer's scores, one per token) for methods that distil it.
         distill: weight of the distillation, 1 - ``distill`` of the task loss.
         temperature: of the distillation.
-        pruner_lr: learning rate of the method's own parameters (thresholds, gates); it decays with the others.
+        pruner_lr: learning rate of the method's own parameters (thresholds, gates), which decays with the others;
+            default: the method's ``lr``.
         calibration_dataset: inputs on which a budget is kept, never a test set; default: ``eval_dataset``, else
             ``train_dataset``.
 
@@ -134,7 +144,7 @@ class PruningTrainer(Trainer):
         teacher: nn.Module | None = None,
         distill: float = 0.5,
         temperature: float = 2.0,
-        pruner_lr: float = 1e-2,
+        pruner_lr: float | None = None,
         calibration_dataset: Dataset | None = None,
         **kwargs,
     ):
@@ -188,7 +198,9 @@ class PruningTrainer(Trainer):
         loss = 0.0 if task is None else task
         if any(name in answers for name in LOGITS):
             weight = 1.0 if task is None else self.distill
-            loss = (1 - weight) * loss + weight * distillation(outputs, answers, self.temperature)
+            mask = inputs.get("attention_mask")
+            mask = mask if torch.is_tensor(mask) and mask.dim() == 2 else None
+            loss = (1 - weight) * loss + weight * distillation(outputs, answers, self.temperature, mask)
         loss = loss + self.pruner.loss(
             lambda **override: model(**{**inputs, **override}), inputs, record, answers or None
         )

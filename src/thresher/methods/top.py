@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 LOW, HIGH, BETA = -0.1, 1.1, 2 / 3  # the hard concrete distribution: its stretch and its temperature
 BOUND = math.log(100)  # of the parameters, their log odds
-FIRST = 0.05  # the chance of a gate to be on, of a bin to be off, where the training starts
+FIRST = 0.02  # the chance of a bin, and of a gate, to be off where the training starts
+STIFF = 100.0  # the multiplier of the squared excess where the training starts
 TARGETS = ("target_flops", "target_latency", "target_latency_ms")
 RANK_LOSSES = ("arp2", "ndcg", "none")
 
@@ -73,6 +74,7 @@ class ToP(TokenPruner):
     soft_until: float = 0.6
 
     name: ClassVar[str] = "top"
+    lr: ClassVar[float] = 5e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,9 +108,9 @@ class ToP(TokenPruner):
 
     def build(self, info: StackInfo) -> None:
         sites = len(self.sites)
-        self.rank = nn.Parameter(torch.full((sites, self.bins), BOUND))
-        self.gate = nn.Parameter(torch.full((sites,), odds(FIRST))) if self.gates else None
-        self.multiplier = nn.Parameter(torch.zeros(2))
+        self.rank = nn.Parameter(torch.linspace(BOUND, odds(0.9), self.bins).repeat(sites, 1))
+        self.gate = nn.Parameter(torch.full((sites,), odds(1 - FIRST))) if self.gates else None
+        self.multiplier = nn.Parameter(torch.tensor([0.0, STIFF]))
         self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
         self.agreement: list[Tensor] = []
         self.early = [i for i, layer in enumerate(self.sites) if layer < max(info.first_site + 1, info.depth // 3)]
@@ -143,10 +145,10 @@ class ToP(TokenPruner):
         if view.site == 0:
             self._bound()
             self.mask.copy_(self.settled())  # what is saved in the soft stage prunes as it does now
-        keep = sample(self.rank[view.site])[self.bin(view.score.detach(), free)]
+        rows = len(free)
+        keep = rounded(sample(self.rank[view.site].expand(rows, -1))).gather(1, self.bin(view.score.detach(), free))
         if self.gate is not None:
-            soft = sample(self.gate[view.site])
-            keep = 1 - (1 - keep) * ((soft > 0).float() + soft - soft.detach())
+            keep = 1 - (1 - keep) * rounded(sample(self.gate[view.site].expand(rows, 1)))
         return (keep + CLOSED).clamp(max=1).log().masked_fill(~free, 0.0)
 
     @torch.no_grad()
@@ -303,6 +305,11 @@ def sample(odds: Tensor) -> Tensor:
     """Hard concrete variables in [0, 1] of the shape of their log ``odds`` (Louizos et al., ICLR 2018, eq. 10-11)."""
     noise = torch.rand_like(odds).clamp(1e-6, 1 - 1e-6)
     return (((noise.logit() + odds) / BETA).sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def rounded(soft: Tensor) -> Tensor:
+    """1 where ``soft`` is above 0, else 0; its gradient is that of ``soft`` (straight through)."""
+    return (soft > 0).float() + soft - soft.detach()
 
 
 def share(view: View) -> Tensor:

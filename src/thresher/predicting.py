@@ -1,0 +1,213 @@
+"""Answers of a model, pruned or not, on a tokenized data set, and what they cost.
+
+Shapes: N examples, B of them in a batch, K logits, S sites (the layers at which tokens leave). Data sets are tokenized
+rows without padding, as ``data.tokenize`` makes them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import qa
+from .api import MODULE, prune, unprune
+from .flops import dense_macs, macs
+from .methods.topk import REPLAY, TopK
+from .metrics import compute_metric
+from .pruner import METHODS
+from .stack import find_stack
+
+
+@dataclass
+class Predictions:
+    """What a model said of N examples, in their order, and what it cost.
+
+    Attributes:
+        logits: (N, K) fp32; of question answering a list of N start and end logits (2, n).
+        kept: (N, S) long, tokens left after each site; S = 0 where nothing was pruned.
+        tokens: (N,) long, tokens of each input.
+        rows_used, rows_dense: (N,) MACs of each example, and those of the dense model on it without padding.
+        scores: where they were asked for, the scores (n,) of each example's n tokens at the last site.
+        macs_used, macs_dense, tokens_mean: their sums and the mean length.
+    """
+
+    logits: Tensor | list[Tensor]
+    kept: Tensor
+    tokens: Tensor
+    rows_used: Tensor
+    rows_dense: Tensor
+    scores: list[Tensor] | None = None
+
+    def __post_init__(self):
+        self.macs_used, self.macs_dense = int(self.rows_used.sum()), int(self.rows_dense.sum())
+        self.tokens_mean = float(self.tokens.double().mean())
+
+
+class Text:
+    """The inputs of a model out of a tokenized data set, none over ``longest`` tokens, cut into batches at will."""
+
+    def __init__(self, model: PreTrainedModel, dataset: Dataset, longest: int | None):
+        takes = inspect.signature(model.forward).parameters
+        names = [n for n in ("input_ids", "token_type_ids") if n in takes and n in dataset.column_names]
+        self.columns = {name: list(dataset[name]) for name in names}
+        if not self.columns.get("input_ids"):
+            raise ValueError(f"nothing to measure: {len(dataset)} rows of {dataset.column_names}, expected input_ids")
+        if "attention_mask" in dataset.column_names and any(0 in mask for mask in dataset["attention_mask"]):
+            raise ValueError("the rows hold padding: tokenize them without, it is added where it is measured")
+        self.lengths = torch.tensor([len(ids) for ids in self.columns["input_ids"]])
+        if longest is not None and self.lengths.max() > longest:
+            raise ValueError(f"the longest row has {self.lengths.max()} tokens, expected {longest} at most")
+        self.fill = {"input_ids": getattr(model.config, "pad_token_id", None) or 0}
+
+    def batch(self, rows: list[int], width: int | None, device: torch.device) -> dict[str, Tensor]:
+        """The inputs (B, width) of some rows, padded on the right; ``width`` None: to the longest of them."""
+        mask = torch.arange(width or int(self.lengths[rows].max())) < self.lengths[rows, None]
+        batch = {"attention_mask": mask.long()}
+        for name, column in self.columns.items():
+            batch[name] = torch.full(mask.shape, self.fill.get(name, 0))
+            batch[name][mask] = torch.cat([torch.as_tensor(column[line]) for line in rows])
+        return {name: values.to(device) for name, values in batch.items()}
+
+    def batches(self, rows: Iterable[int], size: int) -> list[list[int]]:
+        """``rows`` in batches of neighbours in length, longest first."""
+        rows = sorted(rows, key=lambda line: -int(self.lengths[line]))
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def predict(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    *,
+    batch_size: int = 32,
+    pad_to: int | None = None,
+    counts: Tensor | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+    bf16: bool = False,
+    scores: bool = False,
+) -> Predictions:
+    """Run a model, pruned or not, over a tokenized data set in batches of similar length.
+
+    Args:
+        pad_to: pad every batch to so many tokens; default: to its longest row.
+        counts: (N, S) tokens to keep, for a method with keep="replay"; default: those ``replayed`` was given.
+        progress: called with the examples done and all of them.
+        bf16: run a bfloat16 copy of the model.
+        scores: keep the method's scores; only for one that lets nothing leave.
+
+    Raises:
+        ValueError: no rows, padded rows, rows over ``pad_to``, counts that do not fit, a model without logits (B, K).
+    """
+    model = copied(model).to(torch.bfloat16) if bf16 else model
+    text, pruner = Text(model, dataset, pad_to), getattr(model, MODULE, None)
+    counts = counts_of(model, len(dataset), counts)
+    rows_dense = dense_macs(find_stack(model).costs if pruner is None else pruner.info.costs, text.lengths)
+    order, logits, kept, used, scored = [], [], [], [], []
+    with torch.inference_mode(), ready(model):
+        for rows in text.batches(range(len(dataset)), batch_size):
+            if counts is not None:
+                pruner.counts = counts[rows]
+            inputs = text.batch(rows, pad_to, model.device)
+            logits += _logits(model, model(**inputs), text.lengths[rows])
+            ran = pruner is not None and pruner.hooks.mode != "dense"  # else there is no record of it
+            left = [view.keep.sum(1) for view in pruner.record.views] if ran else []
+            kept.append(torch.stack(left, 1) if left else torch.zeros(len(rows), 0, dtype=torch.long))
+            used.append(macs(pruner.record.costs, pruner.record.counts) if ran else rows_dense[rows])
+            if scores:
+                view = pruner.record.views[-1]
+                scored += [score[alive] for score, alive in zip(view.score, view.alive, strict=True)]
+            order += rows
+            if progress:
+                progress(len(order), len(dataset))
+    back = torch.tensor(order).argsort()
+    kept, used = (torch.cat(parts).cpu()[back] for parts in (kept, used))
+    logits = [logits[i].cpu() for i in back.tolist()]
+    logits = torch.stack(logits) if logits[0].dim() == 1 else logits
+    scored = [scored[i] for i in back.tolist()] if scores else None
+    return Predictions(logits, kept, text.lengths, used, rows_dense, scored)
+
+
+def _logits(model: PreTrainedModel, output: Any, lengths: Tensor) -> list[Tensor]:
+    """The logits of each row: (K,) of a classifier, (2, n) of a model that answers questions."""
+    if isinstance(found := getattr(output, "logits", None), Tensor) and found.dim() == 2:
+        return [*found.float()]
+    if getattr(output, "start_logits", None) is None:
+        what = f"{type(model).__name__} gives no logits (B, K), and no start and end logits"
+        raise ValueError(f"{what}: measure a model that classifies or answers questions")
+    both = torch.stack([output.start_logits, output.end_logits], 1).float()
+    return [row[:, :n] for row, n in zip(both, lengths.tolist(), strict=True)]
+
+
+def outcome(predictions: Predictions, dataset: Dataset) -> tuple[Any, Any]:
+    """(answers, labels) as ``compute_metric`` takes them: logits and the column ``labels``; of the windows of question
+    answering the F1 of each question's answer, and ones."""
+    if isinstance(predictions.logits, list):
+        found = qa.judge(predictions.logits, dataset)
+        return found, np.ones(len(found))
+    return predictions.logits, np.asarray(dataset["labels"])
+
+
+def quality(predictions: Predictions, dataset: Dataset, metric: str) -> float:
+    """The task's metric in points."""
+    return compute_metric(metric, *outcome(predictions, dataset))
+
+
+def replayed(model: PreTrainedModel, method: str, counts: Tensor) -> PreTrainedModel:
+    """A copy of a pruned model in which a baseline chooses the tokens, as many as the method kept: ``counts`` (N, S).
+
+    ``method`` is "random", "firstk" or "topk". ``predict`` and ``measure`` hand each batch its counts, which must come
+    from ``predict`` on the same rows.
+
+    Example:
+        >>> baseline = replayed(model, "random", predict(model, rows).kept)
+    """
+    known, pruner = [n for n, m in METHODS.items() if issubclass(m, TopK)], getattr(model, MODULE, None)
+    name = method.replace("-", "")
+    if name not in known or pruner is None:
+        raise ValueError(f"expected a pruned model and one of {', '.join(known)}, got {method!r}")
+    if counts.dim() != 2 or counts.shape[1] != len(pruner.sites):
+        raise ValueError(f"counts have shape {tuple(counts.shape)}, expected (N, {len(pruner.sites)}): one per site")
+    protect = None if isinstance(pruner.protect, Tensor) else pruner.protect
+    baseline, again = unprune(copied(model)), METHODS[name](keep=REPLAY, at=pruner.sites, protect=protect)
+    prune(baseline, again, executor=pruner.hooks.executor).token_pruner.row_counts = counts
+    return baseline
+
+
+def counts_of(model: PreTrainedModel, total: int, counts: Tensor | None = None) -> Tensor | None:
+    """(N, S) the given ``counts``, else what ``replayed`` was given; None for other models."""
+    counts = getattr(getattr(model, MODULE, None), "row_counts", None) if counts is None else counts
+    if counts is not None and len(counts) != total:
+        raise ValueError(f"the token counts are of {len(counts)} rows, not of these {total}")
+    return counts
+
+
+def copied(model: PreTrainedModel) -> PreTrainedModel:
+    if getattr(model, MODULE, None) is not None:
+        model.token_pruner.record = None  # it may hang on a graph, which cannot be copied
+    return copy.deepcopy(model)
+
+
+@contextmanager
+def ready(model: PreTrainedModel, executor: str | None = None) -> Iterator[None]:
+    """Within the context: evaluation mode, and with an ``executor`` an unpruned model runs in it, dropping nothing."""
+    training, bare = model.training, getattr(model, MODULE, None) is None
+    model.eval()
+    if bare and executor:
+        prune(model, TopK(keep=1.0, at=()), executor=executor)
+    try:
+        yield
+    finally:
+        if bare and executor:
+            unprune(model)
+        elif not bare:
+            model.token_pruner.counts = None
+        model.train(training)

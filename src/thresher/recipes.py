@@ -1,0 +1,42 @@
+"""How known tasks are trained, in one table: ``thresher train --recipe top-mrpc`` puts a method and a task together.
+
+Rates, batches and lengths follow the papers' (LTP, table 6; ToP's README), shortened to the few epochs after which a
+small encoder stops gaining; what the user gives takes precedence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SHORT = {"max_length": 128, "batch_size": 32, "epochs": 4, "prune_epochs": 4, "lr": 5e-5, "prune_lr": 1e-4}
+_LONG = {"max_length": 512, "batch_size": 16, "epochs": 2, "prune_epochs": 2, "lr": 5e-5, "prune_lr": 1e-4}
+TASKS: dict[str, dict[str, Any]] = {
+    "sst2": _SHORT | {"max_length": 64, "batch_size": 64, "epochs": 2, "prune_epochs": 3},
+    "cola": _SHORT | {"max_length": 64},
+    "mrpc": _SHORT,
+    "stsb": _SHORT,
+    "rte": _SHORT | {"max_length": 256, "epochs": 6, "prune_epochs": 6},
+    "qnli": _SHORT | {"epochs": 2, "prune_epochs": 2},
+    "20newsgroups": _LONG | {"max_length": 256, "batch_size": 32, "lr": 1e-4},
+    "imdb": _LONG,
+    "squad": _LONG | {"max_length": 384, "lr": 1e-4},
+}
+# Options of a method that depend on the task: finer bins and a longer ranking for longer texts.
+_FINE = {"bins": 64, "topk": 60}
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "top": {"cola": {"topk": 10}, "20newsgroups": _FINE, "imdb": _FINE, "squad": _FINE}
+}
+
+
+def recipe(name: str, methods: Any = ("ltp", "top")) -> dict[str, Any]:
+    """The arguments of ``jobs.train`` that a recipe METHOD-TASK sets, without a budget.
+
+    Raises ValueError where there is none of this name.
+    """
+    method, _, task = name.partition("-")
+    if method not in methods or task not in TASKS:
+        raise ValueError(
+            f"there is no recipe {name!r}: expected a method ({', '.join(methods)}), a dash and a task "
+            f"({', '.join(TASKS)}), as in top-mrpc"
+        )
+    return {"method": method, "method_options": dict(OPTIONS.get(method, {}).get(task, {})), **TASKS[task]}
