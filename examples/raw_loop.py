@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from thresher import LTP, prune
 from thresher.data import load_task, tokenize
-from thresher.loading import classifier
+from thresher.loading import for_task
 from thresher.training import param_groups, rest
 
 
@@ -37,7 +37,7 @@ def pad(rows: list) -> dict:
 def table(path: str, name: str):
     task, tokenizer = load_task(path), AutoTokenizer.from_pretrained(name)
     parts = [tokenize(part, task, tokenizer, 256)[0] for part in (task.train, task.validation)]
-    return classifier(name, task), *parts, DataCollatorWithPadding(tokenizer), 5e-5
+    return for_task(name, task), *parts, DataCollatorWithPadding(tokenizer), 5e-5
 
 
 def main(steps: str = "200", *source: str) -> None:

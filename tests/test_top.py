@@ -67,13 +67,14 @@ def test_hard_concrete_variables_have_the_stated_chance():
 
 
 @pytest.mark.parametrize("gates", [True, False])
-def test_training_starts_from_all_tokens_and_gates_off(gates):
+def test_training_starts_from_nearly_all_tokens_with_odds_that_fall_with_rank_and_depth(gates):
     method = ToP(bins=8, gates=gates)
     pruned(method)
-    assert method.settled().all() and method.mask.all()
-    assert (chance(method.rank) > 0.99).all()
+    assert method.mask.all() and method.settled()[0].all()
+    assert (chance(method.rank[0]) >= 0.9 - 1e-6).all() and (chance(method.rank).mean() > 0.8)
+    assert (method.rank.diff(dim=1) < 0).all() and (method.rank.diff(dim=0) < 0).all()
     if gates:
-        torch.testing.assert_close(chance(method.gate), torch.full((3,), 0.05))
+        torch.testing.assert_close(chance(method.gate), torch.full((3,), 0.98))
     else:
         assert method.gate is None
 
@@ -107,12 +108,12 @@ def test_calibration_meets_the_target_and_drops_the_least_odds(target):
     assert on.min() > off.max()
 
 
-def test_without_training_all_sites_lose_their_worst_ranks_alike():
+def test_without_training_sites_lose_their_worst_ranks_the_deeper_the_more():
     method = ToP(target_flops=0.7, bins=32)
     model = pruned(method)
     method.calibrate(forward_of(model), [BERT.batch((60, 41, 33, 52))])
     left = method.mask.sum(1)
-    assert left.max() - left.min() <= 1 and left.max() < 32
+    assert (left.diff() <= 0).all() and left[-1] < left[0]
     assert all(mask[: int(n)].all() for mask, n in zip(method.mask, left, strict=True))
 
 
@@ -174,8 +175,34 @@ def soft_step(method, steps: int, **config) -> list[float]:
 def test_the_lagrangian_brings_the_expected_cost_to_the_target():
     method = ToP(target_flops=0.7, bins=8, rank_loss="none", ramp=0.2, soft_until=1.0)
     found = soft_step(method, 400)
-    assert found[0] > 0.95 and found[-1] == pytest.approx(0.7, abs=0.05)
-    assert method.multiplier[1] > 0, "the quadratic multiplier only ascends"
+    assert found[0] > 0.85 and found[-1] == pytest.approx(0.7, abs=0.02)
+    assert method.multiplier[1] > 100, "the quadratic multiplier only ascends"
+
+
+def test_masks_are_drawn_for_each_text_and_rounded():
+    torch.manual_seed(0)
+    method = ToP(bins=8, gates=False, at=(0, 1))
+    model = pruned(method).train()
+    with torch.no_grad():
+        method.rank.zero_()
+    method.progress = 0.1
+    BERT.run(model, BERT.batch((24,) * 6))
+    gates = method.record.views[1].tokens.log_gate.detach().exp()
+    assert ((gates < 1e-7) | (gates > 1 - 1e-6)).all()
+    assert len({tuple(row.tolist()) for row in gates > 0.5}) > 3
+
+
+def test_a_prefix_keeps_the_best_ranks_and_the_cost():
+    method = ToP(target_flops=0.7, bins=32)
+    model = pruned(method)
+    method.mask.copy_(torch.rand(3, 32, generator=torch.Generator().manual_seed(2)) < 0.6)
+    lengths, protected = torch.tensor([33, 65, 97]), torch.ones(3, dtype=torch.long)
+    kept, cost = method.mask.sum(1), method.counted(method.mask, lengths, protected)
+    method.prefix()
+    assert torch.equal(method.mask.sum(1), kept)
+    assert all(mask[:n].all() for mask, n in zip(method.mask, kept.tolist(), strict=True))
+    assert method.counted(method.mask, lengths, protected) == pytest.approx(cost, abs=0.01)
+    assert forward_of(model)(BERT.batch(LENGTHS)).flops_fraction() < 1
 
 
 def test_what_is_watched():
@@ -189,7 +216,7 @@ def test_what_is_watched():
     found = method.metrics()
     assert found["cost_target"] == pytest.approx(0.8) and found["cost_hard"] == pytest.approx(1, abs=0.1)
     assert found["cost_expected"] == pytest.approx(method.expected(torch.tensor(LENGTHS).float(), torch.ones(4)).item())
-    assert found["gates_on"] == 0 and found["multiplier_1"] == 0
+    assert found["gates_on"] == 3 and (found["multiplier_1"], found["multiplier_2"]) == (0, 100)
     assert found["rank_overlap_0"] == 1
     method.loss(None, {}, method.record, {"ranking": -ranking})
     assert method.metrics()["rank_overlap_0"] < 0.5

@@ -68,7 +68,8 @@ class Watch(TrainerCallback):
 
 
 def trainer(folder: Path, method=None, model=None, data=None, callbacks=(), teacher=None, **options) -> PruningTrainer:
-    own = {name: options.pop(name) for name in ("distill", "temperature", "pruner_lr") if name in options}
+    own = ("distill", "temperature", "pruner_lr", "eval_dataset")
+    own = {name: options.pop(name) for name in own if name in options}
     arguments = {
         "max_steps": 4,
         "per_device_train_batch_size": BATCH,
@@ -303,3 +304,12 @@ def test_the_raw_loop_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert "0.40 of the dense MACs" in last, done.stdout
+
+
+def test_nothing_of_the_soft_stage_is_the_best(tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+    steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 6}
+    made = trainer(tmp_path, LTP(target_flops=0.6, soft_until=0.5), eval_dataset=rows(), **steps, **best)
+    made.train()
+    assert made.state.best_global_step >= 3
+    assert made.pruner.threshold.abs().sum() > 0

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,9 +32,11 @@ from .predicting import Predictions, outcome, predict, quality
 from .pruner import TokenPruner
 from .report import row
 from .resuming import Interrupt, Order, last_checkpoint, step_of, writing
+from .stack import find_stack
 from .training import Collator, PruningTrainer, Ranking
+from .watching import Watch, picture, prefix_drop
 
-SUMMARY = "thresher.json"
+SUMMARY, PICTURE = "thresher.json", "training.png"
 TIMED = 64  # texts that a target of time is measured on
 
 
@@ -184,20 +187,21 @@ class Training:
         prune(net, pruner or TopK(keep=1.0, at=()))
         arguments = self._arguments("prune", recipe.prune_epochs, recipe.prune_lr or recipe.lr)
         trainer = PruningTrainer(
-            net,
-            arguments,
-            self.collate,
-            taught,
+            *(net, arguments, self.collate, taught),
             calibration_dataset=parts["validation"],
             distill=recipe.distill,
             pruner_lr=recipe.pruner_lr,
         )
         if recipe.prune_epochs:
+            if not recipe.replay:  # whose counts are known on the training rows alone
+                trainer.add_callback(Watch(trainer, parts["validation"], task.metric))
             set_seed(recipe.seed)
             self._train(trainer)
         trainer.reached.update(trainer.calibrate())  # once more in fp32, in which the model is measured
         if pruner is not None and pruner.needs_table:
             trainer.reached.update(self._timed(net, parts["validation"]))
+        if hasattr(pruner, "prefix"):
+            trainer.reached["prefix_drop"] = prefix_drop(net.eval(), parts["validation"], task.metric)
         # 3. what came of it, on the test part, which chose nothing
         untouched = recipe.method == "dense" and not recipe.prune_epochs
         after = before if untouched else predict(net.eval(), parts["test"], batch_size=recipe.batch_size, counts=counts)
@@ -218,6 +222,7 @@ class Training:
             "removed": task.removed,
             "predictions": {"dense": _answers(before, parts["test"]), "pruned": _answers(after, parts["test"])},
             "kept": (after.kept.float().mean(0) / after.tokens_mean).tolist(),
+            "history": [line for line in trainer.state.log_history if {*line} & {"loss", "eval_quality"}],
         }
         self._finish(net, folder, summary)
         return rows
@@ -379,6 +384,8 @@ class Training:
             if dense_folder.parent == self.work:
                 shutil.copytree(dense_folder, result / "dense")
             (result / SUMMARY).write_text(json.dumps(summary, indent=1))
+            if find_spec("matplotlib") and any("eval_quality" in line for line in summary["history"]):
+                picture(summary["history"], len(find_stack(net).costs), result / PICTURE)
         if self.out.exists():
             self.out.rmdir()
         result.rename(self.out)

@@ -227,6 +227,11 @@ class PruningTrainer(Trainer):
             logs.update({name: round(value, 4) for name, value in self.pruner.metrics().items()})
         super().log(logs, *args, **kwargs)
 
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """Before the hard stage nothing is the best: the budget is not met yet."""
+        soft = self.pruner.phase(self.pruner.progress) == "soft"
+        return False if soft else super()._determine_best_metric(metrics, trial)
+
     @torch.no_grad()
     def calibrate(self, rows: int | None = None) -> dict[str, float]:
         """Let the method meet its budget on (``rows`` of) the calibration data; returns what it reached."""

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 LOW, HIGH, BETA = -0.1, 1.1, 2 / 3  # the hard concrete distribution: its stretch and its temperature
 BOUND = math.log(100)  # of the parameters, their log odds
-FIRST = 0.02  # the chance of a bin, and of a gate, to be off where the training starts
+GATE, WORST = 0.98, 0.9  # the chance of a gate, and of the last bin of the first site, to be on at the start
+DEEPER = 3.0  # how much lower the odds of the last site start
 STIFF = 100.0  # the multiplier of the squared excess where the training starts
 TARGETS = ("target_flops", "target_latency", "target_latency_ms")
 RANK_LOSSES = ("arp2", "ndcg", "none")
@@ -33,19 +34,21 @@ class ToP(TokenPruner):
 
     At each site the survivors are ranked by the attention they receive and fall into ``bins`` of equal relative rank.
     A mask over the bins, one per site and the same for all inputs, says which stay; a gate per site says whether the
-    site prunes at all. Masks and gates are random in the soft stage (hard concrete; a gate is rounded, straight
-    through) and learn with the weights under a Lagrangian L = m1 (c - target) + m2 (c - target)^2 on the expected
-    cost c, in MACs or in measured time, whose multipliers ascend; the target falls from 1 over the first ``ramp`` of
-    the training. In evaluation and in the hard stage they are fixed: in each site the expected number of bins, those
-    with the least odds, are off. The ranking of the teacher's last layer is distilled into the first third of the
-    layers.
+    site prunes at all. Masks and gates are random in the soft stage (hard concrete, rounded straight through) and learn
+    with the weights under a Lagrangian L = m1 (c - target) + m2 (c - target)^2 on the expected cost c, in MACs or in
+    measured time, whose multipliers ascend; the target falls from 1 over the first ``ramp`` of the training. In
+    evaluation and in the hard stage they are fixed: in each site the expected number of bins, those with the least
+    odds, are off. The ranking of the teacher's last layer is distilled into the first third of the layers.
 
-    Departures. Scores are means over live rows alone (theirs include padding and what has left). A soft mask enters
-    the attention as log(mask) on the key, so that 0 (1e-8) is removal and 1 presence in training as in inference
-    (theirs scales the hidden state in training and masks keys in inference). Bins are found in integers. A hard stage
-    follows, in which the weights settle with the masks that are used: as many bins off, the least odds of all sites
-    first, as put the cost, counted in tokens, onto the budget. Soft masks multiply over the sites. The first layer
-    scores too, and is among those that learn the ranking. The task's loss joins the distillation.
+    Departures. Scores are means over live rows alone (theirs include padding and what has left). A mask enters the
+    attention as log(mask) on the key, so that 0 (1e-8) is removal and 1 presence in training as in inference (theirs
+    scales the hidden state in training and masks keys in inference); masks multiply over the sites. Theirs needs tens
+    of thousands of steps, ours hundreds: masks are rounded as gates are (else products of fractions over the sites
+    remove far more than is counted), and drawn for each text by itself, not for the batch; bins start with odds that
+    fall with the rank and the depth, and not alike, gates start on, and m2 at 100, where theirs arrives. Bins are found
+    in integers. A hard stage follows, in which the weights settle with the masks that are used: as many bins off, the
+    least odds of all sites first, as put the cost, counted in tokens, onto the budget. The first layer scores too, and
+    is among those that learn the ranking. The task's loss joins the distillation.
 
     Args:
         target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. 0.4 where no
@@ -108,8 +111,9 @@ class ToP(TokenPruner):
 
     def build(self, info: StackInfo) -> None:
         sites = len(self.sites)
-        self.rank = nn.Parameter(torch.linspace(BOUND, odds(0.9), self.bins).repeat(sites, 1))
-        self.gate = nn.Parameter(torch.full((sites,), odds(1 - FIRST))) if self.gates else None
+        deeper = DEEPER * torch.linspace(0, 1, sites)[:, None]
+        self.rank = nn.Parameter(torch.linspace(BOUND, odds(WORST), self.bins) - deeper)
+        self.gate = nn.Parameter(torch.full((sites,), odds(GATE))) if self.gates else None
         self.multiplier = nn.Parameter(torch.tensor([0.0, STIFF]))
         self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
         self.agreement: list[Tensor] = []
@@ -284,6 +288,12 @@ class ToP(TokenPruner):
             )
         self.mask.copy_(mask)
         return {"latency_fraction" if self.needs_table else "flops_fraction": reached}
+
+    @torch.no_grad()
+    def prefix(self) -> None:
+        """Let every site keep its best ranks, in as many bins as it keeps now: masks without holes are what a top-k in
+        a static graph can do. The cost stays, but for the rounding of bins to tokens; quality may not: measure it."""
+        self.mask.copy_(self.mask.long().sort(1, descending=True).values.bool())
 
 
 def rows_of(record: Record) -> tuple[Tensor, Tensor]:

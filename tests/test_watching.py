@@ -1,0 +1,52 @@
+"""What is logged of a training with pruning, and the picture of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from thresher import ToP, jobs, prune
+from thresher.data import load_task, tokenize
+from thresher.watching import picture, prefix_drop
+from toy import OPTIONS, make_toy
+
+HISTORY = [
+    {"epoch": 0.5, "loss": 0.4, "flops_fraction": 0.9, "cost_target": 0.8, "cost_expected": 0.85, "cost_hard": 0.9},
+    {"epoch": 1.0, "eval_quality": 90.0, "eval_flops_fraction": 0.8, "eval_kept_0": 0.7},
+    {"epoch": 1.5, "loss": 0.3, "flops_fraction": 0.5},
+    {"epoch": 2.0, "eval_quality": 88.0, "eval_flops_fraction": 0.5, "eval_kept_0": 0.5},
+]
+
+
+def test_every_epoch_is_watched_on_the_validation_part(tmp_path):
+    toy = make_toy(tmp_path)
+    out = tmp_path / "out"
+    jobs.train(toy.model, toy.data, str(out), method="top", **OPTIONS)
+    summary = json.loads((out / jobs.SUMMARY).read_text())
+    epochs = [line for line in summary["history"] if "eval_quality" in line]
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    assert epochs[-1]["eval_flops_fraction"] == pytest.approx(0.5, rel=0.1)
+    assert all(0 < line["eval_kept_0"] <= 1 for line in epochs) and 0 <= epochs[-1]["eval_quality"] <= 100
+    assert (out / jobs.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert "prefix_drop" in summary["reached"]
+
+
+def test_the_drop_of_a_prefix_is_measured_and_nothing_changes(tmp_path):
+    toy = make_toy(tmp_path)
+    model, tokenizer = jobs.load(toy.model)
+    prune(model, ToP(bins=4))
+    task = load_task(toy.data)
+    rows, _ = tokenize(task.test, task, tokenizer, 32)
+    assert prefix_drop(model, rows, "accuracy") == 0, "every bin is on"
+    model.token_pruner.mask[:, :2] = False
+    before = model.token_pruner.mask.clone()
+    assert -100 <= prefix_drop(model, rows, "accuracy") <= 100
+    assert model.token_pruner.mask.equal(before)
+
+
+def test_the_picture_needs_something_to_show(tmp_path):
+    with pytest.raises(ValueError, match="there is nothing to draw: no epoch was watched"):
+        picture(HISTORY[::2], 2, tmp_path / "x.png")
+    picture(HISTORY, 2, tmp_path / "x.png", dense=91.0)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
