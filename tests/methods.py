@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from families import FAMILIES
 from thresher import LTP, FirstK, Random, Threshold, ToP, TopK
 
 
@@ -28,3 +29,12 @@ METHODS = {
     "top": (lambda: ToP(), lambda: Holes(bins=8)),
     "ltp": (lambda: LTP(init=0.0), lambda: LTP(init=1.6)),
 }
+# What a method says (a regular expression) on families that it cannot serve: {"mine": {"siglip": "shows no keys"}}
+REFUSES: dict[str, dict[str, str]] = {}
+
+
+def refusal(method: str, family: str, executor: str) -> str | None:
+    """What the error says (a regular expression) where a combination cannot run."""
+    if executor == "packed" and not FAMILIES[family].packed:
+        return "executor='packed' is not possible"  # its attention shows no View, or has position biases
+    return REFUSES.get(method, {}).get(family)

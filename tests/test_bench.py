@@ -11,6 +11,7 @@ from datasets import Dataset
 from families import FAMILIES
 from thresher import LTP, TopK, bench, dense, metrics, predicting, prune, report
 from thresher.metrics import compute_metric
+from thresher.training import Ranking
 
 LENGTHS = (5, 19, 3, 24, 11, 7, 16, 9, 24, 4, 13, 21, 6, 2, 18, 10)
 
@@ -130,6 +131,16 @@ def test_regression_and_missing_columns():
     assert predicting.quality(found, data, "pearson") == pytest.approx(expected, abs=1e-3)
     low, high = metrics.bootstrap_interval("pearson", data["labels"], found, n=200)
     assert low <= expected <= high
+
+
+def test_scores_are_those_of_all_tokens():
+    model = prune(FAMILIES["bert"].build(), Ranking())
+    found = predicting.predict(model, rows(), scores=True)
+    assert [len(score) for score in found.scores] == found.tokens.tolist()
+    assert all(score.mean().item() == pytest.approx(1, abs=1e-4) for score in found.scores)
+    for wrong in (FAMILIES["bert"].build(), pruned()):
+        with pytest.raises(ValueError, match="scores=True needs a pruned model whose method scores tokens"):
+            predicting.predict(wrong, rows(), scores=True)
 
 
 def test_bad_input_is_named():

@@ -105,7 +105,8 @@ def predict(
         scores: keep the method's scores; only for one that lets nothing leave.
 
     Raises:
-        ValueError: no rows, padded rows, rows over ``pad_to``, counts that do not fit, a model without logits (B, K).
+        ValueError: no rows, padded rows, rows over ``pad_to``, counts that do not fit, a model without logits (B, K),
+            scores of a model that lets tokens leave.
     """
     model = copied(model).to(torch.bfloat16) if bf16 else model
     text, pruner = Text(model, dataset, pad_to), getattr(model, MODULE, None)
@@ -123,6 +124,8 @@ def predict(
             kept.append(torch.stack(left, 1) if left else torch.zeros(len(rows), 0, dtype=torch.long))
             used.append(macs(pruner.record.costs, pruner.record.counts) if ran else rows_dense[rows])
             if scores:
+                if not ran or any(not torch.equal(view.keep, view.alive) for view in pruner.record.views):
+                    raise ValueError("scores=True needs a pruned model whose method scores tokens and lets none leave")
                 view = pruner.record.views[-1]
                 scored += [score[alive] for score, alive in zip(view.score, view.alive, strict=True)]
             order += rows
