@@ -312,3 +312,16 @@ def test_top_distils_the_ranking_and_meets_its_budget(tmp_path):
     assert (pruned["method"], pruned["target_flops"]) == ("top", 0.7)
     assert summary["reached"]["flops_fraction"] == pytest.approx(0.7, rel=0.02)
     assert 1 / pruned["flops_ratio"] == pytest.approx(0.7, rel=0.1) and pruned["quality"] > 90
+
+
+def test_expected_counts_are_those_of_the_bins_that_short_texts_fall_into():
+    method = ToP(bins=32, gates=False)
+    pruned(method)
+    with torch.no_grad():
+        method.rank[:, :24], method.rank[:, 24:] = 50.0, -50.0  # three quarters stay, for certain
+    tokens, protected = torch.tensor([3.0, 5.0, 9.0, 26.0]), torch.ones(4)
+    hard = method.counted(method.rank > 0, tokens.long(), protected)
+    assert method.expected(tokens, protected).item() == pytest.approx(hard, rel=1e-5)
+    stay = method.stays(torch.linspace(1, 0, 32).expand(3, 32), 26)
+    assert stay(0, torch.tensor([1.0, 2.0, 0.0])).tolist() == pytest.approx([1, 1 + 15 / 31, 0], abs=1e-5)
+    assert stay(0, torch.tensor([1.5])).item() == pytest.approx(1 + 7.5 / 31, abs=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -202,10 +203,23 @@ class ToP(TokenPruner):
 
     def expected(self, tokens: Tensor, protected: Tensor) -> Tensor:
         """Scalar: the expected cost as a fraction of the dense one; shapes as in ``cost``."""
-        stay = chance(self.rank).mean(1)
+        share = chance(self.rank)
         if self.gate is not None:
-            stay = 1 - (1 - stay) * chance(self.gate)
-        return self.cost(tokens, protected, lambda site, n: stay[site] * n)
+            share = 1 - (1 - share) * chance(self.gate)[:, None]
+        return self.cost(tokens, protected, self.stays(share, int(tokens.max())))
+
+    def stays(self, share: Tensor, longest: int) -> Callable[[int, Tensor], Tensor]:
+        """How many of n (B,) tokens, ``longest`` at most, stay at a site of whose bins a ``share`` (S, bins) stays.
+        Between whole numbers, as expected counts are, on the line from one to the next."""
+        longest = 64 * (longest // 64 + 1)  # few tables for many lengths
+        table = share.float() @ places(self.bins, longest).to(share.device).T
+
+        def stay(site: int, n: Tensor) -> Tensor:
+            n = n.clamp(min=0)
+            low = n.detach().long().clamp(max=longest - 1)
+            return torch.lerp(table[site][low], table[site][low + 1], n - low)
+
+        return stay
 
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
         if not self.soft:
@@ -249,10 +263,7 @@ class ToP(TokenPruner):
     def counted(self, mask: Tensor, tokens: Tensor, protected: Tensor) -> float:
         """The cost as a fraction of the dense one with ``mask`` (S, bins), under which what stays depends on lengths
         alone; shapes as in ``cost``."""
-        rows = torch.arange(int(tokens.max()))
-        table = [mask[:, (rows[:m] * self.bins) // m].sum(1) for m in range(1, len(rows) + 1)]
-        table = torch.stack([torch.zeros(len(mask), dtype=torch.long), *table], 1)  # (S, m): survivors among m
-        return float(self.cost(tokens, protected, lambda site, n: table[site][n.clamp(min=0)]))
+        return float(self.cost(tokens.float(), protected, self.stays(mask, int(tokens.max()))))
 
     @torch.no_grad()
     def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
@@ -299,6 +310,14 @@ class ToP(TokenPruner):
 def rows_of(record: Record) -> tuple[Tensor, Tensor]:
     """(B,) tokens of each row of a forward, and how many of them are protected."""
     return record.counts[0].n_attention.detach().long(), record.views[0].protected.sum(1)
+
+
+@cache
+def places(bins: int, longest: int) -> Tensor:
+    """(longest + 1, bins): how many of m ranked tokens fall into each bin, for every m."""
+    count, rank = torch.arange(longest + 1)[:, None], torch.arange(longest)
+    found = torch.zeros(longest + 1, bins)
+    return found.scatter_add_(1, (rank * bins // count.clamp(min=1)).clamp(max=bins - 1), (rank < count).float())
 
 
 def odds(chance: float) -> float:
