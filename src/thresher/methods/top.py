@@ -37,7 +37,7 @@ class ToP(TokenPruner):
     A mask over the bins, one per site and the same for all inputs, says which stay; a gate per site says whether the
     site prunes at all. Masks and gates are random in the soft stage (hard concrete, rounded straight through) and learn
     with the weights under a Lagrangian L = m1 (c - target) + m2 (c - target)^2 on the expected cost c, in MACs or in
-    measured time, whose multipliers ascend; the target falls from 1 over the first ``ramp`` of the training. In
+    measured time, whose multipliers ascend; the target falls over the first ``ramp`` of the training. In
     evaluation and in the hard stage they are fixed: in each site the expected number of bins, those with the least
     odds, are off. The ranking of the teacher's last layer is distilled into the first third of the layers.
 
@@ -115,6 +115,7 @@ class ToP(TokenPruner):
         deeper = DEEPER * torch.linspace(0, 1, sites)[:, None]
         self.rank = nn.Parameter(torch.linspace(BOUND, odds(WORST), self.bins) - deeper)
         self.gate = nn.Parameter(torch.full((sites,), odds(GATE))) if self.gates else None
+        self.begin = [p.detach().clone() for p in (self.rank, self.gate) if p is not None]
         self.multiplier = nn.Parameter(torch.tensor([0.0, STIFF]))
         self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
         self.agreement: list[Tensor] = []
@@ -201,11 +202,18 @@ class ToP(TokenPruner):
         dense = self.table.fixed(tokens) + len(self.info.costs) * self.table.layer(tokens, tokens)
         return self.target_latency_ms / dense.mean().item()
 
-    def expected(self, tokens: Tensor, protected: Tensor) -> Tensor:
-        """Scalar: the expected cost as a fraction of the dense one; shapes as in ``cost``."""
-        share = chance(self.rank)
-        if self.gate is not None:
-            share = 1 - (1 - share) * chance(self.gate)[:, None]
+    def asked(self, tokens: Tensor, protected: Tensor) -> float:
+        """The target now: on its way from the cost where the training starts to ``target``; shapes as in ``cost``."""
+        start = self.expected(tokens, protected, *(begin.to(tokens.device) for begin in self.begin)).item()
+        return start + (self.target(tokens) - start) * self.ramped
+
+    def expected(self, tokens: Tensor, protected: Tensor, rank: Any = None, gate: Any = None) -> Tensor:
+        """Scalar: the expected cost as a fraction of the dense one; shapes as in ``cost``. Of the odds now, or of given
+        ones."""
+        rank, gate = (self.rank, self.gate) if rank is None else (rank, gate)
+        share = chance(rank)
+        if gate is not None:
+            share = 1 - (1 - share) * chance(gate)[:, None]
         return self.cost(tokens, protected, self.stays(share, int(tokens.max())))
 
     def stays(self, share: Tensor, longest: int) -> Callable[[int, Tensor], Tensor]:
@@ -225,7 +233,7 @@ class ToP(TokenPruner):
         if not self.soft:
             return sum(0.0 * parameter.sum() for parameter in self.parameters())
         tokens, protected = rows_of(record)
-        over = self.expected(tokens.float(), protected) - (1 + (self.target(tokens.float()) - 1) * self.ramped)
+        over = self.expected(tokens.float(), protected) - self.asked(tokens.float(), protected)
         first, second = Ascend.apply(self.multiplier)
         total = first * over + second * over**2
         if self.ranks_teacher:
@@ -250,7 +258,7 @@ class ToP(TokenPruner):
             return {}
         tokens, protected = rows_of(self.record)
         found = {
-            "cost_target": 1 + (self.target(tokens.float()) - 1) * self.ramped,
+            "cost_target": self.asked(tokens.float(), protected),
             "cost_expected": self.expected(tokens.float(), protected).item(),
             "cost_hard": self.counted(self.settled().cpu(), tokens.cpu(), protected.cpu()),
             "gates_on": float((~self.idle).sum()),
