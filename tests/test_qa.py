@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
 from families import NO_DROPOUT, TEXT
 from files import write
@@ -16,9 +16,9 @@ from test_show import tiny_tokenizer
 from thresher import ToP, dense, jobs, predicting, prune, qa
 from thresher.data import DataError, load_task, tokenize
 from thresher.training import Collator, distillation
-from toy import FILLERS, OPTIONS
+from toy import FILLERS, OPTIONS, make_toy
 
-ANSWERS = ("wheat", "chaff")
+ANSWERS, NO_TARGET = ("wheat", "chaff"), {"target_flops": None}
 
 
 def questions(count: int, seed: int = 0, words: int = 12) -> list[dict]:
@@ -182,14 +182,100 @@ def test_pruned_answers_have_a_logit_for_every_token(farm):
     assert base.macs_used == base.macs_dense == found.macs_dense, "the head is charged on neither side"
 
 
-def test_bad_questions_are_named(tmp_path, farm):
-    rows = questions(12)
-    with pytest.raises(DataError, match="all 4 questions are on one title"):
-        load_task(write(tmp_path / "validation.jsonl", rows[:4]))
-    for row in rows:
-        row["answers"] = "wheat"
-    with pytest.raises(DataError, match=r'answers hold wheat: expected \{"text"'):
-        load_task(write(tmp_path / "validation.jsonl", rows))
+def test_examples_are_questions_with_all_their_windows(farm):
     task = load_task(farm / "farm")
-    with pytest.raises(DataError, match="max_length=4 leaves no room beside a question"):
-        tokenize(task.test, task, tiny_tokenizer(), 4)
+    with pytest.warns(UserWarning, match="several windows"):
+        rows, _ = tokenize(task.test, task, tiny_tokenizer(), 12)
+    chosen = rows.select(qa.rows_of(rows, [0, 7, 39]))
+    assert {*chosen["row"]} == {0, 7, 39} and len(chosen) == sum(r in (0, 7, 39) for r in rows["row"])
+    again = chosen.select(qa.rows_of(chosen, [1]))
+    assert {*again["row"]} == {7}, "numbers are of what is there"
+    logits = [pointing(row, row["start_positions"], row["end_positions"]) for row in chosen]
+    assert len(qa.judge(logits, chosen)) == 3
+    rows = rows.remove_columns("row")
+    assert qa.examples(rows)[:3] == [0, 1, 2] and qa.rows_of(rows, [2, 0]) == [0, 2]
+
+
+def test_limits_and_counts_are_of_questions(farm, tmp_path):
+    out, untrained = str(tmp_path / "out"), OPTIONS | {"epochs": 0, "prune_epochs": 0, "max_length": 12}
+    with pytest.warns(UserWarning, match="several windows"):
+        rows = jobs.train(
+            str(farm / "model"), str(farm / "farm"), out, method="topk", keep=0.5, **untrained | NO_TARGET
+        )
+        assert [row["n_examples"] for row in rows] == [40, 40]
+        assert {row["n_examples"] for row in jobs.evaluate(out, str(farm / "farm"), max_length=12, limit=20)} == {20}
+        timed = jobs.bench(out, str(farm / "farm"), max_length=12, limit=20, repeats=1, batch_size=(4,), baselines=())
+        assert {row["n_examples"] for row in timed} == {20}
+
+
+def test_a_head_of_another_size_is_made_anew(farm, tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(**TEXT | {"num_hidden_layers": 2, "num_labels": 3})
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "mnli")
+    tiny_tokenizer().save_pretrained(tmp_path / "mnli")
+    untrained = OPTIONS | NO_TARGET | {"epochs": 0, "prune_epochs": 0}
+    rows = jobs.train(str(tmp_path / "mnli"), str(farm / "farm"), str(tmp_path / "out"), method="dense", **untrained)
+    assert rows[0]["metric"] == "qa_f1"
+
+
+def test_models_and_data_have_to_fit(farm, tmp_path):
+    toy = make_toy(tmp_path)
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification: .* wants a model that answers questions"):
+        jobs.evaluate(toy.model, str(farm / "farm"), max_length=32)
+    with pytest.raises(ValueError, match=r"BertForQuestionAnswering: .* wants a classifier"):
+        jobs.evaluate(str(farm / "model"), toy.data, max_length=32)
+
+
+def test_parts_are_chosen_as_for_other_data(tmp_path):
+    made = questions(40)
+    assert load_task(write(tmp_path / "test.jsonl", made)).train is None
+    hidden = [row | {"answers": {"text": [], "answer_start": []}} for row in made]
+    for name, rows in (("train", made), ("validation", made[:8]), ("test", hidden)):
+        write(tmp_path / "parts" / f"{name}.jsonl", rows)
+    assert len(load_task(tmp_path / "parts").test) == 8, "a test part without answers is hidden"
+    assert len(load_task(tmp_path / "parts", test_split="train", train_split="validation").test) == 40
+    with pytest.raises(DataError, match="there is no part nope"):
+        load_task(tmp_path / "parts", train_split="nope")
+    for options, problem in (
+        ({"metric": "accuracy"}, "'accuracy' is no metric for question answering"),
+        ({"limit": 0}, "limit is 0, expected 1 or more training rows"),
+    ):
+        with pytest.raises(DataError, match=problem):
+            load_task(tmp_path / "parts", **options)
+
+
+def test_a_diverged_model_is_not_judged(farm):
+    task = load_task(farm / "farm")
+    rows, _ = tokenize(task.test.select([0]), task, tiny_tokenizer(), 32)
+    with pytest.raises(DataError, match=r"NaN or infinity: .* has the model diverged"):
+        qa.judge([pointing(rows[0], 1, 1) * np.nan], rows)
+
+
+BAD = {
+    "string": ({"answers": "wheat"}, r"row 3 \(from 0\) has the answers wheat: expected \{\"text\""),
+    "lengths": ({"answers": {"text": ["wheat"], "answer_start": []}}, "expected .* as many of both"),
+    "no list": ({"answers": {"text": "wheat", "answer_start": 3}}, "expected .* as many of both"),
+    "no number": ({"answers": {"text": ["wheat"], "answer_start": ["x"]}}, "expected .* as many of both"),
+    "elsewhere": ({"answers": {"text": ["wheat"], "answer_start": [999]}}, "'wheat' is not at character 999"),
+    "title": ({"title": None}, r"column 'title' has no text in 1 rows, first in row 3 \(from 0\)"),
+    "question": ({"question": None}, "column 'question' has no text in 1 rows"),
+    "context": ({"context": None}, "column 'context' has no text in 1 rows"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_tables_are_named(kind, tmp_path):
+    change, problem = BAD[kind]
+    made = questions(12)
+    made[3] = made[3] | change
+    with pytest.raises(DataError, match=problem):
+        load_task(write(tmp_path / "validation.jsonl", made))
+
+
+def test_bad_questions_are_named(tmp_path, farm):
+    with pytest.raises(DataError, match="all 4 questions are on one title"):
+        load_task(write(tmp_path / "validation.jsonl", questions(4)))
+    task = load_task(farm / "farm")
+    for length in (4, 6):
+        with pytest.raises(DataError, match=f"max_length={length} leaves .* beside the longest question, of 2"):
+            tokenize(task.test, task, tiny_tokenizer(), length)

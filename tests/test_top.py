@@ -225,6 +225,21 @@ def test_what_is_watched():
     assert method.metrics() == {}
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"target_flops": float("nan")}, "target_flops=nan: expected a fraction"),
+        ({"target_latency_ms": float("inf")}, "target_latency_ms=inf: expected a positive number"),
+        ({"soft_until": 1.5}, r"soft_until=1.5: expected a share of the training in \[0, 1\]"),
+        ({"ramp": -0.1}, "ramp=-0.1: expected a share"),
+        ({"rank_weight": -1}, "rank_weight=-1: expected a number from 0 up"),
+    ],
+)
+def test_numbers_it_cannot_take_are_named(options, problem):
+    with pytest.raises(ValueError, match=problem):
+        ToP(**options)
+
+
 def test_a_cost_above_the_target_raises_the_multipliers():
     method = ToP(target_flops=0.5, bins=8, rank_loss="none", ramp=1e-9)
     model = pruned(method).train()

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from families import FAMILIES, NO_DROPOUT, TEXT
-from thresher import LTP, TopK, prune
+from thresher import LTP, ToP, TopK, prune
 from thresher.training import PruningTrainer, distillation, param_groups, rest
 
 BERT = FAMILIES["bert"]
@@ -307,9 +307,25 @@ def test_the_raw_loop_runs(tmp_path):
 
 
 def test_nothing_of_the_soft_stage_is_the_best(tmp_path):
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
-    steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 6}
-    made = trainer(tmp_path, LTP(target_flops=0.6, soft_until=0.5), eval_dataset=rows(), **steps, **best)
-    made.train()
-    assert made.state.best_global_step >= 3
-    assert made.pruner.threshold.abs().sum() > 0
+    best = {"metric_for_best_model": "loss", "greater_is_better": False}
+    made = trainer(tmp_path, LTP(target_flops=0.6, soft_until=0.5), **best)
+    made.pruner.progress = 0.4
+    assert not made._determine_best_metric({"eval_loss": 0.1}, None) and made.state.best_metric is None
+    made.pruner.progress = 0.6
+    assert made._determine_best_metric({"eval_loss": 0.5}, None) and made.state.best_metric == 0.5
+
+
+class Stop(TrainerCallback):
+    """Ctrl-C after the first step."""
+
+    def on_step_end(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_leaves_the_teacher_unpruned(tmp_path):
+    teacher = build(1)
+    made = trainer(tmp_path, ToP(), teacher=teacher, callbacks=[Stop()])
+    for _ in range(2):  # and it can be used again
+        with pytest.raises(KeyboardInterrupt):
+            made.train()
+        assert not hasattr(teacher, "token_pruner")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from thresher import ToP, jobs, prune
 from thresher.data import load_task, tokenize
+from thresher.predicting import predict, quality
 from thresher.watching import picture, prefix_drop
 from toy import OPTIONS, make_toy
 
@@ -38,11 +40,20 @@ def test_the_drop_of_a_prefix_is_measured_and_nothing_changes(tmp_path):
     prune(model, ToP(bins=4))
     task = load_task(toy.data)
     rows, _ = tokenize(task.test, task, tokenizer, 32)
-    assert prefix_drop(model, rows, "accuracy") == 0, "every bin is on"
+    assert prefix_drop(model, rows, "accuracy") == {
+        "prefix_drop": 0,
+        "prefix_flops_fraction": pytest.approx(1, abs=0.1),
+    }
     model.token_pruner.mask[:, :2] = False
-    before = model.token_pruner.mask.clone()
-    assert -100 <= prefix_drop(model, rows, "accuracy") <= 100
+    before, own = model.token_pruner.mask.clone(), quality(predict(model, rows), rows, "accuracy")
+    found = prefix_drop(model, rows, "accuracy")
     assert model.token_pruner.mask.equal(before)
+    model.token_pruner.prefix()
+    after = predict(model, rows)
+    assert found["prefix_drop"] == own - quality(after, rows, "accuracy")
+    assert found["prefix_flops_fraction"] == after.macs_used / after.macs_dense < 1
+    model.token_pruner.mask.copy_(before)
+    assert not torch.equal(after.logits, predict(model, rows).logits)
 
 
 def test_the_picture_needs_something_to_show(tmp_path):

@@ -20,6 +20,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from . import qa
 from .api import MODULE, dense
 from .data import Task
 from .flops import dense_macs
@@ -132,7 +133,8 @@ def measure(
     if getattr(model, MODULE, None) is None or {"dense", "pruned"} & set(baselines or ()):
         raise ValueError('measure() needs a pruned model, and baselines that are not called "dense" or "pruned"')
     models = {"dense": against or model, "pruned": model, **(baselines or {})}
-    chosen = np.sort(np.random.default_rng(0).permutation(len(dataset))[:limit])
+    total = len(set(qa.examples(dataset)))
+    chosen = qa.rows_of(dataset, np.random.default_rng(0).permutation(total)[:limit])
     counts = {name: given[chosen] for name, m in models.items() if (given := counts_of(m, len(dataset))) is not None}
     dataset, runners, rows = dataset.select(chosen), [], []
     text = Text(model, dataset, max_length)
@@ -162,7 +164,8 @@ def measure(
             runners.append(Runner({"mode": "reference", "method": "dense"}, exact, known["dense"], dense, max_length))
         common = {"task": task.name, "model": Path(model.config._name_or_path).name or None, "runtime": runtime}
         common |= {"precision": precision, "metric": task.metric, "selected_on": task.selected_on, "repeats": repeats}
-        common |= {"max_length": max_length, "n_examples": len(dataset), "tokens_mean": known["dense"].tokens_mean}
+        common |= {"max_length": max_length, "n_examples": min(total, limit or total)}
+        common |= {"tokens_mean": known["dense"].tokens_mean}
         common |= {"threads": torch.get_num_threads(), **environment()}
         widest = dense_macs(models["dense"].token_pruner.info.costs, max_length)
         for size in dict.fromkeys(min(size, len(dataset)) for size in batch_sizes):

@@ -71,7 +71,12 @@ def load_task(
 
     name, parts = _read(str(path), config, (train_split, test_split))
     if text is None and label is None and qa.is_qa(next(iter(parts.values()))):
-        return qa.load_qa(name, parts, seed=seed, limit=limit)
+        named = {
+            PARTS.get(asked, asked): part for asked, part in ((train_split, "train"), (test_split, "test")) if asked
+        }
+        _require({*named} <= {*parts}, f"there is no part {_brief(*named)}: the parts are {_brief(*parts)}")
+        parts = {named.get(where, where): part for where, part in parts.items()}
+        return qa.load_qa(name, parts, metric=metric, seed=seed, limit=limit)
     columns, label = _find_columns(parts.get("train", next(iter(parts.values()))), text, label, need_labels)
     parts = _choose_parts(parts, train_split, test_split, label if need_labels else None)
     if not need_labels and any(_unlabelled(part, label).any() for part in parts.values()):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from . import qa
 from .api import dense
 from .bench import measure
 from .data import load_task, tokenize
@@ -31,8 +32,7 @@ def evaluate(
     **columns,
 ) -> list[dict]:
     """Quality and MACs on the test part: a row for the model as it is and, if it is pruned, one for it unpruned."""
-    net, max_length, task, test = _opened(model, data, max_length, executor, metric, columns)
-    test = test.select(range(min(len(test), limit or len(test))))
+    net, max_length, task, test = _opened(model, data, max_length, executor, metric, limit, columns)
     modes = ["pruned", "dense-unpadded"] if hasattr(net, "token_pruner") else ["dense-unpadded"]
     results = {}
     for mode in modes:
@@ -53,7 +53,7 @@ def evaluate(
             flops_ratio=result.macs_dense / result.macs_used,
             split="test",
             max_length=max_length,
-            n_examples=len(test),
+            n_examples=len(set(qa.examples(test))),
             tokens_mean=result.tokens_mean,
             **environment(),
         )
@@ -89,12 +89,11 @@ def bench(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    net, max_length, task, test = _opened(model, data, max_length, "auto", metric, columns)
+    net, max_length, task, test = _opened(model, data, max_length, "auto", metric, limit, columns)
     if not hasattr(net, "token_pruner"):
         raise ValueError(f"{model} is not pruned: there is nothing to compare; thresher train makes a pruned model")
     own = os.path.join(model, "dense")
     other = load(against or own)[0] if against or os.path.isdir(own) else None
-    test = test.select(range(min(len(test), limit or len(test))))
     kept = predict(net, test).kept
     copies = {name: replayed(net, name, kept) for name in baselines}
     rows = []
@@ -122,11 +121,17 @@ def bench(
     return rows
 
 
-def _opened(model: str, data: str, max_length: int, executor: str, metric: str | None, columns: dict):
-    """(model, longest text, task, tokenized test part), the labels in the model's order."""
+def _opened(
+    model: str, data: str, max_length: int, executor: str, metric: str | None, limit: int | None, columns: dict
+):
+    """(model, longest text, task, the first ``limit`` of the tokenized test part), the labels in the model's order."""
     net, tokenizer = load(model, executor)
     names = [net.config.id2label[i] for i in range(net.config.num_labels)]
     named = names if net.config.num_labels > 1 and not all(name.startswith("LABEL_") for name in names) else None
     task = load_task(data, metric=metric, labels=named, **columns)
     max_length = clip(max_length, net.config)
-    return net, max_length, task, tokenize(task.test, task, tokenizer, max_length)[0]
+    if (task.kind == "qa") != type(net).__name__.endswith("ForQuestionAnswering"):
+        wanted = "a model that answers questions" if task.kind == "qa" else "a classifier"
+        raise ValueError(f"{model} is a {type(net).__name__}: {data} wants {wanted}")
+    test = task.test.select(range(min(len(task.test), limit or len(task.test))))
+    return net, max_length, task, tokenize(test, task, tokenizer, max_length)[0]

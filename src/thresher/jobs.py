@@ -20,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from . import recipes
+from . import qa, recipes
 from .api import prune, unprune
 from .data import DataError, Task, load_task, tokenize
 from .evaluating import bench, evaluate  # noqa: F401  the other jobs of the command line
@@ -201,7 +201,7 @@ class Training:
         if pruner is not None and pruner.needs_table:
             trainer.reached.update(self._timed(net, parts["validation"]))
         if hasattr(pruner, "prefix"):
-            trainer.reached["prefix_drop"] = prefix_drop(net.eval(), parts["validation"], task.metric)
+            trainer.reached.update(prefix_drop(net.eval(), parts["validation"], task.metric))
         # 3. what came of it, on the test part, which chose nothing
         untouched = recipe.method == "dense" and not recipe.prune_epochs
         after = before if untouched else predict(net.eval(), parts["test"], batch_size=recipe.batch_size, counts=counts)
@@ -361,7 +361,7 @@ class Training:
             split="test",
             selected_on=task.selected_on,
             max_length=self.max_length,
-            n_examples=len(test),
+            n_examples=len(set(qa.examples(test))),
             tokens_mean=result.tokens_mean,
             trained_steps=steps,
             **environment(),

@@ -80,7 +80,9 @@ def for_task(
 ) -> PreTrainedModel:
     """A model for ``task`` on the weights in ``model``; a head of another size is made anew."""
     config, answers = reading(AutoConfig.from_pretrained, model), task.kind == "qa"
-    if not answers:
+    if answers:
+        config.num_labels = 2  # start and end
+    else:
         labels = task.labels or ["score"]
         config.num_labels = len(labels)
         config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}

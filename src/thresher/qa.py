@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("question", "context", "answers")
 BESIDE = ("start_positions", "end_positions", "row", "first", "last", "context", "gold")
-STRIDE, LONGEST = 128, 30  # tokens that two windows share; tokens of an answer
+STRIDE, LONGEST = 128, 30  # tokens that two windows share, a quarter of a window at most; tokens of an answer
 
 
 def is_qa(frame: DataFrame) -> bool:
@@ -30,41 +30,50 @@ def is_qa(frame: DataFrame) -> bool:
     return {*COLUMNS} <= {*frame}
 
 
-def load_qa(name: str, parts: dict[str, DataFrame], *, seed: int = 0, limit: int | None = None) -> Task:
-    """A ``Task`` of questions, paragraphs and answers out of tables with SQuAD's columns.
+def load_qa(
+    name: str, parts: dict[str, DataFrame], *, metric: str | None = None, seed: int = 0, limit: int | None = None
+) -> Task:
+    """A ``Task`` of questions, paragraphs and answers out of tables with SQuAD's columns: train, validation, test.
 
-    Without a train part, a quarter of what there is becomes the test part. What is held out is cut by article
-    (``title``, else by paragraph), so that no paragraph is in two parts; with the fixed seed 0.
-    Raises DataError where answers are not ``{"text": [...], "answer_start": [...]}``.
+    Test is the part called test, where its answers are there, else validation beside a train part; where there is
+    neither, a quarter of the questions. Validation is a tenth of what is left to train on, at most 2,000. Both are cut
+    by article (``title``, else by paragraph), so that no paragraph is in two parts, with the fixed seed 0.
+    Raises DataError for whatever cannot be used.
     """
     from datasets import Dataset
 
-    test = parts.get("test", parts.get("validation") if "train" in parts else None)
-    train = parts.get("train", parts.get("validation"))
-    if train is None:
-        raise DataError(f"{name} has the parts {', '.join(parts)}: expected train or validation")
-    cuts = {} if test is not None else {"test": 0.25}
-    for part in (*cuts, "validation"):
-        share = cuts.get(part, min(0.1, 2000 / len(train)))
-        groups = train["title" if "title" in train else "context"]
-        train, held = _hold_out(train, groups, share)
-        if part == "test":
-            test = held
-    selected_on = f"10% of train by {groups.name} (seed 0), {len(held)} rows"
-    train = train.iloc[np.random.RandomState(seed).permutation(len(train))[:limit]]
-    columns = [[*map(_plain, part["answers"])] for part in (train, held, test)]
+    if metric not in (None, "qa_f1"):
+        raise DataError(f"{metric!r} is no metric for question answering: use qa_f1")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}, expected 1 or more training rows")
+    answers = {where: _answers(where, part) for where, part in parts.items()}
+    shown = {where: part.assign(answers=answers[where]) for where, part in parts.items()}
+    if {"test", "validation"} <= {*shown} and not any(found["text"] for found in answers["test"]):
+        del shown["test"]  # hidden
+    train = shown.get("train", None if "test" in shown else shown.get("validation"))
+    test = shown.get("test", shown.get("validation") if "train" in shown else None)
+    validation, selected_on = None, "nothing: there is no train part"
+    if train is not None:
+        groups = "title" if "title" in train else "context"
+        if test is None:
+            train, test = _hold_out(train, groups, 0.25)
+        share = min(0.1, 2000 / len(train))
+        train, validation = _hold_out(train, groups, share)
+        selected_on = f"{100 * share:.2g}% of train by {groups} (seed 0), {len(validation)} rows"
+        train = train.iloc[np.random.RandomState(seed).permutation(len(train))[:limit]]
     sets = [
-        Dataset.from_dict({"question": [*part["question"]], "context": [*part["context"]], "answers": answers})
-        for part, answers in zip((train, held, test), columns, strict=True)
+        part if part is None else Dataset.from_dict({column: [*part[column]] for column in COLUMNS})
+        for part in (train, validation, test)
     ]
     return Task(*sets, COLUMNS[:2], "answers", [], "qa", "qa_f1", name, selected_on, {})
 
 
-def _hold_out(frame: DataFrame, groups: Any, share: float) -> tuple[DataFrame, DataFrame]:
-    """What is left, and whole groups of rows that are about ``share`` of them, at least one."""
+def _hold_out(frame: DataFrame, column: str, share: float) -> tuple[DataFrame, DataFrame]:
+    """What is left, and whole groups of rows, equal in ``column``, that are about ``share`` of them, at least one."""
+    groups = frame[column]
     names = sorted(set(groups))
     if len(names) < 2:
-        raise DataError(f"all {len(frame)} questions are on one {groups.name}: expected two, to hold one out")
+        raise DataError(f"all {len(frame)} questions are on one {column}: expected two, to hold one out")
     counts, held, rows = Counter(groups), set(), 0
     for i in np.random.RandomState(0).permutation(len(names))[:-1]:
         if rows < share * len(frame):
@@ -74,11 +83,31 @@ def _hold_out(frame: DataFrame, groups: Any, share: float) -> tuple[DataFrame, D
     return frame[~mask], frame[mask]
 
 
-def _plain(answers: Any) -> dict[str, list]:
-    """{"text", "start"} of one question's answers, both lists empty where it has none."""
-    if not isinstance(answers, dict) or not {"text", "answer_start"} <= {*answers}:
-        raise DataError(f'answers hold {str(answers)[:60]}: expected {{"text": [...], "answer_start": [...]}}')
-    return {"text": [*map(str, answers["text"])], "start": [*map(int, answers["answer_start"])]}
+def _answers(where: str, part: DataFrame) -> list[dict[str, list]]:
+    """{"text", "start"} of each question's answers, both lists empty where it has none, after all checks of a part."""
+    for column in [c for c in ("question", "context", "title") if c in part]:
+        wrong = [i for i, value in enumerate(part[column]) if not isinstance(value, str)]
+        if wrong:
+            raise DataError(
+                f"{where} column {column!r} has no text in {len(wrong)} rows, first in row {wrong[0]} (from 0)"
+            )
+    found = []
+    for i, (answers, context) in enumerate(zip(part["answers"], part["context"], strict=True)):
+        try:
+            texts, starts = [*answers["text"]], [*answers["answer_start"]]
+            right = len(texts) == len(starts) and all(isinstance(text, str) for text in texts)
+            starts = [int(start) for start in starts]
+        except (TypeError, KeyError, ValueError, IndexError):
+            right = False
+        if not right or isinstance(answers["text"], str):
+            what = f"{where} row {i} (from 0) has the answers {str(answers)[:60]}"
+            raise DataError(f'{what}: expected {{"text": [...], "answer_start": [...]}}, as many of both')
+        for text, start in zip(texts, starts, strict=True):
+            if context[start : start + len(text)] != text:
+                what = f"{where} row {i} (from 0): the answer {text[:40]!r} is not at character {start} of its context"
+                raise DataError(f"{what}: correct answer_start")
+        found.append({"text": texts, "start": starts})
+    return found
 
 
 def windows(dataset: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, int]:
@@ -93,22 +122,27 @@ def windows(dataset: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset,
 
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"{type(tokenizer).__name__} knows no offsets: question answering needs a fast tokenizer")
+    stride, special = min(STRIDE, max_length // 4), tokenizer.num_special_tokens_to_add(pair=True)
     chunks, several = [], 0
     for start in tqdm(range(0, len(dataset), 500), desc="Tokenizing", disable=len(dataset) <= 5000):
         rows = dataset[start : start + 500]
-        try:
-            found = tokenizer(
-                [question.strip() for question in rows["question"]],
-                rows["context"],
-                truncation="only_second",
-                max_length=max_length,
-                stride=min(STRIDE, max_length // 4),
-                return_overflowing_tokens=True,
-                return_offsets_mapping=True,
-                return_attention_mask=True,
+        questions = [question.strip() for question in rows["question"]]
+        longest = max(map(len, tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]))
+        if max_length - longest - special <= stride:
+            raise DataError(
+                f"max_length={max_length} leaves {max(0, max_length - longest - special)} tokens of a paragraph beside "
+                f"the longest question, of {longest}: expected more than the {stride} that windows share; raise it"
             )
-        except Exception as error:  # of the tokenizers library: of no class of its own
-            raise DataError(f"max_length={max_length} leaves no room beside a question ({error})") from None
+        found = tokenizer(
+            questions,
+            rows["context"],
+            truncation="only_second",
+            max_length=max_length,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            return_attention_mask=True,
+        )
         columns = {name: found[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in found}
         columns |= {name: [] for name in BESIDE}
         for i, row in enumerate(found["overflow_to_sample_mapping"]):
@@ -158,8 +192,23 @@ def answers_of(logits: Sequence[Any], dataset: Dataset) -> list[str]:
     return ["" if empty and least[q] > best[q][0] else best[q][1] for q in sorted(best)]
 
 
+def examples(dataset: Dataset) -> list[int]:
+    """The example that each row of a tokenized data set belongs to: itself, or the question whose window it is."""
+    return [*dataset["row"]] if "row" in dataset.column_names else [*range(len(dataset))]
+
+
+def rows_of(dataset: Dataset, wanted: Any) -> list[int]:
+    """The rows of the examples number ``wanted``: of question answering all windows of those questions."""
+    owners = examples(dataset)
+    names = sorted(set(owners))
+    chosen = {names[i] for i in wanted}
+    return [row for row, owner in enumerate(owners) if owner in chosen]
+
+
 def judge(logits: Sequence[Any], dataset: Dataset) -> np.ndarray:
-    """(Q,): the F1 of each question's answer, 0..1."""
+    """(Q,): the F1 of each question's answer, 0..1. Raises DataError where logits are not finite."""
+    if not all(np.isfinite(np.asarray(both)).all() for both in logits):
+        raise DataError("logits hold NaN or infinity: expected numbers, has the model diverged?")
     gold = dict(zip(dataset["row"], dataset["gold"], strict=True))
     found = answers_of(logits, dataset)
     return np.array([max(f1(a, g) for g in gold[q] or [""]) for q, a in zip(sorted(gold), found, strict=True)])

@@ -227,6 +227,17 @@ class PruningTrainer(Trainer):
             logs.update({name: round(value, 4) for name, value in self.pruner.metrics().items()})
         super().log(logs, *args, **kwargs)
 
+    def train(self, *args, **kwargs):
+        """As in ``transformers.Trainer``; a teacher whose ranking is wanted scores its last layer meanwhile."""
+        ranks = self.teacher is not None and self.pruner.ranks_teacher
+        if ranks:
+            prune(self.teacher, Ranking(), executor="mask")
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if ranks:
+                unprune(self.teacher)
+
     def _determine_best_metric(self, metrics, trial) -> bool:
         """Before the hard stage nothing is the best: the budget is not met yet."""
         soft = self.pruner.phase(self.pruner.progress) == "soft"
@@ -269,8 +280,6 @@ class _Stages(TrainerCallback):
         self.trainer, self.phase = trainer, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.trainer.teacher is not None and self.trainer.pruner.ranks_teacher:
-            prune(self.trainer.teacher, Ranking(), executor="mask")
         self._move(state)
         if self.phase == "hard" and state.global_step == 0:
             self.trainer.calibrate(CALIBRATION_ROWS)
@@ -283,8 +292,6 @@ class _Stages(TrainerCallback):
             self.trainer.calibrate(None if last else CALIBRATION_ROWS)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if hasattr(self.trainer.teacher, MODULE) and self.trainer.pruner.ranks_teacher:
-            unprune(self.trainer.teacher)  # it is the caller's, and is left as it came
         if state.global_step >= state.max_steps:
             self._move(state)
             self.trainer.reached.update(self.trainer.calibrate())

@@ -9,23 +9,25 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
+from . import qa
 from .predicting import predict, quality
 from .training import PruningTrainer
 
-WATCHED = 512  # rows of the validation part that are looked at
+WATCHED = 512  # examples of the validation part that are looked at
 
 
 class Watch(TrainerCallback):
     """Logs at the end of every epoch how good the model is as it would prune now, and what it costs: ``eval_quality``,
     ``eval_flops_fraction`` and ``eval_kept_<layer>``, the share of the tokens left after each site.
 
-    Evaluated on 512 rows spread over ``dataset``, which is the validation part.
+    Evaluated on 512 examples spread over ``dataset``, which is the validation part.
     """
 
     def __init__(self, trainer: PruningTrainer, dataset: Dataset, metric: str):
         self.trainer, self.metric = trainer, metric
-        count = min(len(dataset), WATCHED)
-        self.rows = dataset.select([i * len(dataset) // count for i in range(count)])
+        total = len(set(qa.examples(dataset)))
+        count = min(total, WATCHED)
+        self.rows = dataset.select(qa.rows_of(dataset, [i * total // count for i in range(count)]))
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if state.epoch % 1 and state.global_step < state.max_steps:
@@ -39,15 +41,18 @@ class Watch(TrainerCallback):
         trainer.log({name: round(value, 4) for name, value in logs.items()})
 
 
-def prefix_drop(model: PreTrainedModel, dataset: Dataset, metric: str) -> float:
-    """Points that are lost on ``dataset`` by masks without holes (``ToP.prefix``); the masks are left as they are."""
+def prefix_drop(model: PreTrainedModel, dataset: Dataset, metric: str) -> dict[str, float]:
+    """Points that are lost on ``dataset`` by masks without holes (``ToP.prefix``), and the share of the dense MACs that
+    is then left; the masks are left as they are."""
     pruner = model.token_pruner
     mask, own = pruner.mask.clone(), quality(predict(model, dataset), dataset, metric)
     pruner.prefix()
     try:
-        return own - quality(predict(model, dataset), dataset, metric)
+        found = predict(model, dataset)
     finally:
         pruner.mask.copy_(mask)
+    drop = own - quality(found, dataset, metric)
+    return {"prefix_drop": drop, "prefix_flops_fraction": found.macs_used / found.macs_dense}
 
 
 def picture(history: Sequence[dict[str, Any]], depth: int, path: str | Path, dense: float | None = None) -> None:

@@ -62,6 +62,8 @@ class LTP(TokenPruner):
             raise ValueError(f"target_flops={self.target_flops}: expected a fraction of the dense MACs in (0, 1]")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: expected a positive number")
+        if not 0 <= self.soft_until <= 1:
+            raise ValueError(f"soft_until={self.soft_until}: expected a share of the training in [0, 1]")
         if self.min_keep < 1:
             raise ValueError(f"min_keep={self.min_keep}: expected a number of tokens from 1 up")
 

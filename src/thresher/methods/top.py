@@ -86,7 +86,7 @@ class ToP(TokenPruner):
         if len(asked) > 1:
             raise ValueError(f"{' and '.join(f'{k}={v}' for k, v in asked.items())}: expected one target")
         for name, value in asked.items():
-            if value <= 0 or (value > 1 and name != "target_latency_ms"):
+            if not 0 < value < math.inf or (value > 1 and name != "target_latency_ms"):
                 what = "a positive number" if name == "target_latency_ms" else "a fraction of the dense cost in (0, 1]"
                 raise ValueError(f"{name}={value}: expected {what}")
         if self.rank_loss not in RANK_LOSSES:
@@ -94,9 +94,10 @@ class ToP(TokenPruner):
         for name in ("bins", "topk"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a whole number from 1 up")
-        for name in ("ramp", "soft_until", "rank_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number from 0 up")
+        for name, most in (("ramp", 1), ("soft_until", 1), ("rank_weight", math.inf)):
+            if not 0 <= getattr(self, name) <= most:
+                expected = "a number from 0 up" if most > 1 else "a share of the training in [0, 1]"
+                raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
         if not asked:
             self.target_flops = 0.4
         self.table: LatencyTable | None = None
@@ -311,7 +312,7 @@ class ToP(TokenPruner):
     @torch.no_grad()
     def prefix(self) -> None:
         """Let every site keep its best ranks, in as many bins as it keeps now: masks without holes are what a top-k in
-        a static graph can do. The cost stays, but for the rounding of bins to tokens; quality may not: measure it."""
+        a static graph can do. Measure quality and cost: of texts with fewer tokens than bins a little more stays."""
         self.mask.copy_(self.mask.long().sort(1, descending=True).values.bool())
 
 
