@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from families import FAMILIES
 from methods import Holes
 from thresher import ToP, jobs, prune
-from thresher.methods.top import BOUND, chance, odds, ranking_loss, rows_of, sample
+from thresher.methods.top import BOUND, bin_of, ranking_loss, rows_of
+from thresher.relaxed import chance, odds, sample
 from toy import OPTIONS, make_toy
 
 BERT = FAMILIES["bert"]
@@ -35,10 +37,12 @@ def forward_of(model, family: str = "bert"):
 
 
 @given(st.integers(1, 300), st.integers(1, 128))
-def test_bins_are_exact_integer_divisions_of_the_rank(count, bins):
-    method = ToP(bins=bins)
-    found = method.bin(torch.arange(count, 0, -1.0)[None], torch.ones(1, count, dtype=torch.bool))
-    assert found[0].tolist() == [rank * bins // count for rank in range(count)]
+def test_bins_are_those_of_the_shifted_rank_in_whole_numbers(count, bins):
+    method = ToP(bins=bins, floor=3)
+    found, best = method.bin(torch.arange(count, 0, -1.0)[None], torch.ones(1, count, dtype=torch.bool))
+    shift = Fraction(count * count * 40503 % 65536, 65536)
+    assert found[0].tolist() == [int((rank + shift) / count * bins) for rank in range(count)]
+    assert best[0].tolist() == [rank < 3 for rank in range(count)]
 
 
 def test_holes_leave_by_relative_rank_and_nothing_comes_back():
@@ -49,7 +53,8 @@ def test_holes_leave_by_relative_rank_and_nothing_comes_back():
         free = view.alive & ~view.protected
         for row in range(len(LENGTHS)):
             order = sorted(free[row].nonzero()[:, 0].tolist(), key=lambda i: (-view.score[row, i].item(), i))
-            stay = {i for r, i in enumerate(order) if method.mask[view.site][r * 8 // len(order)]}
+            bins = bin_of(torch.arange(len(order)), torch.tensor(len(order)), 8)
+            stay = {i for r, i in enumerate(order) if r < 2 or method.mask[view.site][bins[r]]}
             kept = (view.keep[row] & free[row]).nonzero()[:, 0].tolist()
             assert set(kept) == stay
     alive = [set(i[a].tolist()) for v in method.record.views for i, a in [(v.after.index[0], v.after.alive[0])]]
@@ -90,8 +95,9 @@ def test_counted_macs_are_those_of_a_forward(family, protect):
 
 
 @pytest.mark.parametrize("target", [0.6, 0.75, 0.9])
-def test_calibration_meets_the_target_and_drops_the_least_odds(target):
-    method = ToP(target_flops=target, bins=32)
+@pytest.mark.parametrize("holes", [True, False])
+def test_calibration_meets_the_target_and_drops_the_least_odds(target, holes):
+    method = ToP(target_flops=target, bins=32, holes=holes)
     model = pruned(method)
     with torch.no_grad():
         method.rank.copy_(torch.randn(3, 32, generator=torch.Generator().manual_seed(1)))
@@ -104,8 +110,10 @@ def test_calibration_meets_the_target_and_drops_the_least_odds(target):
     assert measured == pytest.approx(reached, rel=1e-6)
     assert measured == pytest.approx(target, rel=0.02)
     assert method.mask[1].all(), "a site whose gate is off prunes only where the others cannot"
-    on, off = method.rank[::2][method.mask[::2]], method.rank[::2][~method.mask[::2]]
-    assert on.min() > off.max()
+    odds = method.ordered()[::2]
+    on, off = odds[method.mask[::2]], odds[~method.mask[::2]].sort().values
+    assert on.min() > off[-2], "all but the last one off, which is the one that comes closest"
+    assert holes or all(mask[:n].all() for mask, n in zip(method.mask, method.mask.sum(1).tolist(), strict=True))
 
 
 def test_without_training_sites_lose_their_worst_ranks_the_deeper_the_more():
@@ -126,7 +134,7 @@ def test_a_target_out_of_reach_is_an_error_and_changes_nothing():
 
 
 def test_masks_of_zeros_and_ones_answer_the_same_in_training_and_without():
-    method = ToP(bins=8)
+    method = ToP(bins=8, holes=True)
     model = pruned(method, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     method._bound = lambda: None  # certain masks, beyond what training allows
     with torch.no_grad():
@@ -201,7 +209,7 @@ def test_a_prefix_keeps_the_best_ranks_and_the_cost():
     method.prefix()
     assert torch.equal(method.mask.sum(1), kept)
     assert all(mask[:n].all() for mask, n in zip(method.mask, kept.tolist(), strict=True))
-    assert method.counted(method.mask, lengths, protected) == pytest.approx(cost, abs=0.01)
+    assert method.counted(method.mask, lengths, protected) == pytest.approx(cost, rel=0.1)
     assert forward_of(model)(BERT.batch(LENGTHS)).flops_fraction() < 1
 
 
@@ -215,7 +223,7 @@ def test_what_is_watched():
     method.loss(None, {}, method.record, {"ranking": ranking}).backward()
     found = method.metrics()
     assert found["cost_target"] == pytest.approx((found["cost_expected"] + 0.6) / 2), "half of the way"
-    assert found["cost_hard"] == pytest.approx(1, abs=0.1)
+    assert found["cost_hard"] == pytest.approx(1, abs=0.15)
     assert found["cost_expected"] == pytest.approx(method.expected(torch.tensor(LENGTHS).float(), torch.ones(4)).item())
     assert found["gates_on"] == 3 and (found["multiplier_1"], found["multiplier_2"]) == (0, 100)
     assert found["rank_overlap_0"] == 1
@@ -338,6 +346,15 @@ def test_expected_counts_are_those_of_the_bins_that_short_texts_fall_into():
     tokens, protected = torch.tensor([3.0, 5.0, 9.0, 26.0]), torch.ones(4)
     hard = method.counted(method.rank > 0, tokens.long(), protected)
     assert method.expected(tokens, protected).item() == pytest.approx(hard, rel=1e-5)
-    stay = method.stays(torch.linspace(1, 0, 32).expand(3, 32), 26)
-    assert stay(0, torch.tensor([1.0, 2.0, 0.0])).tolist() == pytest.approx([1, 1 + 15 / 31, 0], abs=1e-5)
-    assert stay(0, torch.tensor([1.5])).item() == pytest.approx(1 + 7.5 / 31, abs=1e-5)
+    share = torch.linspace(1, 0, 32).expand(3, 32)
+    stay, bins = method.stays(share, 26), bin_of(torch.arange(4), torch.tensor(4), 32)
+    of_four = 2 + share[0][bins[2:]].sum().item()  # the floor stays for certain
+    assert stay(0, torch.tensor([1.0, 2.0, 0.0, 4.0])).tolist() == pytest.approx([1, 2, 0, of_four], abs=1e-5)
+    assert stay(0, torch.tensor([0.5])).item() == pytest.approx(0.5)
+
+
+def test_short_texts_meet_in_no_bin():
+    """The texts of 1 to 12 tokens use every bin, none much more than others."""
+    bins = torch.cat([bin_of(torch.arange(m), torch.tensor(m), 16) for m in range(1, 13)])
+    counts = torch.bincount(bins, minlength=16)
+    assert counts.min() >= 3 and counts.max() <= 8

@@ -200,7 +200,7 @@ class Training:
         trainer.reached.update(trainer.calibrate())  # once more in fp32, in which the model is measured
         if pruner is not None and pruner.needs_table:
             trainer.reached.update(self._timed(net, parts["validation"]))
-        if hasattr(pruner, "prefix"):
+        if getattr(pruner, "holes", False):
             trainer.reached.update(prefix_drop(net.eval(), parts["validation"], task.metric))
         # 3. what came of it, on the test part, which chose nothing
         untouched = recipe.method == "dense" and not recipe.prune_epochs

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ..attention import View
 from ..pruner import Record, StackInfo, TokenPruner, ranks
+from ..relaxed import Ascend, chance, odds, rounded, sample
 from ..tokens import CLOSED
 
 if TYPE_CHECKING:
     from ..latency import LatencyTable
 
-LOW, HIGH, BETA = -0.1, 1.1, 2 / 3  # the hard concrete distribution: its stretch and its temperature
 BOUND = math.log(100)  # of the parameters, their log odds
 GATE, WORST = 0.98, 0.9  # the chance of a gate, and of the last bin of the first site, to be on at the start
 DEEPER = 3.0  # how much lower the odds of the last site start
@@ -46,10 +46,10 @@ class ToP(TokenPruner):
     scales the hidden state in training and masks keys in inference); masks multiply over the sites. Theirs needs tens
     of thousands of steps, ours hundreds: masks are rounded as gates are (else products of fractions over the sites
     remove far more than is counted), and drawn for each text by itself, not for the batch; bins start with odds that
-    fall with the rank and the depth, and not alike, gates start on, and m2 at 100, where theirs arrives. Bins are found
-    in integers. A hard stage follows, in which the weights settle with the masks that are used: as many bins off, the
-    least odds of all sites first, as put the cost, counted in tokens, onto the budget. The first layer scores too, and
-    is among those that learn the ranking. The task's loss joins the distillation.
+    fall with the rank and the depth, and not alike, gates start on, the best tokens always stay, and m2 at 100, where
+    theirs arrives. Bins are found in integers. A hard stage follows, in which the weights settle with the masks that
+    are used: as many bins off, the least odds of all sites first, as put the cost, counted in tokens, onto the budget.
+    The first layer scores too, and is among those that learn the ranking. The task's loss joins the distillation.
 
     Args:
         target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. 0.4 where no
@@ -63,6 +63,9 @@ class ToP(TokenPruner):
             uses it), "ndcg" (LambdaRank's weights, Burges 2010) or "none".
         rank_weight: of the ranking loss, falling to a hundredth over the ramp.
         gates: whether there are gates; without, every site prunes.
+        holes: whether masks may have holes, as the paper's; without, a site keeps its best ranks, in as many bins as
+            the odds of all its bins say, in the hard stage and in evaluation.
+        floor: so many of the best tokens that may leave stay; the paper has none.
         ramp, soft_until: shares of the training.
     """
 
@@ -74,6 +77,8 @@ class ToP(TokenPruner):
     rank_loss: str = "arp2"
     rank_weight: float = 0.01
     gates: bool = True
+    holes: bool = False
+    floor: int = 2
     ramp: float = 0.3
     soft_until: float = 0.6
 
@@ -91,9 +96,9 @@ class ToP(TokenPruner):
                 raise ValueError(f"{name}={value}: expected {what}")
         if self.rank_loss not in RANK_LOSSES:
             raise ValueError(f"rank_loss={self.rank_loss!r}: expected one of {', '.join(RANK_LOSSES)}")
-        for name in ("bins", "topk"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number from 1 up")
+        for name, least in (("bins", 1), ("topk", 1), ("floor", 0)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number from {least} up")
         for name, most in (("ramp", 1), ("soft_until", 1), ("rank_weight", math.inf)):
             if not 0 <= getattr(self, name) <= most:
                 expected = "a number from 0 up" if most > 1 else "a share of the training in [0, 1]"
@@ -125,19 +130,26 @@ class ToP(TokenPruner):
     # --- what stays ----------------------------------------------------------------------------------------------
     def choose(self, score: Tensor, view: View) -> Tensor:
         mask = self.mask if self.phase(self.progress) == "hard" else self.settled()
-        return mask[view.site][self.bin(score, view.alive & ~view.protected)]
+        bins, best = self.bin(score, view.alive & ~view.protected)
+        return mask[view.site][bins] | best
 
-    def bin(self, score: Tensor, free: Tensor) -> Tensor:
-        """(B, N) long: the bin of each token by its rank among the ``free`` ones (B, N) of its row."""
-        count = free.sum(1, keepdim=True).clamp(min=1)
-        return (ranks(score, free).clamp(max=count - 1) * self.bins) // count
+    def bin(self, score: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N) long: the bin of each token by its rank among the ``free`` ones (B, N) of its row; (B, N) bool: those
+        of the ``floor`` best ranks."""
+        rank, count = ranks(score, free), free.sum(1, keepdim=True).clamp(min=1)
+        return bin_of(rank.clamp(max=count - 1), count, self.bins), free & (rank < self.floor)
 
     def settled(self) -> Tensor:
         """(S, bins) bool: the masks without chance. Of each site the expected number of bins, those of least odds, is
         off; so is the whole site where its gate is more likely off than on."""
-        rank = self.rank.detach()
+        rank = self.ordered()
         mask = ranks(rank, torch.ones_like(rank, dtype=torch.bool)) < chance(rank).sum(1).round()[:, None]
         return mask | self.idle
+
+    def ordered(self) -> Tensor:
+        """(S, bins): the log odds of the bins to stay; without holes those of a site, the largest for the best rank."""
+        rank = self.rank.detach()
+        return rank if self.holes else rank.sort(1, descending=True).values
 
     @property
     def idle(self) -> Tensor:
@@ -153,10 +165,11 @@ class ToP(TokenPruner):
             self._bound()
             self.mask.copy_(self.settled())  # what is saved in the soft stage prunes as it does now
         rows = len(free)
-        keep = rounded(sample(self.rank[view.site].expand(rows, -1))).gather(1, self.bin(view.score.detach(), free))
+        bins, best = self.bin(view.score.detach(), free)
+        keep = rounded(sample(self.rank[view.site].expand(rows, -1))).gather(1, bins)
         if self.gate is not None:
             keep = 1 - (1 - keep) * rounded(sample(self.gate[view.site].expand(rows, 1)))
-        return (keep + CLOSED).clamp(max=1).log().masked_fill(~free, 0.0)
+        return (keep + CLOSED).clamp(max=1).log().masked_fill(~free | best, 0.0)
 
     @torch.no_grad()
     def _bound(self) -> None:
@@ -221,7 +234,8 @@ class ToP(TokenPruner):
         """How many of n (B,) tokens, ``longest`` at most, stay at a site of whose bins a ``share`` (S, bins) stays.
         Between whole numbers, as expected counts are, on the line from one to the next."""
         longest = 64 * (longest // 64 + 1)  # few tables for many lengths
-        table = share.float() @ places(self.bins, longest).to(share.device).T
+        table = share.float() @ places(self.bins, longest, self.floor).to(share.device).T
+        table = table + torch.arange(longest + 1, device=share.device).clamp(max=self.floor)
 
         def stay(site: int, n: Tensor) -> Tensor:
             n = n.clamp(min=0)
@@ -284,22 +298,24 @@ class ToP(TokenPruner):
         found = [rows_of(forward(batch)) for batch in batches]
         tokens, protected = (torch.cat(part).cpu() for part in zip(*found, strict=True))
         target = self.target(tokens.float())
-        odds = self.rank.detach() + 1000 * self.idle  # of sites that do not prune only where nothing else is left
+        odds = self.ordered() + 1000 * self.idle  # of sites that do not prune only where nothing else is left
         order = odds.cpu().T.flip(0, 1).flatten().argsort(stable=True)  # ties: worse ranks first, deeper sites first
 
-        def without(k: int) -> tuple[float, Tensor]:
+        def without(off: Tensor) -> tuple[float, Tensor]:
             mask = torch.ones(len(order), dtype=torch.bool)
-            mask[order[:k]] = False
+            mask[off] = False
             mask = mask.view(self.bins, -1).flip(0, 1).T
             return self.counted(mask, tokens, protected), mask
 
         low, high = 0, len(order)
         while low < high:
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if without(middle)[0] > target else (low, middle)
-        (above, more), (reached, mask) = without(max(0, low - 1)), without(low)
-        if above <= 1.02 * target and above - target < target - reached:
-            reached, mask = above, more
+            low, high = (middle + 1, high) if without(order[:middle])[0] > target else (low, middle)
+        begun, rest = order[: max(0, low - 1)], order[max(0, low - 1) :]
+        prunes = (~self.idle[:, 0]).nonzero()[:, 0].tolist()
+        last = [rest[:1], *(rest[rest % len(odds) == site][:1] for site in prunes)]  # bins are coarse: of these the
+        near = [without(begun), *(without(torch.cat([begun, one])) for one in last)]  # one that comes closest
+        reached, mask = min(near, key=lambda found: (found[0] > 1.02 * target, abs(found[0] - target)))
         if reached > 1.02 * target:
             asked = next(f"{name}={getattr(self, name)}" for name in TARGETS if getattr(self, name) is not None)
             raise ValueError(
@@ -321,33 +337,19 @@ def rows_of(record: Record) -> tuple[Tensor, Tensor]:
     return record.counts[0].n_attention.detach().long(), record.views[0].protected.sum(1)
 
 
+def bin_of(rank: Tensor, count: Tensor, bins: int) -> Tensor:
+    """The bin of rank 0 <= r < count: the one that holds (r + u) / count, with a shift 0 <= u < 1 that hashes ``count``.
+    With one shift for all, short texts of many lengths would meet in few bins, which then decide for all."""
+    shift = count * count * 40503 % 65536
+    return (65536 * rank + shift) * bins // (65536 * count)
+
+
 @cache
-def places(bins: int, longest: int) -> Tensor:
-    """(longest + 1, bins): how many of m ranked tokens fall into each bin, for every m."""
+def places(bins: int, longest: int, floor: int) -> Tensor:
+    """(longest + 1, bins): how many of m ranked tokens fall into each bin, for every m, the ``floor`` best left out."""
     count, rank = torch.arange(longest + 1)[:, None], torch.arange(longest)
-    found = torch.zeros(longest + 1, bins)
-    return found.scatter_add_(1, (rank * bins // count.clamp(min=1)).clamp(max=bins - 1), (rank < count).float())
-
-
-def odds(chance: float) -> float:
-    """The parameter of a hard concrete variable that is above 0 with this ``chance``."""
-    return math.log(chance / (1 - chance)) + BETA * math.log(-LOW / HIGH)
-
-
-def chance(odds: Tensor) -> Tensor:
-    """The chance of a hard concrete variable to be above 0, of its log odds."""
-    return (odds - BETA * math.log(-LOW / HIGH)).sigmoid()
-
-
-def sample(odds: Tensor) -> Tensor:
-    """Hard concrete variables in [0, 1] of the shape of their log ``odds`` (Louizos et al., ICLR 2018, eq. 10-11)."""
-    noise = torch.rand_like(odds).clamp(1e-6, 1 - 1e-6)
-    return (((noise.logit() + odds) / BETA).sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
-
-
-def rounded(soft: Tensor) -> Tensor:
-    """1 where ``soft`` is above 0, else 0; its gradient is that of ``soft`` (straight through)."""
-    return (soft > 0).float() + soft - soft.detach()
+    into = bin_of(rank, count.clamp(min=1), bins).clamp(max=bins - 1)
+    return torch.zeros(longest + 1, bins).scatter_add_(1, into, ((rank < count) & (rank >= floor)).float())
 
 
 def share(view: View) -> Tensor:
@@ -381,15 +383,3 @@ def overlap(score: Tensor, teacher: Tensor, free: Tensor, k: int) -> Tensor:
     both = (ranks(score, free) < k) & (ranks(teacher, free) < k) & free
     count = free.sum(1)
     return (both.sum(1)[count > 0] / count[count > 0].clamp(max=k)).mean()
-
-
-class Ascend(torch.autograd.Function):
-    """The identity whose gradient is reversed, so that an optimiser that descends makes it ascend."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return -gradient

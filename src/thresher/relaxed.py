@@ -1,0 +1,43 @@
+"""Choices that gradients can pass: hard concrete variables, rounding straight through, and ascent by reversal."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOW, HIGH, BETA = -0.1, 1.1, 2 / 3  # the hard concrete distribution: its stretch and its temperature
+
+
+def odds(chance: float) -> float:
+    """The parameter of a hard concrete variable that is above 0 with this ``chance``."""
+    return math.log(chance / (1 - chance)) + BETA * math.log(-LOW / HIGH)
+
+
+def chance(odds: Tensor) -> Tensor:
+    """The chance of a hard concrete variable to be above 0, of its log odds."""
+    return (odds - BETA * math.log(-LOW / HIGH)).sigmoid()
+
+
+def sample(odds: Tensor) -> Tensor:
+    """Hard concrete variables in [0, 1] of the shape of their log ``odds`` (Louizos et al., ICLR 2018, eq. 10-11)."""
+    noise = torch.rand_like(odds).clamp(1e-6, 1 - 1e-6)
+    return (((noise.logit() + odds) / BETA).sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def rounded(soft: Tensor) -> Tensor:
+    """1 where ``soft`` is above 0, else 0; its gradient is that of ``soft`` (straight through)."""
+    return (soft > 0).float() + soft - soft.detach()
+
+
+class Ascend(torch.autograd.Function):
+    """The identity whose gradient is reversed, so that an optimiser that descends makes it ascend."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return -gradient
