@@ -338,7 +338,7 @@ def rows_of(record: Record) -> tuple[Tensor, Tensor]:
 
 
 def bin_of(rank: Tensor, count: Tensor, bins: int) -> Tensor:
-    """The bin of rank 0 <= r < count: the one that holds (r + u) / count, with a shift 0 <= u < 1 that hashes ``count``.
+    """The bin of rank 0 <= r < count: the one that holds (r + u) / count, with a shift 0 <= u < 1, a hash of ``count``.
     With one shift for all, short texts of many lengths would meet in few bins, which then decide for all."""
     shift = count * count * 40503 % 65536
     return (65536 * rank + shift) * bins // (65536 * count)
