@@ -358,3 +358,19 @@ def test_short_texts_meet_in_no_bin():
     bins = torch.cat([bin_of(torch.arange(m), torch.tensor(m), 16) for m in range(1, 13)])
     counts = torch.bincount(bins, minlength=16)
     assert counts.min() >= 3 and counts.max() <= 8
+
+
+def test_the_expected_cost_is_that_of_the_inputs_that_were_looked_at():
+    method = ToP(target_flops=0.5, bins=8, rank_loss="none")
+    model = pruned(method).train()
+    long = [BERT.batch((60, 41, 33, 52))]
+    method.prepare(forward_of(model.eval()), long)
+    model.train()
+    method.progress = 0.1
+    BERT.run(model, BERT.batch((4, 4)))  # of which nothing can leave
+    found = method.metrics()["cost_expected"]
+    assert found == pytest.approx(method.expected(torch.tensor([60.0, 41, 33, 52]), torch.ones(4)).item())
+    assert method.expected(torch.tensor([4.0, 4]), torch.ones(2)).item() > 1 > found
+    loss = method.loss(None, {}, method.record)
+    loss.backward()
+    assert method.rank.grad.abs().sum() > 0, "the budget moves the masks all the same"

@@ -24,7 +24,7 @@ HISTORY = [
 def test_every_epoch_is_watched_on_the_validation_part(tmp_path):
     toy = make_toy(tmp_path)
     out = tmp_path / "out"
-    jobs.train(toy.model, toy.data, str(out), method="top", **OPTIONS)
+    jobs.train(toy.model, toy.data, str(out), method="top", method_options={"holes": True}, **OPTIONS)
     summary = json.loads((out / jobs.SUMMARY).read_text())
     epochs = [line for line in summary["history"] if "eval_quality" in line]
     assert [line["epoch"] for line in epochs] == [1, 2]

@@ -137,6 +137,9 @@ class TokenPruner(nn.Module):
         """What the method adds to the task loss. ``forward(**override)`` runs the model again on the batch."""
         return 0.0
 
+    def prepare(self, forward: Callable, batches: Iterable[dict]) -> None:
+        """Look at inputs before a training begins or goes on; arguments as in ``calibrate``. Nothing by default."""
+
     def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
         """Bring the method onto its budget on ``batches``; returns what was reached (empty: it has no budget)."""
         return {}

@@ -5,6 +5,7 @@ All content lives in the method, so that a loop of one's own needs one added ter
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -243,9 +244,17 @@ class PruningTrainer(Trainer):
         soft = self.pruner.phase(self.pruner.progress) == "soft"
         return False if soft else super()._determine_best_metric(metrics, trial)
 
-    @torch.no_grad()
     def calibrate(self, rows: int | None = None) -> dict[str, float]:
         """Let the method meet its budget on (``rows`` of) the calibration data; returns what it reached."""
+        reached = self._shown(self.pruner.calibrate, rows)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for parameter in self.pruner.parameters():
+                torch.distributed.broadcast(parameter.data, src=0)
+        return reached
+
+    @torch.no_grad()
+    def _shown(self, look: Callable, rows: int | None) -> Any:
+        """``look(forward, batches)`` at (``rows`` of) the calibration data, in evaluation mode."""
         data = self.calibration_dataset or self.eval_dataset or self.train_dataset
         data = self._remove_unused_columns(data) if hasattr(data, "column_names") else data
         if rows is not None and rows < len(data):  # spread over all, which may be in the order of their labels
@@ -260,13 +269,9 @@ class PruningTrainer(Trainer):
             return self.pruner.record
 
         try:
-            reached = self.pruner.calibrate(forward, batches)
+            return look(forward, batches)
         finally:
             self.model.train(was_training)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for parameter in self.pruner.parameters():
-                torch.distributed.broadcast(parameter.data, src=0)
-        return reached
 
 
 class _Stages(TrainerCallback):
@@ -281,6 +286,8 @@ class _Stages(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._move(state)
+        if type(self.trainer.pruner).prepare is not TokenPruner.prepare:
+            self.trainer._shown(self.trainer.pruner.prepare, CALIBRATION_ROWS)
         if self.phase == "hard" and state.global_step == 0:
             self.trainer.calibrate(CALIBRATION_ROWS)
 

@@ -125,6 +125,7 @@ class ToP(TokenPruner):
         self.multiplier = nn.Parameter(torch.tensor([0.0, STIFF]))
         self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
         self.agreement: list[Tensor] = []
+        self.lengths: tuple[Tensor, Tensor] | None = None  # of inputs that the budget is meant for
         self.early = [i for i, layer in enumerate(self.sites) if layer < max(info.first_site + 1, info.depth // 3)]
 
     # --- what stays ----------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ class ToP(TokenPruner):
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
         if not self.soft:
             return sum(0.0 * parameter.sum() for parameter in self.parameters())
-        tokens, protected = rows_of(record)
+        tokens, protected = self.lengths or rows_of(record)
         over = self.expected(tokens.float(), protected) - self.asked(tokens.float(), protected)
         first, second = Ascend.apply(self.multiplier)
         total = first * over + second * over**2
@@ -271,7 +272,7 @@ class ToP(TokenPruner):
         many of the teacher's best tokens the early sites rank among their best."""
         if self.record is None or not self.soft:
             return {}
-        tokens, protected = rows_of(self.record)
+        tokens, protected = self.lengths or rows_of(self.record)
         found = {
             "cost_target": self.asked(tokens.float(), protected),
             "cost_expected": self.expected(tokens.float(), protected).item(),
@@ -287,6 +288,13 @@ class ToP(TokenPruner):
         """The cost as a fraction of the dense one with ``mask`` (S, bins), under which what stays depends on lengths
         alone; shapes as in ``cost``."""
         return float(self.cost(tokens.float(), protected, self.stays(mask, int(tokens.max()))))
+
+    def prepare(self, forward: Callable, batches: Iterable[dict]) -> None:
+        """Remember the lengths of inputs. The expected cost is counted on them and not on those of a batch: texts are
+        batched by length, and a batch of short ones cannot be pruned as the others are."""
+        found = [rows_of(forward(batch)) for batch in batches]
+        tokens, protected = (torch.cat(part) for part in zip(*found, strict=True))
+        self.lengths = (tokens, protected)
 
     @torch.no_grad()
     def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
