@@ -182,7 +182,7 @@ class Training:
             pruner = make_method(
                 recipe.method, {**(recipe.method_options or {}), "keep": REPLAY, "at": source.token_pruner.sites}
             )
-            taught = taught.add_column("token_counts", predict(source, parts["train"]).kept.tolist())
+            taught = taught.add_column("token_counts", predict(source, parts["train"], bf16=self.bf16).kept.tolist())
             counts = predict(source, parts["test"], batch_size=recipe.batch_size).kept
         prune(net, pruner or TopK(keep=1.0, at=()))
         arguments = self._arguments("prune", recipe.prune_epochs, recipe.prune_lr or recipe.lr)
