@@ -115,7 +115,7 @@ def write(results: Path, target: Path) -> None:
         "How LTP prunes (gates, floor, rates, epochs, length of the soft stage) was chosen among twelve configurations",
         "on the validation part of SST-2. Three earlier ones had been read on the test parts of MRPC and SST-2; that",
         "top-k was above LTP on MRPC's test part is why a shorter soft stage was among what was tried. How ToP's masks",
-        "start, are drawn and are counted was chosen among nine configurations on the validation parts of MRPC and",
+        "start, are drawn and are counted was chosen among eleven configurations on the validation parts of MRPC and",
         "SST-2.",
         "",
     ]
