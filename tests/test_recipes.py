@@ -31,12 +31,13 @@ def test_what_is_given_takes_precedence(tmp_path):
     given = {k: v for k, v in OPTIONS.items() if k not in ("target_flops", "lr")} | {"epochs": 0, "prune_epochs": 0}
 
     def made(**more) -> dict:
-        out = tmp_path / "-".join(["out", *map(str, more.values())])
+        out = tmp_path / f"out-{'-'.join(more)}"
         jobs.train(toy.model, toy.data, str(out), recipe="top-squad", **given | more)
         return json.loads((out / jobs.SUMMARY).read_text())["recipe"]
 
-    found = made()
+    found = made(target_flops=0.7)
     assert (found["lr"], found["epochs"], found["batch_size"]) == (1e-4, 0, 16)
-    assert found["method"] == "top" and found["method_options"] == {"bins": 64, "topk": 60, "target_flops": 0.4}
-    assert made(target_flops=0.6)["method_options"] == {"bins": 64, "topk": 60, "target_flops": 0.6}
+    assert found["method"] == "top" and found["method_options"] == {"bins": 64, "topk": 60, "target_flops": 0.7}
+    more = made(target_flops=0.7, method_options={"topk": 9})
+    assert more["method_options"] == {"bins": 64, "topk": 9, "target_flops": 0.7}
     assert made(method="topk", keep=0.5)["method_options"] == {"keep": 0.5}, "options of another method do not apply"
