@@ -42,7 +42,7 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
     from importlib.resources import files
 
     from entries import DATA, MODELS, TASKS
-    from thresher import TopK, prune
+    from thresher import TopK, prune, unprune
     from thresher.bench import measure
     from thresher.data import load_task, tokenize
     from thresher.loading import load
@@ -52,9 +52,9 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
     package, inside = MODELS[entry.model]
     folder = str(files(package) / inside)
     task = load_task(str(DATA / setting.data), config=setting.config)
+    net, tokenizer = load(folder, num_labels=max(2, len(task.labels)))
+    test = tokenize(task.test.select(range(512)), task, tokenizer, entry.options["max_length"])[0]
     for ratio, keep in entry.options["keeps"].items():
-        net, tokenizer = load(folder, num_labels=max(2, len(task.labels)))
-        test = tokenize(task.test, task, tokenizer, entry.options["max_length"])[0].select(range(1024))
         prune(net, TopK(keep=keep, at=entry.options["at"]))
         timed = measure(
             net,
@@ -65,5 +65,6 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
             repeats=5,
             fields={"model": entry.model, "split": "test", "recipe": f"untrained TopK(keep={keep}), {ratio}"},
         )
+        unprune(net)
         rows += [{**row, "quality": None, "quality_dense": None} for row in timed]
     return rows

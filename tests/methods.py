@@ -12,9 +12,9 @@ class Holes(ToP):
     name = "top-holes"
 
     def build(self, info):
-        """Every third bin off from the second on, at all sites but the last of several, whose gate is off."""
+        """Every other bin off from the second on, at all sites but the last of several, whose gate is off."""
         super().build(info)
-        self.mask[:, 1::3] = False
+        self.mask[:, 1::2] = False
         if len(self.mask) > 1:
             self.mask[-1] = True
 

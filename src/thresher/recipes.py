@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+METHODS = ("ltp", "top")
 _SHORT = {"max_length": 128, "batch_size": 32, "epochs": 4, "prune_epochs": 4, "lr": 5e-5, "prune_lr": 1e-4}
 _LONG = {"max_length": 512, "batch_size": 16, "epochs": 2, "prune_epochs": 2, "lr": 5e-5, "prune_lr": 1e-4}
 TASKS: dict[str, dict[str, Any]] = {
@@ -28,15 +29,15 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def recipe(name: str, methods: Any = ("ltp", "top")) -> dict[str, Any]:
+def recipe(name: str) -> dict[str, Any]:
     """The arguments of ``jobs.train`` that a recipe METHOD-TASK sets, without a budget.
 
     Raises ValueError where there is none of this name.
     """
     method, _, task = name.partition("-")
-    if method not in methods or task not in TASKS:
+    if method not in METHODS or task not in TASKS:
         raise ValueError(
-            f"there is no recipe {name!r}: expected a method ({', '.join(methods)}), a dash and a task "
+            f"there is no recipe {name!r}: expected a method ({', '.join(METHODS)}), a dash and a task "
             f"({', '.join(TASKS)}), as in top-mrpc"
         )
     return {"method": method, "method_options": dict(OPTIONS.get(method, {}).get(task, {})), **TASKS[task]}

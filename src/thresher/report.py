@@ -75,7 +75,7 @@ def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
         OSError: the folder cannot be made or written, or the disk is full; an older file is then what it was.
     """
     text = json.dumps({"rows": [_plain(row(**r)) for r in rows]}, indent=1, ensure_ascii=False, allow_nan=False)
-    with _whole(path) as temporary:
+    with whole(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -159,7 +159,7 @@ def plot(rows: list[dict], path: str | Path, title: str | None = None) -> None:
         _scatter(right.subplots(), rows, sizes, colours, varying)
         if title:
             figure.suptitle(title, fontweight="bold")
-        with _whole(path) as temporary:
+        with whole(path) as temporary:
             figure.savefig(temporary, format="png")
 
 
@@ -271,7 +271,7 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def _whole(path: str | Path) -> Iterator[Path]:
+def whole(path: str | Path) -> Iterator[Path]:
     """A temporary file in the folder of ``path``, moved there at the end or removed if anything went wrong."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from . import qa
 from .predicting import predict, quality
+from .report import whole
 from .training import PruningTrainer
 
 WATCHED = 512  # examples of the validation part that are looked at
@@ -65,6 +66,7 @@ def picture(history: Sequence[dict[str, Any]], depth: int, path: str | Path, den
 
     Raises:
         ValueError: nothing was watched, or matplotlib is missing.
+        OSError: the file cannot be written.
     """
     try:
         from matplotlib import colormaps, rc_context
@@ -110,4 +112,5 @@ def picture(history: Sequence[dict[str, Any]], depth: int, path: str | Path, den
         budget.set(title="the budget through training", xlabel="epoch", ylabel="share of the dense cost")
         if steps:
             budget.legend(frameon=False, fontsize=8)
-        figure.savefig(path, format="png")
+        with whole(path) as temporary:
+            figure.savefig(temporary, format="png")
