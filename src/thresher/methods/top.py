@@ -387,7 +387,9 @@ def ranking_loss(score: Tensor, teacher: Tensor, free: Tensor, k: int, kind: str
 
 
 def overlap(score: Tensor, teacher: Tensor, free: Tensor, k: int) -> Tensor:
-    """Scalar: the mean share of the teacher's best ``k`` of the ``free`` tokens that are among the best ``k`` here."""
-    both = (ranks(score, free) < k) & (ranks(teacher, free) < k) & free
-    count = free.sum(1)
-    return (both.sum(1)[count > 0] / count[count > 0].clamp(max=k)).mean()
+    """Scalar: the mean share of the teacher's best ``k`` of the ``free`` tokens that are among the best ``k`` here; of
+    rows with fewer than 2k tokens, the better half."""
+    count = free.sum(1, keepdim=True)
+    best = ((count + 1) // 2).clamp(max=k)
+    both = (ranks(score, free) < best) & (ranks(teacher, free) < best) & free
+    return (both.sum(1) / best[:, 0].clamp(min=1))[count[:, 0] > 0].mean()
