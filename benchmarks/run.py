@@ -82,6 +82,8 @@ def run(entry: Entry) -> None:
             rows[0].update(mode="dense-unpadded")
         extra = {"labels": labels_of(entry)}
         extra |= {k: summary[k] for k in ("reached", "kept", "seconds", "texts_cut", "removed", "predictions")}
+        overlaps = [{k: v for k, v in line.items() if "overlap" in k} for line in summary["history"]]
+        extra["overlap"] = list(next(filter(None, reversed(overlaps)), {}).values())  # at the end of the soft stage
     file = result_file(entry)
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(".partial")

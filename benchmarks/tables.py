@@ -29,10 +29,10 @@ def quality_table(task: str, entries: list[Entry], results: dict[str, dict]) -> 
             runs[named(entry)][entry.seed] = results[entry.name]
     some = next(iter(next(iter(runs.values())).values()))
     labels, metric = list(some["labels"]), some["rows"][0]["metric"]
-    lines = [
-        f"| method | seeds | {metric} | drop against dense [95 % interval] | against dense, same extra steps | FLOPs |",
-        "|---|---|---|---|---|---|",
-    ]
+    ranked = any(result.get("overlap") for of_seed in runs.values() for result in of_seed.values())
+    head = ["method", "seeds", metric, "drop against dense [95 % interval]", "against dense, same extra steps"]
+    head += ["FLOPs", "reached on validation", *["rank overlap"] * ranked]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     names = {named(entry): entry for entry in reversed(entries)}
     for method in sorted(runs, key=lambda name: (-(names[name].target or 2), ORDER.index(names[name].method), name)):
         seeds = sorted(runs[method])
@@ -48,6 +48,12 @@ def quality_table(task: str, entries: list[Entry], results: dict[str, dict]) -> 
             drop = mean(runs[reference][s]["rows"][0]["quality"] - runs[method][s]["rows"][0]["quality"] for s in both)
             cells.append(f"{drop:+.2f} [{low:+.2f}, {high:+.2f}]")
         cells.append(f"{mean(r['flops_ratio'] for r in rows):.2f}")
+        reached = [runs[method][s]["reached"].get("flops_fraction") for s in seeds]
+        own = method != "dense" and not any(r is None for r in reached) and names[method].target is not None
+        cells.append(", ".join(f"{r:.3f}" for r in reached) if own and len(names[method].needs) < 2 else "")
+        if ranked:
+            overlaps = [runs[method][s]["overlap"] for s in seeds if runs[method][s].get("overlap")]
+            cells.append(", ".join(f"{mean(layer):.2f}" for layer in zip(*overlaps, strict=True)))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -115,8 +121,8 @@ def write(results: Path, target: Path) -> None:
         "How LTP prunes (gates, floor, rates, epochs, length of the soft stage) was chosen among twelve configurations",
         "on the validation part of SST-2. Three earlier ones had been read on the test parts of MRPC and SST-2; that",
         "top-k was above LTP on MRPC's test part is why a shorter soft stage was among what was tried. How ToP's masks",
-        "start, are drawn and are counted was chosen among eleven configurations on the validation parts of MRPC and",
-        "SST-2.",
+        "start, are drawn and are counted, and how long they learn, was chosen among thirteen configurations on the",
+        "validation parts of MRPC and SST-2.",
         "",
     ]
     missing = [entry.name for entry in ENTRIES if entry.name not in found]

@@ -79,8 +79,8 @@ class ToP(TokenPruner):
     gates: bool = True
     holes: bool = False
     floor: int = 2
-    ramp: float = 0.3
-    soft_until: float = 0.6
+    ramp: float = 0.2
+    soft_until: float = 0.4
 
     name: ClassVar[str] = "top"
     lr: ClassVar[float] = 5e-2
