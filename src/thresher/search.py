@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 TOLERANCE = 0.002  # of the target; tokens are discrete, so a budget is met closely and not exactly
-MOST, FAR = 20, 64.0  # steps of the search, and how far it looks
+MOST, FAR = 24, 64.0  # steps of the search, and how far it looks
 
 
 def search(falling: Callable[[float], float], target: float) -> float:
@@ -23,10 +23,12 @@ def search(falling: Callable[[float], float], target: float) -> float:
         before, at, step = at, at + step, 2 * step
         value = call(at)
     low, high = min(before, at), max(before, at)
-    for _ in range(MOST):
+    for i in range(MOST):
         if abs(value - target) <= TOLERANCE * target or abs(at) > FAR:
             break
-        middle = (low + high) / 2
+        above, below = tried[low] - target, target - tried[high]
+        share = 0.5 if i % 3 == 2 else min(max(above / (above + below), 0.05), 0.95)  # on the line between, or halfway
+        middle = low + share * (high - low)
         value = call(middle)
         low, high = (middle, high) if value > target else (low, middle)
     best = min(tried, key=lambda at: abs(tried[at] - target))
