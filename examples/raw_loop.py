@@ -52,15 +52,14 @@ def main(steps: str = "200", *source: str) -> None:
         model.eval()(**batch)
         return pruner.record
 
-    pruner.prepare(record_of, held_out)  # 4: thresholds begin where the scores do
     for step, batch in enumerate(islice(batches, steps)):
-        pruner.progress = step / steps  # 6: soft gates at first, then real removal
-        loss = model.train()(**batch).loss + pruner.loss(partial(model, **batch), batch, pruner.record)  # 5
+        pruner.progress = step / steps  # 5: soft gates at first, then real removal
+        loss = model.train()(**batch).loss + pruner.loss(partial(model, **batch), batch, pruner.record)  # 4
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step + 1 in (ceil(pruner.soft_until * steps), steps):
-            reached = pruner.calibrate(record_of, held_out)  # 7: the thresholds are shifted until the budget is met
+            reached = pruner.calibrate(record_of, held_out)  # 6: the thresholds are shifted until the budget is met
     with torch.no_grad():
         right = torch.cat([model.eval()(**batch).logits.argmax(1) == batch["labels"] for batch in held_out])
     print(f"accuracy {right.float().mean():.3f} with {reached['flops_fraction']:.2f} of the dense MACs")

@@ -75,7 +75,7 @@ def test_the_configuration_says_what_prunes(saved):
         "target_flops": 0.4,
         "weight": None,
         "temperature": 0.1,
-        "init": None,
+        "init": 1.0,
         "soft_until": 0.3,
         "straight_through": True,
         "min_keep": 3,

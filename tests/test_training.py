@@ -105,9 +105,7 @@ def losses(made: Trainer) -> list[float]:
 )
 def test_thresholds_move_in_the_soft_stage(tmp_path, how):
     watch = Watch()
-    made = trainer(
-        tmp_path, LTP(target_flops=0.5, init=1.0, **SOFT), callbacks=[watch], max_steps=3, pruner_lr=0.05, **how
-    )
+    made = trainer(tmp_path, LTP(target_flops=0.5, **SOFT), callbacks=[watch], max_steps=3, pruner_lr=0.05, **how)
     before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     made.train()
     first, *_, last = watch.thresholds
@@ -115,27 +113,6 @@ def test_thresholds_move_in_the_soft_stage(tmp_path, how):
     assert ((last - first).abs() > 0.01).all(), "each of them, by about two steps of Adam"
     assert not torch.equal(made.model.classifier.weight, before["classifier.weight"])
     assert all(0 < p.abs().max() < 100 for p in watch.gradients)
-
-
-def test_thresholds_begin_where_the_scores_do(tmp_path):
-    """Unless they were given a start or have learned; of no layer is half gone before the first step."""
-    watch = Watch()
-    how = {"max_steps": 2, "pruner_lr": 0.1, "learning_rate": 0.0}
-    made = trainer(tmp_path, LTP(target_flops=0.5, min_keep=1, **SOFT), callbacks=[watch], **how)
-    made.train()
-    begin, learned = watch.thresholds[0], made.pruner.threshold.detach().clone()
-    with torch.no_grad():
-        made.pruner.threshold.zero_()
-        made.model.eval()(**inputs(rows()))
-        views = made.pruner.record.views
-        below = [(v.score < t)[v.alive & ~v.protected].float().mean() for v, t in zip(views, begin, strict=True)]
-        made.pruner.threshold.copy_(learned)
-    assert below == pytest.approx([0.05] * len(below), abs=0.01)
-    made.train()
-    given = Watch()
-    trainer(tmp_path, LTP(init=1.0, **SOFT), callbacks=[given], max_steps=1).train()
-    assert torch.equal(watch.thresholds[2], learned), "a training that goes on"
-    assert given.thresholds[0].tolist() == pytest.approx([0, 1 / 3, 2 / 3])
 
 
 def test_accumulating_halves_is_one_batch(tmp_path):
@@ -160,7 +137,7 @@ def test_accumulation_does_not_weigh_the_budget_anew(tmp_path):
     for size, steps in ((BATCH, 1), (BATCH // 2, 2)):
         watch, options = Watch(), {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         data = rows(1).select([0] * BATCH)
-        method = LTP(target_flops=0.4, init=1.0, soft_until=1e-9)
+        method = LTP(target_flops=0.4, soft_until=1e-9)
         made = trainer(tmp_path, method, data=data, callbacks=[watch], max_steps=1, max_grad_norm=0.0, **options)
         method.phase = lambda progress: "soft"  # at once with the whole budget
         made.train()
@@ -182,9 +159,7 @@ def test_checkpointing_has_the_same_losses(tmp_path):
 def test_the_hard_stage_begins_on_time_and_lets_the_thresholds_rest(tmp_path, target):
     """Adam's momentum must not carry them on; a budget shifts all of them by one number."""
     watch = Watch()
-    made = trainer(
-        tmp_path, LTP(target_flops=target, init=1.0, soft_until=0.5), callbacks=[watch], max_steps=6, pruner_lr=0.1
-    )
+    made = trainer(tmp_path, LTP(target_flops=target, soft_until=0.5), callbacks=[watch], max_steps=6, pruner_lr=0.1)
     calls, calibrate = [], made.calibrate
     made.calibrate = lambda rows=None: calls.append((made.state.global_step, rows)) or calibrate(rows)
     made.train()

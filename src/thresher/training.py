@@ -246,11 +246,15 @@ class PruningTrainer(Trainer):
 
     def calibrate(self, rows: int | None = None) -> dict[str, float]:
         """Let the method meet its budget on (``rows`` of) the calibration data; returns what it reached."""
-        return self._shown(self.pruner.calibrate, rows)
+        reached = self._shown(self.pruner.calibrate, rows)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for parameter in self.pruner.parameters():
+                torch.distributed.broadcast(parameter.data, src=0)
+        return reached
 
     @torch.no_grad()
     def _shown(self, look: Callable, rows: int | None) -> Any:
-        """``look(forward, batches)`` at (``rows`` of) the calibration data, in evaluation mode; process 0 is right."""
+        """``look(forward, batches)`` at (``rows`` of) the calibration data, in evaluation mode."""
         data = self.calibration_dataset or self.eval_dataset or self.train_dataset
         data = self._remove_unused_columns(data) if hasattr(data, "column_names") else data
         if rows is not None and rows < len(data):  # spread over all, which may be in the order of their labels
@@ -265,13 +269,9 @@ class PruningTrainer(Trainer):
             return self.pruner.record
 
         try:
-            found = look(forward, batches)
+            return look(forward, batches)
         finally:
             self.model.train(was_training)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for parameter in self.pruner.parameters():
-                torch.distributed.broadcast(parameter.data, src=0)
-        return found
 
 
 class _Stages(TrainerCallback):

@@ -15,8 +15,6 @@ from ..pruner import Record, StackInfo, TokenPruner
 from ..search import FAR, search
 from ..tokens import CLOSED
 
-BELOW = 0.05  # the share of a layer's tokens that its threshold begins above
-
 
 @dataclass(eq=False, repr=False)
 class LTP(TokenPruner):
@@ -42,8 +40,7 @@ class LTP(TokenPruner):
             the L1 penalty ``weight`` * mean gate of the paper's eq. 7.
         weight: of the penalty. Default 10 with a target, 0.1 without.
         temperature: of the gates, in units of uniform attention. The paper's 1e-4..2e-3 at length 128 are 0.013..0.26.
-        init: layer i of L starts at ``init`` * i / L, as theirs (1.28 is their 0.01 at length 128). None: where
-            ``prepare``, which ``PruningTrainer`` calls, finds the scores of a layer to begin.
+        init: layer i of L starts at ``init`` * i / L (1.28 is their 0.01 at length 128).
         soft_until: share of the training that is soft.
         straight_through: whether gates are 0 or 1 in the soft stage.
         min_keep: tokens that a row keeps at least, protected ones included.
@@ -52,7 +49,7 @@ class LTP(TokenPruner):
     target_flops: float | None = None
     weight: float | None = None
     temperature: float = 0.1
-    init: float | None = None
+    init: float = 1.0
     soft_until: float = 0.3
     straight_through: bool = True
     min_keep: int = 3
@@ -77,27 +74,8 @@ class LTP(TokenPruner):
         return tuple(range(info.first_site, last + 1))
 
     def build(self, info: StackInfo) -> None:
-        self.threshold = nn.Parameter(self._line())
-
-    def _line(self) -> Tensor:
-        """(S,): the thresholds of the paper's start."""
-        init = 1.0 if self.init is None else self.init
-        return torch.tensor([init * layer / max(1, self.info.depth) for layer in self.sites])
-
-    def prepare(self, forward: Callable, batches: Iterable[dict]) -> None:
-        """Put every threshold, unless ``init`` was given or they have learned, where ``BELOW`` of the tokens score
-        lower. On a line some layers begin with half of their tokens gone, and others below all scores, where a
-        threshold has no gradient."""
-        if self.init is not None or not torch.equal(self.threshold.detach().cpu(), self._line()):
-            return
-        self.threshold.detach().zero_()  # which nothing is below
-        seen: list[list[Tensor]] = [[] for _ in self.sites]
-        with torch.no_grad():
-            for batch in batches:
-                for view in forward(batch).views:
-                    seen[view.site].append(view.score[view.alive & ~view.protected])
-        if all(sum(map(len, scores)) for scores in seen):
-            self.threshold.detach().copy_(torch.stack([torch.cat(s).float().quantile(BELOW) for s in seen]))
+        rising = [self.init * layer / max(1, info.depth) for layer in self.sites]
+        self.threshold = nn.Parameter(torch.tensor(rising, dtype=torch.float32))
 
     def choose(self, score: Tensor, view: View) -> Tensor:
         return (score >= self.threshold[view.site]) | self._best(score, view, view.alive)
