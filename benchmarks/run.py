@@ -70,9 +70,7 @@ def run(entry: Entry) -> None:
         rows, extra = {"speed": speed.measure_task, "efficiency": speed.measure_efficiency}[entry.kind](entry, RUNS), {}
     else:
         from thresher.jobs import SUMMARY, train
-        from thresher.machine import keep_memory
 
-        keep_memory()
         recipe = entry.recipe(RUNS)
         rows = train(
             recipe.pop("model"), recipe.pop("data"), str(RUNS / entry.name), progress=sys.stderr.isatty(), **recipe

@@ -134,9 +134,7 @@ def train(
     options = _options(locals(), "model", "data", "out")
     _start(verbose, quiet, json_file, folder=out)
     from . import jobs
-    from .machine import keep_memory
 
-    keep_memory()
     _measure(jobs.train, json_file, model, data, str(out), **options, progress=not quiet)
     if not quiet and (target_latency or target_latency_ms):
         reached = json.loads((out / jobs.SUMMARY).read_text())["reached"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import shlex
@@ -20,18 +19,6 @@ def has_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-
-
-def keep_memory() -> bool:
-    """Let the process keep the memory of large tensors that are freed; returns whether its C library (glibc) can.
-
-    By default glibc gives blocks of more than 32 MB back to the system, whose pages are fetched and zeroed anew for
-    every tensor: a third of the time of a training step on a CPU. What the process holds stays at its peak.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt, trim, in_maps, never = ctypes.CDLL(None).mallopt, -1, -3, -1  # as unsigned: the largest size there is
-    return bool(mallopt(trim, never) and mallopt(in_maps, never))
 
 
 def hardware() -> str:
