@@ -82,14 +82,20 @@ def run(entry: Entry) -> None:
             rows[0].update(mode="dense-unpadded")
         extra = {"labels": labels_of(entry)}
         extra |= {k: summary[k] for k in ("reached", "kept", "seconds", "texts_cut", "removed", "predictions")}
-        overlaps = [{k: v for k, v in line.items() if "overlap" in k} for line in summary["history"]]
-        extra["overlap"] = list(next(filter(None, reversed(overlaps)), {}).values())  # at the end of the soft stage
+        overlaps = [list(line.values()) for line in map(overlap_of, summary["history"]) if line]
+        settled = overlaps[len(overlaps) // 2 :]  # each is of one batch, of one length
+        extra["overlap"] = [sum(layer) / len(settled) for layer in zip(*settled, strict=True)]
     file = result_file(entry)
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(".partial")
     command = f"python benchmarks/run.py --all --only {entry.name}"
     aside.write_text(as_json({"rows": [{**row, "command": command} for row in rows], **extra}))
     os.replace(aside, file)
+
+
+def overlap_of(line: dict) -> dict:
+    """What a line of the log says of the ranking, by layer."""
+    return {name: value for name, value in line.items() if name.startswith("rank_overlap")}
 
 
 def as_json(result: dict) -> str:

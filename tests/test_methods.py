@@ -229,12 +229,25 @@ def test_a_step_over_the_target_ends_at_the_closer_side():
     assert found == 0.39 and called[-1] >= 0.3
 
 
-@pytest.mark.parametrize("shift", [-0.3, -0.01, 0.004, 0.07, 0.9])
-def test_a_smooth_search_takes_few_calls(shift):
+@pytest.mark.parametrize(("shift", "most"), [(-0.3, 5), (-0.01, 3), (0.004, 3), (0.07, 4), (0.9, 8)])
+def test_a_smooth_search_takes_few_calls(shift, most):
     """Each is a pass over the calibration data."""
     called = []
     found = search(lambda x: called.append(x) or 0.4 / (1 + 2.718 ** (3 * (x - shift))), 0.2)
-    assert found == pytest.approx(0.2, rel=0.002) and len(called) <= 8
+    assert found == pytest.approx(0.2, rel=0.002) and len(called) <= most
+
+
+@pytest.mark.parametrize(
+    ("begin", "width", "top", "bottom"), [(0.3, 0.001, 0.405, 0.05), (1.2, 0.01, 1.0, 0.39), (0.01, 1e-4, 1.0, 0.3)]
+)
+def test_a_steep_search_ends_on_the_target(begin, width, top, bottom):
+    called = []
+
+    def cliff(x):
+        called.append(x)
+        return top - (top - bottom) * min(max((x - begin) / width, 0.0), 1.0)
+
+    assert search(cliff, 0.4) == pytest.approx(0.4, rel=0.002) and len(called) <= 40
 
 
 def test_a_target_out_of_reach_is_an_error_and_changes_nothing():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 TOLERANCE = 0.002  # of the target; tokens are discrete, so a budget is met closely and not exactly
-MOST, FAR = 24, 64.0  # steps of the search, and how far it looks
+NEAR, FAR = 1e-6, 64.0  # how close it looks, and how far
 
 
 def search(falling: Callable[[float], float], target: float) -> float:
@@ -22,14 +22,13 @@ def search(falling: Callable[[float], float], target: float) -> float:
     while abs(value - target) > TOLERANCE * target and (value > target) == (step > 0) and abs(at) <= FAR:
         before, at, step = at, at + step, 2 * step
         value = call(at)
-    low, high = min(before, at), max(before, at)
-    for i in range(MOST):
-        if abs(value - target) <= TOLERANCE * target or abs(at) > FAR:
-            break
-        above, below = tried[low] - target, target - tried[high]
-        share = 0.5 if i % 3 == 2 else min(max(above / (above + below), 0.05), 0.95)  # on the line between, or halfway
-        middle = low + share * (high - low)
+    low, high, halve = min(before, at), max(before, at), False
+    while abs(value - target) > TOLERANCE * target and abs(at) <= FAR and high - low > NEAR:
+        above, below, width = tried[low] - target, target - tried[high], high - low
+        share = 0.5 if halve else min(max(above / (above + below), 0.02), 0.98)  # halfway, or on the line between
+        middle = low + share * width
         value = call(middle)
         low, high = (middle, high) if value > target else (low, middle)
+        halve = high - low > width / 2
     best = min(tried, key=lambda at: abs(tried[at] - target))
     return value if tried[best] == value else falling(best)

@@ -33,7 +33,7 @@ class LTP(TokenPruner):
     ``min_keep`` best tokens: in a text of four words no attention is far below uniform. The budget is a FLOPs target
     instead of a weight to search for: a quadratic penalty on the expected MACs (as LTMP's, Bonnaerens and Dambre, TMLR
     2023) whose target falls from 1 over the first half of the soft stage, and one common shift of all thresholds,
-    found by bisection on held-out inputs, whenever the hard stage begins, is evaluated or ends.
+    searched for on held-out inputs, whenever the hard stage begins, is evaluated or ends.
 
     Args:
         target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. None: no target,
