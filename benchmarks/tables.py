@@ -130,7 +130,7 @@ def headline(results: dict[str, dict]) -> str:
 def write(results: Path, target: Path) -> None:
     """Write ``target`` and the headline of the README beside it."""
     found = load(results)
-    lines = PREAMBLE.splitlines() + [""]
+    lines = [*PREAMBLE.splitlines(), ""]
     missing = [entry.name for entry in ENTRIES if entry.name not in found]
     for task, setting in TASKS.items():
         entries = [entry for entry in ENTRIES if entry.task == task and entry.kind == "train"]
