@@ -53,7 +53,7 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
     folder = str(files(package) / inside)
     task = load_task(str(DATA / setting.data), config=setting.config)
     net, tokenizer = load(folder, num_labels=max(2, len(task.labels)))
-    test = tokenize(task.test.select(range(512)), task, tokenizer, entry.options["max_length"])[0]
+    test = tokenize(task.test.select(range(256)), task, tokenizer, entry.options["max_length"])[0]
     for ratio, keep in entry.options["keeps"].items():
         prune(net, TopK(keep=keep, at=entry.options["at"]))
         timed = measure(
@@ -63,6 +63,7 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
             max_length=entry.options["max_length"],
             batch_sizes=(32, 1),
             repeats=5,
+            batches=4,
             fields={"model": entry.model, "split": "test", "recipe": f"untrained TopK(keep={keep}), {ratio}"},
         )
         unprune(net)
