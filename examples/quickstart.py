@@ -42,6 +42,7 @@ def main() -> int:
         max_length=MAX_LENGTH,
         epochs=2,
         prune_epochs=2,
+        batch_size=16,  # a few hundred steps for 1,700 texts
         lr=1e-4,
         dropout=0.0,
         threads=1,
