@@ -148,7 +148,8 @@ def write(results: Path, target: Path) -> None:
         ]
         for entry in (e for e in ENTRIES if e.task == task and e.kind != "train" and e.name in found):
             row = found[entry.name]["rows"][0]
-            lines += [f"Wall-clock, one interleaved run, {row['threads']} threads, {row['hardware']}:", ""]
+            what = f", untrained TopK, at most {row['max_length']} tokens" if entry.kind == "efficiency" else ""
+            lines += [f"Wall-clock{what}, one interleaved run, {row['threads']} threads, {row['hardware']}:", ""]
             lines += [*speed_table(found[entry.name]), ""]
     if missing:
         lines += ["## Not run yet", "", *[f"* {name}" for name in missing], ""]
