@@ -69,12 +69,11 @@ def run(entry: Entry) -> None:
 
         rows, extra = {"speed": speed.measure_task, "efficiency": speed.measure_efficiency}[entry.kind](entry, RUNS), {}
     else:
-        from thresher.jobs import SUMMARY, train
+        from remembering import Remembering
+        from thresher.jobs import SUMMARY, Recipe
 
-        recipe = entry.recipe(RUNS)
-        rows = train(
-            recipe.pop("model"), recipe.pop("data"), str(RUNS / entry.name), progress=sys.stderr.isatty(), **recipe
-        )
+        remembering = Remembering(Recipe(**entry.recipe(RUNS)), RUNS / entry.name, sys.stderr.isatty())
+        rows = remembering.run(fresh=False)
         summary = json.loads((RUNS / entry.name / SUMMARY).read_text())
         method = f"{entry.method}-{entry.variant}".strip("-")
         rows = [{**rows[-1], "model": entry.model, "method": method, "target_flops": entry.target}]

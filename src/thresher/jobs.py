@@ -11,14 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from . import qa, recipes
 from .api import prune, unprune
@@ -174,16 +167,17 @@ class Training:
         # 2. the method, taught by the dense model
         net = self._classifier(str(folder), task).eval()
         self._claim()
-        taught = self._taught(net, pruner, parts["train"]) if recipe.prune_epochs else parts["train"]
-        before = predict(net, parts["test"], batch_size=recipe.batch_size)
+        taught = self._taught(net, folder, pruner, parts["train"]) if recipe.prune_epochs else parts["train"]
+        before = self._asked(net, folder, parts["test"], batch_size=recipe.batch_size)
         counts = None
         if recipe.replay:
             source = load(recipe.replay)[0]
             pruner = make_method(
                 recipe.method, {**(recipe.method_options or {}), "keep": REPLAY, "at": source.token_pruner.sites}
             )
-            taught = taught.add_column("token_counts", predict(source, parts["train"], bf16=self.bf16).kept.tolist())
-            counts = predict(source, parts["test"], batch_size=recipe.batch_size).kept
+            kept = self._asked(source, Path(recipe.replay), parts["train"], bf16=self.bf16).kept
+            taught = taught.add_column("token_counts", kept.tolist())
+            counts = self._asked(source, Path(recipe.replay), parts["test"], batch_size=recipe.batch_size).kept
         prune(net, pruner or TopK(keep=1.0, at=()))
         arguments = self._arguments("prune", recipe.prune_epochs, recipe.prune_lr or recipe.lr)
         trainer = PruningTrainer(
@@ -275,12 +269,16 @@ class Training:
     def _classifier(self, model: str, task: Task) -> PreTrainedModel:
         return for_task(model, task, dropout=self.recipe.dropout, freeze_embeddings=self.recipe.freeze_embeddings)
 
-    def _taught(self, net: PreTrainedModel, pruner: TokenPruner | None, train):
+    def _asked(self, net: PreTrainedModel, folder: Path, part, **how) -> Predictions:
+        """Answers of the finished model in ``folder``, which other runs may want as well."""
+        return predict(net, part, **how)
+
+    def _taught(self, net: PreTrainedModel, folder: Path, pruner: TokenPruner | None, train):
         """The training rows with the dense model's answers, computed once, in bf16 where the training is."""
         ranks = pruner is not None and pruner.ranks_teacher
         if ranks:
             prune(net, Ranking())
-        answers = predict(net, train, batch_size=64, bf16=self.bf16, scores=ranks)
+        answers = self._asked(net, folder, train, batch_size=64, bf16=self.bf16, scores=ranks)
         if isinstance(answers.logits, list):
             for i, name in enumerate(("teacher_start_logits", "teacher_end_logits")):
                 train = train.add_column(name, [row[i].tolist() for row in answers.logits])
