@@ -114,6 +114,7 @@ def ablation(task: str, target: float) -> list[Entry]:
     parts = {
         "unranked": {"rank_weight": 0.0},  # the ranking is watched and not distilled
         "ndcg": {"rank_loss": "ndcg"},
+        "arp2-topk": {"rank_loss": "arp2-topk", "rank_weight": 0.01},  # as the paper has it
         "ungated": {"gates": False},
         "8-bins": {"bins": 8},
         "128-bins": {"bins": 128},
@@ -133,6 +134,14 @@ def speed(task: str) -> Entry:
     return Entry(task, "speed", target=ltp.target, kind="speed", needs=(dense.name, ltp.name, topk.name))
 
 
+def efficiency(task: str) -> list[Entry]:
+    """Wall-clock against FLOPs at 2.0x and 4.0x: on the task's own lengths, and on texts of 512 tokens one by one."""
+    options = {"at": (0, 1, 3), "keeps": {"2x": 0.7, "4x": 0.45}, "max_length": 512}
+    own, long = options | {"batch_sizes": (32, 1)}, options | {"batch_sizes": (1,), "least": 512}
+    kind = "efficiency"
+    return [Entry(task, kind, kind=kind, options=own), Entry(task, kind, kind=kind, variant="512", options=long)]
+
+
 ENTRIES: list[Entry] = [
     *smoke("20newsgroups", 0),
     *smoke("mrpc", 0),
@@ -149,14 +158,5 @@ ENTRIES: list[Entry] = [
     speed("mrpc"),
     speed("sst2"),
     speed("20newsgroups"),
-    Entry(
-        "20newsgroups",
-        "efficiency",
-        kind="efficiency",
-        options={
-            "at": (0, 1, 3),
-            "max_length": 512,
-            "keeps": {"2x": (0.7, 0.6, 0.5), "4x": (0.4, 0.4, 0.5)},
-        },
-    ),
+    *efficiency("20newsgroups"),
 ]

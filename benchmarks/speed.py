@@ -8,10 +8,10 @@ from pathlib import Path
 def measure_task(entry, runs: Path) -> list[dict]:
     """Wall-clock rows of the models an entry needs: the dense one first, then the pruned ones, on the test part."""
     from entries import DATA, TASKS
+    from remembering import remembered
     from thresher.bench import measure
     from thresher.data import load_task, tokenize
     from thresher.jobs import load
-    from thresher.predicting import predict
 
     setting = TASKS[entry.task]
     first, *others = entry.needs
@@ -19,11 +19,15 @@ def measure_task(entry, runs: Path) -> list[dict]:
     task = load_task(str(DATA / setting.data), config=setting.config, limit=setting.limit)
     test = tokenize(task.test, task, tokenizer, setting.training["max_length"])[0]
     net = load(str(runs / others[0]))[0]
-    kept = predict(net, test).kept
+    asked = {"batch_size": setting.training["batch_size"]}  # as in training, where they were asked already
+    known = {
+        name: remembered(runs, model, runs / path, test, **asked)
+        for name, model, path in (("dense", dense, first), ("pruned", net, others[0]))
+    }
     baselines = {}
     for name in others[1:]:
         model = load(str(runs / name))[0]
-        model.token_pruner.row_counts = kept
+        model.token_pruner.row_counts = known["pruned"].kept
         baselines[model.token_pruner.name] = model
     return measure(
         net,
@@ -33,12 +37,14 @@ def measure_task(entry, runs: Path) -> list[dict]:
         against=dense,
         baselines=baselines,
         repeats=5,
+        predictions=known,
         fields={"model": entry.model, "split": "test", "target_flops": entry.target, "seed": entry.seed},
     )
 
 
 def measure_efficiency(entry, runs: Path) -> list[dict]:
-    """Efficiency at fixed FLOPs reductions, untrained: TopK schedules on MiniLM and the lengths of 20 Newsgroups."""
+    """Efficiency at fixed FLOPs reductions, untrained: TopK schedules on the lengths of a task's first 256 test texts
+    ("least": of those with so many tokens)."""
     from importlib.resources import files
 
     from entries import DATA, MODELS, TASKS
@@ -53,15 +59,17 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
     folder = str(files(package) / inside)
     task = load_task(str(DATA / setting.data), config=setting.config)
     net, tokenizer = load(folder, num_labels=max(2, len(task.labels)))
-    test = tokenize(task.test.select(range(256)), task, tokenizer, entry.options["max_length"])[0]
+    longest, least = entry.options["max_length"], entry.options.get("least", 1)
+    test = tokenize(task.test, task, tokenizer, longest)[0]
+    test = test.select([i for i, ids in enumerate(test["input_ids"]) if len(ids) >= least][:256])
     for ratio, keep in entry.options["keeps"].items():
         prune(net, TopK(keep=keep, at=entry.options["at"]))
         timed = measure(
             net,
             test,
             task,
-            max_length=entry.options["max_length"],
-            batch_sizes=(32, 1),
+            max_length=longest,
+            batch_sizes=entry.options["batch_sizes"],
             repeats=5,
             batches=4,
             fields={"model": entry.model, "split": "test", "recipe": f"untrained TopK(keep={keep}), {ratio}"},

@@ -9,11 +9,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import View
 from ..pruner import Record, StackInfo, TokenPruner, ranks
+from ..ranking import RANK_LOSSES, overlap, ranking_loss
 from ..relaxed import Ascend, chance, odds, rounded, sample
 from ..tokens import CLOSED
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 BOUND = math.log(100)  # of the parameters, their log odds
 GATE, WORST = 0.98, 0.9  # the chance of a gate, and of the last bin of the first site, to be on at the start
 DEEPER = 3.0  # how much lower the odds of the last site start
+FAINT = 1e-6  # the least score, relative to uniform attention, whose logarithm is taken
 STIFF = 100.0  # the multiplier of the squared excess where the training starts
 TARGETS = ("target_flops", "target_latency", "target_latency_ms")
-RANK_LOSSES = ("arp2", "ndcg", "none")
 
 
 @dataclass(eq=False, repr=False)
@@ -49,7 +49,10 @@ class ToP(TokenPruner):
     fall with the rank and the depth, and not alike, gates start on, the best tokens always stay, and m2 at 100, where
     theirs arrives. Bins are found in integers. A hard stage follows, in which the weights settle with the masks that
     are used: as many bins off, the least odds of all sites first, as put the cost, counted in tokens, onto the budget.
-    The first layer scores too, and is among those that learn the ranking. The task's loss joins the distillation.
+    The first layer scores too, and is among those that learn the ranking, to the end. Their ranking loss compares the
+    teacher's best tokens with each other, by the attention they receive: which ones are best is not learned, and
+    differences of shares of attention hardly have a gradient. Ours compares them with all tokens, by its logarithm. The
+    task's loss joins the distillation.
 
     Args:
         target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. 0.4 where no
@@ -59,9 +62,9 @@ class ToP(TokenPruner):
             ``PruningTrainer`` makes; a loop of one's own says ``pruner.table = latency_table(model)``.
         bins: of relative rank, per site. The paper: 20 to 100, more for long texts.
         topk: tokens of the teacher's ranking that are distilled.
-        rank_loss: "arp2" (pairs weighted by the difference of their ranks, pytorchltr's LambdaARPLoss2 as the paper
-            uses it), "ndcg" (LambdaRank's weights, Burges 2010) or "none".
-        rank_weight: of the ranking loss, falling to a hundredth over the ramp.
+        rank_loss: "arp2" (pairs of a best token and any other, weighted by the difference of their ranks), "ndcg"
+            (LambdaRank's weights), "arp2-topk" (the paper's) or "none"; see ``thresher.ranking``.
+        rank_weight: of the ranking loss. The paper: 0.01 to 0.00001, falling to a hundredth of it over the ramp.
         gates: whether there are gates; without, every site prunes.
         holes: whether masks may have holes, as the paper's; without, a site keeps its best ranks, in as many bins as
             the odds of all its bins say, in the hard stage and in evaluation.
@@ -75,7 +78,7 @@ class ToP(TokenPruner):
     bins: int = 32
     topk: int = 20
     rank_loss: str = "arp2"
-    rank_weight: float = 0.01
+    rank_weight: float = 1.0
     gates: bool = True
     holes: bool = False
     floor: int = 2
@@ -127,6 +130,9 @@ class ToP(TokenPruner):
         self.agreement: list[Tensor] = []
         self.lengths: tuple[Tensor, Tensor] | None = None  # of inputs that the budget is meant for
         self.early = [i for i, layer in enumerate(self.sites) if layer < max(info.first_site + 1, info.depth // 3)]
+
+    def learns(self, site: int) -> bool:
+        return self.ranks_teacher and self.rank_weight > 0 and site in self.early
 
     # --- what stays ----------------------------------------------------------------------------------------------
     def choose(self, score: Tensor, view: View) -> Tensor:
@@ -246,42 +252,49 @@ class ToP(TokenPruner):
         return stay
 
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
-        if not self.soft:
-            return sum(0.0 * parameter.sum() for parameter in self.parameters())
-        tokens, protected = self.lengths or rows_of(record)
-        over = self.expected(tokens.float(), protected) - self.asked(tokens.float(), protected)
-        first, second = Ascend.apply(self.multiplier)
-        total = first * over + second * over**2
-        if self.ranks_teacher:
-            if teacher is None or "ranking" not in teacher:
-                raise ValueError("ToP distils its teacher's ranking: train with a teacher, or with rank_loss='none'")
-            if not self.early:
-                raise ValueError(
-                    f"ToP distils the ranking into the first third of the layers, at={list(self.sites)} has none of "
-                    "them: name an earlier layer, or train with rank_loss='none'"
-                )
-            ranking, views = teacher["ranking"], [record.views[i] for i in self.early]
-            weight, free = self.rank_weight * max(0.01, 1 - self.ramped), views[0].alive & ~views[0].protected
-            losses = [ranking_loss(share(view), ranking, free, self.topk, self.rank_loss) for view in views]
-            total = total + weight * sum(losses)
-            self.agreement = [overlap(view.score.detach(), ranking, free, self.topk) for view in views]
+        if self.soft:
+            tokens, protected = self.lengths or rows_of(record)
+            over = self.expected(tokens.float(), protected) - self.asked(tokens.float(), protected)
+            first, second = Ascend.apply(self.multiplier)
+            total = first * over + second * over**2
+        else:
+            total = sum(0.0 * parameter.sum() for parameter in self.parameters())
+        return total + self.rank_weight * self.misranked(record, teacher) if self.ranks_teacher else total
+
+    def misranked(self, record: Record, teacher: Any) -> Tensor:
+        """Scalar: the ranking loss, summed over the early sites; of the tokens that are still there."""
+        if teacher is None or "ranking" not in teacher:
+            raise ValueError("ToP distils its teacher's ranking: train with a teacher, or with rank_loss='none'")
+        if not self.early:
+            raise ValueError(
+                f"ToP distils the ranking into the first third of the layers, at={list(self.sites)} has none of "
+                "them: name an earlier layer, or train with rank_loss='none'"
+            )
+        self.agreement, total = [], 0.0
+        for view in (record.views[i] for i in self.early):
+            ranking, free = teacher["ranking"].gather(1, view.tokens.index), view.open & ~view.protected
+            if self.rank_loss == "arp2-topk":
+                score = view.score / view.tokens.live.clamp(min=1)[:, None]  # a share of all attention, as theirs
+            else:
+                score = view.score.clamp(min=FAINT).log()
+            total = total + ranking_loss(score, ranking, free, self.topk, self.rank_loss)
+            self.agreement.append(overlap(view.score.detach(), ranking, view.alive & ~view.protected, self.topk))
         return total
 
     def metrics(self) -> dict[str, float]:
-        """The cost that is asked for, expected and, with masks without chance, counted; gates, multipliers, and how
-        many of the teacher's best tokens the early sites rank among their best."""
+        """While masks and gates learn, the cost that is asked for, expected and, with masks without chance, counted;
+        gates and multipliers. Always how many of the teacher's best tokens the early sites rank among their best."""
+        found = {f"rank_overlap_{self.sites[i]}": a.item() for i, a in zip(self.early, self.agreement, strict=False)}
         if self.record is None or not self.soft:
-            return {}
+            return found
         tokens, protected = self.lengths or rows_of(self.record)
-        found = {
+        found |= {
             "cost_target": self.asked(tokens.float(), protected),
             "cost_expected": self.expected(tokens.float(), protected).item(),
             "cost_hard": self.counted(self.settled().cpu(), tokens.cpu(), protected.cpu()),
             "gates_on": float((~self.idle).sum()),
         }
-        found |= {f"multiplier_{i + 1}": value for i, value in enumerate(self.multiplier.tolist())}
-        found |= {f"rank_overlap_{self.sites[i]}": a.item() for i, a in zip(self.early, self.agreement, strict=False)}
-        return found
+        return found | {f"multiplier_{i + 1}": value for i, value in enumerate(self.multiplier.tolist())}
 
     # --- the budget ----------------------------------------------------------------------------------------------
     def counted(self, mask: Tensor, tokens: Tensor, protected: Tensor) -> float:
@@ -358,38 +371,3 @@ def places(bins: int, longest: int, floor: int) -> Tensor:
     count, rank = torch.arange(longest + 1)[:, None], torch.arange(longest)
     into = bin_of(rank, count.clamp(min=1), bins).clamp(max=bins - 1)
     return torch.zeros(longest + 1, bins).scatter_add_(1, into, ((rank < count) & (rank >= floor)).float())
-
-
-def share(view: View) -> Tensor:
-    """(B, N): the attention a token receives as a share of all, the unit of the paper's ranking loss."""
-    return view.score / view.tokens.live.clamp(min=1)[:, None]
-
-
-def ranking_loss(score: Tensor, teacher: Tensor, free: Tensor, k: int, kind: str) -> Tensor:
-    """Scalar: how far ``score`` (B, N) is from ordering the teacher's best ``k`` of the ``free`` tokens as it does.
-
-    The pairwise logistic loss log2(1 + exp(-(s_i - s_j))) over pairs that the teacher ranks i before j, weighted by
-    the difference of their ranks ("arp2") or by what swapping them changes of the NDCG ("ndcg"), divided by k^2.
-    """
-    k = min(k, free.shape[1])
-    order = teacher.masked_fill(~free, float("-inf")).topk(k, dim=1).indices
-    place = torch.arange(k, device=free.device)
-    real = place < free.sum(1, keepdim=True)
-    s = score.gather(1, order)
-    weight = (place[None, :] - place[:, None]).clamp(min=0).float()  # (k, k): rank of j minus rank of i
-    if kind == "ndcg":
-        gain, found = (k - 1.0 - place) / max(1, k - 1), 1 / (2 + ranks(s.detach(), real).float()).log2()
-        ideal = (gain / (2.0 + place).log2()).sum()
-        swap = (gain[:, None] - gain[None, :]).abs() * (found[:, :, None] - found[:, None, :]).abs() / ideal
-        weight = swap * (weight > 0) * k
-    pairs = F.softplus(s[:, None, :] - s[:, :, None]) / math.log(2)  # [b, i, j]: log2(1 + exp(-(s_i - s_j)))
-    return (weight * pairs * (real[:, :, None] & real[:, None, :])).sum((1, 2)).mean() / k**2
-
-
-def overlap(score: Tensor, teacher: Tensor, free: Tensor, k: int) -> Tensor:
-    """Scalar: the mean share of the teacher's best ``k`` of the ``free`` tokens that are among the best ``k`` here; of
-    rows with fewer than 2k tokens, the better half."""
-    count = free.sum(1, keepdim=True)
-    best = ((count + 1) // 2).clamp(max=k)
-    both = (ranks(score, free) < best) & (ranks(teacher, free) < best) & free
-    return (both.sum(1) / best[:, 0].clamp(min=1))[count[:, 0] > 0].mean()

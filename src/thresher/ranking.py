@@ -1,0 +1,48 @@
+"""Learning a teacher's ranking of tokens: pairwise losses, and how far two rankings agree.
+
+Shapes: B rows, N slots, K best tokens. ``free`` (B, N) bool: the tokens that are ranked.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .pruner import ranks
+
+RANK_LOSSES = ("arp2", "arp2-topk", "ndcg", "none")
+
+
+def ranking_loss(score: Tensor, teacher: Tensor, free: Tensor, k: int, kind: str) -> Tensor:
+    """Scalar: how far ``score`` (B, N) is from ordering the ``free`` tokens as ``teacher`` (B, N) does.
+
+    The mean of log2(1 + exp(-(s_i - s_j))) over the pairs that the teacher ranks i before j, i among its best ``k``,
+    weighted by the difference of their relevance, k less the rank and 0 behind the best ("arp2", after LambdaARPLoss2
+    of Wang et al., 2018), or by what swapping them changes of the NDCG ("ndcg", LambdaRank of Burges, 2010).
+    "arp2-topk": ToP's own, the first over pairs among the best k alone, a sum divided by k^2.
+    """
+    k = min(k, score.shape[1])
+    place = ranks(teacher, free)
+    relevance = (k - place).clamp(min=0) * free
+    best = place.argsort(dim=1)[:, :k]  # the teacher's best k
+    s, gain = score.gather(1, best), relevance.gather(1, best)
+    weight = (gain[:, :, None] - relevance[:, None, :]).clamp(min=0).float() * free[:, None, :]  # [b, i, j]
+    if kind == "arp2-topk":
+        weight = weight * (relevance > 0)[:, None, :]
+    if kind == "ndcg":
+        found = 1 / (2 + ranks(score.detach(), free).float()).log2()
+        weight = weight * (found.gather(1, best)[:, :, None] - found[:, None, :]).abs()
+    pairs = F.softplus(score[:, None, :] - s[:, :, None]) / math.log(2)
+    total = (weight * pairs).sum((1, 2))
+    return (total / (k**2 if kind == "arp2-topk" else weight.sum((1, 2)).clamp(min=1e-6))).mean()
+
+
+def overlap(score: Tensor, teacher: Tensor, free: Tensor, k: int) -> Tensor:
+    """Scalar: the mean share of the teacher's best ``k`` of the ``free`` tokens that are among the best ``k`` here; of
+    rows with fewer than 2k tokens, the better half."""
+    count = free.sum(1, keepdim=True)
+    best = ((count + 1) // 2).clamp(max=k)
+    both = (ranks(score, free) < best) & (ranks(teacher, free) < best) & free
+    return (both.sum(1) / best[:, 0].clamp(min=1))[count[:, 0] > 0].mean()
