@@ -45,20 +45,17 @@ def measure_task(entry, runs: Path) -> list[dict]:
 def measure_efficiency(entry, runs: Path) -> list[dict]:
     """Efficiency at fixed FLOPs reductions, untrained: TopK schedules on the lengths of a task's first 256 test texts
     ("least": of those with so many tokens)."""
-    from importlib.resources import files
-
-    from entries import DATA, MODELS, TASKS
+    from entries import DATA, TASKS
     from thresher import TopK, prune, unprune
     from thresher.bench import measure
     from thresher.data import load_task, tokenize
     from thresher.loading import load
+    from weights import pretrained
 
     rows = []
     setting = TASKS[entry.task]
-    package, inside = MODELS[entry.model]
-    folder = str(files(package) / inside)
     task = load_task(str(DATA / setting.data), config=setting.config)
-    net, tokenizer = load(folder, num_labels=max(2, len(task.labels)))
+    net, tokenizer = load(pretrained(entry.model), num_labels=max(2, len(task.labels)))
     longest, least = entry.options["max_length"], entry.options.get("least", 1)
     test = tokenize(task.test, task, tokenizer, longest)[0]
     test = test.select([i for i, ids in enumerate(test["input_ids"]) if len(ids) >= least][:256])

@@ -137,7 +137,7 @@ def write(results: Path, target: Path) -> None:
             continue
         rows = f", {setting.limit:,} training rows" if setting.limit else ""
         lines += [
-            f"## {task}",
+            f"## {task}{'' if (model := entries[0].model) == 'minilm-l6' else ', ' + model}",
             "",
             f"At most {setting.training['max_length']} tokens{rows}; {setting.training['epochs']:g} epochs of "
             f"fine-tuning, {setting.training['prune_epochs']:g} of pruning; "
