@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from entries import ENTRIES, Entry  # noqa: E402
+from weights import available  # noqa: E402
 
 RESULTS, RUNS = HERE / "results", HERE.parent / "runs" / "benchmarks"
 
@@ -49,7 +50,8 @@ def claimed(entry: Entry):
 
 def ready(entry: Entry) -> bool:
     """Whether an entry has no result yet and all it needs is there."""
-    return not result_file(entry).exists() and all((RUNS / name / "config.json").exists() for name in entry.needs)
+    there = available(entry.model) and all((RUNS / name / "config.json").exists() for name in entry.needs)
+    return there and not result_file(entry).exists()
 
 
 def labels_of(entry: Entry) -> list:
@@ -72,8 +74,8 @@ def run(entry: Entry) -> None:
         from remembering import Remembering
         from thresher.jobs import SUMMARY, Recipe
 
-        remembering = Remembering(Recipe(**entry.recipe(RUNS)), RUNS / entry.name, sys.stderr.isatty())
-        rows = remembering.run(fresh=False)
+        recipe = Recipe(**{"method_options": {}, **entry.recipe(RUNS)})
+        rows = Remembering(recipe, RUNS / entry.name, sys.stderr.isatty()).run(fresh=False)
         summary = json.loads((RUNS / entry.name / SUMMARY).read_text())
         method = f"{entry.method}-{entry.variant}".strip("-")
         rows = [{**rows[-1], "model": entry.model, "method": method, "target_flops": entry.target}]

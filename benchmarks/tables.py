@@ -16,7 +16,7 @@ PREAMBLE = """\
 
 Written by `python benchmarks/run.py --tables` from `benchmarks/results`; do not edit.
 
-MiniLM-L6, fp32 evaluation on test parts. FLOPs: how many times fewer MACs the encoder layers spend than dense
+MiniLM-L6 where no other model is named, fp32 evaluation on test parts. FLOPs: how many times fewer MACs the encoder layers spend than dense
 unpadded on the same texts (own length). TopK, FirstK and Random keep, text by text and site by site, as many
 tokens as LTP did (of-top: as ToP did), and are trained with the same steps and the same distillation. Intervals:
 paired bootstrap over examples and seeds. Rank overlap: the share of the teacher's best tokens (of short texts, of

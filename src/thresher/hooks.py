@@ -210,7 +210,7 @@ class Hooks:
         """Let the method choose, once: a layer that runs again must repeat what was decided."""
         if view.after is None:
             self._check(view)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.pruner.learns(view.site)):
+            with torch.no_grad():
                 view.keep = self.pruner.select(view)
             view.after = self.pruner.reduce(view)
 

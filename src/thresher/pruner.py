@@ -105,10 +105,6 @@ class TokenPruner(nn.Module):
         """(B, N): the importance of each token. Default: the attention it receives, relative to uniform."""
         return view.received()
 
-    def learns(self, site: int) -> bool:
-        """Whether ``loss`` wants the gradient of a site's score while tokens leave; a soft stage always has it."""
-        return False
-
     def choose(self, score: Tensor, view: View) -> Tensor:
         """(B, N) bool: the tokens that stay. Dead ones are removed and protected ones added afterwards."""
         raise NotImplementedError(f"{type(self).__name__} does not say which tokens to keep")

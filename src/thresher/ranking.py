@@ -23,7 +23,6 @@ def ranking_loss(score: Tensor, teacher: Tensor, free: Tensor, k: int, kind: str
     of Wang et al., 2018), or by what swapping them changes of the NDCG ("ndcg", LambdaRank of Burges, 2010).
     "arp2-topk": ToP's own, the first over pairs among the best k alone, a sum divided by k^2.
     """
-    k = min(k, score.shape[1])
     place = ranks(teacher, free)
     relevance = (k - place).clamp(min=0) * free
     best = place.argsort(dim=1)[:, :k]  # the teacher's best k
@@ -41,8 +40,8 @@ def ranking_loss(score: Tensor, teacher: Tensor, free: Tensor, k: int, kind: str
 
 def overlap(score: Tensor, teacher: Tensor, free: Tensor, k: int) -> Tensor:
     """Scalar: the mean share of the teacher's best ``k`` of the ``free`` tokens that are among the best ``k`` here; of
-    rows with fewer than 2k tokens, the better half."""
+    rows with fewer than 2k tokens, the better half. 0 where no row has any."""
     count = free.sum(1, keepdim=True)
     best = ((count + 1) // 2).clamp(max=k)
     both = (ranks(score, free) < best) & (ranks(teacher, free) < best) & free
-    return (both.sum(1) / best[:, 0].clamp(min=1))[count[:, 0] > 0].mean()
+    return (both.sum(1) / best[:, 0].clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)

@@ -131,9 +131,6 @@ class ToP(TokenPruner):
         self.lengths: tuple[Tensor, Tensor] | None = None  # of inputs that the budget is meant for
         self.early = [i for i, layer in enumerate(self.sites) if layer < max(info.first_site + 1, info.depth // 3)]
 
-    def learns(self, site: int) -> bool:
-        return self.ranks_teacher and self.rank_weight > 0 and site in self.early
-
     # --- what stays ----------------------------------------------------------------------------------------------
     def choose(self, score: Tensor, view: View) -> Tensor:
         mask = self.mask if self.phase(self.progress) == "hard" else self.settled()
@@ -273,10 +270,11 @@ class ToP(TokenPruner):
         self.agreement, total = [], 0.0
         for view in (record.views[i] for i in self.early):
             ranking, free = teacher["ranking"].gather(1, view.tokens.index), view.open & ~view.protected
+            score = view.score if self.soft else self.score(view)  # tokens are chosen without gradients
             if self.rank_loss == "arp2-topk":
-                score = view.score / view.tokens.live.clamp(min=1)[:, None]  # a share of all attention, as theirs
+                score = score / view.tokens.live.clamp(min=1)[:, None]  # a share of all attention, as theirs
             else:
-                score = view.score.clamp(min=FAINT).log()
+                score = score.clamp(min=FAINT).log()
             total = total + ranking_loss(score, ranking, free, self.topk, self.rank_loss)
             self.agreement.append(overlap(view.score.detach(), ranking, view.alive & ~view.protected, self.topk))
         return total
