@@ -16,12 +16,12 @@ PREAMBLE = """\
 
 Written by `python benchmarks/run.py --tables` from `benchmarks/results`; do not edit.
 
-MiniLM-L6 where no other model is named, fp32 evaluation on test parts. FLOPs: how many times fewer MACs the encoder layers spend than dense
-unpadded on the same texts (own length). TopK, FirstK and Random keep, text by text and site by site, as many
-tokens as LTP did (of-top: as ToP did), and are trained with the same steps and the same distillation. Intervals:
-paired bootstrap over examples and seeds. Rank overlap: the share of the teacher's best tokens (of short texts, of
-their better half) that the first layers rank among their own best, by layer, mean over the second half of the
-training, of the tokens that are left; by chance it would be one half where few are.
+MiniLM-L6 where no other model is named, fp32 evaluation on test parts. FLOPs: how many times fewer MACs the encoder
+layers spend than dense unpadded on the same texts (own length). TopK, FirstK and Random keep, text by text and site by
+site, as many tokens as LTP did (of-top: as ToP did), and are trained with the same steps and the same distillation.
+Intervals: paired bootstrap over examples and seeds. Rank overlap: the share of the teacher's best tokens (of short
+texts, of their better half) that the first layers rank among their own best, by layer, mean over the second half of
+the training, of the tokens that are left; by chance it would be one half where few are.
 
 Budgets are met on the validation part, and texts of another length cost another share: SST-2's training rows, and
 so its validation part, are phrases, its test part is whole sentences. Compare rows of equal FLOPs.
