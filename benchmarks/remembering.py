@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from dataclasses import fields
 from pathlib import Path
 
 import torch
+import transformers
 
-from thresher import predicting
+import thresher
 from thresher.jobs import Training
 from thresher.predicting import Predictions, predict
 
@@ -19,12 +19,14 @@ from thresher.predicting import Predictions, predict
 def remembered(runs: Path, net, folder: Path, part, **how) -> Predictions:
     """``predict(net, part, **how)`` of the model in ``folder``, asked once and looked up afterwards.
 
-    Known by the bytes of the model, of its texts and of what asks it; kept beside the entries' models, in ``runs``.
+    Known by the bytes of the model, of its texts and of all that could change what it says of them (the library and
+    those below it); kept beside the entries' models, in ``runs``.
     """
-    about = hashlib.sha256(json.dumps([how, list(part["input_ids"])], sort_keys=True).encode())
-    about.update(inspect.getsource(predicting).encode())
-    for name in ("config.json", "model.safetensors"):
-        about.update((folder / name).read_bytes())
+    inputs = {name: list(part[name]) for name in ("input_ids", "token_type_ids") if name in part.column_names}
+    about = hashlib.sha256(json.dumps([how, inputs, torch.__version__, transformers.__version__]).encode())
+    sources = sorted(Path(thresher.__file__).parent.rglob("*.py"))
+    for file in (*sources, folder / "config.json", folder / "model.safetensors"):
+        about.update(file.read_bytes())
     file = runs / "answers" / f"{about.hexdigest()}.pt"
     if file.exists():
         return Predictions(**torch.load(file, weights_only=True))

@@ -63,6 +63,7 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
             test,
             task,
             max_length=longest,
+            modes=("dense-unpadded", "pruned"),
             batch_sizes=entry.options["batch_sizes"],
             repeats=5,
             batches=4,

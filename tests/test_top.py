@@ -15,7 +15,6 @@ from families import FAMILIES
 from methods import Holes
 from thresher import ToP, jobs, prune
 from thresher.methods.top import BOUND, bin_of, rows_of
-from thresher.ranking import ranking_loss
 from thresher.relaxed import chance, odds, sample
 from toy import OPTIONS, make_toy
 
@@ -280,74 +279,6 @@ def test_gradients_of_the_ranking_reach_the_early_layers_only():
     layers = model.bert.encoder.layer
     assert layers[0].attention.self.query.weight.grad.abs().sum() > 0
     assert layers[1].attention.self.query.weight.grad is None
-
-
-RANKING = torch.rand(len(LENGTHS), 24, generator=torch.Generator().manual_seed(0))
-
-
-def taught(executor: str, progress: float, checkpointing: bool = False, **options):
-    """A model whose early layers have been taught RANKING: its method, the loss and the gradient of layer 1's keys."""
-    method = ToP(bins=4, floor=0, gates=False, topk=5, **options)
-    model = prune(BERT.build(), method, executor=executor).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    method.early, method.progress = [0, 1], progress
-    method.mask[0] = torch.tensor([True, False, True, False])
-    with torch.no_grad():
-        method.rank[0] = torch.tensor([BOUND, -BOUND, BOUND, -BOUND])
-    torch.manual_seed(1)
-    BERT.run(model, BERT.batch(LENGTHS))
-    loss = method.misranked(method.record, {"ranking": RANKING})
-    loss.backward()
-    return method, loss.item(), model.bert.encoder.layer[1].attention.self.key.weight.grad
-
-
-@pytest.mark.parametrize("kind", ["arp2", "arp2-topk", "ndcg"])
-def test_the_ranking_is_learned_to_the_end_alike_in_every_executor(kind):
-    """In the hard stage, of the tokens that are left, whatever slots they are in."""
-    (_, loss, gradient), *others = (taught(e, 1.0, rank_loss=kind) for e in ("mask", "padded", "packed"))
-    assert loss > 0 and gradient.abs().sum() > 0
-    for _, other, found in others:
-        assert other == pytest.approx(loss, abs=1e-5)
-        torch.testing.assert_close(found, gradient, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("progress, executor", [(0.0, "auto"), (1.0, "mask"), (1.0, "padded"), (1.0, "packed")])
-def test_checkpointing_teaches_the_same_ranking(progress, executor):
-    (_, loss, gradient), (_, again, found) = (taught(executor, progress, c) for c in (False, True))
-    assert again == pytest.approx(loss, abs=1e-6) and gradient.abs().sum() > 0
-    torch.testing.assert_close(found, gradient, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("progress", [0.0, 1.0], ids=["soft", "hard"])
-def test_what_is_ranked_are_logarithms_of_open_tokens_that_may_leave(progress):
-    method, loss, _ = taught("mask", progress)
-    views, total = method.record.views[:2], 0.0
-    gone = [torch.zeros_like(RANKING).bool(), ~views[0].keep if progress else views[1].tokens.log_gate < -10]
-    assert gone[1].any() and not gone[1].all()
-    for view, left in zip(views, gone, strict=True):
-        free = (torch.arange(24) < torch.tensor(LENGTHS)[:, None]) & ~left
-        free[:, 0] = False  # the first token never leaves
-        total += ranking_loss(view.score.detach().log(), RANKING, free, 5, "arp2").item()
-    assert loss == pytest.approx(total, rel=1e-5)
-
-
-def test_the_papers_ranking_is_of_shares_of_all_attention():
-    method, loss, _ = taught("mask", 0.0, rank_loss="arp2-topk")
-    total = 0.0
-    for view in method.record.views[:2]:
-        shares = view.score.detach() / view.score.detach().sum(1, keepdim=True)
-        total += ranking_loss(shares, RANKING, view.open & ~view.protected, 5, "arp2-topk").item()
-    assert loss == pytest.approx(total, rel=1e-4)
-
-
-@pytest.mark.parametrize("progress", [0.0, 1.0], ids=["soft", "hard"])
-def test_the_ranking_loss_has_its_weight(progress):
-    method, loss, _ = taught("mask", progress)
-    losses = []
-    for method.rank_weight in (0.0, 2.0):
-        losses.append(method.loss(None, {}, method.record, {"ranking": RANKING}).item())
-    assert losses[1] - losses[0] == pytest.approx(2 * loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("teacher", [None, {"logits": torch.zeros(4, 3)}])
