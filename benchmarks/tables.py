@@ -111,18 +111,18 @@ def smoke_of(task: str) -> list[Entry]:
 
 
 def headline(results: dict[str, dict]) -> str:
-    """One sentence per task for the README."""
+    """One sentence per task and method for the README."""
     lines = []
     for task in TASKS:
-        ltp = [e for e in smoke_of(task) if e.method == "ltp" and e.name in results]
-        if ltp:
-            rows = [results[e.name]["rows"][0] for e in ltp]
-            lines.append(
-                f"* {task}, MiniLM-L6, LTP, {len(rows)} seed{'s' * (len(rows) > 1)}: "
-                f"{mean(r['flops_ratio'] for r in rows):.2f}x fewer "
-                f"FLOPs than dense unpadded, {rows[0]['metric']} {mean(r['quality'] for r in rows):.1f} against "
-                f"{mean(r['quality_dense'] for r in rows):.1f} dense."
-            )
+        for method, called in {"ltp": "LTP", "top": "ToP"}.items():
+            rows = [results[e.name]["rows"][0] for e in smoke_of(task) if e.method == method and e.name in results]
+            if rows:
+                lines.append(
+                    f"* {task}, MiniLM-L6, {called}, {len(rows)} seed{'s' * (len(rows) > 1)}: "
+                    f"{mean(r['flops_ratio'] for r in rows):.2f}x fewer "
+                    f"FLOPs than dense unpadded, {rows[0]['metric']} {mean(r['quality'] for r in rows):.1f} against "
+                    f"{mean(r['quality_dense'] for r in rows):.1f} dense."
+                )
     return "\n".join(lines) or "No result has landed yet."
 
 
@@ -148,8 +148,12 @@ def write(results: Path, target: Path) -> None:
         ]
         for entry in (e for e in ENTRIES if e.task == task and e.kind != "train" and e.name in found):
             row = found[entry.name]["rows"][0]
-            what = f", untrained TopK, at most {row['max_length']} tokens" if entry.kind == "efficiency" else ""
-            lines += [f"Wall-clock{what}, one interleaved run, {row['threads']} threads, {row['hardware']}:", ""]
+            what = f"first {row['n_examples']} texts"
+            if entry.kind == "efficiency":
+                least = entry.options.get("least")
+                what += f" of {least} tokens" if least else f", at most {row['max_length']} tokens"
+                what += ", untrained TopK"
+            lines += [f"Wall-clock, {what}, one interleaved run, {row['threads']} threads, {row['hardware']}:", ""]
             lines += [*speed_table(found[entry.name]), ""]
     if missing:
         lines += ["## Not run yet", "", *[f"* {name}" for name in missing], ""]
