@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+UNJUDGED = dict.fromkeys(("quality", "quality_dense", "interval_low", "interval_high"))  # a part lies in label order
+
 
 def measure_task(entry, runs: Path) -> list[dict]:
-    """Wall-clock rows of the models an entry needs: the dense one first, then the pruned ones; quality, FLOPs
-    and time on the first texts of the test part."""
+    """Wall-clock rows of the models an entry needs: the dense one first, then the pruned ones, on the
+    first texts of the test part; quality where these are all."""
     from entries import DATA, TASKS
     from thresher.bench import measure
     from thresher.data import load_task, tokenize
@@ -20,14 +22,15 @@ def measure_task(entry, runs: Path) -> list[dict]:
     task = load_task(str(DATA / setting.data), config=setting.config, limit=setting.limit)
     test = tokenize(task.test, task, tokenizer, setting.training["max_length"])[0]
     net = load(str(runs / others[0]))[0]
-    test = test.select(range(min(len(test), entry.options["limit"])))
+    whole = len(test) <= entry.options["limit"]
+    test = test if whole else test.select(range(entry.options["limit"]))
     kept = predict(net, test).kept
     baselines = {}
     for name in others[1:]:
         model = load(str(runs / name))[0]
         model.token_pruner.row_counts = kept
         baselines[model.token_pruner.name] = model
-    return measure(
+    rows = measure(
         net,
         test,
         task,
@@ -37,6 +40,7 @@ def measure_task(entry, runs: Path) -> list[dict]:
         repeats=5,
         fields={"model": entry.model, "split": "test", "target_flops": entry.target, "seed": entry.seed},
     )
+    return rows if whole else [{**row, **UNJUDGED} for row in rows]
 
 
 def measure_efficiency(entry, runs: Path) -> list[dict]:
@@ -70,5 +74,5 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
             fields={"model": entry.model, "split": "test", "recipe": f"untrained TopK(keep={keep}), {ratio}"},
         )
         unprune(net)
-        rows += [{**row, "quality": None, "quality_dense": None} for row in timed]
+        rows += [{**row, **UNJUDGED} for row in timed]
     return rows
