@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-UNJUDGED = dict.fromkeys(("quality", "quality_dense", "interval_low", "interval_high"))  # a part lies in label order
+UNJUDGED = dict.fromkeys(
+    ("quality", "quality_dense", "interval_low", "interval_high")
+)  # of some labels alone, or untrained
 
 
 def measure_task(entry, runs: Path) -> list[dict]:
