@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import thresher
 from families import FAMILIES
 from test_show import save_tiny
-from thresher import LTP, Threshold, TopK, cli
+from thresher import LTP, Threshold, TopK, cli, console
 from thresher.report import row
 
 COMMANDS = {
@@ -102,10 +102,11 @@ def test_without_arguments_there_is_help_and_the_version_is_told():
 
 
 def test_help_needs_no_heavy_import():
-    tree = ast.parse(Path(cli.__file__).read_text(encoding="utf-8"))
-    names = [a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names]
-    names += [node.module or "." for node in tree.body if isinstance(node, ast.ImportFrom)]
-    assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names) | {"typer", "rich"}
+    for module, own in ((cli, {"console"}), (console, set())):
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        names = [a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names]
+        names += [node.module or "." for node in tree.body if isinstance(node, ast.ImportFrom)]
+        assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names) | {"typer", "rich"} | own
 
 
 # --- what the library is given ---------------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ def play(layout, hidden, mask, drops):
         keep = torch.where(keep.any(1, keepdim=True), keep, tokens.alive)  # no row may become empty
         after = tokens.drop(keep)
         if after is not tokens:
-            after.full, x = tokens.restore(x), after.take(x)
+            after.leave(tokens, x)
+            x = after.take(x)
         tokens, x = after, x * 1.25 + 1
     return tokens, x, tokens.restore(x)
 

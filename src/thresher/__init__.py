@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import dense, prune, unprune
+    from .exporting import export
     from .methods.ltp import LTP
     from .methods.threshold import Threshold
     from .methods.top import ToP
     from .methods.topk import FirstK, Random, TopK
     from .pruner import TokenPruner
+    from .runtime import load_runtime
     from .training import PruningTrainer
 
 __version__ = "0.1.0"
@@ -23,16 +25,20 @@ __all__ = [
     "TokenPruner",
     "TopK",
     "dense",
+    "export",
+    "load_runtime",
     "prune",
     "unprune",
 ]
 _HOMES = {
     "api": ("dense", "prune", "unprune"),
+    "exporting": ("export",),
     "methods.ltp": ("LTP",),
     "methods.threshold": ("Threshold",),
     "methods.top": ("ToP",),
     "methods.topk": ("FirstK", "Random", "TopK"),
     "pruner": ("TokenPruner",),
+    "runtime": ("load_runtime",),
     "training": ("PruningTrainer",),
 }
 

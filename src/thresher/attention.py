@@ -194,16 +194,20 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def attend_and_score(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, votes: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of full rows, and what each token receives on the way: one product of queries and keys instead of two.
+    """Attention, and what each token receives on the way: one product of queries and keys instead of two.
 
-    Shapes: query (B, H, N, d), key and value with H or fewer heads; returns (B, N, H, d) and (B, N) fp32.
+    Shapes: query (B, H, N, d), key and value with H or fewer heads, ``votes`` (B, N) of the query rows, None where all
+    have one; returns (B, N, H, d) and (B, N) fp32.
     """
     batch, heads, length, _ = query.shape
     query, key, value = query * scaling, repeat_heads(key, query).transpose(-1, -2), repeat_heads(value, query)
-    step, outputs, received = max(1, CACHED // (batch * length * length)), [], 0
-    votes = torch.ones(batch, 1, 1, length, device=query.device)
+    step, outputs, received = heads, [], 0  # a graph knows no sizes
+    if not torch.compiler.is_compiling():
+        step = max(1, CACHED // (batch * length * length))
+    votes = torch.ones(batch, length, device=query.device) if votes is None else votes
+    votes = votes[:, None, None]
     for h in range(0, heads, step):
         logits = query[:, h : h + step] @ key[:, h : h + step]
         if bias is not None:
@@ -235,16 +239,28 @@ class PrunedAttention:
         token_view.see(module, query, key, attention_mask, scaling)
         if isinstance(token_view.tokens, Packed):
             return self._packed(function, module, query, key, value, attention_mask, token_view, kwargs)
+        if torch.compiler.is_compiling() and token_view.scored and self._plain(module, kwargs):
+            bias, votes = additive(attention_mask, query, module), token_view.tokens.votes
+            output, received = attend_and_score(query, key, value, bias, token_view.scaling, votes)
+            if attention_mask is not None and attention_mask.dtype == torch.bool:  # a query that sees nobody gets zeros
+                output = output * attention_mask.any(-1)[:, 0, :, None, None]
+            token_view.see_received(received)
+            return output, None
         output, weights = function(module, query, key, value, attention_mask, **kwargs)
         if weights is not None and not (dropout and module.training):
             token_view.see_weights(weights)
         return output, weights
 
+    @staticmethod
+    def _plain(module, kwargs: dict) -> bool:
+        """Whether attention is a softmax of scaled products and nothing else, so that it can be had with the score."""
+        own = any(kwargs.get(name) is not None for name in ("softcap", "s_aux")) or hasattr(module, "sinks")
+        return not own and not (kwargs["dropout"] and module.training)
+
     def _packed(self, function, module, query, key, value, mask, view: View, kwargs):
         """One call per run of equally long neighbours, or per sequence where a mask tells them apart."""
         tokens, outputs, received = view.tokens, [], []
-        plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux")) and not hasattr(module, "sinks")
-        fused = view.scored and plain and not (kwargs["dropout"] and module.training)
+        fused = view.scored and self._plain(module, kwargs)
         blank = [False] * len(tokens.lengths) if tokens.blank is None else tokens.blank.tolist()
         for sequence, row, count, length in tokens.runs():
             run = [

@@ -1,14 +1,9 @@
-"""The command line: train, eval, bench, show and info; torch is imported only by what needs it."""
+"""The command line: train, eval, bench, export, show and info; torch is imported only by what needs it."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import tempfile
-import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,30 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
-from typer.core import TyperGroup
 
-
-class _Group(TyperGroup):
-    """Mistakes end in one line and code 2, interruptions in code 130; THRESHER_DEBUG=1 shows tracebacks."""
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise
-        except KeyboardInterrupt:
-            resume = "; run the same command again to resume" if ctx.invoked_subcommand == "train" else ""
-            _say(f"interrupted{resume}", "yellow")
-            raise typer.Exit(130) from None
-        except Exception as error:
-            from safetensors import SafetensorError
-
-            known = (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError)
-            if os.environ.get("THRESHER_DEBUG") or not isinstance(error, known):
-                raise
-            broken = "corrupted checkpoint: " if isinstance(error, SafetensorError) else ""
-            _say(f"error: {broken}{_first_line(error)}", "red")
-            raise typer.Exit(2) from None
+from .console import Group, given, measure, progress, say, start, write
 
 
 def _list(kind: Callable) -> Callable[[str], tuple]:
@@ -71,7 +44,7 @@ Json = Annotated[Path | None, Option("--json", metavar="FILE", help="Write the r
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress and no notices.")]
 Verbose = Annotated[bool, Option("--verbose", "-v", help="Let transformers and datasets say all they have to say.")]
 
-app = typer.Typer(cls=_Group, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Group, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback(no_args_is_help=True, invoke_without_command=True)
@@ -131,20 +104,20 @@ def train(
       thresher train bert-base-uncased --data glue --config sst2 --method topk --keep 0.7 --out runs/sst2
       thresher train bert-base-uncased --data glue --config mrpc --recipe top-mrpc --out runs/mrpc
     """
-    options = _options(locals(), "model", "data", "out")
-    _start(verbose, quiet, json_file, folder=out)
+    options = given(locals(), "model", "data", "out")
+    start(verbose, quiet, json_file, folder=out)
     from . import jobs
 
-    _measure(jobs.train, json_file, model, data, str(out), **options, progress=not quiet)
+    measure(jobs.train, json_file, model, data, str(out), **options, progress=not quiet)
     if not quiet and (target_latency or target_latency_ms):
         reached = json.loads((out / jobs.SUMMARY).read_text())["reached"]
         asked = f"{target_latency_ms} ms" if target_latency_ms else f"{target_latency} of the dense time"
-        _say(
+        say(
             f"asked: {asked}; measured: {reached['latency_ms']:.2f} ms, "
             f"{reached['latency_fraction_measured']:.2f} of the dense {reached['latency_ms_dense']:.2f} ms"
         )
     if not quiet:
-        _say(f"the model is in {out}")
+        say(f"the model is in {out}")
 
 
 @app.command("eval")
@@ -170,11 +143,11 @@ def evaluate(
       thresher eval runs/reviews --data reviews.csv
       thresher eval runs/sst2 --data glue --config sst2 --json sst2.json
     """
-    options = _options(locals(), "model", "data")
-    _start(verbose, quiet, json_file)
+    options = given(locals(), "model", "data")
+    start(verbose, quiet, json_file)
     from . import jobs
 
-    _measure(jobs.evaluate, json_file, model, data, **options)
+    measure(jobs.evaluate, json_file, model, data, **options)
 
 
 @app.command()
@@ -206,24 +179,50 @@ def bench(
       thresher bench runs/reviews --data reviews.csv --batch-size 1,8,32 --plot reviews.png
       thresher bench runs/reviews --data reviews.csv --precision fp32,bf16 --threads 1 --json reviews.json
     """
-    options = _options(locals(), "model", "data")
-    _start(verbose, quiet, json_file, plot)
+    options = given(locals(), "model", "data")
+    start(verbose, quiet, json_file, plot)
     if plot is not None and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'thresher[plot]'")
-    from rich.progress import Progress
-
     from . import jobs
 
-    def timed(*arguments, **options):
-        with Progress(console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
-            task = bar.add_task("")
+    with progress(quiet) as tell:
+        measure(jobs.bench, json_file, model, data, **options, progress=tell)
 
-            def say(what: str, done: int, total: int) -> None:
-                bar.update(task, description=what, completed=done, total=total)
 
-            return jobs.bench(*arguments, **options, progress=say)
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, Option(metavar="DIR", help="The folder for the graph.")],
+    format: Annotated[str, Option(metavar="NAME", help="onnx or openvino.")] = "onnx",
+    precision: Annotated[str, Option(metavar="NAME", help="fp32, bf16 (openvino) or int8.")] = "fp32",
+    data: Annotated[
+        str | None, Option(metavar="PATH|ID", help="Its train part calibrates int8 in openvino; see bench.")
+    ] = None,
+    config: Config = None,
+    text: Columns = None,
+    max_length: MaxLength = 256,
+    threads: Threads = None,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a model, pruned or not, as a graph for ONNX Runtime or OpenVINO, in which dropped tokens are absent.
 
-    _measure(timed, json_file, model, data, **options)
+    \b
+    Examples:
+      thresher export runs/reviews --out runs/reviews-onnx
+      thresher export runs/reviews --format openvino --precision bf16 --out runs/reviews-ov
+      thresher export runs/reviews --format openvino --precision int8 --data reviews.csv --out runs/reviews-int8
+    """
+    options = given(locals(), "model", "out")
+    start(verbose, quiet, json_file, folder=out)
+    from . import jobs
+
+    with progress(quiet) as tell:
+        row = jobs.export(model, str(out), **options, progress=tell)
+    write([row], json_file)
+    if not quiet:
+        say(f"the graph is in {out}; its logits differ from the model's by {row['difference']:.2g} at most")
 
 
 @app.command()
@@ -256,7 +255,7 @@ def show(
     texts = [(one, pair) for one in text or ()]
     if file:
         texts = [(line, None) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    _start(verbose, quiet, json_file, html)
+    start(verbose, quiet, json_file, html)
     from . import jobs
     from .data import load_task
     from .show import html as page
@@ -270,7 +269,7 @@ def show(
     traces = [trace(pruned, tokenizer, *row, max_length=max_length) for row in texts[:limit]]
     if html:
         page(traces, html)
-    _write([asdict(one) for one in traces], json_file)
+    write([asdict(one) for one in traces], json_file)
     for one in traces if str(json_file) != "-" else ():
         Console().print(terminal(one))
 
@@ -284,11 +283,11 @@ def info(model: Model, json_file: Json = None, verbose: Verbose = False) -> None
       thresher info runs/reviews
       thresher info runs/reviews --json -
     """
-    _start(verbose, False, json_file)
+    start(verbose, False, json_file)
     from .info import describe
 
     row = describe(model)
-    _write([row], json_file)
+    write([row], json_file)
     grid = Table.grid("name", "value", padding=(0, 2))
     for name, value in row.items():
         if isinstance(value, dict):
@@ -300,76 +299,6 @@ def info(model: Model, json_file: Json = None, verbose: Verbose = False) -> None
         grid.add_row(name.replace("_", " "), Text(str(value)))
     if str(json_file) != "-":
         Console(highlight=False).print(grid)
-
-
-def _options(values: dict[str, Any], *without: str) -> dict[str, Any]:
-    """What the library is given: its own defaults stand where nothing was asked for."""
-    return {k: v for k, v in values.items() if v is not None and k not in (*without, "json_file", "quiet", "verbose")}
-
-
-def _start(verbose: bool, quiet: bool, *files: Path | None, folder: Path | None = None) -> None:
-    """Before the work: see that the results can be written, and quieten the libraries."""
-    for path in (folder, *files):
-        if path is None or str(path) == "-":
-            continue
-        if path.exists() and path.is_dir() != (path is folder):
-            raise ValueError(f"cannot write {path}: it is a {'file' if path is folder else 'folder'}")
-        parents = (path.absolute() / "any" if path is folder else path.absolute()).parents
-        try:
-            with tempfile.TemporaryFile(dir=next(parent for parent in parents if parent.exists())):
-                pass
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}") from None
-    warnings.showwarning = (lambda *_: None) if quiet else _notice
-    if not verbose:
-        os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
-def _notice(message, category, filename, *_) -> None:
-    """The library's own warnings in one line; those of others are meant for developers."""
-    if Path(__file__).parent in Path(filename).parents:
-        _say(f"note: {_first_line(message)}", "yellow")
-
-
-def _first_line(error: Any) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _say(text: str, style: str = "") -> None:
-    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _measure(job: Callable[..., list[dict]], json_file: Path | None, *arguments: str, **options: Any) -> None:
-    """Run a job and show its rows, as a table, and as JSON where that was asked for."""
-    from . import report
-
-    with redirect_stdout(sys.stderr):  # whatever transformers prints on the way is not the result
-        rows = job(*arguments, **options)
-    if str(json_file) == "-":
-        return _write(rows, json_file)
-    if json_file is not None:
-        report.write_rows(json_file, rows)
-    Console(width=max(160, Console().width)).print(report.table(rows))  # figures are never cut; a terminal may wrap
-
-
-def _write(rows: list[dict], json_file: Path | None) -> None:
-    """``{"rows": [...]}`` into a file, or to the screen for "-"; what is no number becomes null."""
-    if json_file is None:
-        return
-    text = json.dumps({"rows": rows}, default=lambda value: value.item() if hasattr(value, "item") else str(value))
-    text = json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1, ensure_ascii=False)
-    if str(json_file) == "-":
-        print(text)
-    else:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import torch
 
-from . import qa
+from . import exporting, qa
 from .api import dense
 from .bench import measure
 from .data import load_task, tokenize
 from .loading import clip, load
 from .machine import environment
-from .predicting import predict, quality, replayed
+from .predicting import Text, predict, quality, replayed
 from .report import plot as draw
 from .report import row
+
+CALIBRATED = 300  # examples that int8 is calibrated on, NNCF's own number
 
 
 def evaluate(
@@ -119,6 +121,46 @@ def bench(
     if plot:
         draw(rows, plot)
     return rows
+
+
+def export(
+    model: str,
+    out: str,
+    *,
+    format: str = "onnx",
+    precision: str = "fp32",
+    data: str | None = None,
+    config: str | None = None,
+    text: Sequence[str] | None = None,
+    max_length: int = 256,
+    threads: int | None = None,
+    progress=None,
+) -> dict:
+    """Write a saved model as a graph into ``out``: ``exporting.export``, calibrated on the train part of ``data``."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    net, tokenizer = load(model)
+    max_length, calibration = clip(max_length, net.config), None
+    if data is not None and precision == "int8":
+        task = load_task(data, config=config, text=text, need_labels=False)
+        if (part := task.validation if task.train is None else task.train) is None:
+            raise ValueError(
+                f"{data} has a test part only, and int8 is calibrated on what is not tested: expected train"
+            )
+        rows = tokenize(part.select(range(min(CALIBRATED, len(part)))), task, tokenizer, max_length)[0]
+        cut = Text(net, rows, max_length)
+        calibration = [cut.batch([i], None, net.device) for i in range(len(rows))]
+    if progress:
+        progress(f"writing a graph for {format}", 0, None)
+    return exporting.export(
+        net,
+        out,
+        tokenizer=tokenizer,
+        format=format,
+        precision=precision,
+        calibration=calibration,
+        max_length=max_length,
+    )
 
 
 def _opened(

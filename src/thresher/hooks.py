@@ -241,7 +241,7 @@ class Hooks:
             if not self.stack.inside:
                 last_complete, hidden = hidden, view.after.take(hidden) if view.after is not tokens else hidden
             if view.after is not tokens:
-                view.after.store(tokens.restore(last_complete))
+                view.after.leave(tokens, last_complete)
             forward.tokens = view.after
         passed = forward.tokens.live if self.stack.inside and scored else tokens.live
         forward.counts.append(LayerCount(tokens.live, passed, scored and self.pruner.needs_attention))

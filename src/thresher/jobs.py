@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, Tr
 from . import qa, recipes
 from .api import prune, unprune
 from .data import DataError, Task, load_task, tokenize
-from .evaluating import bench, evaluate  # noqa: F401  the other jobs of the command line
+from .evaluating import bench, evaluate, export  # noqa: F401  the other jobs of the command line
 from .latency import compare
 from .loading import clip, for_task, load, make_method, reading
 from .machine import environment, has_bf16

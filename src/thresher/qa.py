@@ -174,22 +174,37 @@ def _span(first: np.ndarray, last: np.ndarray, answers: dict) -> tuple[int, int]
 def answers_of(logits: Sequence[Any], dataset: Dataset) -> list[str]:
     """The answer to each question; ``logits`` holds start and end logits (2, n) of each window of ``windows``.
 
-    The span of the largest sum of logits in all windows, of at most 30 tokens. Where some questions of the data set
-    have no answer: "" if its first token (CLS) beats every span in every window.
+    The best of ``spans_of``. Where some questions of the data set have no answer: "" if the first token (CLS) beats
+    every span in every window.
     """
     empty = any(not texts for texts in dataset["gold"])
-    best: dict[int, tuple[float, str]] = {}
     least: dict[int, float] = {}
-    for both, row in zip(logits, dataset, strict=True):
-        question, (start, end) = row["row"], np.asarray(both)
+    for both, question in zip(logits, dataset["row"], strict=True):
+        start, end = np.asarray(both)
         least[question] = min(least.get(question, np.inf), float(start[0] + end[0]))
-        outside = np.where(np.array(row["first"]) >= 0, 0.0, -np.inf)
-        sums = (start + outside)[:, None] + (end + outside)[None, :]
+    spans = zip(sorted(least), spans_of(logits, dataset), strict=True)
+    return ["" if empty and least[question] > span["logit"] else span["answer"] for question, span in spans]
+
+
+def spans_of(logits: Sequence[Any], dataset: Dataset) -> list[dict[str, Any]]:
+    """The best span of each question: "answer", its characters "start" to "end" in the paragraph, the sum of its logits
+    "logit", the largest of all windows, and "score", its probability among the tokens of its window.
+
+    A span has at most 30 tokens; arguments as in ``answers_of``.
+    """
+    best: dict[int, dict[str, Any]] = {}
+    for both, row in zip(logits, dataset, strict=True):
+        question, first, last = row["row"], row["first"], row["last"]
+        start, end = np.asarray(both) + np.where(np.array(first) >= 0, 0.0, -np.inf)
+        sums = start[:, None] + end[None, :]
         sums = np.where(np.tril(np.triu(np.ones_like(sums)), LONGEST - 1) > 0, sums, -np.inf)
         i, j = np.unravel_index(sums.argmax(), sums.shape)
-        if question not in best or sums[i, j] > best[question][0]:
-            best[question] = float(sums[i, j]), row["context"][row["first"][i] : row["last"][j]]
-    return ["" if empty and least[q] > best[q][0] else best[q][1] for q in sorted(best)]
+        if question in best and sums[i, j] <= best[question]["logit"]:
+            continue
+        score = np.exp(start[i] - np.logaddexp.reduce(start) + end[j] - np.logaddexp.reduce(end))
+        answer = {"answer": row["context"][first[i] : last[j]], "score": float(score), "start": first[i]}
+        best[question] = answer | {"end": last[j], "logit": float(sums[i, j])}
+    return [best[question] for question in sorted(best)]
 
 
 def examples(dataset: Dataset) -> list[int]:

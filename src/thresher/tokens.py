@@ -22,10 +22,20 @@ from torch import Tensor
 
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Gather ``index`` (B, K) along ``dim`` of ``x``, whose leading dimension is 1 or B."""
-    shape, whole = [1] * x.dim(), [index.shape[0], *x.shape[1:]]
-    shape[0], shape[dim] = index.shape
-    x, whole[dim] = x.expand(whole), index.shape[1]
+    """Gather ``index`` (B, K) along ``dim`` of ``x``, whose leading dimension is 1 or B.
+
+    By whole rows where nothing lies between the two dimensions: runtimes that gather element by element need several
+    times as long.
+    """
+    dim, (batch, count) = dim % x.dim(), index.shape
+    before, after = x.shape[1:dim], x.shape[dim + 1 :]
+    if all(size == 1 for size in before):
+        if x.shape[0] != 1:
+            index = index + x.shape[dim] * torch.arange(batch, device=x.device)[:, None]
+        return x.reshape(-1, *after).index_select(0, index.flatten()).view(batch, *before, count, *after)
+    shape, whole = [1] * x.dim(), [batch, *x.shape[1:]]
+    shape[0], shape[dim], whole[dim] = batch, count, x.shape[dim]
+    x, whole[dim] = x.expand(whole), count
     # not take_along_dim, which cannot broadcast a width that is known at run time only
     return x.gather(dim, index.view(shape).expand(whole))
 
@@ -81,9 +91,9 @@ class Tokens:
         new.log_gate, new.touched = log_gate if self.log_gate is None else self.log_gate + log_gate, True
         return new
 
-    def store(self, full: Tensor) -> None:
-        """Take over (B, N0, C), what the tokens before the drop restored, as the last complete states."""
-        self.full = full
+    def leave(self, before: Tokens, states: Tensor) -> None:
+        """Take over the last complete states of the tokens that left, in the layout ``before`` the drop."""
+        self.full = before.restore(states)
 
     def unchanged(self, keep: Tensor) -> bool:
         """Whether ``keep`` drops nothing (never known while a graph is traced: there the general path is taken)."""
@@ -167,9 +177,16 @@ class Masked(Tokens):
 
 
 class Padded(Tokens):
-    """Rectangular: as wide as the row that keeps the most."""
+    """Rectangular: as wide as the row that keeps the most.
+
+    Attributes:
+        pool: (B, N, C) states before each drop; what is put back is read from them at the end, once.
+        place: (B, N0) long, where in the pool, laid end to end, the last state of each original token lies.
+    """
 
     source: Tensor | None = None  # (B, N) slots of the layout before
+    pool: tuple[Tensor, ...] = ()
+    place: Tensor | None = None
 
     def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
         if self.unchanged(keep):
@@ -197,13 +214,23 @@ class Padded(Tokens):
             x = take(x, self.index, dim)
         return x
 
+    def leave(self, before: Tokens, states: Tensor) -> None:
+        self.place, self.pool = before.placed(states), (*before.pool, states)
+
+    def placed(self, states: Tensor) -> Tensor:
+        """(B, N0) long: ``place`` once ``states`` (B, N, C), those of the live tokens, are the last of the pool."""
+        slot = sum(x.shape[1] for x in self.pool) + torch.arange(states.shape[1], device=states.device)
+        if self.place is None:  # all are still there
+            return slot.expand_as(self.index)
+        # dead slots write back what is there
+        slot = torch.where(self.alive, slot, self.place.gather(1, self.index))
+        return self.place.scatter(1, self.index, slot)
+
     def restore(self, hidden: Tensor) -> Tensor:
-        if self.full is None:
+        if not self.pool:
             return hidden
-        # dead slots write back what is there: duplicates or stale writes would be counted twice in the gradient
-        full = self.full.to(hidden.dtype)  # autocast may have changed it
-        state = torch.where(self.alive[..., None], hidden, take(full, self.index, 1))
-        return full.scatter(1, self.index[..., None].expand_as(state), state)
+        pool = [x.to(hidden.dtype) for x in (*self.pool, hidden)]  # autocast may have changed it
+        return take(torch.cat(pool, 1), self.placed(hidden), 1)
 
 
 class Packed(Tokens):
@@ -263,8 +290,9 @@ class Packed(Tokens):
     def mask(self, mask: Tensor | None, dtype: torch.dtype, causal: bool, additive: bool) -> Tensor | None:
         return mask  # each sequence cuts its own part, see sequence_mask
 
-    def store(self, full: Tensor) -> None:
-        self.full, self.owned = full, True
+    def leave(self, before: Tokens, states: Tensor) -> None:
+        super().leave(before, states)
+        self.owned = True
 
     def runs(self) -> list[tuple[int, int, int, int]]:
         """(first sequence, first row, number of sequences, their length) of each run of equally long neighbours."""

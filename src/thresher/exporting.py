@@ -1,0 +1,200 @@
+"""A model, pruned or not, as a graph for ONNX Runtime or OpenVINO: the tokens that leave are absent from its tensors.
+
+transformers' exporters do the work; here is what pruning adds: the layout that a graph can hold, inputs on which every
+branch is traced, calibration of int8, and a check of the graph against the model on other shapes than the traced ones.
+
+Shapes: B batch, N tokens; both stay open in the graph.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .api import MODULE
+from .machine import environment
+
+FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
+SPEC = "thresher.json"
+SHAPES = ((1, 1), (1, 7), (3, 24), (2, 60))  # at which a graph is compared with its model, besides the longest text
+CLOSE = 1e-4  # logits of an fp32 graph and of its model, where all tokens of both are the same
+
+
+def export(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    format: str = "onnx",
+    precision: str = "fp32",
+    calibration: Iterable[dict[str, Tensor]] | None = None,
+    max_length: int | None = None,
+) -> dict[str, Any]:
+    """Write ``model`` as a graph with open batch size and length, and what is needed to run it, into ``folder``.
+
+    The folder gets the graph (``model.onnx`` or ``openvino_model.xml``), config.json, the tokenizer and thresher.json;
+    ``load_runtime`` runs it, and so do plain onnxruntime and openvino. Thresholds and masks of trained methods are
+    constants of the graph. The model is as before afterwards.
+
+    Args:
+        model: a text model that classifies or answers questions, pruned or not.
+        format: "onnx" or "openvino".
+        precision: "fp32"; "int8": weights per channel, activations dynamic (onnxruntime.quantization) or static (nncf);
+            "bf16": OpenVINO computes in bf16.
+        calibration: batches of inputs, for int8 in OpenVINO; a few hundred examples of the training part.
+        max_length: tokens of the longest input to serve, default 512 or what the positions allow; for the check, and
+            where ``load_runtime`` cuts.
+
+    Returns:
+        What thresher.json says; ``difference``: the largest difference of logits from the model's, over inputs of
+        several shapes (random tokens).
+
+    Raises:
+        ValueError: unknown format or precision, int8 in OpenVINO without calibration, a model that reads no tokens.
+        RuntimeError: the fp32 graph answers otherwise than the model.
+        ImportError: a package is missing.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r}: expected {' or '.join(FORMATS)}")
+    if precision not in FORMATS[format]:
+        reason = " (onnxruntime has no bf16 on processors)" if precision == "bf16" else ""
+        raise ValueError(f"precision={precision!r}: {format} takes {', '.join(FORMATS[format])}{reason}")
+    if precision == "int8" and format == "openvino" and not calibration:
+        raise ValueError(
+            "int8 in OpenVINO needs inputs to calibrate on: give calibration= (--data on the command line)"
+        )
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"{type(model).__name__} reads {model.main_input_name}: only models of tokens are exported")
+    folder, pruner = Path(folder), getattr(model, MODULE, None)
+    limit = getattr(model.config, "max_position_embeddings", None) or 512
+    longest = min(max_length or 512, limit)
+    spec = {
+        "format": format,
+        "precision": precision,
+        "architecture": type(model).__name__,
+        "pruning": None if pruner is None else pruner.to_dict(),
+        "max_length": longest,
+        "versions": environment()["versions"],
+    }
+    exporter, config = _exporter(format, precision, calibration)
+    with _padded(model):
+        sample = inputs_of(model, tokenizer, 2, min(16, longest))
+        with _quiet():
+            exported = exporter.export(model, sample, config=config)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            exported.save_pretrained(aside)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(aside)
+            (aside / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
+            shapes = [shape for shape in SHAPES if shape[1] <= longest] + [(1, longest)]
+            spec["difference"] = _difference(model, tokenizer, aside, shapes)
+            if precision == "fp32" and spec["difference"] > CLOSE:
+                raise RuntimeError(
+                    f"the {format} graph answers otherwise than the model: logits differ by {spec['difference']:.2g}, "
+                    f"expected {CLOSE} at most; it was not written"
+                )
+            (aside / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
+            _replace(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return spec
+
+
+def inputs_of(model: PreTrainedModel, tokenizer: Any, batch: int, length: int) -> dict[str, Tensor]:
+    """Random inputs (B, N) of a model, the first row without padding, the others shorter and shorter."""
+    names = getattr(tokenizer, "model_input_names", ("input_ids", "attention_mask"))
+    draw = torch.Generator().manual_seed(batch * 1000 + length)
+    ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=draw)
+    own = torch.arange(length) < torch.linspace(length, max(1, length // 2), batch).long()[:, None]
+    ids[~own] = getattr(model.config, "pad_token_id", None) or 0
+    found = {"input_ids": ids, "attention_mask": own.long()}
+    if "token_type_ids" in names and getattr(model.config, "type_vocab_size", 0) > 0:
+        found["token_type_ids"] = torch.zeros_like(ids)
+    return {name: x.to(model.device) for name, x in found.items()}
+
+
+def _exporter(format: str, precision: str, calibration: Iterable[dict] | None) -> tuple[Any, Any]:
+    """transformers' exporter and its configuration."""
+    try:
+        from transformers import exporters
+
+        if format == "onnx":
+            config = exporters.OnnxRuntimeDynamicConfig(per_channel=True)
+            quantizer = exporters.OnnxRuntimeQuantizer(config) if precision == "int8" else None
+            return exporters.OnnxExporter(), exporters.OnnxConfig(dynamic=True, quantizer=quantizer)
+        quantizer = exporters.NNCFOpenVINOQuantizer(calibration_dataset=calibration) if precision == "int8" else None
+        with _quiet():
+            return exporters.OpenVINOExporter(), exporters.OpenVINOConfig(dynamic=True, quantizer=quantizer)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"the {format} export needs pip install 'thresher[{format}]': {error}") from error
+
+
+@contextmanager
+def _padded(model: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode, and in the one layout that a graph can hold."""
+    pruner, training = getattr(model, MODULE, None), model.training
+    before = None if pruner is None else pruner.hooks.executor
+    model.eval()
+    if pruner is not None:
+        pruner.hooks.executor = "padded"
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        if pruner is not None:
+            pruner.hooks.executor = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters tell their stages to stdout, and libraries below them warn of one another."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _difference(model: PreTrainedModel, tokenizer: Any, folder: Path, shapes: Iterable[tuple[int, int]]) -> float:
+    """The largest difference of logits between a model and its graph."""
+    from .runtime import load_runtime
+
+    graph, worst = load_runtime(folder), 0.0
+    for shape in shapes:
+        inputs = inputs_of(model, tokenizer, *shape)
+        real = inputs["attention_mask"].bool()
+        for name, there in graph.forward(**inputs).items():
+            difference = (getattr(model(**inputs), name).float() - there.float()).abs()
+            worst = max(worst, float(difference[real].max() if difference.shape == real.shape else difference.max()))
+    return worst
+
+
+def _replace(aside: Path, folder: Path) -> None:
+    """Move a finished folder to its place; what an earlier export left there goes, and nothing else."""
+    if folder.exists():
+        if not (folder / SPEC).exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds something else than an exported model: name an empty or new folder")
+        before = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        os.replace(folder, before)
+        shutil.rmtree(before)
+    os.chmod(aside, 0o755)
+    os.replace(aside, folder)

@@ -1,0 +1,163 @@
+"""Run what ``export`` wrote: texts in, labels or answers out, as from a pipeline. Needs onnxruntime or openvino.
+
+Shapes: B batch, N tokens, K classes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import qa
+from .loading import reading
+from .machine import has_bf16
+
+
+class Runtime:
+    """An exported model; ``runtime(texts)`` gives what a transformers pipeline would.
+
+    Attributes:
+        spec: what thresher.json says: format, precision, pruning, max_length, ...
+        config: the model's configuration, with its labels.
+        lengths: widths to which batches are padded, rising; empty: each to its longest text.
+    """
+
+    def __init__(self, exported: Any, tokenizer: Any, spec: dict, lengths: Iterable[int] = ()):
+        self.exported, self.tokenizer, self.spec, self.config = exported, tokenizer, spec, exported.config
+        self.lengths = sorted(lengths)
+        self.answers = spec["architecture"].endswith("ForQuestionAnswering")
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """logits (B, K), or start_logits and end_logits (B, N), of input_ids, attention_mask, ... (B, N)."""
+        output = self.exported(**inputs)
+        names = ("start_logits", "end_logits") if self.answers else ("logits",)
+        return {name: torch.as_tensor(output[name]) for name in names}
+
+    def width(self, longest: int) -> int:
+        """The width of a batch whose longest text has so many tokens."""
+        at = bisect.bisect_left(self.lengths, longest)
+        return self.lengths[at] if at < len(self.lengths) else longest
+
+    def __call__(
+        self, texts: str | Sequence[str], pairs: str | Sequence[str] | None = None, *, batch_size: int = 32
+    ) -> list[dict] | dict:
+        """{"label", "score"} of each text, or pair of texts; of a model that answers questions ``texts`` are the
+        questions, ``pairs`` the paragraphs, and it is {"answer", "score", "start", "end"}. One text gives one.
+
+        Texts are run in batches of neighbours in length. What is over ``max_length`` is cut; paragraphs are read in
+        several windows.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model was exported without its tokenizer: call forward(input_ids=..., ...)")
+        if one := isinstance(texts, str):
+            texts, pairs = [texts], None if pairs is None else [pairs]
+        if self.answers and pairs is None:
+            raise ValueError("a model that answers questions needs paragraphs: runtime(questions, paragraphs)")
+        if pairs is not None and len(pairs) != len(texts):
+            raise ValueError(f"{len(texts)} texts and {len(pairs)} pairs: expected as many of both")
+        found = self._answer(texts, pairs, batch_size) if self.answers else self._classify(texts, pairs, batch_size)
+        return found[0] if one else found
+
+    def _run(self, rows: list[dict], batch_size: int) -> list[dict[str, Tensor]]:
+        """The outputs of tokenized rows, in their order."""
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+        found: list = [None] * len(rows)
+        for i in range(0, len(order), batch_size):
+            chosen = order[i : i + batch_size]
+            width = self.width(len(rows[chosen[0]]["input_ids"]))
+            inputs = self.tokenizer.pad(
+                [rows[j] for j in chosen], padding="max_length", max_length=width, return_tensors="pt"
+            )
+            outputs = self.forward(**inputs)
+            for k, j in enumerate(chosen):
+                found[j] = {name: x[k] for name, x in outputs.items()}
+        return found
+
+    def _classify(self, texts: Sequence[str], pairs: Sequence[str] | None, batch_size: int) -> list[dict]:
+        both = [list(texts)] if pairs is None else [list(texts), list(pairs)]
+        encoded = self.tokenizer(*both, truncation="longest_first", max_length=self.spec["max_length"])
+        rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+        labels, kind, found = self.config.id2label, self.config.problem_type, []
+        for output in self._run(rows, batch_size):
+            logits = output["logits"].float()
+            if kind == "regression":
+                scores = logits
+            elif kind == "multi_label_classification" or len(logits) == 1:
+                scores = logits.sigmoid()
+            else:
+                scores = logits.softmax(-1)
+            best = int(scores.argmax())
+            found.append({"label": labels[best], "score": float(scores[best])})
+        return found
+
+    def _answer(self, questions: Sequence[str], paragraphs: Sequence[str], batch_size: int) -> list[dict]:
+        from datasets import Dataset
+
+        nothing = [{"text": [], "start": []}] * len(questions)
+        data = Dataset.from_dict({"question": [*questions], "context": [*paragraphs], "answers": nothing})
+        cut, _ = qa.windows(data, self.tokenizer, self.spec["max_length"])
+        names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in cut.column_names]
+        outputs = self._run([{name: row[name] for name in names} for row in cut], batch_size)
+        logits = [
+            torch.stack([o["start_logits"], o["end_logits"]])[:, : len(r["input_ids"])].float().numpy()
+            for o, r in zip(outputs, cut, strict=True)
+        ]
+        return [{n: x for n, x in span.items() if n != "logit"} for span in qa.spans_of(logits, cut)]
+
+
+def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Iterable[int] = ()) -> Runtime:
+    """Open what ``export`` wrote, in onnxruntime or OpenVINO.
+
+    Args:
+        threads: of the runtime; default: torch's number of threads now.
+        lengths: widths to which batches are padded, as in (32, 64, 128, 256): a runtime that pays for shapes it has not
+            seen sees few of them.
+
+    Raises:
+        ValueError: the folder holds no exported model.
+        ImportError: the runtime is not installed.
+
+    Example:
+        >>> classify = load_runtime("runs/reviews-onnx")
+        >>> classify(["Wonderful acting.", "Far too long."])
+    """
+    try:
+        spec = json.loads((Path(folder) / "thresher.json").read_text())
+        kind, precision = spec["format"], spec["precision"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no exported model (thresher export makes one): {error}") from None
+    try:
+        from transformers.exporters import ExportedModel
+
+        options = _options(kind, precision, threads or torch.get_num_threads())
+    except ImportError as error:
+        raise ImportError(f"running {folder} needs pip install 'thresher[{kind}]': {error}") from error
+    exported = ExportedModel.from_pretrained(folder, device="cpu", **options)
+    tokenizer = None
+    if (Path(folder) / "tokenizer_config.json").exists():
+        from transformers import AutoTokenizer
+
+        tokenizer = reading(AutoTokenizer.from_pretrained, str(folder))
+    return Runtime(exported, tokenizer, spec, lengths)
+
+
+def _options(kind: str, precision: str, threads: int) -> dict[str, Any]:
+    """What the runtime is told: its threads and the precision of what is not int8."""
+    if kind == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.SessionOptions()
+        session.intra_op_num_threads, session.log_severity_level = threads, 3
+        return {"session_options": session}
+    import openvino  # noqa: F401  to say early that it is missing
+
+    # OpenVINO computes in bf16 by itself where the processor is made for it; fp32 has to be asked for, and what is not
+    # int8 in an int8 graph, which transformers' exporter marks as fp32, released from it
+    hint = {"fp32": "f32", "bf16": "bf16", "int8": "bf16" if has_bf16() else "f32"}[precision]
+    return {"config": {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint}}
