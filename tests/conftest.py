@@ -1,11 +1,13 @@
 """What every test relies on: no network, one thread, no progress bars, no windows, repeatable hypothesis examples."""
 
 import os
+import tempfile
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     MPLBACKEND="Agg",
+    THRESHER_CACHE=tempfile.mkdtemp(prefix="thresher-tests-"),
     TOKENIZERS_PARALLELISM="false",
 )
 

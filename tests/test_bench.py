@@ -11,6 +11,7 @@ from datasets import Dataset
 from families import FAMILIES
 from thresher import LTP, TopK, bench, dense, metrics, predicting, prune, report
 from thresher.metrics import compute_metric
+from thresher.roofline import Roofline
 from thresher.training import Ranking
 
 LENGTHS = (5, 19, 3, 24, 11, 7, 16, 9, 24, 4, 13, 21, 6, 2, 18, 10)
@@ -153,10 +154,8 @@ def test_bad_input_is_named():
         predicting.predict(model, Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(ValueError, match="gives no logits"):
         predicting.predict(FAMILIES["bert"].build().bert, rows())
-    with pytest.raises(ValueError, match="is not measured here; there is torch"):
-        bench.measure(model, rows(), task(), max_length=30, runtime="onnx")
     with pytest.raises(ValueError, match="there is fp32, bf16"):
-        bench.measure(model, rows(), task(), max_length=30, precision="int8")
+        bench.measure(model, rows(), task(), max_length=30, precisions=("int8",))
     with pytest.raises(ValueError, match="there is dense-padded, dense-unpadded, pruned"):
         bench.measure(model, rows(), task(), max_length=30, modes=("fast",))
     with pytest.raises(ValueError, match="needs a pruned model"):
@@ -333,7 +332,8 @@ def test_limit_threads_and_known_predictions():
         model, data, task(), **options, modes=("pruned",), predictions=known, progress=lambda *x: said.append(x)
     )
     assert [(r["method"], r["n_examples"], r["batch_size"]) for r in found] == [("topk", 6, 6), ("random", 6, 6)]
-    assert all(r["speedup_unpadded"] is r["speedup_padded"] is r["efficiency"] is r["spread"] is None for r in found)
+    assert all(r["speedup_unpadded"] is r["efficiency"] is r["spread"] is None for r in found)
+    assert all(r["speedup_padded"] == r["speedup_reference"] > 0 for r in found)
     assert torch.equal(known["random"].kept, known["pruned"].kept) and set(known) == {"pruned", "dense", "random"}
     assert ("evaluating dense", 6, 6) in said and said[-1] == ("timing batch size 6", 2, 2)
     known["pruned"].logits = -known["pruned"].logits  # what is known is taken as it is
@@ -358,7 +358,7 @@ def test_against_another_dense_model():
 
 def test_bf16_is_referred_to_fp32():
     model = pruned()
-    found = bench.measure(model, rows(), task(), max_length=24, batch_sizes=(4,), repeats=1, precision="bf16")
+    found = bench.measure(model, rows(), task(), max_length=24, batch_sizes=(4,), repeats=1, precisions=("bf16",))
     assert [r["mode"] for r in found] == list(bench.MODES) and model.dtype == torch.float32
     assert found[0]["speedup_padded"] == 1 != found[0]["speedup_reference"]
     ratio = found[0]["speedup_reference"] / found[0]["samples_per_second"]
@@ -378,8 +378,8 @@ def test_runners_take_turns():
 
     model = FAMILIES["bert"].build()
     text = predicting.Text(model, rows((3, 5, 8, 4)), None)
-    runners = [Recorder({"mode": m}, model, None, pad_to=9 if m == "a" else None) for m in "abc"]
-    bench.time_all(runners, [[0, 1], [2, 3]], text, 2, lambda *_: None)
+    runners = [Recorder({"mode": m}, model, None, None, pad_to=9 if m == "a" else None) for m in "abc"]
+    bench.time_all(runners, [[0, 1], [2, 3]], text, model.device, 2, lambda *_: None)
     assert "".join(mode for mode, _ in calls) == "abc" + "bca" + "bca" + "cab" + "cab" + "abc"
     assert [r.times.shape for r in runners] == [(2, 2)] * 3
     assert {shape for m, shape in calls if m == "a"} == {(2, 9)} and {s for m, s in calls if m == "b"} == {
@@ -387,3 +387,46 @@ def test_runners_take_turns():
         (2, 8),
     }
     assert runners[0].seconds == np.median(runners[0].times, axis=0).sum()
+
+
+class Graph:
+    """Stands where an opened graph does: a model behind ``forward``, as ``Runtime`` has it, that notes its calls."""
+
+    def __init__(self, model):
+        self.model, self.shapes = model, []
+
+    def forward(self, **inputs):
+        self.shapes.append(tuple(inputs["input_ids"].shape))
+        with torch.no_grad():
+            return {"logits": self.model(**inputs).logits}
+
+
+def test_graphs_stand_beside_torch():
+    model, data = pruned(), rows()
+    whole, cut = Graph(FAMILIES["bert"].build()), Graph(pruned())
+    line = Roofline(peak={"fp32": 1.0, "int8": 4.0}, bandwidth=1.0, threads=1, hardware="none")
+    graphs = {("onnx", "fp32"): {"dense": whole, "pruned": cut}, ("openvino", "bf16"): {"dense": whole, "pruned": cut}}
+    options = {"max_length": 30, "batch_sizes": (1, 4), "repeats": 2, "examples": 6, "line": line}
+    found = bench.measure(model, data, task(), **options, graphs=graphs)
+    assert len(found) == 2 * 3 * 3
+    assert {r["executor"] for r in found if r["runtime"] == "onnx"} == {"padded", "length-sorted"}
+    assert (1, 30) in whole.shapes and (1, 30) not in cut.shapes
+    for r in found:
+        where = (r["runtime"], r["precision"], r["batch_size"])
+        base = {m["mode"]: m for m in found if (m["runtime"], m["precision"], m["batch_size"]) == where}
+        rate = r["samples_per_second"]
+        assert r["speedup_unpadded"] == pytest.approx(rate / base["dense-unpadded"]["samples_per_second"])
+        assert r["speedup_padded"] == pytest.approx(rate / base["dense-padded"]["samples_per_second"])
+        first = next(m for m in found if m["runtime"] == "torch" and m["batch_size"] == r["batch_size"])
+        assert r["speedup_reference"] == pytest.approx(rate / first["samples_per_second"])
+        assert r["quality"] == base["pruned"]["quality"] or r["mode"] != "pruned"
+        assert ("floor_ms" in r) == (r["precision"] == "fp32")
+    floors = {(r["mode"], r["batch_size"]): r["floor_ms"] for r in found if r["runtime"] == "torch"}
+    for size in (1, 4):
+        assert floors["pruned", size] < floors["dense-unpadded", size] < floors["dense-padded", size]
+    # one text of 30 tokens: 4 layers, attention and FFN, two FLOPs per MAC at 1 GFLOP/s, more than reading takes
+    macs = 4 * (30 * 4 * 32**2 + 2 * 30**2 * 32 + 30 * 2 * 32 * 64)
+    assert floors["dense-padded", 1] == pytest.approx(2 * macs / 1e6)
+    # alone: the reference is timed beside them and not shown
+    alone = bench.measure(model, data, task(), **options, graphs=graphs, precisions=())
+    assert {r["runtime"] for r in alone} == {"onnx", "openvino"} and all(r["speedup_reference"] for r in alone)

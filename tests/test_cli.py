@@ -23,7 +23,8 @@ from thresher.report import row
 COMMANDS = {
     "train": "--data --out --method --target-flops --keep --at --epochs --prune-epochs --lr --seed --max-length",
     "eval": "--data --text --label --config --metric --batch-size --max-length --limit",
-    "bench": "--data --against --runtime --precision --batch-size --threads --plot",
+    "bench": "--data --against --runtime --precision --batch-size --threads --plot --graphs --roofline",
+    "export": "--data --out --format --precision --max-length --threads",
     "show": "--text --file --data --limit --html",
     "info": "",
 }

@@ -23,24 +23,31 @@ from transformers import PreTrainedModel
 from . import qa
 from .api import MODULE, dense
 from .data import Task
-from .flops import dense_macs
+from .flops import LayerCount, dense_macs
 from .machine import environment
 from .metrics import bootstrap_interval, compute_metric
-from .predicting import Predictions, Text, copied, counts_of, outcome, predict, ready
+from .predicting import Predictions, Text, copied, counts_of, logits_of, outcome, predict, ready
+from .pruner import TokenPruner
 from .report import row
+from .roofline import Roofline
 from .tokens import LAYOUTS
 
 MODES = ("dense-padded", "dense-unpadded", "pruned")
+TORCH = {"runtime": "torch", "precision": "fp32"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
 class Runner:
-    """One of the things that are timed in turn: what its rows say already, and a model in a context."""
+    """One of the things that are timed in turn: what its rows say already, and a model in a context.
+
+    ``model`` is a transformers model, or the ``forward`` of a ``Runtime``.
+    """
 
     row: dict
-    model: PreTrainedModel
+    model: Callable
     predictions: Predictions
+    pruner: TokenPruner
     context: Callable = nullcontext
     pad_to: int | None = None
     counts: Tensor | None = None
@@ -50,7 +57,7 @@ class Runner:
         """Seconds of one forward."""
         if self.counts is not None:
             self.model.token_pruner.counts = self.counts[rows]
-        wait = torch.cuda.synchronize if self.model.device.type == "cuda" else nullcontext
+        wait = torch.cuda.synchronize if inputs["input_ids"].is_cuda else nullcontext
         with torch.inference_mode(), self.context(self.model):
             wait()
             start = time.perf_counter()
@@ -59,18 +66,41 @@ class Runner:
             return time.perf_counter() - start
 
     @property
+    def key(self) -> tuple[str, str, str]:
+        """Runtime, precision and mode."""
+        return self.row["runtime"], self.row["precision"], self.row["mode"]
+
+    def floor(self, line: Roofline, rows: list[int]) -> float:
+        """The least ms of a forward of some rows on this machine."""
+        left, kept, counts = self.predictions.tokens[rows], self.predictions.kept[rows], []
+        left = left if self.pad_to is None else torch.full_like(left, self.pad_to)
+        for layer in range(len(self.pruner.info.costs)):
+            site = self.pruner.site(layer) if kept.shape[1] else -1
+            after = left if site < 0 else kept[:, site]
+            counts.append(LayerCount(left, after if self.pruner.info.inside else left))
+            left = after
+        return line.floor(self.pruner.info.costs, counts, self.row["precision"])
+
+    @property
     def seconds(self) -> float:
         """Total time: the sum over batches of the median over repeats."""
         return float(np.median(self.times, axis=0).sum())
 
 
-def time_all(runners: list[Runner], batches: list[list[int]], text: Text, repeats: int, progress: Callable) -> None:
+def time_all(
+    runners: list[Runner],
+    batches: list[list[int]],
+    text: Text,
+    device: torch.device,
+    repeats: int,
+    progress: Callable,
+) -> None:
     """Take the ``times`` of every runner, after one pass over all batches to warm up.
 
     For every repeat and every batch the runners take turns, another one first each time, so that what else the machine
     does falls on all. Shapes are warm by then; in service a stream of new ones costs more, in bf16 above all.
     """
-    device, widths = runners[0].model.device, {runner.pad_to for runner in runners}
+    widths = {runner.pad_to for runner in runners}
     inputs = {width: [text.batch(rows, width, device) for rows in batches] for width in widths}
     times = np.empty((len(runners), 1 + repeats, len(batches)))
     for repeat in range(1 + repeats):
@@ -96,8 +126,9 @@ def measure(
     limit: int | None = None,
     baselines: Mapping[str, PreTrainedModel] | None = None,
     against: PreTrainedModel | None = None,
-    runtime: str = "torch",
-    precision: str = "fp32",
+    precisions: Iterable[str] = ("fp32",),
+    graphs: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+    line: Roofline | None = None,
     examples: int = 64,
     batches: int = 8,
     predictions: dict[str, Predictions] | None = None,
@@ -110,24 +141,29 @@ def measure(
     ("packed"), or plain batches padded to their longest row where packed does not run ("length-sorted"). Batches hold
     neighbours in length, of a sample spread over the lengths, in random order. ``samples_per_second`` and the speed-ups
     are made of total times over the sample; latencies are percentiles over the calls, of one batch each (medians over
-    the repeats). Memory is None: all modes share one process.
+    the repeats). Speed-ups are over the dense model of the same runtime and precision, ``speedup_reference`` is over
+    torch, fp32, dense-padded. Quality is compared with the dense model in torch and fp32. Memory is None: all modes
+    share one process.
 
     Args:
         limit: use so many examples only, the same for all models.
         baselines: more models by the name that becomes their ``method``: pruned ones, or dense ones (a smaller model).
         against: the dense model to compare with; default: ``model`` without its pruning.
-        precision: "fp32", or "bf16" copies of all models; fp32 dense padded is then timed too, as the reference.
+        precisions: of torch: "fp32", "bf16" copies of all models, none.
+        graphs: besides, for pairs of runtime and precision, what ``load_runtime`` opened, as "dense" and "pruned".
+        line: gives each row its ``floor_ms``.
         examples, batches: the examples timed at batch size 1, and the batches timed at larger ones.
-        predictions: what is known of these examples already, as "pruned", "dense" and by the names of the baselines;
-            what is missing is added.
+        predictions: what is known of these examples already, in torch and fp32, as "pruned", "dense" and by the names
+            of the baselines; what is missing is added.
         fields: what cannot be seen from here (model, seed, split, trained_steps, ...), for all rows.
         progress: called with what is going on, steps done and all steps.
 
     Raises:
-        ValueError: an unknown mode, runtime or precision; a row over ``max_length``; a model that is not pruned.
+        ValueError: an unknown mode or precision; a row over ``max_length``; a model that is not pruned.
     """
     known, say = {} if predictions is None else predictions, progress or (lambda *_: None)
-    for given, there in ((modes := tuple(modes), MODES), ([runtime], ["torch"]), ([precision], PRECISIONS)):
+    modes, precisions, graphs = tuple(modes), tuple(precisions), dict(graphs or {})
+    for given, there in ((modes, MODES), (precisions, PRECISIONS)):
         if unknown := [value for value in given if value not in there]:
             raise ValueError(f"{unknown[0]!r} is not measured here; there is {', '.join(there)}")
     if getattr(model, MODULE, None) is None or {"dense", "pruned"} & set(baselines or ()):
@@ -144,10 +180,6 @@ def measure(
         torch.set_num_threads(threads or torch.get_num_threads())
         for m in models.values():
             stack.enter_context(ready(m, model.token_pruner.hooks.executor if m is against else "auto"))
-        exact = models["dense"]
-        if precision != "fp32":
-            copies = {id(m): copied(m).to(PRECISIONS[precision]) for m in models.values()}
-            models = {name: copies[id(m)] for name, m in models.items()}
         for name, m in models.items():
             if name not in known:
                 with dense(m) if name == "dense" else nullcontext():
@@ -155,15 +187,16 @@ def measure(
                     known[name] = predict(m, dataset, counts=counts.get(name), progress=said)
             if len(known[name].logits) != len(dataset):
                 raise ValueError(f"the predictions of {name!r} are not those of these {len(dataset)} examples")
-            for runner in _runners(name, m, known[name], max_length):
-                if runner.row["mode"] in modes or name in (baselines or ()):
-                    runner.row |= _judge(known["dense"], known[name], dataset, task.metric)
-                    runner.counts = counts.get(name)
-                    runners.append(runner)
-        if precision != "fp32":
-            runners.append(Runner({"mode": "reference", "method": "dense"}, exact, known["dense"], dense, max_length))
-        common = {"task": task.name, "model": Path(model.config._name_or_path).name or None, "runtime": runtime}
-        common |= {"precision": precision, "metric": task.metric, "selected_on": task.selected_on, "repeats": repeats}
+        runners = list(_torch(models, known, dataset, max_length, precisions, counts, say))
+        runners += _graphs(models, known, graphs, text, max_length, say)
+        runners = [r for r in runners if r.row["mode"] in modes or r.row["method"] in (baselines or ())]
+        for runner in runners:
+            runner.row |= _judge(known["dense"], runner.predictions, dataset, task.metric)
+        shown, reference = len(runners), next(_runners("dense", models["dense"], known["dense"], max_length, TORCH))
+        if all(runner.key != reference.key for runner in runners):
+            runners.append(reference)
+        common = {"task": task.name, "model": Path(model.config._name_or_path).name or None}
+        common |= {"metric": task.metric, "selected_on": task.selected_on, "repeats": repeats}
         common |= {"max_length": max_length, "n_examples": min(total, limit or total)}
         common |= {"tokens_mean": known["dense"].tokens_mean}
         common |= {"threads": torch.get_num_threads(), **environment()}
@@ -173,10 +206,43 @@ def measure(
             sample = order[(2 * torch.arange(count) + 1) * len(order) // (2 * count)].tolist()
             cut = text.batches(sample, size)
             np.random.default_rng(0).shuffle(cut)
-            time_all(runners, cut, text, repeats, partial(say, f"timing batch size {size}"))
-            for values in _times(runners, known["dense"].rows_dense, widest, sample):
+            time_all(runners, cut, text, model.device, repeats, partial(say, f"timing batch size {size}"))
+            timed = _times(runners, reference.key, known["dense"].rows_dense, widest, sample)
+            for runner, values in list(zip(runners, timed, strict=True))[:shown]:
+                if line is not None and values["precision"] in line.peak:
+                    values["floor_ms"] = float(np.median([runner.floor(line, batch) for batch in cut]))
                 rows.append(row(**common | {"batch_size": size} | values | dict(fields or {})))
-    return [r for r in rows if r["mode"] != "reference"]
+    return rows
+
+
+def _torch(models, known, dataset, max_length, precisions, counts, say) -> Iterator[Runner]:
+    """The runners of all models in torch."""
+    for precision in precisions:
+        here, own = models, known
+        if precision != "fp32":
+            made = {id(m): copied(m).to(PRECISIONS[precision]) for m in models.values()}
+            here, own = {name: made[id(m)] for name, m in models.items()}, {}
+        for name, m in here.items():
+            if name not in own:
+                with dense(m) if name == "dense" else nullcontext():
+                    said = partial(say, f"evaluating {name}, {precision}")
+                    own[name] = predict(m, dataset, counts=counts.get(name), progress=said)
+            for runner in _runners(name, m, own[name], max_length, {"runtime": "torch", "precision": precision}):
+                runner.counts = counts.get(name)
+                yield runner
+
+
+def _graphs(models, known, graphs, text, max_length, say) -> Iterator[Runner]:
+    """The runners of exported models: their own answers, and the MACs of the models that they were made from."""
+    for (runtime, precision), pair in graphs.items():
+        where = {"runtime": runtime, "precision": precision}
+        for name, graph in pair.items():
+            said = partial(say, f"evaluating {name}, {runtime} {precision}")
+            own = replace(known[name], logits=logits_of(graph.forward, text, progress=said))
+            for runner in _runners(name, models[name], own, max_length, where):
+                runner.model, runner.context = graph.forward, nullcontext
+                runner.row["executor"] = "length-sorted" if runner.row["mode"] == "dense-unpadded" else "padded"
+                yield runner
 
 
 def _judge(base: Predictions, own: Predictions, dataset: Dataset, metric: str) -> dict:
@@ -190,31 +256,36 @@ def _judge(base: Predictions, own: Predictions, dataset: Dataset, metric: str) -
     return scores
 
 
-def _runners(name: str, model: PreTrainedModel, own: Predictions, max_length: int) -> list[Runner]:
-    """What is timed of a model: the dense one in two ways, others as they are."""
+def _runners(
+    name: str, model: PreTrainedModel, own: Predictions, max_length: int, where: dict[str, str]
+) -> Iterator[Runner]:
+    """What is timed of a model: the dense one in two ways, padded first, others as they are."""
     pruner = model.token_pruner
     executor = next(n for n, layout in LAYOUTS.items() if layout is pruner.hooks.layout(cached=False))
-    fields = {"method": pruner.name if name == "pruned" else name, "mode": "pruned", "executor": executor}
+    fields = {"method": pruner.name if name == "pruned" else name, "mode": "pruned", "executor": executor} | where
     if name == "pruned" or (name != "dense" and pruner.sites):
-        return [Runner(fields | {"target_flops": getattr(pruner, "target_flops", None)}, model, own)]
+        yield Runner(fields | {"target_flops": getattr(pruner, "target_flops", None)}, model, own, pruner)
+        return
     fields["mode"] = "dense-unpadded"
     if name != "dense":
-        return [Runner(fields, model, own)]
+        yield Runner(fields, model, own, pruner)
+        return
     context = partial(dense, unpadded=True) if executor == "packed" else dense
     fields["executor"] = "packed" if executor == "packed" else "length-sorted"
     wide = replace(own, rows_used=torch.full_like(own.rows_used, dense_macs(pruner.info.costs, max_length)))
-    padded = Runner({**fields, "mode": "dense-padded", "executor": "padded"}, model, wide, dense, max_length)
-    return [padded, Runner(fields, model, own, context)]
+    yield Runner({**fields, "mode": "dense-padded", "executor": "padded"}, model, wide, pruner, dense, max_length)
+    yield Runner(fields, model, own, pruner, context)
 
 
-def _times(runners: list[Runner], base: Tensor, padded: int, sample: list[int]) -> Iterator[dict]:
+def _times(runners: list[Runner], reference: tuple, base: Tensor, padded: int, sample: list[int]) -> Iterator[dict]:
     """What is known after ``time_all``; ``base`` (N,) and ``padded`` are the dense model's MACs of each example."""
-    seconds = {r.row["mode"]: r.seconds for r in runners if r.row["method"] == "dense"}
+    seconds = {r.key: r.seconds for r in runners if r.row["method"] == "dense"}
     for runner in runners:
         used, calls = runner.predictions.rows_used, 1000 * np.median(runner.times, axis=0)
         low, middle, high = np.percentile(runner.times.sum(1), (25, 50, 75))
-        speed = {mode: total / runner.seconds for mode, total in seconds.items()}
-        ratio, unpadded = int(base.sum()) / int(used.sum()), speed.get("dense-unpadded")
+        there = {mode: seconds.get((*runner.key[:2], mode)) for mode in MODES}
+        speed = {mode: None if total is None else total / runner.seconds for mode, total in there.items()}
+        ratio, unpadded = int(base.sum()) / int(used.sum()), speed["dense-unpadded"]
         yield runner.row | {
             "flops_ratio": ratio,
             "flops_ratio_padded": padded * len(base) / int(used.sum()),
@@ -222,8 +293,8 @@ def _times(runners: list[Runner], base: Tensor, padded: int, sample: list[int]) 
             "latency_ms_p95": float(np.percentile(calls, 95)),
             "samples_per_second": len(sample) / runner.seconds,
             "speedup_unpadded": unpadded,
-            "speedup_padded": speed.get("dense-padded"),
-            "speedup_reference": speed.get("reference", speed.get("dense-padded")),
+            "speedup_padded": speed["dense-padded"],
+            "speedup_reference": seconds[reference] / runner.seconds,
             "efficiency": None if unpadded is None else unpadded / ratio,
             "spread": float((high - low) / middle) if len(runner.times) > 1 else None,
             "flops_used": int(used.sum()),

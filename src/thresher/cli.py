@@ -152,13 +152,15 @@ def evaluate(
 
 @app.command()
 def bench(
-    model: Annotated[str, Argument(metavar="DIR", help="The folder of a pruned model.")],
-    data: Data,
+    model: Annotated[str | None, Argument(metavar="DIR", help="The folder of a pruned model.")] = None,
+    data: Annotated[str | None, Option(metavar="PATH|ID", help="Labelled texts, as for train.")] = None,
     against: Annotated[str | None, Option(metavar="MODEL", help="Another model to compare with.")] = None,
-    runtime: Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="torch.")] = "torch",
-    precision: Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="fp32, bf16.")] = "fp32",
+    runtime: Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="torch, onnx, openvino.")] = "torch",
+    precision: Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="fp32, bf16, int8.")] = "fp32",
     batch_size: Annotated[Any, Option(parser=_list(int), metavar="M[,N]", help="Texts in a batch.")] = "1,32",
     repeats: Annotated[int, Option(min=1, metavar="N", help="Times that each measurement is made.")] = 5,
+    graphs: Annotated[Path | None, Option(metavar="DIR", help="Keep the exported graphs there.")] = None,
+    roofline: Annotated[bool, Option("--roofline", help="Measure what this machine can do, and no model.")] = False,
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw time and quality as a PNG.")] = None,
     config: Config = None,
     text: Columns = None,
@@ -177,10 +179,21 @@ def bench(
     Examples:
       thresher bench runs/reviews --data reviews.csv
       thresher bench runs/reviews --data reviews.csv --batch-size 1,8,32 --plot reviews.png
-      thresher bench runs/reviews --data reviews.csv --precision fp32,bf16 --threads 1 --json reviews.json
+      thresher bench runs/reviews --data reviews.csv --runtime torch,onnx,openvino --precision fp32,bf16,int8
+      thresher bench --roofline --threads 1
     """
-    options = given(locals(), "model", "data")
+    options = given(locals(), "model", "data", "roofline")
     start(verbose, quiet, json_file, plot)
+    if roofline:
+        from .roofline import roofline, table
+
+        line = roofline(threads)
+        write([line.to_dict()], json_file)
+        if str(json_file) != "-":
+            Console().print(table(line))
+        return
+    if model is None or data is None:
+        raise ValueError("name the folder of a pruned model and --data, or ask for --roofline alone")
     if plot is not None and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'thresher[plot]'")
     from . import jobs

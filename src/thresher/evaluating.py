@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from . import exporting, qa
-from .api import dense
+from .api import dense, unprune
 from .bench import measure
-from .data import load_task, tokenize
-from .loading import clip, load
+from .data import Task, load_task, tokenize
+from .loading import clip, load, reading
 from .machine import environment
-from .predicting import Text, predict, quality, replayed
+from .predicting import Text, copied, predict, quality, replayed
 from .report import plot as draw
 from .report import row
+from .roofline import roofline
+from .runtime import load_runtime
 
+PAIRS = {"torch": ("fp32", "bf16"), **exporting.FORMATS}  # the precisions of each runtime
 CALIBRATED = 300  # examples that int8 is calibrated on, NNCF's own number
 
 
@@ -78,6 +83,7 @@ def bench(
     batches: int = 8,
     limit: int | None = None,
     baselines: Sequence[str] = ("random", "firstk"),
+    graphs: str | Path | None = None,
     plot: str | Path | None = None,
     metric: str | None = None,
     progress=None,
@@ -87,10 +93,21 @@ def bench(
 
     The baselines choose as many tokens of each text as the model does, on its own weights: what they lose is what the
     choice is worth. ``against`` names the dense model, by default ``dense`` in the model's folder, else the model
-    itself without pruning. The other arguments are those of ``bench.measure``.
+    itself without pruning. All that fit of ``runtime`` x ``precision`` are timed in one run. The other arguments are
+    those of ``bench.measure``.
+
+    Args:
+        runtime: "torch", "onnx", "openvino"; the last two run graphs that are exported first.
+        precision: "fp32", "bf16" (torch, openvino), "int8" (onnx, openvino).
+        graphs: the folder where the graphs stay, to be used again; default: a temporary one.
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    pairs = [(one, kind) for one in runtime for kind in precision if kind in PAIRS.get(one, ())]
+    for given, there in ((runtime, [one for one, _ in pairs]), (precision, [kind for _, kind in pairs])):
+        if lost := [value for value in given if value not in there]:
+            known = "; ".join(f"{one}: {', '.join(kinds)}" for one, kinds in PAIRS.items())
+            raise ValueError(f"{lost[0]!r} does not go with what else was asked for; there is {known}")
     net, max_length, task, test = _opened(model, data, max_length, "auto", metric, limit, columns)
     if not hasattr(net, "token_pruner"):
         raise ValueError(f"{model} is not pruned: there is nothing to compare; thresher train makes a pruned model")
@@ -98,26 +115,36 @@ def bench(
     other = load(against or own)[0] if against or os.path.isdir(own) else None
     kept = predict(net, test).kept
     copies = {name: replayed(net, name, kept) for name in baselines}
-    rows = []
-    for one in runtime:
-        for kind in precision:
-            rows += measure(
-                net,
-                test,
-                task,
-                max_length=max_length,
-                batch_sizes=batch_size,
-                repeats=repeats,
-                examples=examples,
-                batches=batches,
-                threads=threads,
-                baselines=copies,
-                against=other,
-                runtime=one,
-                precision=kind,
-                fields={"model": Path(model).name, "split": "test"},
-                progress=progress,
-            )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, opened = Path(graphs or temporary), {}
+        for one, kind in pairs:
+            if one == "torch":
+                continue
+            for name, m in (("dense", other or unprune(copied(net))), ("pruned", net)):
+                place = folder / f"{name}-{one}-{kind}"
+                if not (place / exporting.SPEC).exists():
+                    if progress:
+                        progress(f"writing {place.name}", 0, None)
+                    _export(m, model, place, one, kind, task, max_length)
+                opened.setdefault((one, kind), {})[name] = load_runtime(place, threads=threads)
+        rows = measure(
+            net,
+            test,
+            task,
+            max_length=max_length,
+            batch_sizes=batch_size,
+            repeats=repeats,
+            examples=examples,
+            batches=batches,
+            threads=threads,
+            baselines=copies,
+            against=other,
+            precisions=[kind for one, kind in pairs if one == "torch"],
+            graphs=opened,
+            line=roofline(threads) if net.device.type == "cpu" else None,
+            fields={"model": Path(model).name, "split": "test"},
+            progress=progress,
+        )
     if plot:
         draw(rows, plot)
     return rows
@@ -139,19 +166,22 @@ def export(
     """Write a saved model as a graph into ``out``: ``exporting.export``, calibrated on the train part of ``data``."""
     if threads is not None:
         torch.set_num_threads(threads)
-    net, tokenizer = load(model)
-    max_length, calibration = clip(max_length, net.config), None
-    if data is not None and precision == "int8":
-        task = load_task(data, config=config, text=text, need_labels=False)
+    net, _ = load(model)
+    task = load_task(data, config=config, text=text, need_labels=False) if data and precision == "int8" else None
+    if progress:
+        progress(f"writing a graph for {format}", 0, None)
+    return _export(net, model, out, format, precision, task, clip(max_length, net.config))
+
+
+def _export(net, model: str, out, format: str, precision: str, task: Task | None, max_length: int) -> dict:
+    """Export with the tokenizer of ``model``; int8 is calibrated on texts that are not tested."""
+    tokenizer, calibration = reading(AutoTokenizer.from_pretrained, model), None
+    if task is not None and precision == "int8":
         if (part := task.validation if task.train is None else task.train) is None:
-            raise ValueError(
-                f"{data} has a test part only, and int8 is calibrated on what is not tested: expected train"
-            )
+            raise ValueError(f"{task.name} has a test part only: int8 is calibrated on texts of a train part")
         rows = tokenize(part.select(range(min(CALIBRATED, len(part)))), task, tokenizer, max_length)[0]
         cut = Text(net, rows, max_length)
         calibration = [cut.batch([i], None, net.device) for i in range(len(rows))]
-    if progress:
-        progress(f"writing a graph for {format}", 0, None)
     return exporting.export(
         net,
         out,

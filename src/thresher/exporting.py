@@ -133,12 +133,13 @@ def _exporter(format: str, precision: str, calibration: Iterable[dict] | None) -
     try:
         from transformers import exporters
 
-        if format == "onnx":
-            config = exporters.OnnxRuntimeDynamicConfig(per_channel=True)
-            quantizer = exporters.OnnxRuntimeQuantizer(config) if precision == "int8" else None
-            return exporters.OnnxExporter(), exporters.OnnxConfig(dynamic=True, quantizer=quantizer)
-        quantizer = exporters.NNCFOpenVINOQuantizer(calibration_dataset=calibration) if precision == "int8" else None
         with _quiet():
+            if format == "onnx":
+                config = exporters.OnnxRuntimeDynamicConfig(per_channel=True)
+                quantizer = exporters.OnnxRuntimeQuantizer(config) if precision == "int8" else None
+                return exporters.OnnxExporter(), exporters.OnnxConfig(dynamic=True, quantizer=quantizer)
+            quantizer = exporters.NNCFOpenVINOQuantizer(calibration_dataset=calibration)
+            quantizer = quantizer if precision == "int8" else None
             return exporters.OpenVINOExporter(), exporters.OpenVINOConfig(dynamic=True, quantizer=quantizer)
     except (ImportError, AttributeError) as error:
         raise ImportError(f"the {format} export needs pip install 'thresher[{format}]': {error}") from error

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,23 @@ def predict(
     return Predictions(logits, kept, text.lengths, used, rows_dense, scored)
 
 
-def _logits(model: PreTrainedModel, output: Any, lengths: Tensor) -> list[Tensor]:
+def logits_of(
+    forward: Callable[..., Any], text: Text, batch_size: int = 32, progress: Callable[[int, int], Any] | None = None
+) -> Tensor | list[Tensor]:
+    """The ``logits`` of ``Predictions`` by another ``forward`` than a model's, that of a ``Runtime``."""
+    found: list = [None] * len(text.lengths)
+    done = 0
+    for rows in text.batches(range(len(found)), batch_size):
+        output = forward(**text.batch(rows, None, torch.device("cpu")))
+        for i, logits in zip(rows, _logits(forward, SimpleNamespace(**output), text.lengths[rows]), strict=True):
+            found[i] = logits
+        done += len(rows)
+        if progress:
+            progress(done, len(found))
+    return torch.stack(found) if found[0].dim() == 1 else found
+
+
+def _logits(model: Any, output: Any, lengths: Tensor) -> list[Tensor]:
     """The logits of each row: (K,) of a classifier, (2, n) of a model that answers questions."""
     if isinstance(found := getattr(output, "logits", None), Tensor) and found.dim() == 2:
         return [*found.float()]

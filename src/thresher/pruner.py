@@ -295,7 +295,8 @@ def kept_count(keep: float | int, live: Tensor, protected: Tensor | int = 0) -> 
     if isinstance(keep, int):
         k = live.clamp(max=keep)
     else:
-        k = (live * round(keep * 1000) + 999) // 1000
+        k = live * round(keep * 1000) + 999
+        k = (k - k % 1000) // 1000  # OpenVINO fuses a division by whole numbers into one that rounds
     return torch.maximum(k.clamp(min=1), torch.as_tensor(protected, device=live.device))
 
 

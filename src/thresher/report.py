@@ -30,6 +30,7 @@ EXTRA_FIELDS = {  # what a row may hold besides
     "flops_used": "MACs over the n_examples",
     "flops_dense": "MACs of the dense model on them without padding",
     "flops_ratio_timed": "flops_ratio on the timed examples only",
+    "floor_ms": "least ms of a call on this machine, by its peak and its memory (median over the calls)",
     "n_timed": "examples whose time was taken",
     "repeats": "times each of them ran",
     "tried": "configurations tried before this one was chosen",
@@ -47,6 +48,7 @@ HEADER = (
     "× unpadded",
     "× padded",
     "efficiency",
+    "\N{MULTIPLICATION SIGN} floor",
 )
 IDENTITY = ("task", "model", "target_flops", "seed", "runtime", "precision", "threads")  # shown where they vary
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#000000")  # Okabe and Ito's palette
@@ -118,7 +120,8 @@ def _cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
             pace = f"{_number(r['latency_ms_p50'])} / {_number(r['latency_ms_p95'])} ms"
         else:
             pace = None if r["samples_per_second"] is None else f"{_number(r['samples_per_second'])} /s"
-        ratios = (_fixed(r[name], 2) for name in ("speedup_unpadded", "speedup_padded", "efficiency"))
+        ratios = [_fixed(r[name], 2) for name in ("speedup_unpadded", "speedup_padded", "efficiency")]
+        ratios += [_fixed(r["latency_ms_p50"] / floor) if (floor := r.get("floor_ms")) else None]
         cells = (_name(r), r["executor"], r["batch_size"], _fixed(r["quality"]), _drop(r), _fixed(r["flops_ratio"], 2))
         for name, cell in zip(HEADER, (*cells, pace, *ratios), strict=True):
             columns[name].append(_text(cell))

@@ -61,6 +61,8 @@ class Runtime:
             raise ValueError("a model that answers questions needs paragraphs: runtime(questions, paragraphs)")
         if pairs is not None and len(pairs) != len(texts):
             raise ValueError(f"{len(texts)} texts and {len(pairs)} pairs: expected as many of both")
+        if not texts:
+            return []
         found = self._answer(texts, pairs, batch_size) if self.answers else self._classify(texts, pairs, batch_size)
         return found[0] if one else found
 
