@@ -40,7 +40,8 @@ class Entry:
     """One measurement.
 
     kind: "train" (quality and FLOPs on the test part), "speed" (wall-clock of all methods of a task, in one run) or
-        "efficiency" (wall-clock against FLOPs of fixed schedules, untrained).
+        "efficiency" (wall-clock against FLOPs of fixed schedules, untrained), "runtimes" (a pruned model in every
+        runtime and precision) or "synthetic" (fixed schedules at BERT-base's size, random weights).
     method: a pruning method, "dense" (fine-tuning alone) or "dense-continued" (the same extra steps, nothing pruned).
     variant: what sets it apart from the entry of the same method and target, in its name.
     options: of ``thresher.jobs.train``, or of the timing.
@@ -146,6 +147,30 @@ def efficiency(task: str) -> list[Entry]:
     return [Entry(task, kind, kind=kind, options=own), Entry(task, kind, kind=kind, variant="512", options=long)]
 
 
+def runtimes(task: str, target: float, **options) -> Entry:
+    """ToP beside dense in every runtime and precision, seed 0."""
+    needs = (Entry(task, "dense").name, Entry(task, "top", target=target).name)
+    return Entry(task, "runtimes", target=target, kind="runtimes", needs=needs, options=options)
+
+
+def synthetic() -> list[Entry]:
+    """BERT-base's shape with random weights, 2.1x, 4x and 8x fewer FLOPs: one long text, eight short ones."""
+    shapes = {"1x512": ((1, 512), 4), "8x128": ((8, 128), 2)}
+    keeps = {"2.1x": (0.66, (1, 3, 6)), "4x": (0.4, (1, 3, 6)), "8x": (0.3, (0, 2, 5))}
+    options = {"graphs": ("onnx fp32", "onnx int8", "openvino fp32", "openvino bf16"), "precisions": ("fp32", "bf16")}
+    return [
+        Entry(
+            "synthetic",
+            "speed",
+            kind="synthetic",
+            model="bert-base",
+            variant=name,
+            options={**options, "shape": shape, "batches": batches, "keeps": keeps, "repeats": 5},
+        )
+        for name, (shape, batches) in shapes.items()
+    ]
+
+
 ENTRIES: list[Entry] = [
     *smoke("20newsgroups", 0),
     *smoke("mrpc", 0),
@@ -166,4 +191,8 @@ ENTRIES: list[Entry] = [
     speed("sst2"),
     speed("20newsgroups"),
     *efficiency("20newsgroups"),
+    runtimes("mrpc", 0.417),
+    runtimes("sst2", 0.417),
+    runtimes("20newsgroups", 0.286, limit=1000, repeats=3),
+    *synthetic(),
 ]

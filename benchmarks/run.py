@@ -50,7 +50,9 @@ def claimed(entry: Entry):
 
 def ready(entry: Entry) -> bool:
     """Whether an entry has no result yet and all it needs is there."""
-    there = available(entry.model) and all((RUNS / name / "config.json").exists() for name in entry.needs)
+    there = (entry.kind == "synthetic" or available(entry.model)) and all(
+        (RUNS / name / "config.json").exists() for name in entry.needs
+    )
     return there and not result_file(entry).exists()
 
 
@@ -69,7 +71,7 @@ def run(entry: Entry) -> None:
     if entry.kind != "train":
         import speed
 
-        rows, extra = {"speed": speed.measure_task, "efficiency": speed.measure_efficiency}[entry.kind](entry, RUNS), {}
+        rows, extra = speed.KINDS[entry.kind](entry, RUNS), {}
     else:
         from remembering import Remembering
         from thresher.jobs import SUMMARY, Recipe

@@ -78,3 +78,88 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
         unprune(net)
         rows += [{**row, **UNJUDGED} for row in timed]
     return rows
+
+
+def measure_runtimes(entry, runs: Path) -> list[dict]:
+    """A pruned model and its dense one in every runtime and precision, in one interleaved run; quality on the whole
+    test part, or on so many of its texts, drawn at random."""
+    from entries import DATA, TASKS
+    from thresher.jobs import bench
+
+    setting, (dense, pruned) = TASKS[entry.task], entry.needs
+    rows = bench(
+        str(runs / pruned),
+        str(DATA / setting.data),
+        config=setting.config,
+        against=str(runs / dense),
+        runtime=("torch", "onnx", "openvino"),
+        precision=("fp32", "bf16", "int8"),
+        max_length=setting.training["max_length"],
+        limit=entry.options.get("limit"),
+        repeats=entry.options.get("repeats", 5),
+        examples=32,
+        batches=4,
+        baselines=(),
+        graphs=runs / "graphs" / entry.name,
+    )
+    return [{**row, "model": entry.model, "target_flops": entry.target, "seed": entry.seed} for row in rows]
+
+
+def measure_synthetic(entry, runs: Path) -> list[dict]:
+    """Pure speed: random weights of BERT-base's shape, rows of equal length, fixed schedules, in every runtime that an
+    entry names; one interleaved run per batch size and length."""
+    import torch
+    from datasets import Dataset
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from thresher import TopK, export, load_runtime, prune, unprune
+    from thresher.bench import measure
+    from thresher.roofline import roofline
+    from thresher.tasks import Task
+
+    torch.manual_seed(0)
+    net = BertForSequenceClassification(BertConfig()).eval()
+    (size, length), threads = entry.options["shape"], torch.get_num_threads()
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 30_000, (size * entry.options["batches"], length), generator=draw).tolist()
+    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * length] * len(ids)})
+    task = Task(None, None, data, ("text",), None, [], "classification", "accuracy", "synthetic", "nothing", {})
+    rows, folder = [], runs / "graphs" / "bert-base"
+
+    def graph(name: str, runtime: str, precision: str):
+        place = folder / f"{name}-{runtime}-{precision}"
+        if not (place / "thresher.json").exists():
+            calibration = [{k: torch.tensor([data[i][k]]) for k in data.column_names} for i in range(min(8, len(ids)))]
+            export(net, place, format=runtime, precision=precision, calibration=calibration, max_length=512)
+        return load_runtime(place, threads=threads)
+
+    pairs = [tuple(pair.split()) for pair in entry.options["graphs"]]
+    whole = {pair: graph("dense", *pair) for pair in pairs}
+    for ratio, (keep, at) in entry.options["keeps"].items():
+        prune(net, TopK(keep=keep, at=at))
+        timed = measure(
+            net,
+            data,
+            task,
+            max_length=length,
+            modes=("dense-unpadded", "pruned"),
+            batch_sizes=(size,),
+            repeats=entry.options["repeats"],
+            examples=entry.options["batches"],
+            batches=entry.options["batches"],
+            precisions=entry.options["precisions"],
+            graphs={pair: {"dense": whole[pair], "pruned": graph(ratio, *pair)} for pair in pairs},
+            line=roofline(threads),
+            fields={"model": entry.model, "split": "none", "recipe": f"untrained TopK(keep={keep}, at={at}), {ratio}"},
+        )
+        unprune(net)
+        rows += [{**row, **UNJUDGED} for row in timed]
+    return rows
+
+
+KINDS = {
+    "speed": measure_task,
+    "efficiency": measure_efficiency,
+    "runtimes": measure_runtimes,
+    "synthetic": measure_synthetic,
+}
