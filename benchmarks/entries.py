@@ -194,5 +194,13 @@ ENTRIES: list[Entry] = [
     runtimes("mrpc", 0.417),
     runtimes("sst2", 0.417),
     runtimes("20newsgroups", 0.286, limit=1000, repeats=3),
+    Entry(
+        "mrpc",
+        "soak",
+        kind="soak",
+        target=0.417,
+        needs=(Entry("mrpc", "top", target=0.417).name,),
+        options={"calls": 10_000, "graphs": runtimes("mrpc", 0.417).name},
+    ),
     *synthetic(),
 ]

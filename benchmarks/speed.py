@@ -157,9 +157,17 @@ def measure_synthetic(entry, runs: Path) -> list[dict]:
     return rows
 
 
+def measure_memory(entry, runs: Path) -> list[dict]:
+    """Memory over thousands of calls."""
+    from soak import measure_soak
+
+    return measure_soak(entry, runs)
+
+
 KINDS = {
     "speed": measure_task,
     "efficiency": measure_efficiency,
     "runtimes": measure_runtimes,
+    "soak": measure_memory,
     "synthetic": measure_synthetic,
 }

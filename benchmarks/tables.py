@@ -109,6 +109,34 @@ def speed_table(result: dict) -> list[str]:
     return markdown(result["rows"]).splitlines()
 
 
+def timings(task: str, found: dict[str, dict]) -> list[str]:
+    """What a task's entries of wall-clock and memory say."""
+    lines = []
+    for entry in (e for e in ENTRIES if e.task == task and e.kind != "train" and e.name in found):
+        rows = found[entry.name]["rows"]
+        if entry.kind == "soak":
+            lines += [
+                f"Memory of a process over {entry.options['calls']:,} calls of 1 to 4 rows of 3 to 128 tokens:",
+                "",
+            ]
+            lines += [*(f"* {row['runtime']} {row['precision']}: {row['note']}" for row in rows), ""]
+            continue
+        what = f"first {rows[0]['n_examples']} texts"
+        if entry.kind == "efficiency":
+            least = entry.options.get("least")
+            what += f" of {least} tokens" if least else f", at most {rows[0]['max_length']} tokens"
+            what += ", untrained TopK"
+        elif entry.kind == "runtimes":
+            what = f"ToP at {entry.target:g}, {rows[0]['n_examples']} texts"
+        elif entry.kind == "synthetic":
+            what = (
+                f"batch {entry.options['shape'][0]}, {entry.options['shape'][1]} tokens, untrained TopK at 2.1x, 4x, 8x"
+            )
+        lines += [f"Wall-clock, {what}, one interleaved run, {rows[0]['threads']} threads, {rows[0]['hardware']}:", ""]
+        lines += [*speed_table(found[entry.name]), ""]
+    return lines
+
+
 def smoke_of(task: str) -> list[Entry]:
     """The entries of a task at its own budget."""
     return [e for e in ENTRIES if e.task == task and e.kind == "train" and e.target == TASKS[task].target]
@@ -150,15 +178,8 @@ def write(results: Path, target: Path) -> None:
             *quality_table(task, entries, found),
             "",
         ]
-        for entry in (e for e in ENTRIES if e.task == task and e.kind != "train" and e.name in found):
-            row = found[entry.name]["rows"][0]
-            what = f"first {row['n_examples']} texts"
-            if entry.kind == "efficiency":
-                least = entry.options.get("least")
-                what += f" of {least} tokens" if least else f", at most {row['max_length']} tokens"
-                what += ", untrained TopK"
-            lines += [f"Wall-clock, {what}, one interleaved run, {row['threads']} threads, {row['hardware']}:", ""]
-            lines += [*speed_table(found[entry.name]), ""]
+        lines += timings(task, found)
+    lines += ["## BERT-base's shape, random weights", "", *timings("synthetic", found)]
     if missing:
         lines += ["## Not run yet", "", *[f"* {name}" for name in missing], ""]
     target.parent.mkdir(parents=True, exist_ok=True)

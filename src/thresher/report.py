@@ -31,6 +31,7 @@ EXTRA_FIELDS = {  # what a row may hold besides
     "flops_dense": "MACs of the dense model on them without padding",
     "flops_ratio_timed": "flops_ratio on the timed examples only",
     "floor_ms": "least ms of a call on this machine, by its peak and its memory (median over the calls)",
+    "memory_start_mb": "resident memory of a process after its first hundred calls; peak_memory_mb after the last",
     "n_timed": "examples whose time was taken",
     "repeats": "times each of them ran",
     "tried": "configurations tried before this one was chosen",
@@ -47,6 +48,7 @@ HEADER = (
     "p50 / p95, rate",
     "× unpadded",
     "× padded",
+    "\N{MULTIPLICATION SIGN} torch fp32 padded",
     "efficiency",
     "\N{MULTIPLICATION SIGN} floor",
 )
@@ -120,7 +122,9 @@ def _cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
             pace = f"{_number(r['latency_ms_p50'])} / {_number(r['latency_ms_p95'])} ms"
         else:
             pace = None if r["samples_per_second"] is None else f"{_number(r['samples_per_second'])} /s"
-        ratios = [_fixed(r[name], 2) for name in ("speedup_unpadded", "speedup_padded", "efficiency")]
+        plain = (r["runtime"], r["precision"]) in (("torch", "fp32"), (None, None))  # where it is the column before
+        reference = None if plain else r["speedup_reference"]
+        ratios = [_fixed(x, 2) for x in (r["speedup_unpadded"], r["speedup_padded"], reference, r["efficiency"])]
         ratios += [_fixed(r["latency_ms_p50"] / floor) if (floor := r.get("floor_ms")) else None]
         cells = (_name(r), r["executor"], r["batch_size"], _fixed(r["quality"]), _drop(r), _fixed(r["flops_ratio"], 2))
         for name, cell in zip(HEADER, (*cells, pace, *ratios), strict=True):
