@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_the_budget_reaches_the_thresholds():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gates_of_zero_and_one_are_hard_pruning(family):
-    """For every token that stays; one that left shows its last complete state, a faded one goes on as an onlooker."""
+    """For every token that stays; one that left shows its last complete state, to heads that read it."""
     source, batch = FAMILIES[family], FAMILIES[family].batch()
     model = trained(family, LTP(init=1.6, temperature=1e-7), "mask")
     record = []
@@ -110,9 +111,30 @@ def test_gates_of_zero_and_one_are_hard_pruning(family):
         record.append([row["tokens_kept"] for row in model.token_pruner.report])
     assert record[0] == pytest.approx(record[1])
     assert record[1][-1] < 0.95 * record[1][0]
-    stay = model.token_pruner.record.views[-1].after.alive
-    stay = stay[batch["attention_mask"].bool()] if "attention_mask" in batch else stay
-    torch.testing.assert_close(soft["states"][stay], hard["states"][stay], atol=1e-5, rtol=1e-5)
+    seen = model.token_pruner.record.views[-1].after.alive
+    if not model.token_pruner.info.reads_first_only:
+        seen = torch.ones_like(seen)
+    seen = seen[batch["attention_mask"].bool()] if "attention_mask" in batch else seen
+    torch.testing.assert_close(soft["states"][seen], hard["states"][seen], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "deberta-v2"])
+def test_heads_of_every_token_see_in_the_soft_stage_what_is_left(family):
+    """Before and after the FFN; a gate that closes costs them, and says so in its gradient."""
+    source, batch = FAMILIES[family], FAMILIES[family].batch()
+    head = source.model.replace("SequenceClassification", "TokenClassification")
+    source = dataclasses.replace(source, model=head)
+    method = LTP(init=1.6, temperature=1e-7, at=(2,))
+    model = prune(source.build().train(), method, executor="mask")
+    method.progress = 0.0
+    real = batch["attention_mask"].bool()
+    soft = model(**batch).logits
+    hard = model.eval()(**batch).logits
+    assert (soft - hard)[real].abs().max() <= 1e-5
+    method.temperature = 1.0
+    model.train()
+    model(**batch).logits[real].sum().backward()
+    assert method.threshold.grad.abs().item() > 0
 
 
 @pytest.mark.parametrize("executor", LAYOUTS)

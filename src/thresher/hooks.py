@@ -236,6 +236,7 @@ class Hooks:
             if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
                 # a 0/1 mask (DeBERTa) has no place for log(gate): there the gate scales the state, as in LTP
                 hidden = hidden * forward.tokens.log_gate.exp().to(hidden.dtype)[..., None]
+            hidden = self._fade(forward.tokens if self.stack.inside else tokens, last_complete, hidden)
         elif scored:
             self._decide(view)
             if not self.stack.inside:
@@ -243,6 +244,8 @@ class Hooks:
             if view.after is not tokens:
                 view.after.leave(tokens, last_complete)
             forward.tokens = view.after
+        else:
+            hidden = self._fade(tokens, last_complete, hidden)
         passed = forward.tokens.live if self.stack.inside and scored else tokens.live
         forward.counts.append(LayerCount(tokens.live, passed, scored and self.pruner.needs_attention))
         forward.layer += 1
@@ -251,6 +254,15 @@ class Hooks:
         if hidden is given:
             return None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _fade(self, tokens: Tokens, before: Tensor, after: Tensor) -> Tensor:
+        """The states after a layer while gates are soft: a token keeps the one it had as far as its gate is closed.
+
+        Heads that read the first token alone see no difference, and their gradients are left as they are.
+        """
+        if tokens.log_gate is None or self.info.reads_first_only:
+            return after
+        return torch.lerp(before.to(after.dtype), after, tokens.log_gate.exp().to(after.dtype)[..., None])
 
     def end(self, base, args, output) -> None:
         """Model post-hook: hand out the record."""
