@@ -53,7 +53,8 @@ def ready(entry: Entry) -> bool:
     there = (entry.kind == "synthetic" or available(entry.model)) and all(
         (RUNS / name / "config.json").exists() for name in entry.needs
     )
-    return there and not result_file(entry).exists()
+    landed = all((RESULTS / f"{name}.json").exists() for name in entry.after)
+    return there and landed and not result_file(entry).exists()
 
 
 def labels_of(entry: Entry) -> list:

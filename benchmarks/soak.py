@@ -58,10 +58,14 @@ def measure_soak(entry, runs: Path) -> list[dict]:
     for place in sorted((runs / "graphs" / entry.options["graphs"]).glob("pruned-*")):
         _, runtime, precision = place.name.split("-")
         places[runtime, precision] = place
+    if len(places) == 1:
+        raise FileNotFoundError(
+            f"no graphs in {runs / 'graphs' / entry.options['graphs']}: run the runtimes entry first"
+        )
     rows = []
     for (runtime, precision), place in places.items():
         command = [sys.executable, __file__, str(place), str(entry.options["calls"])]
-        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
         first, *_, last = found.values()
         common = {"task": entry.task, "model": entry.model, "method": "top", "target_flops": entry.target}
         common |= {"seed": entry.seed, "runtime": runtime, "precision": precision, "mode": "pruned", "split": "none"}

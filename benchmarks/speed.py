@@ -107,13 +107,14 @@ def measure_runtimes(entry, runs: Path) -> list[dict]:
 
 def measure_synthetic(entry, runs: Path) -> list[dict]:
     """Pure speed: random weights of BERT-base's shape, rows of equal length, fixed schedules, in every runtime that an
-    entry names; one interleaved run per batch size and length."""
+    entry names; one interleaved run per schedule."""
     import torch
     from datasets import Dataset
     from transformers import BertConfig, BertForSequenceClassification
 
     from thresher import TopK, export, load_runtime, prune, unprune
     from thresher.bench import measure
+    from thresher.exporting import fingerprint, source_of
     from thresher.roofline import roofline
     from thresher.tasks import Task
 
@@ -128,7 +129,7 @@ def measure_synthetic(entry, runs: Path) -> list[dict]:
 
     def graph(name: str, runtime: str, precision: str):
         place = folder / f"{name}-{runtime}-{precision}"
-        if not (place / "thresher.json").exists():
+        if source_of(place) != (fingerprint(net), 512):
             calibration = [{k: torch.tensor([data[i][k]]) for k in data.column_names} for i in range(min(8, len(ids)))]
             export(net, place, format=runtime, precision=precision, calibration=calibration, max_length=512)
         return load_runtime(place, threads=threads)

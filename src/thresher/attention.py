@@ -55,7 +55,7 @@ class View:
         self._weights = weights
 
     def see_received(self, received: Tensor) -> None:
-        """Called with (1, T), the attention received in packed rows, where the probabilities were at hand."""
+        """Called with the attention received, (1, T) in packed rows and (B, N) elsewhere, where it was at hand."""
         self._received = self.tokens.pad(received)
 
     def release(self) -> None:
@@ -208,13 +208,16 @@ def attend_and_score(
         step = max(1, CACHED // (batch * length * length))
     votes = torch.ones(batch, length, device=query.device) if votes is None else votes
     votes = votes[:, None, None]
-    for h in range(0, heads, step):
-        logits = query[:, h : h + step] @ key[:, h : h + step]
-        if bias is not None:
-            logits = logits + (bias if bias.dim() < 4 or bias.shape[1] == 1 else bias[:, h : h + step])
-        weights = logits.softmax(-1, dtype=torch.float32)
-        outputs.append(weights.to(value.dtype) @ value[:, h : h + step])
-        received = received + (votes @ weights).sum(1)[:, 0]  # a product is quicker than a sum over rows
+    if torch.is_autocast_enabled(query.device.type):  # which would round the scores
+        query, key = query.float(), key.float()
+    with torch.autocast(query.device.type, enabled=False):
+        for h in range(0, heads, step):
+            logits = query[:, h : h + step] @ key[:, h : h + step]
+            if bias is not None:
+                logits = logits + (bias if bias.dim() < 4 or bias.shape[1] == 1 else bias[:, h : h + step])
+            weights = logits.softmax(-1, dtype=torch.float32)
+            outputs.append(weights.to(value.dtype) @ value[:, h : h + step])
+            received = received + (votes @ weights).sum(1)[:, 0]  # a product is quicker than a sum over rows
     return torch.cat(outputs, 1).transpose(1, 2), received / heads
 
 

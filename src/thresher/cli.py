@@ -213,6 +213,7 @@ def export(
     ] = None,
     config: Config = None,
     text: Columns = None,
+    label: Label = None,
     max_length: MaxLength = 256,
     threads: Threads = None,
     json_file: Json = None,

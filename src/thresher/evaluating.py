@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -24,6 +25,7 @@ from .roofline import roofline
 from .runtime import load_runtime
 
 PAIRS = {"torch": ("fp32", "bf16"), **exporting.FORMATS}  # the precisions of each runtime
+CALIBRATED_WITH_TEXTS = ("openvino", "int8")
 CALIBRATED = 300  # examples that int8 is calibrated on, NNCF's own number
 
 
@@ -122,7 +124,7 @@ def bench(
                 continue
             for name, m in (("dense", other or unprune(copied(net))), ("pruned", net)):
                 place = folder / f"{name}-{one}-{kind}"
-                if not (place / exporting.SPEC).exists():
+                if exporting.source_of(place) != (exporting.fingerprint(m), max_length):
                     if progress:
                         progress(f"writing {place.name}", 0, None)
                     _export(m, model, place, one, kind, task, max_length)
@@ -159,6 +161,7 @@ def export(
     data: str | None = None,
     config: str | None = None,
     text: Sequence[str] | None = None,
+    label: str | None = None,
     max_length: int = 256,
     threads: int | None = None,
     progress=None,
@@ -167,7 +170,9 @@ def export(
     if threads is not None:
         torch.set_num_threads(threads)
     net, _ = load(model)
-    task = load_task(data, config=config, text=text, need_labels=False) if data and precision == "int8" else None
+    task = None
+    if data and (format, precision) == CALIBRATED_WITH_TEXTS:  # cut as bench cuts it, so that no tested text calibrates
+        task = load_task(data, config=config, text=text, label=label)
     if progress:
         progress(f"writing a graph for {format}", 0, None)
     return _export(net, model, out, format, precision, task, clip(max_length, net.config))
@@ -176,9 +181,11 @@ def export(
 def _export(net, model: str, out, format: str, precision: str, task: Task | None, max_length: int) -> dict:
     """Export with the tokenizer of ``model``; int8 is calibrated on texts that are not tested."""
     tokenizer, calibration = reading(AutoTokenizer.from_pretrained, model), None
-    if task is not None and precision == "int8":
+    if task is not None and (format, precision) == CALIBRATED_WITH_TEXTS:
         if (part := task.validation if task.train is None else task.train) is None:
-            raise ValueError(f"{task.name} has a test part only: int8 is calibrated on texts of a train part")
+            raise ValueError(
+                f"{task.name} has a test part only: int8 in OpenVINO is calibrated on texts of a train part"
+            )
         rows = tokenize(part.select(range(min(CALIBRATED, len(part)))), task, tokenizer, max_length)[0]
         cut = Text(net, rows, max_length)
         calibration = [cut.batch([i], None, net.device) for i in range(len(rows))]
@@ -205,5 +212,6 @@ def _opened(
     if (task.kind == "qa") != type(net).__name__.endswith("ForQuestionAnswering"):
         wanted = "a model that answers questions" if task.kind == "qa" else "a classifier"
         raise ValueError(f"{model} is a {type(net).__name__}: {data} wants {wanted}")
-    test = task.test.select(range(min(len(task.test), limit or len(task.test))))
+    chosen = np.random.default_rng(0).permutation(len(task.test))[:limit]  # a file may lie in the order of its labels
+    test = task.test.select(sorted(chosen))
     return net, max_length, task, tokenize(test, task, tokenizer, max_length)[0]

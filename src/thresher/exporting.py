@@ -8,6 +8,7 @@ Shapes: B batch, N tokens; both stay open in the graph.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .api import MODULE
+from .data import positions
 from .machine import environment
 
+HEADS = ("ForSequenceClassification", "ForQuestionAnswering")
 FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
 SPEC = "thresher.json"
 SHAPES = ((1, 1), (1, 7), (3, 24), (2, 60))  # at which a graph is compared with its model, besides the longest text
@@ -63,7 +66,8 @@ def export(
         several shapes (random tokens).
 
     Raises:
-        ValueError: unknown format or precision, int8 in OpenVINO without calibration, a model that reads no tokens.
+        ValueError: unknown format or precision, int8 in OpenVINO without calibration, another kind of model, a folder
+            that holds something else than an exported model.
         RuntimeError: the fp32 graph answers otherwise than the model.
         ImportError: a package is missing.
     """
@@ -76,17 +80,21 @@ def export(
         raise ValueError(
             "int8 in OpenVINO needs inputs to calibrate on: give calibration= (--data on the command line)"
         )
-    if model.main_input_name != "input_ids":
-        raise ValueError(f"{type(model).__name__} reads {model.main_input_name}: only models of tokens are exported")
+    if model.main_input_name != "input_ids" or not type(model).__name__.endswith(HEADS):
+        what = f"{type(model).__name__} reads {model.main_input_name}"
+        raise ValueError(
+            f"{what}: models of tokens are exported that classify or answer questions ({', '.join(HEADS)})"
+        )
     folder, pruner = Path(folder), getattr(model, MODULE, None)
-    limit = getattr(model.config, "max_position_embeddings", None) or 512
-    longest = min(max_length or 512, limit)
+    _check(folder)
+    longest = min(max_length or 512, positions(model) or 512)
     spec = {
         "format": format,
         "precision": precision,
         "architecture": type(model).__name__,
         "pruning": None if pruner is None else pruner.to_dict(),
         "max_length": longest,
+        "source": fingerprint(model),
         "versions": environment()["versions"],
     }
     exporter, config = _exporter(format, precision, calibration)
@@ -103,7 +111,7 @@ def export(
             (aside / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
             shapes = [shape for shape in SHAPES if shape[1] <= longest] + [(1, longest)]
             spec["difference"] = _difference(model, tokenizer, aside, shapes)
-            if precision == "fp32" and spec["difference"] > CLOSE:
+            if precision == "fp32" and not spec["difference"] <= CLOSE:  # nor where it is no number
                 raise RuntimeError(
                     f"the {format} graph answers otherwise than the model: logits differ by {spec['difference']:.2g}, "
                     f"expected {CLOSE} at most; it was not written"
@@ -113,6 +121,25 @@ def export(
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return spec
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Of the weights and the pruning of a model: graphs of equal ones answer alike."""
+    pruner, told = getattr(model, MODULE, None), hashlib.sha256()
+    told.update(json.dumps(None if pruner is None else pruner.to_dict(), default=str, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        told.update(name.encode())
+        told.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return told.hexdigest()
+
+
+def source_of(folder: Path) -> tuple[str | None, int | None] | None:
+    """Fingerprint and longest input of the model that an exported graph was made from; None where there is none."""
+    try:
+        spec = json.loads((folder / SPEC).read_text())
+        return spec["source"], spec["max_length"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def inputs_of(model: PreTrainedModel, tokenizer: Any, batch: int, length: int) -> dict[str, Tensor]:
@@ -147,19 +174,19 @@ def _exporter(format: str, precision: str, calibration: Iterable[dict] | None) -
 
 @contextmanager
 def _padded(model: PreTrainedModel) -> Iterator[None]:
-    """In evaluation mode, and in the one layout that a graph can hold."""
+    """In evaluation mode, pruned, and in the one layout that a graph can hold."""
     pruner, training = getattr(model, MODULE, None), model.training
-    before = None if pruner is None else pruner.hooks.executor
+    before = None if pruner is None else (pruner.hooks.executor, pruner.hooks.mode)
     model.eval()
     if pruner is not None:
-        pruner.hooks.executor = "padded"
+        pruner.hooks.executor, pruner.hooks.mode = "padded", "pruned"
     try:
         with torch.no_grad():
             yield
     finally:
         model.train(training)
         if pruner is not None:
-            pruner.hooks.executor = before
+            pruner.hooks.executor, pruner.hooks.mode = before
 
 
 @contextmanager
@@ -179,23 +206,34 @@ def _difference(model: PreTrainedModel, tokenizer: Any, folder: Path, shapes: It
     """The largest difference of logits between a model and its graph."""
     from .runtime import load_runtime
 
-    graph, worst = load_runtime(folder), 0.0
+    graph, worst = load_runtime(folder), torch.zeros(())
     for shape in shapes:
         inputs = inputs_of(model, tokenizer, *shape)
         real = inputs["attention_mask"].bool()
         for name, there in graph.forward(**inputs).items():
-            difference = (getattr(model(**inputs), name).float() - there.float()).abs()
-            worst = max(worst, float(difference[real].max() if difference.shape == real.shape else difference.max()))
-    return worst
+            difference = (getattr(model(**inputs), name).float() - there.to(model.device).float()).abs()
+            difference = difference[real] if difference.shape == real.shape else difference
+            worst = torch.maximum(worst, difference.max().cpu())  # which is no number as soon as one of them is none
+    return float(worst)
+
+
+def _check(folder: Path) -> None:
+    """Refuse a folder that holds anything but an exported model."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        if json.loads((folder / SPEC).read_text())["format"] in FORMATS:
+            return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something else than an exported model: name an empty or new folder")
 
 
 def _replace(aside: Path, folder: Path) -> None:
-    """Move a finished folder to its place; what an earlier export left there goes, and nothing else."""
-    if folder.exists():
-        if not (folder / SPEC).exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds something else than an exported model: name an empty or new folder")
-        before = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        os.replace(folder, before)
-        shutil.rmtree(before)
+    """Move a finished folder to its place, and only then remove what an earlier export left there."""
+    _check(folder)
     os.chmod(aside, 0o755)
+    if not folder.exists():
+        os.replace(aside, folder)
+        return
+    before = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    os.replace(folder, before)
     os.replace(aside, folder)
+    shutil.rmtree(before)

@@ -144,7 +144,7 @@ class Training:
             raise ValueError(f"{self.out} is not empty and holds no {SUMMARY}: choose another folder for the result")
         if ours and not fresh:
             summary = json.loads((self.out / SUMMARY).read_text())
-            self._same(summary["recipe"], self.out)
+            self._same(summary.get("recipe", {}), self.out)
             return summary["rows"]
         if self.claim.exists() and not fresh:
             self._same(json.loads(self.claim.read_text()), self.work)

@@ -194,7 +194,9 @@ class Padded(Tokens):
         slots = keep.shape[1]
         if not torch.compiler.is_compiling():
             width = int(keep.sum(1).max())
-        elif width is None:  # data-dependent; a width of 0 or 1 would be specialised
+        elif width is None or torch.compiler.is_exporting():
+            # data-dependent, 2 at least, since 0 and 1 would be specialised; and so in a graph for good, where widths
+            # that follow from the shape make formulas of formulas
             width = keep.sum(1).max().clamp(min=min(2, slots)).item()
             torch._check(width >= 2)
             torch._check(width <= slots)
@@ -216,6 +218,10 @@ class Padded(Tokens):
 
     def leave(self, before: Tokens, states: Tensor) -> None:
         self.place, self.pool = before.placed(states), (*before.pool, states)
+        if len(self.pool) > 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            pool = torch.cat([x.to(states.dtype) for x in self.pool], 1)  # nobody looks back: one state is enough
+            self.pool, self.place = (take(pool, self.place, 1),), torch.arange(self.place.shape[1], device=pool.device)
+            self.place = self.place.expand(len(pool), -1)
 
     def placed(self, states: Tensor) -> Tensor:
         """(B, N0) long: ``place`` once ``states`` (B, N, C), those of the live tokens, are the last of the pool."""
