@@ -238,6 +238,49 @@ def test_nothing_is_half_written(tmp_path, monkeypatch, exported):
         assert sorted(os.listdir(folder)) == ["model.onnx", "thresher.json"] and os.listdir(tmp_path) == ["graph"]
 
 
+@pytest.mark.parametrize(("change", "said"), [(float("nan"), "differ by nan"), (0.5, r"differ by 0\.5")])
+def test_a_graph_that_answers_otherwise_is_refused(tmp_path, monkeypatch, exported, change, said):
+    model, _, _ = exported
+
+    class Wrong:
+        def forward(self, **inputs):
+            return {"logits": model(**inputs).logits + (change if inputs["input_ids"].shape[1] == 7 else 0.0)}
+
+    class Exported:
+        def export(self, *arguments, **options):
+            return self
+
+        def save_pretrained(self, folder):
+            pass
+
+    monkeypatch.setattr(exporting, "_exporter", lambda *_: (Exported(), None))
+    monkeypatch.setattr("thresher.runtime.load_runtime", lambda folder: Wrong())
+    with pytest.raises(RuntimeError, match=said):
+        export(model, tmp_path / "graph")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_trained_model_is_not_written_over(tmp_path, exported):
+    model, _, _ = exported
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "thresher.json").write_text('{"recipe": {}, "rows": []}')
+    before = sorted(os.listdir(tmp_path / "model"))
+    with pytest.raises(ValueError, match="holds something else"):
+        export(model, tmp_path / "model")
+    assert sorted(os.listdir(tmp_path / "model")) == before
+
+
+def test_a_fingerprint_tells_models_apart():
+    model = classifier()
+    plain = exporting.fingerprint(model)
+    assert exporting.fingerprint(classifier()) == plain
+    pruned = exporting.fingerprint(prune(model, TopK(keep=0.6)))
+    assert len({plain, pruned, exporting.fingerprint(prune(classifier(), TopK(keep=0.5)))}) == 3
+    with torch.no_grad():
+        model.classifier.bias[0] += 1e-3
+    assert exporting.fingerprint(model) != pruned
+
+
 def test_a_folder_without_a_graph_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no exported model"):
         load_runtime(tmp_path)

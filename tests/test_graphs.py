@@ -1,0 +1,114 @@
+"""Which graphs ``bench`` makes, of which models, on which texts, and which of them it uses again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from thresher import evaluating, jobs
+from thresher.data import load_task, tokenize
+from thresher.exporting import fingerprint
+from thresher.loading import load
+from toy import OPTIONS, make_toy
+
+FEW = {"repeats": 1, "limit": 8, "max_length": 32, "batch_size": (4,), "baselines": ()}
+ALL = {"runtime": ("torch", "onnx", "openvino"), "precision": ("fp32", "int8")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    toy = make_toy(tmp_path_factory.mktemp("toy"))
+    out = toy.data + "-out"
+    jobs.train(toy.model, toy.data, out, **OPTIONS | {"epochs": 1, "prune_epochs": 1})
+    return toy.data, out
+
+
+@pytest.fixture
+def made(monkeypatch) -> dict:
+    """The exports that were asked for, by name: models stand where their graphs would."""
+    noted = {}
+
+    def export(net, out, **options):
+        Path(out).mkdir(parents=True, exist_ok=True)
+        spec = {"source": fingerprint(net), "max_length": options["max_length"]}
+        Path(out, "thresher.json").write_text(json.dumps(spec))
+        noted[Path(out).name] = {"net": copy.deepcopy(net).eval(), **options}
+
+    class Opened:
+        def __init__(self, folder, threads=None):
+            self.net = models[folder.name]
+            threads_of[folder.name] = threads
+
+        def forward(self, **inputs):
+            with torch.no_grad():
+                return {"logits": self.net(**inputs).logits}
+
+    models, threads_of = {}, {}
+
+    def opened(folder, threads=None):
+        if folder.name in noted:
+            models[folder.name] = noted[folder.name]["net"]
+        return Opened(folder, threads)
+
+    monkeypatch.setattr(evaluating.exporting, "export", export)
+    monkeypatch.setattr(evaluating, "load_runtime", opened)
+    noted["threads"] = threads_of
+    return noted
+
+
+def test_graphs_are_of_the_right_models_and_texts(trained, made, tmp_path):
+    data, out = trained
+    rows = jobs.bench(out, data, **FEW, **ALL, threads=1, graphs=tmp_path)
+    pairs = {"onnx-fp32", "onnx-int8", "openvino-fp32", "openvino-int8"}
+    assert set(made) - {"threads"} == {f"{name}-{pair}" for name in ("dense", "pruned") for pair in pairs}
+    assert set(made["threads"].values()) == {1} and {r["threads"] for r in rows} == {1}
+    net, tokenizer = load(out)
+    task = load_task(data)
+    train = tokenize(task.train, task, tokenizer, 32)[0]["input_ids"]
+    for name, given in made.items():
+        if name == "threads":
+            continue
+        assert hasattr(given["net"], "token_pruner") == name.startswith("pruned")
+        assert name == f"{name.split('-')[0]}-{given['format']}-{given['precision']}"
+        assert (given["calibration"] is None) == (not name.endswith("openvino-int8"))
+        if given["calibration"]:
+            assert [batch["input_ids"][0].tolist() for batch in given["calibration"]] == list(train)[:300]
+    dense = load(out + "/dense")[0]
+    assert torch.equal(made["dense-onnx-fp32"]["net"].classifier.weight, dense.classifier.weight)
+    assert torch.equal(made["pruned-onnx-fp32"]["net"].classifier.weight, net.classifier.weight)
+    where = {(r["runtime"], r["precision"], r["mode"]) for r in rows}
+    modes = ("dense-padded", "dense-unpadded", "pruned")
+    kinds = [("torch", "fp32"), *(tuple(pair.split("-")) for pair in pairs)]
+    assert where == {(*kind, mode) for kind in kinds for mode in modes}
+
+
+def test_graphs_are_used_again_and_never_those_of_another_model(trained, made, tmp_path):
+    data, out = trained
+    options = {**FEW, "runtime": ("onnx",), "precision": ("fp32",), "graphs": tmp_path}
+    jobs.bench(out, data, **options)
+    first = set(made) - {"threads"}
+    made_before = {name: made.pop(name) for name in first}
+    jobs.bench(out, data, **options)
+    assert set(made) == {"threads"}, "nothing is exported anew"
+    jobs.bench(out, data, **options | {"max_length": 31})
+    assert set(made) - {"threads"} == first, "another longest input is another graph"
+    for name in first:
+        made.pop(name)
+    made |= made_before
+    spec = tmp_path / "pruned-onnx-fp32" / "thresher.json"
+    spec.write_text(json.dumps(json.loads(spec.read_text()) | {"source": "of another model"}))
+    for name in first:
+        made.pop(name)
+    jobs.bench(out, data, **options | {"max_length": 31})
+    assert set(made) - {"threads"} == {"pruned-onnx-fp32"}
+
+
+def test_what_does_not_go_together_is_refused(trained):
+    data, out = trained
+    for wrong in ({"runtime": ("tensorrt",)}, {"precision": ("int4",)}, {"runtime": ("onnx",), "precision": ("bf16",)}):
+        with pytest.raises(ValueError, match="does not go with what else was asked for; there is torch: fp32, bf16"):
+            jobs.bench(out, data, **FEW, **wrong)
