@@ -92,7 +92,7 @@ def measure_runtimes(entry, runs: Path) -> list[dict]:
         str(DATA / setting.data),
         config=setting.config,
         against=str(runs / dense),
-        runtime=("torch", "onnx", "openvino"),
+        runtime=entry.options.get("runtime", ("torch", "onnx", "openvino")),
         precision=("fp32", "bf16", "int8"),
         max_length=setting.training["max_length"],
         limit=entry.options.get("limit"),
