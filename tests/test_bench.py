@@ -11,7 +11,6 @@ from datasets import Dataset
 from families import FAMILIES
 from thresher import LTP, TopK, bench, dense, metrics, predicting, prune, report
 from thresher.metrics import compute_metric
-from thresher.roofline import Roofline
 from thresher.training import Ranking
 
 LENGTHS = (5, 19, 3, 24, 11, 7, 16, 9, 24, 4, 13, 21, 6, 2, 18, 10)
@@ -387,48 +386,3 @@ def test_runners_take_turns():
         (2, 8),
     }
     assert runners[0].seconds == np.median(runners[0].times, axis=0).sum()
-
-
-class Graph:
-    """Stands where an opened graph does: a model behind ``forward``, as ``Runtime`` has it, that notes its calls."""
-
-    def __init__(self, model):
-        self.model, self.shapes = model, []
-
-    def forward(self, **inputs):
-        self.shapes.append(tuple(inputs["input_ids"].shape))
-        with torch.no_grad():
-            return {"logits": self.model(**inputs).logits}
-
-
-def test_graphs_stand_beside_torch():
-    model, data = pruned(), rows()
-    whole, cut = Graph(FAMILIES["bert"].build()), Graph(pruned(seed=5))  # one that answers otherwise
-    line = Roofline(peak={"fp32": 1.0, "int8": 4.0}, bandwidth=1.0, threads=1, hardware="none")
-    graphs = {("onnx", "fp32"): {"dense": whole, "pruned": cut}, ("openvino", "bf16"): {"dense": whole, "pruned": cut}}
-    options = {"max_length": 30, "batch_sizes": (1, 4), "repeats": 2, "examples": 6, "line": line}
-    found = bench.measure(model, data, task(), **options, graphs=graphs)
-    assert len(found) == 2 * 3 * 3
-    assert {r["executor"] for r in found if r["runtime"] == "onnx"} == {"padded", "length-sorted"}
-    assert (1, 30) in whole.shapes and (1, 30) not in cut.shapes
-    for r in found:
-        where = (r["runtime"], r["precision"], r["batch_size"])
-        base = {m["mode"]: m for m in found if (m["runtime"], m["precision"], m["batch_size"]) == where}
-        rate = r["samples_per_second"]
-        assert r["speedup_unpadded"] == pytest.approx(rate / base["dense-unpadded"]["samples_per_second"])
-        assert r["speedup_padded"] == pytest.approx(rate / base["dense-padded"]["samples_per_second"])
-        first = next(m for m in found if m["runtime"] == "torch" and m["batch_size"] == r["batch_size"])
-        assert r["speedup_reference"] == pytest.approx(rate / first["samples_per_second"])
-        if r["runtime"] != "torch" and r["mode"] == "pruned":
-            own = compute_metric("accuracy", one_by_one(cut.model, data), data["labels"])
-            assert r["quality"] == own != next(m for m in found if m["mode"] == "pruned")["quality"]
-        assert ("floor_ms" in r) == (r["precision"] == "fp32")
-    floors = {(r["mode"], r["batch_size"]): r["floor_ms"] for r in found if r["runtime"] == "torch"}
-    for size in (1, 4):
-        assert floors["pruned", size] < floors["dense-unpadded", size] < floors["dense-padded", size]
-    # one text of 30 tokens: 4 layers, attention and FFN, two FLOPs per MAC at 1 GFLOP/s, more than reading takes
-    macs = 4 * (30 * 4 * 32**2 + 2 * 30**2 * 32 + 30 * 2 * 32 * 64)
-    assert floors["dense-padded", 1] == pytest.approx(2 * macs / 1e6)
-    # alone: the reference is timed beside them and not shown
-    alone = bench.measure(model, data, task(), **options, graphs=graphs, precisions=())
-    assert {r["runtime"] for r in alone} == {"onnx", "openvino"} and all(r["speedup_reference"] for r in alone)

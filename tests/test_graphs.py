@@ -1,4 +1,4 @@
-"""Which graphs ``bench`` makes, of which models, on which texts, and which of them it uses again."""
+"""Graphs beside torch: their rows; which ``bench`` makes, of which models, on which texts, and which it uses again."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from thresher import evaluating, jobs
+from families import FAMILIES
+from test_bench import one_by_one, pruned, rows, task
+from thresher import bench, evaluating, jobs
 from thresher.data import load_task, tokenize
 from thresher.exporting import fingerprint
 from thresher.loading import load
+from thresher.metrics import compute_metric
+from thresher.roofline import Roofline
 from toy import OPTIONS, make_toy
 
 FEW = {"repeats": 1, "limit": 8, "max_length": 32, "batch_size": (4,), "baselines": ()}
@@ -62,13 +66,13 @@ def made(monkeypatch) -> dict:
 
 def test_graphs_are_of_the_right_models_and_texts(trained, made, tmp_path):
     data, out = trained
-    rows = jobs.bench(out, data, **FEW, **ALL, threads=1, graphs=tmp_path)
+    timed = jobs.bench(out, data, **FEW, **ALL, threads=1, graphs=tmp_path)
     pairs = {"onnx-fp32", "onnx-int8", "openvino-fp32", "openvino-int8"}
     assert set(made) - {"threads"} == {f"{name}-{pair}" for name in ("dense", "pruned") for pair in pairs}
-    assert set(made["threads"].values()) == {1} and {r["threads"] for r in rows} == {1}
+    assert set(made["threads"].values()) == {1} and {r["threads"] for r in timed} == {1}
     net, tokenizer = load(out)
-    task = load_task(data)
-    train = tokenize(task.train, task, tokenizer, 32)[0]["input_ids"]
+    farm = load_task(data)
+    train = tokenize(farm.train, farm, tokenizer, 32)[0]["input_ids"]
     for name, given in made.items():
         if name == "threads":
             continue
@@ -80,7 +84,7 @@ def test_graphs_are_of_the_right_models_and_texts(trained, made, tmp_path):
     dense = load(out + "/dense")[0]
     assert torch.equal(made["dense-onnx-fp32"]["net"].classifier.weight, dense.classifier.weight)
     assert torch.equal(made["pruned-onnx-fp32"]["net"].classifier.weight, net.classifier.weight)
-    where = {(r["runtime"], r["precision"], r["mode"]) for r in rows}
+    where = {(r["runtime"], r["precision"], r["mode"]) for r in timed}
     modes = ("dense-padded", "dense-unpadded", "pruned")
     kinds = [("torch", "fp32"), *(tuple(pair.split("-")) for pair in pairs)]
     assert where == {(*kind, mode) for kind in kinds for mode in modes}
@@ -112,3 +116,48 @@ def test_what_does_not_go_together_is_refused(trained):
     for wrong in ({"runtime": ("tensorrt",)}, {"precision": ("int4",)}, {"runtime": ("onnx",), "precision": ("bf16",)}):
         with pytest.raises(ValueError, match="does not go with what else was asked for; there is torch: fp32, bf16"):
             jobs.bench(out, data, **FEW, **wrong)
+
+
+class Graph:
+    """Stands where an opened graph does: a model behind ``forward``, as ``Runtime`` has it, that notes its calls."""
+
+    def __init__(self, model):
+        self.model, self.shapes = model, []
+
+    def forward(self, **inputs):
+        self.shapes.append(tuple(inputs["input_ids"].shape))
+        with torch.no_grad():
+            return {"logits": self.model(**inputs).logits}
+
+
+def test_graphs_stand_beside_torch():
+    model, data = pruned(), rows()
+    whole, cut = Graph(FAMILIES["bert"].build()), Graph(pruned(seed=5))  # one that answers otherwise
+    line = Roofline(peak={"fp32": 1.0, "int8": 4.0}, bandwidth=1.0, threads=1, hardware="none")
+    graphs = {("onnx", "fp32"): {"dense": whole, "pruned": cut}, ("openvino", "bf16"): {"dense": whole, "pruned": cut}}
+    options = {"max_length": 30, "batch_sizes": (1, 4), "repeats": 2, "examples": 6, "line": line}
+    found = bench.measure(model, data, task(), **options, graphs=graphs)
+    assert len(found) == 2 * 3 * 3
+    assert {r["executor"] for r in found if r["runtime"] == "onnx"} == {"padded", "length-sorted"}
+    assert (1, 30) in whole.shapes and (1, 30) not in cut.shapes
+    for r in found:
+        where = (r["runtime"], r["precision"], r["batch_size"])
+        base = {m["mode"]: m for m in found if (m["runtime"], m["precision"], m["batch_size"]) == where}
+        rate = r["samples_per_second"]
+        assert r["speedup_unpadded"] == pytest.approx(rate / base["dense-unpadded"]["samples_per_second"])
+        assert r["speedup_padded"] == pytest.approx(rate / base["dense-padded"]["samples_per_second"])
+        first = next(m for m in found if m["runtime"] == "torch" and m["batch_size"] == r["batch_size"])
+        assert r["speedup_reference"] == pytest.approx(rate / first["samples_per_second"])
+        if r["runtime"] != "torch" and r["mode"] == "pruned":
+            own = compute_metric("accuracy", one_by_one(cut.model, data), data["labels"])
+            assert r["quality"] == own != next(m for m in found if m["mode"] == "pruned")["quality"]
+        assert ("floor_ms" in r) == (r["precision"] == "fp32")
+    floors = {(r["mode"], r["batch_size"]): r["floor_ms"] for r in found if r["runtime"] == "torch"}
+    for size in (1, 4):
+        assert floors["pruned", size] < floors["dense-unpadded", size] < floors["dense-padded", size]
+    # one text of 30 tokens: 4 layers, attention and FFN, two FLOPs per MAC at 1 GFLOP/s, more than reading takes
+    macs = 4 * (30 * 4 * 32**2 + 2 * 30**2 * 32 + 30 * 2 * 32 * 64)
+    assert floors["dense-padded", 1] == pytest.approx(2 * macs / 1e6)
+    # alone: the reference is timed beside them and not shown
+    alone = bench.measure(model, data, task(), **options, graphs=graphs, precisions=())
+    assert {r["runtime"] for r in alone} == {"onnx", "openvino"} and all(r["speedup_reference"] for r in alone)
