@@ -41,7 +41,8 @@ class Entry:
 
     kind: "train" (quality and FLOPs on the test part), "speed" (wall-clock of all methods of a task, in one run) or
         "efficiency" (wall-clock against FLOPs of fixed schedules, untrained), "runtimes" (a pruned model in every
-        runtime and precision) or "synthetic" (fixed schedules at BERT-base's size, random weights).
+        runtime and precision), "synthetic" (fixed schedules at BERT-base's size, random weights) or "soak" (memory over
+        thousands of calls).
     method: a pruning method, "dense" (fine-tuning alone) or "dense-continued" (the same extra steps, nothing pruned).
     variant: what sets it apart from the entry of the same method and target, in its name.
     after: names of entries whose result has to have landed.

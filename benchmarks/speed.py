@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-UNJUDGED = dict.fromkeys(
-    ("quality", "quality_dense", "interval_low", "interval_high")
-)  # of some labels alone, or untrained
+from soak import measure_soak
+
+# of some labels alone, or untrained
+UNJUDGED = dict.fromkeys(("quality", "quality_dense", "interval_low", "interval_high"))
 
 
 def measure_task(entry, runs: Path) -> list[dict]:
@@ -127,17 +128,19 @@ def measure_synthetic(entry, runs: Path) -> list[dict]:
     task = Task(None, None, data, ("text",), None, [], "classification", "accuracy", "synthetic", "nothing", {})
     rows, folder = [], runs / "graphs" / "bert-base"
 
-    def graph(name: str, runtime: str, precision: str):
+    def graph(name: str, source: str, runtime: str, precision: str):
         place = folder / f"{name}-{runtime}-{precision}"
-        if source_of(place) != (fingerprint(net), 512):
+        if source_of(place) != (source, 512):
             calibration = [{k: torch.tensor([data[i][k]]) for k in data.column_names} for i in range(min(8, len(ids)))]
             export(net, place, format=runtime, precision=precision, calibration=calibration, max_length=512)
         return load_runtime(place, threads=threads)
 
     pairs = [tuple(pair.split()) for pair in entry.options["graphs"]]
-    whole = {pair: graph("dense", *pair) for pair in pairs}
+    source = fingerprint(net)
+    whole = {pair: graph("dense", source, *pair) for pair in pairs}
     for ratio, (keep, at) in entry.options["keeps"].items():
         prune(net, TopK(keep=keep, at=at))
+        source = fingerprint(net)
         timed = measure(
             net,
             data,
@@ -149,7 +152,7 @@ def measure_synthetic(entry, runs: Path) -> list[dict]:
             examples=entry.options["batches"],
             batches=entry.options["batches"],
             precisions=entry.options["precisions"],
-            graphs={pair: {"dense": whole[pair], "pruned": graph(ratio, *pair)} for pair in pairs},
+            graphs={pair: {"dense": whole[pair], "pruned": graph(ratio, source, *pair)} for pair in pairs},
             line=roofline(threads),
             fields={"model": entry.model, "split": "none", "recipe": f"untrained TopK(keep={keep}, at={at}), {ratio}"},
         )
@@ -158,17 +161,10 @@ def measure_synthetic(entry, runs: Path) -> list[dict]:
     return rows
 
 
-def measure_memory(entry, runs: Path) -> list[dict]:
-    """Memory over thousands of calls."""
-    from soak import measure_soak
-
-    return measure_soak(entry, runs)
-
-
 KINDS = {
     "speed": measure_task,
     "efficiency": measure_efficiency,
     "runtimes": measure_runtimes,
-    "soak": measure_memory,
+    "soak": measure_soak,
     "synthetic": measure_synthetic,
 }

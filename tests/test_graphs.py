@@ -11,7 +11,7 @@ import torch
 
 from families import FAMILIES
 from test_bench import one_by_one, pruned, rows, task
-from thresher import bench, evaluating, jobs
+from thresher import bench, evaluating, jobs, predicting
 from thresher.data import load_task, tokenize
 from thresher.exporting import fingerprint
 from thresher.loading import load
@@ -116,6 +116,23 @@ def test_what_does_not_go_together_is_refused(trained):
     for wrong in ({"runtime": ("tensorrt",)}, {"precision": ("int4",)}, {"runtime": ("onnx",), "precision": ("bf16",)}):
         with pytest.raises(ValueError, match="does not go with what else was asked for; there is torch: fp32, bf16"):
             jobs.bench(out, data, **FEW, **wrong)
+
+
+def test_what_follows_another_runtime_runs_once_untimed():
+    calls = []
+
+    class Recorder(bench.Runner):
+        def run(self, rows, inputs):
+            calls.append(self.row["mode"])
+            return float(len(calls))
+
+    model = FAMILIES["bert"].build()
+    text = predicting.Text(model, rows((3, 5)), None)
+    kinds = {"a": "torch", "b": "torch", "c": "onnx"}
+    runners = [Recorder({"mode": m, "runtime": kind}, model, None, None) for m, kind in kinds.items()]
+    bench.time_all(runners, [[0, 1]], text, model.device, 1, lambda *_: None)
+    assert "".join(calls) == "abcc" + "bb" + "cc" + "aa", "b after c and c after b and a after c are warmed"
+    assert [r.times.tolist() for r in runners] == [[[10.0]], [[6.0]], [[8.0]]]
 
 
 class Graph:

@@ -119,12 +119,14 @@ def bench(
     copies = {name: replayed(net, name, kept) for name in baselines}
     with tempfile.TemporaryDirectory() as temporary:
         folder, opened = Path(graphs or temporary), {}
+        both = {"dense": other or unprune(copied(net)), "pruned": net} if {*runtime} != {"torch"} else {}
+        sources = {name: exporting.fingerprint(m) for name, m in both.items()}
         for one, kind in pairs:
             if one == "torch":
                 continue
-            for name, m in (("dense", other or unprune(copied(net))), ("pruned", net)):
+            for name, m in both.items():
                 place = folder / f"{name}-{one}-{kind}"
-                if exporting.source_of(place) != (exporting.fingerprint(m), max_length):
+                if exporting.source_of(place) != (sources[name], max_length):
                     if progress:
                         progress(f"writing {place.name}", 0, None)
                     _export(m, model, place, one, kind, task, max_length)

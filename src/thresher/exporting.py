@@ -165,8 +165,7 @@ def _exporter(format: str, precision: str, calibration: Iterable[dict] | None) -
                 config = exporters.OnnxRuntimeDynamicConfig(per_channel=True)
                 quantizer = exporters.OnnxRuntimeQuantizer(config) if precision == "int8" else None
                 return exporters.OnnxExporter(), exporters.OnnxConfig(dynamic=True, quantizer=quantizer)
-            quantizer = exporters.NNCFOpenVINOQuantizer(calibration_dataset=calibration)
-            quantizer = quantizer if precision == "int8" else None
+            quantizer = exporters.NNCFOpenVINOQuantizer(None, calibration) if precision == "int8" else None
             return exporters.OpenVINOExporter(), exporters.OpenVINOConfig(dynamic=True, quantizer=quantizer)
     except (ImportError, AttributeError) as error:
         raise ImportError(f"the {format} export needs pip install 'thresher[{format}]': {error}") from error
