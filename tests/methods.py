@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from families import FAMILIES
 from thresher import LTP, FirstK, Random, Threshold, ToP, TopK
 
 
+@dataclass(eq=False, repr=False)
 class Holes(ToP):
     """ToP with masks that have holes, as they come out of a training."""
+
+    holes: bool = True
 
     name = "top-holes"
 
@@ -19,6 +24,18 @@ class Holes(ToP):
             self.mask[-1] = True
 
 
+@dataclass(eq=False, repr=False)
+class Prefix(ToP):
+    """ToP with masks without holes, fewer bins at each site."""
+
+    name = "top-prefix"
+
+    def build(self, info):
+        super().build(info)
+        for site, mask in enumerate(self.mask):
+            mask[self.bins * 2 // (3 + site) :] = False
+
+
 # name: (keeps every token, lets tokens leave); made anew for each model
 METHODS = {
     "topk": (lambda: TopK(keep=1.0), lambda: TopK(keep=0.6)),
@@ -26,7 +43,8 @@ METHODS = {
     "random": (lambda: Random(keep=1.0), lambda: Random(keep=0.6)),
     "firstk": (lambda: FirstK(keep=1.0), lambda: FirstK(keep=0.6)),
     "threshold": (lambda: Threshold(0.0), lambda: Threshold((0.4, 0.6, 0.8))),
-    "top": (lambda: ToP(), lambda: Holes(bins=8)),
+    "top": (lambda: ToP(), lambda: Prefix(bins=8)),
+    "top-holes": (lambda: ToP(holes=True), lambda: Holes(bins=8)),
     "ltp": (lambda: LTP(init=0.0), lambda: LTP(init=1.6)),
 }
 # What a method says (a regular expression) on families that it cannot serve: {"mine": {"siglip": "shows no keys"}}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from families import FAMILIES
 from thresher import TokenPruner, prune
+from thresher.attention import key_mask
 from thresher.tokens import LAYOUTS
 
 SEEN = ("bert", "distilbert", "albert", "mpnet", "deberta-v2", "modernbert", "vit", "whisper-encoder", "llama", "qwen3")
@@ -144,3 +146,17 @@ def test_eager_probabilities_and_recomputed_ones_are_the_same(family, executor):
         watch(family, executor, batch, attn_implementation="eager"), watch(family, executor, batch), strict=True
     ):
         torch.testing.assert_close(a["received"], b["received"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [[4, 4], [4, 2], [1, 0]], ids=["full", "ragged", "blank"])
+@pytest.mark.parametrize("kind", [bidirectional_mask_function, causal_mask_function])
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_mask_of_keys_is_that_of_transformers_and_one_row_of_it(rows, kind, skip):
+    real = (torch.arange(4) < torch.tensor(rows)[:, None]).long()
+    given = {"batch_size": 2, "q_length": 4, "kv_length": 4, "mask_function": kind, "attention_mask": real}
+    given |= {"allow_is_bidirectional_skip": skip and kind is bidirectional_mask_function, "allow_is_causal_skip": skip}
+    mine, theirs = key_mask(**given), sdpa_mask(**given | {"attention_mask": real.bool()})
+    assert (mine is None) == (theirs is None)
+    if mine is not None:
+        assert torch.equal(mine, theirs)
+        assert (mine.stride(-2) == 0) == (kind is bidirectional_mask_function)

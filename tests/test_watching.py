@@ -37,12 +37,12 @@ def test_every_epoch_is_watched_on_the_validation_part(tmp_path):
 def test_the_drop_of_a_prefix_is_measured_and_nothing_changes(tmp_path):
     toy = make_toy(tmp_path)
     model, tokenizer = jobs.load(toy.model)
-    prune(model, ToP(bins=4))
+    prune(model, ToP(bins=4, holes=True))
     task = load_task(toy.data)
     rows, _ = tokenize(task.test, task, tokenizer, 32)
     assert prefix_drop(model, rows, "accuracy") == {
         "prefix_drop": 0,
-        "prefix_flops_fraction": pytest.approx(1, abs=0.1),
+        "prefix_flops_fraction": 1,  # nothing leaves, so nothing is scored
     }
     model.token_pruner.mask[:, :2] = False
     before, own = model.token_pruner.mask.clone(), quality(predict(model, rows), rows, "accuracy")

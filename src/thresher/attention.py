@@ -11,7 +11,12 @@ import sys
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    sdpa_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .tokens import CLOSED_LOG, Packed, Tokens, take
@@ -27,6 +32,7 @@ class View:
     Attributes:
         layer: 0-based number of the layer.
         site: position of the layer in the method's ``at``; -1 where it has none.
+        idle: whether no token can leave here.
         scored: whether the method looks at the layer's attention.
         scaling: of the layer's logits.
         tokens: the tokens that entered the layer.
@@ -35,9 +41,10 @@ class View:
         score: (B, N), the method's score, once it was made.
     """
 
-    def __init__(self, layer: int, site: int, tokens: Tokens, protected: Tensor, hidden: Tensor, scored: bool):
+    def __init__(self, layer: int, site: int, tokens: Tokens, protected: Tensor, hidden: Tensor):
         self.layer, self.site, self.tokens, self.protected, self._hidden = layer, site, tokens, protected, hidden
-        self.scored, self.scaling = scored, 1.0
+        self.idle = self.scored = False
+        self.scaling = 1.0
         self.score: Tensor | None = None
         self.keep: Tensor | None = None
         self.after: Tokens | None = None
@@ -166,7 +173,7 @@ def additive(mask: Tensor | None, query: Tensor, module) -> Tensor | None:
         n = query.shape[-2]
         mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     return mask.float()
 
 
@@ -246,7 +253,10 @@ class PrunedAttention:
             bias, votes = additive(attention_mask, query, module), token_view.tokens.votes
             output, received = attend_and_score(query, key, value, bias, token_view.scaling, votes)
             if attention_mask is not None and attention_mask.dtype == torch.bool:  # a query that sees nobody gets zeros
-                output = output * attention_mask.any(-1)[:, 0, :, None, None]
+                blank = token_view.tokens.blank
+                same = attention_mask.shape[-2] == 1 and blank is not None  # for all queries: those of blank rows do
+                sees = ~blank[:, None] if same else attention_mask.any(-1)[:, 0]
+                output = output * sees[..., None, None]
             token_view.see_received(received)
             return output, None
         output, weights = function(module, query, key, value, attention_mask, **kwargs)
@@ -310,6 +320,21 @@ def register(base: str) -> str:
             raise ValueError(
                 f"attention implementation {base!r} has no mask function; load the model with 'sdpa' or 'eager'"
             )
+        masks = ALL_MASK_ATTENTION_FUNCTIONS[base]
         AttentionInterface.register(name, PrunedAttention(base))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        AttentionMaskInterface.register(name, key_mask if masks is sdpa_mask else masks)
     return name
+
+
+def key_mask(
+    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, **kwargs
+):
+    """transformers' mask for sdpa. Where it hides keys alone, one row of it stands for all queries, as a view: rows
+    (B, N) are cut and gathered where else (B, N, N) are."""
+    given = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
+    plain = mask_function is bidirectional_mask_function and kwargs.get("local_size") is None
+    if not plain or attention_mask is None or attention_mask.shape != (batch_size, kv_length) or kv_offset:
+        return sdpa_mask(*given, **kwargs)
+    if kwargs.get("allow_is_bidirectional_skip") and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+        return None
+    return attention_mask.bool()[:, None, None].expand(-1, -1, q_length, -1)

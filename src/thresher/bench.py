@@ -33,6 +33,7 @@ from .roofline import Roofline
 from .tokens import LAYOUTS
 
 MODES = ("dense-padded", "dense-unpadded", "pruned")
+ASLEEP = 0.005  # seconds after which the threads of a runtime no longer spin
 TORCH = {"runtime": "torch", "precision": "fp32"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -98,8 +99,9 @@ def time_all(
     """Take the ``times`` of every runner, after one pass over all batches to warm up.
 
     For every repeat and every batch the runners take turns, another one first each time, so that what else the machine
-    does falls on all. One that follows another runtime, whose threads are still spinning, runs once untimed. Shapes are
-    warm by then; in service a stream of new ones costs more, in bf16 above all.
+    does falls on all. One that follows another runtime waits until the other's threads are asleep and runs once
+    untimed: threads that spin take cores from those that work. Shapes are warm by then; in service a stream of new ones
+    costs more, in bf16 above all.
     """
     widths = {runner.pad_to for runner in runners}
     inputs = {width: [text.batch(rows, width, device) for rows in batches] for width in widths}
@@ -111,6 +113,7 @@ def time_all(
                 given = inputs[runners[i].pad_to][b]
                 runtime, last = runners[i].row.get("runtime"), runtime
                 if runtime != last:
+                    time.sleep(ASLEEP)
                     runners[i].run(rows, given)
                 times[i, repeat, b] = runners[i].run(rows, given)
         progress(repeat + 1, 1 + repeats)

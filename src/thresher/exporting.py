@@ -179,13 +179,14 @@ def _padded(model: PreTrainedModel) -> Iterator[None]:
     model.eval()
     if pruner is not None:
         pruner.hooks.executor, pruner.hooks.mode = "padded", "pruned"
+        pruner.hooks.idle = frozenset(site for site in range(len(pruner.sites)) if pruner.idles(site))
     try:
         with torch.no_grad():
             yield
     finally:
         model.train(training)
         if pruner is not None:
-            pruner.hooks.executor, pruner.hooks.mode = before
+            pruner.hooks.executor, pruner.hooks.mode, pruner.hooks.idle = *before, frozenset()
 
 
 @contextmanager

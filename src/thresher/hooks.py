@@ -57,6 +57,7 @@ class Hooks:
         self.eager = self.original == "eager" or not self.stack.shown
         self.handles: list = []
         self.forwards: dict[int, Forward] = {}
+        self.idle: frozenset[int] = frozenset()
 
     def attach(self) -> None:
         """Register the hooks and the attention function."""
@@ -166,9 +167,11 @@ class Hooks:
                 kwargs["attention_mask"] = tokens.mask(mask, hidden.dtype, self.stack.causal, self.eager)
         site = self.pruner.site(forward.layer) if self.mode == "pruned" else -1
         protected = forward.protected.gather(1, tokens.index) & tokens.alive
-        view = View(forward.layer, site, tokens, protected, hidden, site >= 0 and self.pruner.needs_attention)
+        view = View(forward.layer, site, tokens, protected, hidden)
+        view.idle = site < 0 or self._idles(site)
+        view.scored = not view.idle and self.pruner.needs_attention
         forward.views.append(view)
-        if not self.stack.shown and site >= 0 and "output_attentions" in self.stack.arguments:
+        if not self.stack.shown and not view.idle and "output_attentions" in self.stack.arguments:
             kwargs["output_attentions"] = True
         if self.stack.carried:
             kwargs["token_view"] = view
@@ -178,6 +181,12 @@ class Hooks:
             mask.token_view = view
             kwargs["attention_mask"] = mask
         return (hidden,), kwargs
+
+    def _idles(self, site: int) -> bool:
+        """Whether a site is passed by; what is known beforehand while a graph is traced, which cannot look."""
+        if self.pruner.training:
+            return False
+        return site in self.idle if torch.compiler.is_compiling() else self.pruner.idles(site)
 
     def _narrow(self, tokens: Tokens, name: str, value, dims: tuple[int, ...]):
         if isinstance(value, (tuple, list)):  # (cos, sin)
@@ -195,7 +204,7 @@ class Hooks:
             view = next(
                 (v for a in (*args, *kwargs.values()) if (v := getattr(a, "token_view", None)) is not None), None
             )
-        if view is None or view.site < 0:
+        if view is None or view.idle:
             return None
         if not self.stack.shown and isinstance(output, tuple) and output[1] is not None:
             view.see_weights(output[1])
@@ -228,7 +237,7 @@ class Hooks:
             return None
         given = hidden = output[0] if isinstance(output, tuple) else output
         view, tokens, last_complete = forward.views[-1], forward.tokens, forward.states
-        scored = view.site >= 0
+        scored = not view.idle
         if scored and self.pruner.soft:
             self._check(view)
             forward.tokens = tokens.gate(self.pruner.soften(view))
@@ -245,6 +254,7 @@ class Hooks:
                 view.after.leave(tokens, last_complete)
             forward.tokens = view.after
         else:
+            view.keep, view.after = tokens.alive, tokens
             hidden = self._fade(tokens, last_complete, hidden)
         passed = forward.tokens.live if self.stack.inside and scored else tokens.live
         forward.counts.append(LayerCount(tokens.live, passed, scored and self.pruner.needs_attention))

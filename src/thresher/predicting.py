@@ -125,9 +125,10 @@ def predict(
             kept.append(torch.stack(left, 1) if left else torch.zeros(len(rows), 0, dtype=torch.long))
             used.append(macs(pruner.record.costs, pruner.record.counts) if ran else rows_dense[rows])
             if scores:
-                if not ran or any(not torch.equal(view.keep, view.alive) for view in pruner.record.views):
+                views = pruner.record.views if ran else []
+                if not views or any(v.score is None or not torch.equal(v.keep, v.alive) for v in views):
                     raise ValueError("scores=True needs a pruned model whose method scores tokens and lets none leave")
-                view = pruner.record.views[-1]
+                view = views[-1]
                 scored += [score[alive] for score, alive in zip(view.score, view.alive, strict=True)]
             order += rows
             if progress:

@@ -129,6 +129,10 @@ class TokenPruner(nn.Module):
         """An upper bound on the tokens a row keeps of ``slots`` at a site, where it follows from the shape alone."""
         return None
 
+    def idles(self, site: int) -> bool:
+        """Whether nothing leaves at a site, whatever the input: in evaluation its layer is not scored then."""
+        return False
+
     def phase(self, progress: float) -> str:
         """Name of the training stage at ``progress`` (0..1)."""
         return "hard"
@@ -198,6 +202,9 @@ class TokenPruner(nn.Module):
         """(B, N) bool: the method's choice among the live tokens, never empty, protected tokens included."""
         view.score = self.score(view)
         keep = self.choose(view.score, view) & view.alive | view.protected
+        protect = self.info.protected if self.protect is None else self.protect
+        if isinstance(protect, (tuple, list)) and {0, -1} & set(protect):  # which every row has
+            return keep
         best = view.score.masked_fill(~view.alive, float("-inf")).argmax(1, keepdim=True)
         only = torch.zeros_like(keep).scatter(1, best, True) & view.alive
         return keep | only & ~keep.any(1, keepdim=True)

@@ -156,6 +156,8 @@ def _options(kind: str, precision: str, threads: int) -> dict[str, Any]:
 
         session = onnxruntime.SessionOptions()
         session.intra_op_num_threads, session.log_severity_level = threads, 3
+        # threads that go on spinning between calls take the cores from whatever else runs: another session, torch
+        session.add_session_config_entry("session.force_spinning_stop", "1")
         return {"session_options": session}
     import openvino  # noqa: F401  to say early that it is missing
 

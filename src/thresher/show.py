@@ -90,6 +90,8 @@ def trace(model, tokenizer, text: str, text_pair: str | None = None, max_length:
 
     layers, scores = [None] * len(ids), [None] * len(ids)
     for view in pruner.record.views:
+        if view.score is None:  # nothing leaves there, whatever the text
+            continue
         columns = (view.tokens.index, view.alive, view.keep, view.score.float())
         for position, alive, keep, score in zip(*(column[0].tolist() for column in columns), strict=True):
             if alive:

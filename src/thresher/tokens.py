@@ -316,6 +316,7 @@ class Packed(Tokens):
         """
         memory = self.masks.setdefault(id(mask), (mask, {}))[1]
         if sequence not in memory:
+            mask = mask[..., :1, :] if mask.stride(-2) == 0 else mask  # the same for every query
             first = sum(self.lengths[:sequence])
             at = self.rows[first : first + self.lengths[sequence]] % self.origin[1]
             part = mask[sequence if len(mask) > 1 else 0].index_select(-1, at)

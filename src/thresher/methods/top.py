@@ -34,8 +34,8 @@ class ToP(TokenPruner):
     Pruning for Efficient Transformer Inference", KDD 2023), after its released code.
 
     At each site the survivors are ranked by the attention they receive and fall into ``bins`` of equal relative rank.
-    A mask over the bins, one per site and the same for all inputs, says which stay; a gate per site says whether the
-    site prunes at all. Masks and gates are random in the soft stage (hard concrete, rounded straight through) and learn
+    A mask over the bins, one per site and the same for all inputs, says which stay; where there are gates, one per site
+    says whether the site prunes at all. Masks and gates are random in the soft stage (hard concrete, rounded straight through) and learn
     with the weights under a Lagrangian L = m1 (c - target) + m2 (c - target)^2 on the expected cost c, in MACs or in
     measured time, whose multipliers ascend; the target falls over the first ``ramp`` of the training. In
     evaluation and in the hard stage they are fixed: in each site the expected number of bins, those with the least
@@ -46,8 +46,8 @@ class ToP(TokenPruner):
     scales the hidden state in training and masks keys in inference); masks multiply over the sites. Theirs needs tens
     of thousands of steps, ours hundreds: masks are rounded as gates are (else products of fractions over the sites
     remove far more than is counted), and drawn for each text by itself, not for the batch; bins start with odds that
-    fall with the rank and the depth, and not alike, gates start on, the best tokens always stay, and m2 at 100, where
-    theirs arrives. Bins are found in integers. A hard stage follows, in which the weights settle with the masks that
+    fall with the rank and the depth, and not alike, the best tokens always stay, and m2 at 100, where theirs arrives. A
+    gate that closes early stays closed, and the other sites have to remove all: there are none unless asked for. Bins are found in integers. A hard stage follows, in which the weights settle with the masks that
     are used: as many bins off, the least odds of all sites first, as put the cost, counted in tokens, onto the budget.
     The first layer scores too, and is among those that learn the ranking, to the end. Their ranking loss compares the
     teacher's best tokens with each other, by the attention they receive: which ones are best is not learned, and
@@ -65,7 +65,8 @@ class ToP(TokenPruner):
         rank_loss: "arp2" (pairs of a best token and any other, weighted by the difference of their ranks), "ndcg"
             (LambdaRank's weights), "arp2-topk" (the paper's) or "none"; see ``thresher.ranking``.
         rank_weight: of the ranking loss. The paper: 0.01 to 0.00001, falling to a hundredth of it over the ramp.
-        gates: whether there are gates; without, every site prunes.
+        gates: whether there are gates, as in the paper; without, every site prunes. A site whose gate is off, or whose
+            mask lets everything stay, is not scored in evaluation.
         holes: whether masks may have holes, as the paper's; without, a site keeps its best ranks, in as many bins as
             the odds of all its bins say, in the hard stage and in evaluation.
         floor: so many of the best tokens that may leave stay; the paper has none.
@@ -79,7 +80,7 @@ class ToP(TokenPruner):
     topk: int = 20
     rank_loss: str = "arp2"
     rank_weight: float = 1.0
-    gates: bool = True
+    gates: bool = False
     holes: bool = False
     floor: int = 2
     ramp: float = 0.2
@@ -134,8 +135,16 @@ class ToP(TokenPruner):
     # --- what stays ----------------------------------------------------------------------------------------------
     def choose(self, score: Tensor, view: View) -> Tensor:
         mask = self.mask if self.phase(self.progress) == "hard" else self.settled()
-        bins, best = self.bin(score, view.alive & ~view.protected)
-        return mask[view.site][bins] | best
+        free = view.alive & ~view.protected
+        if self.holes:
+            bins, best = self.bin(score, free)
+            return mask[view.site][bins] | best
+        count = free.sum(1, keepdim=True)
+        most = within(mask[view.site].sum(), count, self.bins).clamp(min=self.floor * self.bins)
+        return ranks(score, free) * self.bins < most
+
+    def idles(self, site: int) -> bool:
+        return self.phase(self.progress) == "hard" and bool(self.mask[site].all())
 
     def bin(self, score: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N) long: the bin of each token by its rank among the ``free`` ones (B, N) of its row; (B, N) bool: those
@@ -196,9 +205,12 @@ class ToP(TokenPruner):
         """Whether the budget is one of time."""
         return self.target_flops is None
 
-    def cost(self, tokens: Tensor, protected: Tensor, stay: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def cost(
+        self, tokens: Tensor, protected: Tensor, stay: Callable[[int, Tensor], Tensor], idle: Iterable[int] = ()
+    ) -> Tensor:
         """Scalar: the cost as a fraction of the dense model's, in MACs or in time, on rows of ``tokens`` (B,) tokens of
-        which ``protected`` (B,) cannot leave; ``stay(site, n)`` says how many of n others stay. A row keeps one."""
+        which ``protected`` (B,) cannot leave; ``stay(site, n)`` says how many of n others stay. A row keeps one.
+        ``idle`` sites are not scored."""
         if self.needs_table and self.table is None:
             raise RuntimeError("a target of time needs measured times: set pruner.table = latency_table(model)")
         used = dense = self.table.fixed(tokens) if self.needs_table else torch.zeros(())
@@ -207,7 +219,7 @@ class ToP(TokenPruner):
             price = self.table.layer if self.needs_table else macs.macs
             site = self.site(layer)
             after = left if site < 0 else (protected + stay(site, left - protected)).clamp(min=1)
-            used = used + price(left, after if self.info.inside else left, site >= 0)
+            used = used + price(left, after if self.info.inside else left, site >= 0 and site not in idle)
             left, dense = after, dense + price(tokens, tokens)
         return used.sum() / dense.sum()
 
@@ -298,7 +310,8 @@ class ToP(TokenPruner):
     def counted(self, mask: Tensor, tokens: Tensor, protected: Tensor) -> float:
         """The cost as a fraction of the dense one with ``mask`` (S, bins), under which what stays depends on lengths
         alone; shapes as in ``cost``."""
-        return float(self.cost(tokens.float(), protected, self.stays(mask, int(tokens.max()))))
+        idle = mask.all(1).nonzero()[:, 0].tolist()
+        return float(self.cost(tokens.float(), protected, self.stays(mask, int(tokens.max())), idle))
 
     def prepare(self, forward: Callable, batches: Iterable[dict]) -> None:
         """Remember the lengths of inputs. The expected cost is counted on them and not on those of a batch: texts are
@@ -361,6 +374,15 @@ def bin_of(rank: Tensor, count: Tensor, bins: int) -> Tensor:
     With one shift for all, short texts of many lengths would meet in few bins, which then decide for all."""
     shift = count * count * 40503 % 65536
     return (65536 * rank + shift) * bins // (65536 * count)
+
+
+def within(on: Tensor | int, count: Tensor, bins: int) -> Tensor:
+    """``bins`` times the number of ranks r below ``count`` in the first ``on`` bins, those with r < count on / bins - u:
+    a graph has no cheap division of whole numbers."""
+    whole = count * on
+    part = whole % bins
+    shift = count * (count * 40503 % 65536) % 65536
+    return whole - part + bins * (65536 * part > shift * bins)
 
 
 @cache
