@@ -198,6 +198,7 @@ ENTRIES: list[Entry] = [
     gated("sst2", 0.417),
     gated("20newsgroups", 0.286),
     gated("20newsgroups", TASKS["20newsgroups"].target),
+    gated("squad", TASKS["squad"].target),
     Entry("mrpc-short", "dense", model="mpnet-base"),
     *constrained("mrpc-short", 0, model="mpnet-base")[:2],
     *ablation("mrpc", 0.25),

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from families import FAMILIES, NO_DROPOUT, TEXT, VISION
 from methods import METHODS
 from test_show import tiny_tokenizer
-from thresher import TopK, cli, export, exporting, load_runtime, prune
+from thresher import ToP, TopK, cli, export, exporting, load_runtime, prune
 from thresher.exporting import inputs_of
+from thresher.info import describe
 
 TEXTS = ["the farmer and the grain", "thresh", "the grain and the script and the farmer and the wheat", "chaff"]
 SHAPES = ((1, 1), (1, 2), (1, 7), (5, 9), (2, 33), (1, 64))
@@ -108,7 +109,26 @@ def test_dropped_tokens_are_absent_from_the_tensors(exported):
     assert shapes.count(40) < len(shapes) / 2
 
 
+@pytest.mark.slow
+def test_a_site_that_lets_everything_stay_is_not_in_the_graph(tmp_path):
+    import onnx
+
+    model = prune(classifier(), ToP(bins=8))
+    model.token_pruner.mask[1, 3:] = False
+    export(model, tmp_path / "graph", max_length=64)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "graph" / "model.onnx", load_external_data=False).graph.node]
+    assert kinds.count("TopK") == 2, "one to rank and one to drop, at one site of three"
+    assert differs(model, load_runtime(tmp_path / "graph")) <= 1e-4
+    assert model.token_pruner.hooks.idle == frozenset()
+
+
 # --- what the user is given ------------------------------------------------------------------------------------------
+def test_info_of_a_graph(exported):
+    _, folder, spec = exported
+    told = describe(str(folder))
+    assert told["format"] == "onnx" and told["pruning"]["method"] == "topk" and told["difference"] == spec["difference"]
+
+
 def test_texts_in_labels_out(exported):
     model, folder, _ = exported
     graph = load_runtime(folder)

@@ -17,7 +17,7 @@ from .pruner import StackInfo, TokenPruner
 
 
 def describe(model: str) -> dict[str, Any]:
-    """What the files of a saved model say; only the pruner's weights are read."""
+    """What the files of a saved or exported model say; of the weights only the pruner's are read."""
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -25,6 +25,9 @@ def describe(model: str) -> dict[str, Any]:
     names = ("config.json", "model.safetensors", "training_summary.json", "thresher.json")
     files = [cached_file(model, name, _raise_exceptions_for_missing_entries=False) for name in names]
     summary = _read(files[2]) | _read(files[3])
+    if "format" in summary:  # a graph, whose weights are not safetensors
+        told = ("format", "precision", "architecture", "pruning", "max_length", "difference", "versions")
+        return {"model": model, **{name: summary.get(name) for name in told}}
     parameters, weights = 0, {}
     for file in sorted(Path(files[0]).parent.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
