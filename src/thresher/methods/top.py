@@ -35,10 +35,10 @@ class ToP(TokenPruner):
 
     At each site the survivors are ranked by the attention they receive and fall into ``bins`` of equal relative rank.
     A mask over the bins, one per site and the same for all inputs, says which stay; where there are gates, one per site
-    says whether the site prunes at all. Masks and gates are random in the soft stage (hard concrete, rounded straight through) and learn
-    with the weights under a Lagrangian L = m1 (c - target) + m2 (c - target)^2 on the expected cost c, in MACs or in
-    measured time, whose multipliers ascend; the target falls over the first ``ramp`` of the training. In
-    evaluation and in the hard stage they are fixed: in each site the expected number of bins, those with the least
+    says whether the site prunes at all. Masks and gates are random in the soft stage (hard concrete, rounded straight
+    through) and learn with the weights under a Lagrangian L = m1 (c - target) + m2 (c - target)^2 on the expected cost
+    c, in MACs or in measured time, whose multipliers ascend; the target falls over the first ``ramp`` of the training.
+    In evaluation and in the hard stage they are fixed: in each site the expected number of bins, those with the least
     odds, are off. The ranking of the teacher's last layer is distilled into the first third of the layers.
 
     Departures. Scores are means over live rows alone (theirs include padding and what has left). A mask enters the
@@ -47,12 +47,13 @@ class ToP(TokenPruner):
     of thousands of steps, ours hundreds: masks are rounded as gates are (else products of fractions over the sites
     remove far more than is counted), and drawn for each text by itself, not for the batch; bins start with odds that
     fall with the rank and the depth, and not alike, the best tokens always stay, and m2 at 100, where theirs arrives. A
-    gate that closes early stays closed, and the other sites have to remove all: there are none unless asked for. Bins are found in integers. A hard stage follows, in which the weights settle with the masks that
-    are used: as many bins off, the least odds of all sites first, as put the cost, counted in tokens, onto the budget.
-    The first layer scores too, and is among those that learn the ranking, to the end. Their ranking loss compares the
-    teacher's best tokens with each other, by the attention they receive: which ones are best is not learned, and
-    differences of shares of attention hardly have a gradient. Ours compares them with all tokens, by its logarithm. The
-    task's loss joins the distillation.
+    gate that closes early stays closed, and the other sites have to remove all: there are none unless asked for. Bins
+    are found in integers. A hard stage follows, in which the weights settle with the masks that are used: as many bins
+    off, the least odds of all sites first, as put the cost, counted in tokens, onto the budget. The first layer scores
+    too, and is among those that learn the ranking, to the end. Their ranking loss compares the teacher's best tokens
+    with each other, by the attention they receive: which ones are best is not learned, and differences of shares of
+    attention hardly have a gradient. Ours compares them with all tokens, by its logarithm. The task's loss joins the
+    distillation.
 
     Args:
         target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. 0.4 where no
@@ -377,8 +378,8 @@ def bin_of(rank: Tensor, count: Tensor, bins: int) -> Tensor:
 
 
 def within(on: Tensor | int, count: Tensor, bins: int) -> Tensor:
-    """``bins`` times the number of ranks r below ``count`` in the first ``on`` bins, those with r < count on / bins - u:
-    a graph has no cheap division of whole numbers."""
+    """``bins`` times the number of ranks r below ``count`` in the first ``on`` bins, r < count on / bins - u: a graph
+    has no cheap division of whole numbers."""
     whole = count * on
     part = whole % bins
     shift = count * (count * 40503 % 65536) % 65536
