@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import BertConfig, BertForQuestionAnswering
 
 from families import FAMILIES
 from thresher import ToP, prune
@@ -154,3 +155,17 @@ def test_the_ranking_loss_has_its_weight(progress):
     for method.rank_weight in (0.0, 2.0):
         losses.append(method.loss(None, {}, method.record, {"ranking": RANKING}).item())
     assert losses[1] - losses[0] == pytest.approx(2 * loss, rel=1e-4)
+
+
+def test_a_reader_learns_the_ranking_of_the_answers_at_all_sites():
+    config = BertConfig(num_hidden_layers=4, hidden_size=32, num_attention_heads=4, intermediate_size=64, vocab_size=99)
+    method = ToP(bins=4, topk=5)
+    model = prune(BertForQuestionAnswering(config), method).train()
+    method.progress = 0.1
+    model(**BERT.batch(LENGTHS))
+    begin, end = torch.randn(2, len(LENGTHS), 24, generator=torch.Generator().manual_seed(0))
+    teacher = {"start_logits": begin, "end_logits": end, "ranking": RANKING}
+    loss = method.misranked(method.record, teacher).item()
+    assert loss == method.misranked(method.record, {"ranking": torch.maximum(begin, end)}).item()
+    assert loss != method.misranked(method.record, {"ranking": RANKING}).item()
+    assert [name for name in method.metrics() if name.startswith("rank")] == [f"rank_overlap_{i}" for i in range(3)]

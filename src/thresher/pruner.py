@@ -42,6 +42,11 @@ class StackInfo:
     first_site: int = 0
     inside: bool = True  # tokens leave before the FFN of their layer
 
+    @property
+    def finds_answers(self) -> bool:
+        """Whether the head finds an answer in the text."""
+        return self.name.endswith("ForQuestionAnswering")
+
 
 @dataclass
 class Record:

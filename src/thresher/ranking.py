@@ -6,7 +6,9 @@ Shapes: B rows, N slots, K best tokens. ``free`` (B, N) bool: the tokens that ar
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,6 +38,14 @@ def ranking_loss(score: Tensor, teacher: Tensor, free: Tensor, k: int, kind: str
     pairs = F.softplus(score[:, None, :] - s[:, :, None]) / math.log(2)
     total = (weight * pairs).sum((1, 2))
     return (total / (k**2 if kind == "arp2-topk" else weight.sum((1, 2)).clamp(min=1e-6))).mean()
+
+
+def taught_by(teacher: Mapping[str, Tensor]) -> Tensor:
+    """(B, N): what tokens are ranked by. Where the teacher finds an answer, the larger of its logits, of a start and of
+    an end; elsewhere its ``ranking``, the attention that its last layer gives them."""
+    if "start_logits" in teacher:
+        return torch.maximum(teacher["start_logits"], teacher["end_logits"])
+    return teacher["ranking"]
 
 
 def overlap(score: Tensor, teacher: Tensor, free: Tensor, k: int) -> Tensor:

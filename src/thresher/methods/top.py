@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..attention import View
 from ..pruner import Record, StackInfo, TokenPruner, ranks
-from ..ranking import RANK_LOSSES, overlap, ranking_loss
+from ..ranking import RANK_LOSSES, overlap, ranking_loss, taught_by
 from ..relaxed import Ascend, chance, odds, rounded, sample
 from ..tokens import CLOSED
 
@@ -52,8 +52,9 @@ class ToP(TokenPruner):
     off, the least odds of all sites first, as put the cost, counted in tokens, onto the budget. The first layer scores
     too, and is among those that learn the ranking, to the end. Their ranking loss compares the teacher's best tokens
     with each other, by the attention they receive: which ones are best is not learned, and differences of shares of
-    attention hardly have a gradient. Ours compares them with all tokens, by its logarithm. The task's loss joins the
-    distillation.
+    attention hardly have a gradient. Ours compares them with all tokens, by its logarithm. Where the head finds an
+    answer in the text, the ranking is that of its logits, and all sites learn it: attention knows the place in the last
+    layers alone. The task's loss joins the distillation.
 
     Args:
         target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. 0.4 where no
@@ -131,7 +132,8 @@ class ToP(TokenPruner):
         self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
         self.agreement: list[Tensor] = []
         self.lengths: tuple[Tensor, Tensor] | None = None  # of inputs that the budget is meant for
-        self.early = [i for i, layer in enumerate(self.sites) if layer < max(info.first_site + 1, info.depth // 3)]
+        taught = info.depth if info.finds_answers else max(info.first_site + 1, info.depth // 3)
+        self.early = [i for i, layer in enumerate(self.sites) if layer < taught]
 
     # --- what stays ----------------------------------------------------------------------------------------------
     def choose(self, score: Tensor, view: View) -> Tensor:
@@ -282,7 +284,7 @@ class ToP(TokenPruner):
             )
         self.agreement, total = [], 0.0
         for view in (record.views[i] for i in self.early):
-            ranking, free = teacher["ranking"].gather(1, view.tokens.index), view.open & ~view.protected
+            ranking, free = taught_by(teacher).gather(1, view.tokens.index), view.open & ~view.protected
             score = view.score if self.soft else self.score(view)  # tokens are chosen without gradients
             if self.rank_loss == "arp2-topk":
                 score = score / view.tokens.live.clamp(min=1)[:, None]  # a share of all attention, as theirs
