@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from families import FAMILIES
@@ -160,3 +163,15 @@ def test_the_mask_of_keys_is_that_of_transformers_and_one_row_of_it(rows, kind, 
     if mine is not None:
         assert torch.equal(mine, theirs)
         assert (mine.stride(-2) == 0) == (kind is bidirectional_mask_function)
+
+
+def test_a_mask_that_is_traced_is_there_for_batches_with_padding():
+    given = {"batch_size": 2, "q_length": 4, "kv_length": 4, "mask_function": bidirectional_mask_function}
+    given |= {"allow_is_bidirectional_skip": True}
+    with FakeTensorMode():
+        assert key_mask(**given, attention_mask=torch.ones(2, 4, dtype=torch.long)).shape == (2, 1, 4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda x: key_mask(**given, attention_mask=x), torch.ones(2, 4, dtype=torch.long))
+    padded = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    assert torch.equal(traced(padded), key_mask(**given, attention_mask=padded))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from families import FAMILIES, NO_DROPOUT, TEXT, VISION
 from methods import METHODS
 from test_show import tiny_tokenizer
 from thresher import ToP, TopK, cli, export, exporting, load_runtime, prune
+from thresher.bins import within
 from thresher.exporting import inputs_of
 from thresher.info import describe
 
@@ -107,6 +109,20 @@ def test_dropped_tokens_are_absent_from_the_tensors(exported):
     ):  # q, k, v at the tokens that enter; the rest where they left
         assert there in shapes and after in shapes
     assert shapes.count(40) < len(shapes) / 2
+
+
+def test_openvino_keeps_as_many_ranks():
+    import openvino
+
+    class Within(torch.nn.Module):
+        def forward(self, count, on):
+            return within(on, count, 32)
+
+    count, on = torch.arange(1, 8193)[:, None], torch.tensor([0, 3, 17, 31, 32])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = openvino.compile_model(openvino.convert_model(torch.export.export(Within(), (count, on))), "CPU")
+    assert torch.equal(torch.from_numpy(compiled((count.numpy(), on.numpy()))[0]).long(), within(on, count, 32))
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from families import FAMILIES
 from methods import Holes
 from thresher import ToP, jobs, prune
-from thresher.methods.top import BOUND, bin_of, rows_of, within
+from thresher.bins import bin_of, within
+from thresher.methods.top import BOUND, rows_of
 from thresher.relaxed import chance, odds, sample
 from toy import OPTIONS, make_toy
 
@@ -62,6 +63,35 @@ def test_a_site_whose_mask_lets_everything_stay_is_not_scored():
     assert torch.equal(record.views[0].keep, record.views[0].alive) and not record.views[1].idle
     found = method.counted(method.mask, *rows_of(record))
     assert found == pytest.approx(float(record.used.float() / record.dense), rel=1e-6) and found < 0.95
+
+
+def test_in_the_soft_stage_what_is_evaluated_is_what_is_counted():
+    method = ToP(bins=8)
+    model = pruned(method).eval()
+    method.progress = 0.1
+    with torch.no_grad():
+        method.rank[0] = BOUND
+        method.rank[1:, 4:] = -BOUND
+    record = forward_of(model)(BERT.batch(LENGTHS))
+    assert not record.counts[0].scored and record.counts[1].scored
+    found = method.counted(method.settled(), *rows_of(record))
+    assert found == pytest.approx(float(record.used.float() / record.dense), rel=1e-6) and found < 0.95
+
+
+def test_without_holes_the_number_of_bins_counts():
+    method = ToP(bins=8)
+    model = pruned(method)
+    method.mask[:, 0] = False
+    record = forward_of(model)(BERT.batch(LENGTHS))
+    found = method.counted(method.mask, *rows_of(record))
+    assert found == pytest.approx(float(record.used.float() / record.dense), rel=1e-6)
+
+
+def test_a_target_of_everything_lets_everything_stay():
+    method = ToP(target_flops=1.0, bins=32)
+    model = pruned(method)
+    assert method.calibrate(forward_of(model), [BERT.batch((60, 41, 33, 52))]) == {"flops_fraction": 1.0}
+    assert method.mask.all()
 
 
 def test_holes_leave_by_relative_rank_and_nothing_comes_back():

@@ -18,6 +18,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_tracing
 
 from .tokens import CLOSED_LOG, Packed, Tokens, take
 
@@ -38,7 +39,7 @@ class View:
         tokens: the tokens that entered the layer.
         protected: (B, N) bool, tokens that are never dropped.
         keep: (B, N) bool, the decision, once it was made.
-        score: (B, N), the method's score, once it was made.
+        score: (B, N), the method's score, once it was made; never where no token can leave.
     """
 
     def __init__(self, layer: int, site: int, tokens: Tokens, protected: Tensor, hidden: Tensor):
@@ -335,6 +336,6 @@ def key_mask(
     plain = mask_function is bidirectional_mask_function and kwargs.get("local_size") is None
     if not plain or attention_mask is None or attention_mask.shape != (batch_size, kv_length) or kv_offset:
         return sdpa_mask(*given, **kwargs)
-    if kwargs.get("allow_is_bidirectional_skip") and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+    if kwargs.get("allow_is_bidirectional_skip") and not is_tracing(attention_mask) and bool(attention_mask.all()):
         return None
     return attention_mask.bool()[:, None, None].expand(-1, -1, q_length, -1)

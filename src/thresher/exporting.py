@@ -32,7 +32,13 @@ from .machine import environment
 HEADS = ("ForSequenceClassification", "ForQuestionAnswering")
 FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
 SPEC = "thresher.json"
-SHAPES = ((1, 1), (1, 7), (3, 24), (2, 60))  # at which a graph is compared with its model, besides the longest text
+SHAPES = (
+    (1, 1),
+    (1, 7),
+    (3, 24),
+    (2, 60),
+    (1, 451),
+)  # at which a graph is compared with its model, besides the longest text
 CLOSE = 1e-4  # logits of an fp32 graph and of its model, where all tokens of both are the same
 
 
@@ -177,10 +183,10 @@ def _padded(model: PreTrainedModel) -> Iterator[None]:
     pruner, training = getattr(model, MODULE, None), model.training
     before = None if pruner is None else (pruner.hooks.executor, pruner.hooks.mode)
     model.eval()
-    if pruner is not None:
-        pruner.hooks.executor, pruner.hooks.mode = "padded", "pruned"
-        pruner.hooks.idle = frozenset(site for site in range(len(pruner.sites)) if pruner.idles(site))
     try:
+        if pruner is not None:
+            pruner.hooks.executor, pruner.hooks.mode = "padded", "pruned"
+            pruner.hooks.idle = frozenset(site for site in range(len(pruner.sites)) if pruner.idles(site))
         with torch.no_grad():
             yield
     finally:

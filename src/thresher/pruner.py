@@ -135,7 +135,8 @@ class TokenPruner(nn.Module):
         return None
 
     def idles(self, site: int) -> bool:
-        """Whether nothing leaves at a site, whatever the input: in evaluation its layer is not scored then."""
+        """Whether nothing leaves at a site, whatever the input: in evaluation the site is then passed by, without
+        ``score``, ``choose`` and ``reduce``; not so under torch.compile."""
         return False
 
     def phase(self, progress: float) -> str:

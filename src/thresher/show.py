@@ -26,7 +26,7 @@ class Token:
         part: 0 in the text, 1 in its pair, None for special tokens.
         start, end: its characters in that part; None for special tokens.
         layer: 0-based layer after whose attention it leaves; None: it survives.
-        score: the method's score where it left, or at the last site.
+        score: the method's score where it left, or at the last site where any could.
     """
 
     text: str

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..attention import View
+from ..bins import bin_of, first, places, within
 from ..pruner import Record, StackInfo, TokenPruner, ranks
 from ..ranking import RANK_LOSSES, overlap, ranking_loss, taught_by
 from ..relaxed import Ascend, chance, odds, rounded, sample
@@ -137,17 +137,20 @@ class ToP(TokenPruner):
 
     # --- what stays ----------------------------------------------------------------------------------------------
     def choose(self, score: Tensor, view: View) -> Tensor:
-        mask = self.mask if self.phase(self.progress) == "hard" else self.settled()
-        free = view.alive & ~view.protected
+        mask, free = self.current[view.site], view.alive & ~view.protected
         if self.holes:
             bins, best = self.bin(score, free)
-            return mask[view.site][bins] | best
-        count = free.sum(1, keepdim=True)
-        most = within(mask[view.site].sum(), count, self.bins).clamp(min=self.floor * self.bins)
+            return mask[bins] | best
+        most = within(mask.sum(), free.sum(1, keepdim=True), self.bins).clamp(min=self.floor * self.bins)
         return ranks(score, free) * self.bins < most
 
     def idles(self, site: int) -> bool:
-        return self.phase(self.progress) == "hard" and bool(self.mask[site].all())
+        return bool(self.current[site].all())
+
+    @property
+    def current(self) -> Tensor:
+        """(S, bins) bool: the masks of evaluation, now."""
+        return self.mask if self.phase(self.progress) == "hard" else self.settled()
 
     def bin(self, score: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N) long: the bin of each token by its rank among the ``free`` ones (B, N) of its row; (B, N) bool: those
@@ -313,6 +316,7 @@ class ToP(TokenPruner):
     def counted(self, mask: Tensor, tokens: Tensor, protected: Tensor) -> float:
         """The cost as a fraction of the dense one with ``mask`` (S, bins), under which what stays depends on lengths
         alone; shapes as in ``cost``."""
+        mask = mask if self.holes else first(mask)
         idle = mask.all(1).nonzero()[:, 0].tolist()
         return float(self.cost(tokens.float(), protected, self.stays(mask, int(tokens.max())), idle))
 
@@ -349,7 +353,11 @@ class ToP(TokenPruner):
         begun, rest = order[: max(0, low - 1)], order[max(0, low - 1) :]
         prunes = (~self.idle[:, 0]).nonzero()[:, 0].tolist()
         last = [rest[:1], *(rest[rest % len(odds) == site][:1] for site in prunes)]  # bins are coarse: of these the
-        near = [without(begun), *(without(torch.cat([begun, one])) for one in last)]  # one that comes closest
+        near = [
+            without(order[:0]),
+            without(begun),
+            *(without(torch.cat([begun, one])) for one in last),
+        ]  # one that comes closest
         reached, mask = min(near, key=lambda found: (found[0] > 1.02 * target, abs(found[0] - target)))
         if reached > 1.02 * target:
             asked = next(f"{name}={getattr(self, name)}" for name in TARGETS if getattr(self, name) is not None)
@@ -364,33 +372,9 @@ class ToP(TokenPruner):
     def prefix(self) -> None:
         """Let every site keep its best ranks, in as many bins as it keeps now: masks without holes are what a top-k in
         a static graph can do. Measure quality and cost: of texts with fewer tokens than bins a little more stays."""
-        self.mask.copy_(self.mask.long().sort(1, descending=True).values.bool())
+        self.mask.copy_(first(self.mask))
 
 
 def rows_of(record: Record) -> tuple[Tensor, Tensor]:
     """(B,) tokens of each row of a forward, and how many of them are protected."""
     return record.counts[0].n_attention.detach().long(), record.views[0].protected.sum(1)
-
-
-def bin_of(rank: Tensor, count: Tensor, bins: int) -> Tensor:
-    """The bin of rank 0 <= r < count: the one that holds (r + u) / count, with a shift 0 <= u < 1, a hash of ``count``.
-    With one shift for all, short texts of many lengths would meet in few bins, which then decide for all."""
-    shift = count * count * 40503 % 65536
-    return (65536 * rank + shift) * bins // (65536 * count)
-
-
-def within(on: Tensor | int, count: Tensor, bins: int) -> Tensor:
-    """``bins`` times the number of ranks r below ``count`` in the first ``on`` bins, r < count on / bins - u: a graph
-    has no cheap division of whole numbers."""
-    whole = count * on
-    part = whole % bins
-    shift = count * (count * 40503 % 65536) % 65536
-    return whole - part + bins * (65536 * part > shift * bins)
-
-
-@cache
-def places(bins: int, longest: int, floor: int) -> Tensor:
-    """(longest + 1, bins): how many of m ranked tokens fall into each bin, for every m, the ``floor`` best left out."""
-    count, rank = torch.arange(longest + 1)[:, None], torch.arange(longest)
-    into = bin_of(rank, count.clamp(min=1), bins).clamp(max=bins - 1)
-    return torch.zeros(longest + 1, bins).scatter_add_(1, into, ((rank < count) & (rank >= floor)).float())
