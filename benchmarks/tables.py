@@ -148,8 +148,9 @@ def headline(results: dict[str, dict]) -> str:
     """One sentence per task and method for the README."""
     lines = []
     for task in TASKS:
-        for method, called in {"ltp": "LTP", "top": "ToP"}.items():
-            rows = [results[e.name]["rows"][0] for e in smoke_of(task) if e.method == method and e.name in results]
+        for method, variant, called in (("ltp", "", "LTP"), ("top", "", "ToP"), ("top", "gated", "ToP with gates")):
+            there = [e for e in smoke_of(task) if (e.method, e.variant) == (method, variant) and e.name in results]
+            rows = [results[e.name]["rows"][0] for e in there]
             if rows:
                 lines.append(
                     f"* {task}, MiniLM-L6, {called}, {len(rows)} seed{'s' * (len(rows) > 1)}: "
