@@ -116,29 +116,27 @@ def constrained(task: str, seed: int, target: float = 0.417, model: str = "minil
     return [top, ltp, topk]
 
 
-def gated(task: str, target: float) -> Entry:
-    """ToP with gates, as in its paper."""
-    needs = (Entry(task, "dense").name,)
-    return Entry(task, "top", target=target, variant="gated", needs=needs, options={"method_options": {"gates": True}})
+PARTS = {  # of ToP, by the name of the variant without them or with another one
+    "unranked": {"rank_weight": 0.0},  # the ranking is watched and not distilled
+    "ndcg": {"rank_loss": "ndcg"},
+    "arp2-topk": {"rank_loss": "arp2-topk", "rank_weight": 0.01},  # the paper's, but for its decay
+    "gated": {"gates": True},
+    "8-bins": {"bins": 8},
+    "128-bins": {"bins": 128},
+    "holes": {"holes": True},
+}
+
+
+def changed(task: str, target: float, variant: str, tier: str = "smoke") -> Entry:
+    """ToP with one of its ``PARTS`` changed, seed 0."""
+    needs, options = (Entry(task, "dense").name,), {"method_options": PARTS[variant]}
+    return Entry(task, "top", variant=variant, target=target, tier=tier, needs=needs, options=options)
 
 
 def ablation(task: str, target: float) -> list[Entry]:
     """What each part of ToP is worth, seed 0."""
-    parts = {
-        "unranked": {"rank_weight": 0.0},  # the ranking is watched and not distilled
-        "ndcg": {"rank_loss": "ndcg"},
-        "arp2-topk": {"rank_loss": "arp2-topk", "rank_weight": 0.01},  # the paper's, but for its decay
-        "gated": {"gates": True},
-        "8-bins": {"bins": 8},
-        "128-bins": {"bins": 128},
-        "holes": {"holes": True},
-    }
-    needs = (Entry(task, "dense").name,)
-    changed = [
-        Entry(task, "top", variant=name, target=target, tier="full", needs=needs, options={"method_options": part})
-        for name, part in parts.items()
-    ]
-    return [Entry(task, "top", target=target, tier="full", needs=needs), *changed]
+    whole = Entry(task, "top", target=target, tier="full", needs=(Entry(task, "dense").name,))
+    return [whole, *(changed(task, target, variant, "full") for variant in PARTS)]
 
 
 def speed(task: str) -> Entry:
@@ -193,10 +191,9 @@ ENTRIES: list[Entry] = [
     Entry("squad", "dense"),
     *constrained("squad", 0, TASKS["squad"].target),
     *constrained("20newsgroups", 0, 0.286),
-    gated("sst2", 0.417),
-    gated("20newsgroups", 0.286),
-    gated("20newsgroups", TASKS["20newsgroups"].target),
-    gated("squad", TASKS["squad"].target),
+    changed("sst2", 0.417, "gated"),
+    changed("20newsgroups", 0.286, "gated"),
+    changed("20newsgroups", TASKS["20newsgroups"].target, "gated"),
     Entry("mrpc-short", "dense", model="mpnet-base"),
     *constrained("mrpc-short", 0, model="mpnet-base")[:2],
     *ablation("mrpc", 0.25),

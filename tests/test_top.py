@@ -265,7 +265,7 @@ def test_a_prefix_keeps_the_best_ranks_and_the_cost():
 
 
 def test_what_is_watched():
-    method = ToP(target_flops=0.6, bins=8, ramp=0.5, topk=4)
+    method = ToP(target_flops=0.6, bins=8, ramp=0.5, topk=4, gates=True)
     model = pruned(method).train()
     assert method.metrics() == {}, "before the first step"
     method.progress = 0.25

@@ -32,13 +32,8 @@ from .machine import environment
 HEADS = ("ForSequenceClassification", "ForQuestionAnswering")
 FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
 SPEC = "thresher.json"
-SHAPES = (
-    (1, 1),
-    (1, 7),
-    (3, 24),
-    (2, 60),
-    (1, 451),
-)  # at which a graph is compared with its model, besides the longest text
+# At which a graph is compared with its model, besides the longest text; at the last one inexact remainders show.
+SHAPES = ((1, 1), (1, 7), (3, 24), (2, 60), (1, 451))
 CLOSE = 1e-4  # logits of an fp32 graph and of its model, where all tokens of both are the same
 
 

@@ -308,8 +308,9 @@ class ToP(TokenPruner):
             "cost_target": self.asked(tokens.float(), protected),
             "cost_expected": self.expected(tokens.float(), protected).item(),
             "cost_hard": self.counted(self.settled().cpu(), tokens.cpu(), protected.cpu()),
-            "gates_on": float((~self.idle).sum()),
         }
+        if self.gate is not None:
+            found["gates_on"] = float((~self.idle).sum())
         return found | {f"multiplier_{i + 1}": value for i, value in enumerate(self.multiplier.tolist())}
 
     # --- the budget ----------------------------------------------------------------------------------------------
@@ -352,12 +353,9 @@ class ToP(TokenPruner):
             low, high = (middle + 1, high) if without(order[:middle])[0] > target else (low, middle)
         begun, rest = order[: max(0, low - 1)], order[max(0, low - 1) :]
         prunes = (~self.idle[:, 0]).nonzero()[:, 0].tolist()
-        last = [rest[:1], *(rest[rest % len(odds) == site][:1] for site in prunes)]  # bins are coarse: of these the
-        near = [
-            without(order[:0]),
-            without(begun),
-            *(without(torch.cat([begun, one])) for one in last),
-        ]  # one that comes closest
+        last = [rest[:1], *(rest[rest % len(odds) == site][:1] for site in prunes)]
+        # bins are coarse, and the first one off costs the scoring of its site: of these the one that comes closest
+        near = [without(off) for off in (order[:0], begun, *(torch.cat([begun, one]) for one in last))]
         reached, mask = min(near, key=lambda found: (found[0] > 1.02 * target, abs(found[0] - target)))
         if reached > 1.02 * target:
             asked = next(f"{name}={getattr(self, name)}" for name in TARGETS if getattr(self, name) is not None)
