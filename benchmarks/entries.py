@@ -161,21 +161,16 @@ def runtimes(task: str, target: float, **options) -> Entry:
 
 
 def synthetic() -> list[Entry]:
-    """BERT-base's shape with random weights, 2.1x, 4x and 8x fewer FLOPs: one long text, eight short ones."""
+    """BERT-base's shape with random weights, 2.1x, 4x and 8x fewer FLOPs: one long text, eight short ones, and torch
+    alone on 32 of 16 to 256 tokens."""
     shapes = {"1x512": ((1, 512), 4), "8x128": ((8, 128), 2)}
     keeps = {"2.1x": (0.66, (1, 3, 6)), "4x": (0.4, (1, 3, 6)), "8x": (0.3, (0, 2, 5))}
     options = {"graphs": ("onnx fp32", "onnx int8", "openvino bf16"), "precisions": ("fp32", "bf16")}
-    return [
-        Entry(
-            "synthetic",
-            "speed",
-            kind="synthetic",
-            model="bert-base",
-            variant=name,
-            options={**options, "shape": shape, "batches": batches, "keeps": keeps, "repeats": 5},
-        )
-        for name, (shape, batches) in shapes.items()
-    ]
+    options |= {"keeps": keeps, "repeats": 5}
+    own = {name: options | {"shape": shape, "batches": batches} for name, (shape, batches) in shapes.items()}
+    own["32x16-256"] = options | {"shape": (32, 256), "batches": 2, "least": 16, "graphs": (), "repeats": 3}
+    common = {"kind": "synthetic", "model": "bert-base"}
+    return [Entry("synthetic", "speed", variant=name, options=of, **common) for name, of in own.items()]
 
 
 ENTRIES: list[Entry] = [

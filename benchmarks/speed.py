@@ -107,8 +107,8 @@ def measure_runtimes(entry, runs: Path) -> list[dict]:
 
 
 def measure_synthetic(entry, runs: Path) -> list[dict]:
-    """Pure speed: random weights of BERT-base's shape, rows of equal length, fixed schedules, in every runtime that an
-    entry names; one interleaved run per schedule."""
+    """Pure speed: random weights of BERT-base's shape, rows of equal length or of lengths from "least" up, fixed
+    schedules, in every runtime that an entry names; one interleaved run per schedule."""
     import torch
     from datasets import Dataset
     from transformers import BertConfig, BertForSequenceClassification
@@ -123,8 +123,10 @@ def measure_synthetic(entry, runs: Path) -> list[dict]:
     net = BertForSequenceClassification(BertConfig()).eval()
     (size, length), threads = entry.options["shape"], torch.get_num_threads()
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 30_000, (size * entry.options["batches"], length), generator=draw).tolist()
-    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * length] * len(ids)})
+    count, least = size * entry.options["batches"], entry.options.get("least", length)
+    ids = torch.randint(1000, 30_000, (count, length), generator=draw).tolist()
+    ids = [row[:n] for row, n in zip(ids, torch.randint(least, length + 1, (count,), generator=draw), strict=True)]
+    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
     task = Task(None, None, data, ("text",), None, [], "classification", "accuracy", "synthetic", "nothing", {})
     rows, folder = [], runs / "graphs" / "bert-base"
 

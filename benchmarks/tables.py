@@ -131,9 +131,9 @@ def timings(task: str, found: dict[str, dict]) -> list[str]:
         elif entry.kind == "runtimes":
             what = f"ToP at {entry.target:g}, {rows[0]['n_examples']} texts"
         elif entry.kind == "synthetic":
-            what = (
-                f"batch {entry.options['shape'][0]}, {entry.options['shape'][1]} tokens, untrained TopK at 2.1x, 4x, 8x"
-            )
+            (size, longest), least = entry.options["shape"], entry.options.get("least")
+            tokens = f"{least} to {longest}" if least else longest
+            what = f"batch {size}, {tokens} tokens, untrained TopK at 2.1x, 4x, 8x"
         run = "one interleaved run" + " per schedule" * (entry.kind in ("efficiency", "synthetic"))
         lines += [f"Wall-clock, {what}, {run}, {rows[0]['threads']} threads, {rows[0]['hardware']}:", ""]
         lines += [*speed_table(found[entry.name]), ""]

@@ -15,7 +15,7 @@ import torch
 from families import FAMILIES, difference
 from methods import METHODS, refusal
 from thresher import TopK, prune
-from thresher.tokens import LAYOUTS
+from thresher.tokens import LAYOUTS, Packed
 
 TOLERANCE = 1e-5
 
@@ -80,6 +80,16 @@ def test_executors_agree_without_padding_and_on_runs_of_equal_length(family, len
     executors = [e for e in LAYOUTS if not refusal("topk", family, e)]
     answers = [answers_of(family, TopK(keep=0.5), e, batch)[0] for e in executors]
     assert all(difference(a, answers[0]) <= TOLERANCE for a in answers)
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.packed])
+def test_spare_rows_change_nothing(family, monkeypatch):
+    monkeypatch.setattr("thresher.tokens.EVEN", (torch.float32,))
+    seen, enter = [], Packed.enter
+    monkeypatch.setattr(Packed, "enter", lambda *given: seen.append(enter(*given)) or seen[-1])
+    answers = answers_of(family, METHODS["topk"][1](), "packed", FAMILIES[family].batch())[0]
+    assert seen and all(len(x[0]) % 16 == 0 for x in seen)
+    assert difference(answers, matrix("topk", True, family, "mask")[0]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "modernbert", "vit", "llama"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import (
@@ -273,8 +274,10 @@ class PrunedAttention:
 
     def _packed(self, function, module, query, key, value, mask, view: View, kwargs):
         """One call per run of equally long neighbours, or per sequence where a mask tells them apart."""
-        tokens, outputs, received = view.tokens, [], []
+        tokens, outputs, received, dtype = view.tokens, [], [], value.dtype
         fused = view.scored and self._plain(module, kwargs)
+        if fused and query.is_cpu:  # products as small are no quicker in bf16, and each new shape costs a new kernel
+            query, key, value = query.float(), key.float(), value.float()
         blank = [False] * len(tokens.lengths) if tokens.blank is None else tokens.blank.tolist()
         for sequence, row, count, length in tokens.runs():
             run = [
@@ -300,7 +303,8 @@ class PrunedAttention:
                 outputs.append(output.flatten(0, 1))
         if received:
             view.see_received(_joined(received)[None])
-        return _joined(outputs)[None], None
+        output = _joined(outputs).to(dtype)
+        return F.pad(output, (0, 0, 0, 0, 0, tokens.spare))[None], None
 
     @staticmethod
     def _free(module, mask, kwargs):

@@ -101,7 +101,7 @@ def time_all(
     For every repeat and every batch the runners take turns, another one first each time, so that what else the machine
     does falls on all. One that follows another runtime waits until the other's threads are asleep and runs once
     untimed: threads that spin take cores from those that work. Shapes are warm by then; in service a stream of new ones
-    costs more, in bf16 above all.
+    costs more.
     """
     widths = {runner.pad_to for runner in runners}
     inputs = {width: [text.batch(rows, width, device) for rows in batches] for width in widths}

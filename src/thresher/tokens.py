@@ -43,6 +43,9 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
 CLOSED = 1e-8  # of a gate: next to nothing, but not nothing, so that a closed gate has a gradient and may open again
 CLOSED_LOG = math.log(2 * CLOSED)  # the logarithm of a gate that is closed is below
 
+EVEN = (torch.bfloat16,)  # what has numbers of packed rows that are multiples, on a CPU
+FINE, COARSE, FEW = 16, 64, 512  # of these, up to and above ``FEW`` rows
+
 
 class Tokens:
     """Tokens of a batch in one of the three layouts; immutable, each ``drop`` gives a new one.
@@ -245,9 +248,13 @@ class Packed(Tokens):
     Attributes:
         rows: (T,) long, each token's row of the flattened (B * N0, C) original.
         lengths: live tokens per sequence.
+        spare: rows behind the last token that hold nothing of worth: in bf16 on a CPU each new number of rows costs a
+            new kernel of every layer, so that there are few.
     """
 
     rows: Tensor
+    spare: int = 0
+    even: bool = False  # whether there are
     lengths: list[int]
     source: Tensor | None = None  # (T,) rows of the layout before
     owned: bool = False  # ``full`` is a copy of our own, so that without gradients it may be written in place
@@ -257,8 +264,14 @@ class Packed(Tokens):
         self.origin = tuple(hidden.shape[:2])
         rows = self.alive.flatten().nonzero()[:, 0]
         self._lay_out(rows, self.alive.sum(1))
-        self.full = hidden
-        return hidden.flatten(0, 1).index_select(0, rows)[None]
+        self.full, self.even = hidden, hidden.is_cpu and hidden.dtype in EVEN
+        return hidden.flatten(0, 1).index_select(0, self._spared(rows))[None]
+
+    def _spared(self, rows: Tensor) -> Tensor:
+        """``rows`` (T,), and the last of them again to an even number."""
+        if self.even:
+            self.spare = -len(rows) % (COARSE if len(rows) > FEW else FINE)
+        return torch.cat([rows, rows[-1:].expand(self.spare)]) if self.spare else rows
 
     def _lay_out(self, rows: Tensor, live: Tensor) -> None:
         self.rows, self.lengths, self.masks = rows, live.tolist(), {}
@@ -269,8 +282,8 @@ class Packed(Tokens):
 
     def pad(self, x: Tensor) -> Tensor:
         if self.slots is None:
-            return x.reshape(*self.alive.shape, *x.shape[2:])
-        flat = x.new_zeros(self.alive.numel(), *x.shape[2:]).index_copy(0, self.slots, x[0])
+            return x[:, : len(self.rows)].reshape(*self.alive.shape, *x.shape[2:])
+        flat = x.new_zeros(self.alive.numel(), *x.shape[2:]).index_copy(0, self.slots, x[0, : len(self.rows)])
         return flat.view(*self.alive.shape, *x.shape[2:])
 
     def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
@@ -278,8 +291,9 @@ class Packed(Tokens):
             return self
         new = self._copy()
         kept = keep.flatten() if self.slots is None else keep.flatten()[self.slots]
-        new.source = kept.nonzero()[:, 0]
-        new._lay_out(self.rows[new.source], keep.sum(1))
+        source = kept.nonzero()[:, 0]
+        new._lay_out(self.rows[source], keep.sum(1))
+        new.source = new._spared(source)
         for name, (mask, parts) in self.masks.items():  # what lets everything through does so for fewer tokens
             new.masks[name] = (mask, {sequence: None for sequence, part in parts.items() if part is None})
         return new
@@ -288,10 +302,10 @@ class Packed(Tokens):
         return x if self.source is None else x.index_select(1, self.source)
 
     def narrow(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        (dim,) = dims
+        (dim,), rows = dims, self._spared(self.rows)
         if x.shape[0] == 1:
-            return x.index_select(dim, self.rows % self.origin[1])
-        return x.movedim(dim, 1).flatten(0, 1).index_select(0, self.rows)[None].movedim(1, dim)
+            return x.index_select(dim, rows % self.origin[1])
+        return x.movedim(dim, 1).flatten(0, 1).index_select(0, rows)[None].movedim(1, dim)
 
     def mask(self, mask: Tensor | None, dtype: torch.dtype, causal: bool, additive: bool) -> Tensor | None:
         return mask  # each sequence cuts its own part, see sequence_mask
@@ -326,8 +340,9 @@ class Packed(Tokens):
         return memory[sequence]
 
     def restore(self, hidden: Tensor) -> Tensor:
+        hidden = hidden[:, : len(self.rows)]
         if len(self.rows) == self.full.shape[0] * self.full.shape[1]:  # all are there, in their order
-            return hidden.view_as(self.full)
+            return hidden.reshape(self.full.shape)
         full = self.full.to(hidden.dtype)  # autocast may have changed it
         if self.owned and not torch.is_grad_enabled():
             full.view(-1, full.shape[-1]).index_copy_(0, self.rows, hidden[0])
