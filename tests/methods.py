@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from families import FAMILIES
-from thresher import LTP, FirstK, Random, Threshold, ToP, TopK
+from thresher import ATS, LTP, VATP, Entropy, FirstK, Random, SpAtten, Threshold, ToP, TopK
 
 
 @dataclass(eq=False, repr=False)
@@ -42,13 +42,21 @@ METHODS = {
     "topk-counts": (lambda: TopK(keep=64), lambda: TopK(keep=(9, 6, 3))),
     "random": (lambda: Random(keep=1.0), lambda: Random(keep=0.6)),
     "firstk": (lambda: FirstK(keep=1.0), lambda: FirstK(keep=0.6)),
+    "spatten": (lambda: SpAtten(keep=1.0), lambda: SpAtten(keep=0.6)),
+    "vatp": (lambda: VATP(keep=1.0), lambda: VATP(keep=0.6)),
+    "entropy-row": (lambda: Entropy(keep=1.0), lambda: Entropy(keep=0.6)),
+    "entropy-column": (lambda: Entropy(keep=1.0), lambda: Entropy(keep=0.6, criterion="column")),
+    "ats": (lambda: ATS(keep=1.0), lambda: ATS(keep=0.6)),
     "threshold": (lambda: Threshold(0.0), lambda: Threshold((0.4, 0.6, 0.8))),
     "top": (lambda: ToP(), lambda: Prefix(bins=8)),
     "top-holes": (lambda: ToP(holes=True), lambda: Holes(bins=8)),
     "ltp": (lambda: LTP(init=0.0), lambda: LTP(init=1.6)),
 }
 # What a method says (a regular expression) on families that it cannot serve: {"mine": {"siglip": "shows no keys"}}
-REFUSES: dict[str, dict[str, str]] = {}
+REFUSES: dict[str, dict[str, str]] = {
+    method: dict.fromkeys(("mpnet", "deberta-v2", "siglip-vision"), "needs the keys or values")
+    for method in ("ats", "vatp")
+}
 
 
 def refusal(method: str, family: str, executor: str) -> str | None:

@@ -6,20 +6,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import dense, prune, unprune
     from .exporting import export
+    from .methods.ats import ATS
+    from .methods.entropy import Entropy
     from .methods.ltp import LTP
+    from .methods.spatten import SpAtten
     from .methods.threshold import Threshold
     from .methods.top import ToP
     from .methods.topk import FirstK, Random, TopK
+    from .methods.vatp import VATP
     from .pruner import TokenPruner
     from .runtime import load_runtime
     from .training import PruningTrainer
 
 __version__ = "0.1.0"
 __all__ = [
+    "ATS",
     "LTP",
+    "VATP",
+    "Entropy",
     "FirstK",
     "PruningTrainer",
     "Random",
+    "SpAtten",
     "Threshold",
     "ToP",
     "TokenPruner",
@@ -33,10 +41,14 @@ __all__ = [
 _HOMES = {
     "api": ("dense", "prune", "unprune"),
     "exporting": ("export",),
+    "methods.ats": ("ATS",),
+    "methods.entropy": ("Entropy",),
     "methods.ltp": ("LTP",),
+    "methods.spatten": ("SpAtten",),
     "methods.threshold": ("Threshold",),
     "methods.top": ("ToP",),
     "methods.topk": ("FirstK", "Random", "TopK"),
+    "methods.vatp": ("VATP",),
     "pruner": ("TokenPruner",),
     "runtime": ("load_runtime",),
     "training": ("PruningTrainer",),

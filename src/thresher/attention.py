@@ -7,6 +7,7 @@ with transformers per base implementation, "pruned|sdpa" for "sdpa" and so on; n
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +55,10 @@ class View:
         self._weights: Tensor | None = None
         self._received: Tensor | None = None
 
-    def see(self, module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
-        """Called by the attention function with query (B, H, N, d) and key, both (1, H, T, d) when packed."""
+    def see(self, module, query: Tensor, key: Tensor, mask: Tensor | None, value: Tensor, scaling: float | None):
+        """Called by the attention function with query (B, H, N, d), key and value, all (1, H, T, d) when packed."""
         self.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        self._seen = (module, query, key, mask, self.scaling)
+        self._seen = (module, query, key, mask, value, self.scaling)
 
     def see_weights(self, weights: Tensor) -> None:
         """Called with the attention probabilities (B, H, N, N) of an implementation that makes them."""
@@ -99,12 +100,20 @@ class View:
         Raises:
             RuntimeError: the layer shows its attention probabilities alone.
         """
+        return self._shown(2, "keys")
+
+    @property
+    def value(self) -> Tensor:
+        """(B, H, N, d), the values of the layer, H as of the keys; raises as ``key`` does."""
+        return self._shown(4, "values")
+
+    def _shown(self, place: int, what: str) -> Tensor:
         if self._seen is None:
             raise RuntimeError(
-                f"layer {self.layer} shows its attention probabilities and not its keys: choose a method that needs "
-                "no keys for this model"
+                f"layer {self.layer} shows its attention probabilities and not its {what}: choose a method that needs "
+                f"no {what} for this model"
             )
-        return self.tokens.pad(self._seen[2].transpose(1, 2)).transpose(1, 2)
+        return self.tokens.pad(self._seen[place].transpose(1, 2)).transpose(1, 2)
 
     def received(self) -> Tensor:
         """(B, N) fp32: the attention each token receives, relative to uniform attention (live tokens average 1).
@@ -113,21 +122,26 @@ class View:
         mean"), times the number of live tokens, so that thresholds carry over lengths. Padding and dead tokens neither
         vote nor receive; in a soft stage each row votes with its gate.
         """
-        votes = self.tokens.votes
-        if self._received is not None:
-            received = self._received
-        elif self._weights is not None:
-            with torch.autocast(votes.device.type, enabled=False):
-                received = (votes[:, None, None].float() @ self._weights.float()).mean(1)[:, 0]
-        elif isinstance(self.tokens, Packed):
-            received = self._received_packed()
-        else:
-            module, query, key, mask, scaling = self._seen
-            received = column_mean(query, key, additive(mask, query, module), votes, scaling)
-        return received.masked_fill(~self.alive, 0.0)
+        return self.over(columns) if self._received is None else self._received.masked_fill(~self.alive, 0.0)
 
-    def _received_packed(self) -> Tensor:
-        module, query, key, mask, scaling = self._seen
+    def over(self, reduce: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """(B, N) fp32: another statistic of the attention probabilities, mean over heads; 0 at dead slots.
+
+        ``reduce(weights, votes)`` is given those of some heads before dropout (B, h, N, N) and the votes of the query
+        rows (B, N), and returns (B, N), summed over these heads.
+        """
+        if self._weights is not None:
+            with torch.autocast(self._weights.device.type, enabled=False):
+                found = reduce(self._weights.float(), self.tokens.votes) / self._weights.shape[1]
+        elif isinstance(self.tokens, Packed):
+            found = self._over_packed(reduce)
+        else:
+            module, query, key, mask, _, scaling = self._seen
+            found = over_heads(query, key, additive(mask, query, module), self.tokens.votes, scaling, reduce)
+        return found.masked_fill(~self.alive, 0.0)
+
+    def _over_packed(self, reduce: Callable) -> Tensor:
+        module, query, key, mask, _, scaling = self._seen
         parts = []
         for sequence, row, count, length in self.tokens.runs():
             q, k = (
@@ -138,7 +152,7 @@ class View:
                 m = None if mask is None else self.tokens.sequence_mask(mask, sequence + i)
                 votes = q.new_ones(len(q[i : i + step]), length, dtype=torch.float32)
                 bias = additive(m, q, module)
-                parts.append(column_mean(q[i : i + step], k[i : i + step], bias, votes, scaling).flatten())
+                parts.append(over_heads(q[i : i + step], k[i : i + step], bias, votes, scaling, reduce).flatten())
         return self.tokens.pad(torch.cat(parts)[None])
 
     def rows(self, position: Tensor) -> Tensor:
@@ -146,7 +160,7 @@ class View:
         if self._weights is not None:
             at = position.view(-1, 1, 1, 1).expand(-1, self._weights.shape[1], 1, self._weights.shape[-1])
             return self._weights.gather(2, at)[:, :, 0].float()
-        module, query, _, mask, scaling = self._seen
+        module, query, _, mask, _, scaling = self._seen
         query, row = self.tokens.pad(query.transpose(1, 2)).transpose(1, 2), position[:, None]
         at = position.view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[-1])
         logits = query.gather(2, at).float() @ repeat_heads(self.key, query).float().transpose(-1, -2) * scaling
@@ -179,8 +193,13 @@ def additive(mask: Tensor | None, query: Tensor, module) -> Tensor | None:
     return mask.float()
 
 
-def column_mean(query: Tensor, key: Tensor, bias: Tensor | None, votes: Tensor, scaling: float) -> Tensor:
-    """(B, N): sum over query rows of ``votes`` (B, N) times the attention probability, averaged over heads.
+def columns(weights: Tensor, votes: Tensor) -> Tensor:
+    """(B, N): what each token receives; see ``View.over``."""
+    return (votes[:, None, None].float() @ weights).sum(1)[:, 0]
+
+
+def over_heads(query, key, bias: Tensor | None, votes: Tensor, scaling: float, reduce: Callable) -> Tensor:
+    """(B, N): ``reduce`` of the attention probabilities, averaged over heads; see ``View.over``.
 
     One chunk of heads at a time: the probabilities of all heads at once cost several times as much from N = 256 up.
     """
@@ -194,7 +213,7 @@ def column_mean(query: Tensor, key: Tensor, bias: Tensor | None, votes: Tensor, 
             logits = (query[:, h : h + step].float() * scaling) @ key[:, h : h + step].float().transpose(-1, -2)
             if bias is not None:
                 logits = logits + (bias if bias.dim() < 4 or bias.shape[1] == 1 else bias[:, h : h + step])
-            total = total + (votes[:, None, None] @ logits.softmax(-1)).sum(1)[:, 0]
+            total = total + reduce(logits.softmax(-1), votes)
     return total / heads
 
 
@@ -248,7 +267,7 @@ class PrunedAttention:
         kwargs.update(scaling=scaling, dropout=dropout)
         if token_view is None:
             return function(module, query, key, value, attention_mask, **kwargs)
-        token_view.see(module, query, key, attention_mask, scaling)
+        token_view.see(module, query, key, attention_mask, value, scaling)
         if isinstance(token_view.tokens, Packed):
             return self._packed(function, module, query, key, value, attention_mask, token_view, kwargs)
         if torch.compiler.is_compiling() and token_view.scored and self._plain(module, kwargs):

@@ -52,6 +52,12 @@ class Hooks:
                 f"position biases "
                 "or does not hand its arguments to transformers' attention interface; use executor='padded' or 'auto'"
             )
+        if pruner.needs_values and not self.stack.shown:
+            raise ValueError(
+                f"{pruner.name} is not possible with {type(self.stack.base).__name__}: it needs the keys or values of "
+                "a layer, and this model's layers show their attention probabilities alone; topk, spatten, entropy, "
+                "ltp and top need no more than these"
+            )
         self.inputs = list(inspect.signature(self.stack.base.forward).parameters)
         self.original = original or self.stack.base.config._attn_implementation
         self.eager = self.original == "eager" or not self.stack.shown
@@ -169,7 +175,7 @@ class Hooks:
         protected = forward.protected.gather(1, tokens.index) & tokens.alive
         view = View(forward.layer, site, tokens, protected, hidden)
         view.idle = site < 0 or self._idles(site)
-        view.scored = not view.idle and self.pruner.needs_attention
+        view.scored = not view.idle and self.pruner.needs_attention and self.pruner.scores_all
         forward.views.append(view)
         if not self.stack.shown and not view.idle and "output_attentions" in self.stack.arguments:
             kwargs["output_attentions"] = True
@@ -257,7 +263,7 @@ class Hooks:
             view.keep, view.after = tokens.alive, tokens
             hidden = self._fade(tokens, last_complete, hidden)
         passed = forward.tokens.live if self.stack.inside and scored else tokens.live
-        forward.counts.append(LayerCount(tokens.live, passed, scored and self.pruner.needs_attention))
+        forward.counts.append(LayerCount(tokens.live, passed, view.scored))
         forward.layer += 1
         if forward.layer == self.stack.depth:
             hidden = forward.tokens.restore(hidden)

@@ -89,6 +89,8 @@ class TokenPruner(nn.Module):
     name: ClassVar[str] = ""
     lr: ClassVar[float] = 2e-2  # learning rate of its own parameters, where no other is given
     needs_attention: ClassVar[bool] = True
+    needs_values: ClassVar[bool] = False  # whether the score takes the keys or values of the layer
+    scores_all: ClassVar[bool] = True  # whether the score takes all attention probabilities, which are then charged
     ranks_teacher: ClassVar[bool] = False  # whether ``loss`` wants the teacher's ranking
     needs_table: ClassVar[bool] = False  # whether the budget is one of time, priced by ``table``, a LatencyTable
 

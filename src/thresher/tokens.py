@@ -56,11 +56,14 @@ class Tokens:
         full: (B, N0, C), the last complete state of every original token; None until something was dropped.
         blank: (B,) bool, rows that came without a single live token; they pass as in the dense model. None: no such
             row.
+        width: N0.
+        memory: what a method carries from site to site, by name, at original places (B, N0); one for all that follow.
         log_gate: (B, N) or None, the logarithm of each token's soft gate while a method trains softly.
     """
 
     def __init__(self, alive: Tensor, index: Tensor, blank: Tensor | None = None):
         self.alive, self.index, self.blank = alive, index, blank
+        self.width, self.memory = index.shape[1], {}
         self.full: Tensor | None = None
         self.log_gate: Tensor | None = None
         self.touched = False

@@ -1,0 +1,50 @@
+"""Entropy: how sharp the attention is that a token pays, or receives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..attention import View
+from .topk import TopK
+
+CRITERIA = ("row", "column")
+
+
+def row_entropy(weights: Tensor, votes: Tensor) -> Tensor:
+    """(B, N): Shannon entropy of each query row, summed over heads; see ``View.over``."""
+    return torch.special.entr(weights).sum((1, 3))
+
+
+def column_power(weights: Tensor, votes: Tensor) -> Tensor:
+    """(B, N): the sum over query rows and heads of the squared probabilities of each key."""
+    return (votes[:, None, None].float() @ weights.square()).sum(1)[:, 0]
+
+
+@dataclass(eq=False, repr=False)
+class Entropy(TopK):
+    """Top-k token pruning by an entropy of the attention; needs no training. Arguments as ``TopK``.
+
+    Args:
+        criterion: "row": the Shannon entropy H_i = -sum_j A_ij log A_ij of the attention that token i pays, mean over
+            heads; a token whose attention is selective stays, one that looks everywhere goes. "column": the squared L2
+            norm sum_i A_ij^2 of the attention that token j receives, which falls with the Rényi entropy of order 2 of
+            the column; a token that few attend to strongly outranks one with as much attention from all (Su, Zhang and
+            Zhang, "Rényi Entropy: A New Token Pruning Metric for Vision Transformers", 2026, whose score, Col-Ln, is
+            the L_n norm of a column; here n = 2, and the mean over heads is taken of the squares).
+    """
+
+    criterion: str = "row"
+
+    name: ClassVar[str] = "entropy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"criterion={self.criterion!r}: expected one of {', '.join(CRITERIA)}")
+
+    def score(self, view: View) -> Tensor:
+        return -view.over(row_entropy) if self.criterion == "row" else view.over(column_power)

@@ -1,0 +1,109 @@
+"""Scores of the methods that need no training, beside the papers' sums in plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from families import FAMILIES
+from thresher import ATS, VATP, Entropy, SpAtten, prune
+from thresher.tokens import LAYOUTS
+
+BERT, LENGTHS = FAMILIES["bert"], (24, 18, 10)
+
+
+def layers(length: int, row: int):
+    """Of one row alone, without pruning, per layer: attention (H, n, n) and values (H, n, d)."""
+    model = BERT.build(attn_implementation="eager")
+    ids = BERT.batch(LENGTHS)["input_ids"][row : row + 1, :length]
+    with torch.no_grad():
+        output = model.bert(ids, output_attentions=True, output_hidden_states=True)
+        found = []
+        for layer, weights, x in zip(model.bert.encoder.layer, output.attentions, output.hidden_states, strict=False):
+            value = layer.attention.self.value(x).view(length, weights.shape[1], -1).transpose(0, 1)
+            found.append((weights[0], value))
+    return found
+
+
+def scores(method, executor: str) -> list[list[list[float]]]:
+    """What a pruned model scored, per site and row."""
+    model = prune(BERT.build(), method, executor=executor)
+    with torch.no_grad():
+        BERT.run(model, BERT.batch(LENGTHS))
+    return [[s[a].tolist() for s, a in zip(v.score, v.alive, strict=True)] for v in model.token_pruner.record.views]
+
+
+def by_hand(name: str, weights, value) -> list[float]:
+    """(n,) in loops over heads, queries and keys."""
+    heads, n, _ = weights.shape
+    a = weights.tolist()
+    if name == "row":
+        return [sum(p * math.log(p) for h in a for p in h[i] if p > 0) / heads for i in range(n)]
+    if name == "column":
+        return [sum(h[i][j] ** 2 for h in a for i in range(n)) / heads for j in range(n)]
+    if name == "vatp":
+        received = [sum(h[i][j] for h in a for i in range(n)) / heads for j in range(n)]
+        return [received[j] * sum(value[h, j].abs().sum().item() for h in range(heads)) / heads for j in range(n)]
+    size = value.norm(dim=-1).tolist()
+    return [0.0] + [sum(a[h][0][j] * size[h][j] for h in range(heads)) / heads for j in range(1, n)]
+
+
+@pytest.mark.parametrize("executor", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("row", Entropy), ("column", lambda **k: Entropy(criterion="column", **k)), ("vatp", VATP), ("ats", ATS)],
+)
+def test_scores_are_the_papers(name, method, executor):
+    (found,) = scores(method(keep=0.6, at=(1,)), executor)
+    for row, length in enumerate(LENGTHS):
+        torch.testing.assert_close(
+            torch.tensor(found[row]), torch.tensor(by_hand(name, *layers(length, row)[1])), atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("executor", LAYOUTS)
+def test_spatten_adds_up_what_the_survivors_received(executor):
+    model = prune(BERT.build(), SpAtten(keep=0.5, at=(0, 1, 2)), executor=executor)
+    with torch.no_grad():
+        BERT.run(model, BERT.batch(LENGTHS))
+    total = torch.zeros(3, max(LENGTHS))
+    for view in model.token_pruner.record.views:
+        own = view.score - total.gather(1, view.tokens.index).masked_fill(~view.alive, 0.0)
+        assert own[view.alive].min() >= -1e-6
+        torch.testing.assert_close(own.sum(1), view.alive.sum(1).float())  # attention, relative to uniform
+        total = total.scatter_add(1, view.tokens.index, own)
+    assert total.max() > view.score.max() * 0.99
+
+
+def test_spatten_does_not_remember_the_last_call():
+    model = prune(BERT.build(), SpAtten(keep=0.5))
+    with torch.no_grad():
+        first, second = (BERT.run(model, BERT.batch(LENGTHS)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.8, 4])
+def test_ats_keeps_what_points_on_the_distribution_hit(keep):
+    model = prune(BERT.build(), ATS(keep=keep, at=(1,)))
+    with torch.no_grad():
+        BERT.run(model, BERT.batch(LENGTHS))
+    (view,) = model.token_pruner.record.views
+    for row, length in enumerate(LENGTHS):
+        points = min(keep, length) if isinstance(keep, int) else math.ceil(keep * length)
+        share = view.score[row, view.alive[row]].double()
+        edges = (share.cumsum(0) / share.sum()).tolist()
+        hit = {0} | {
+            next(j for j, e in enumerate(edges) if e > (2 * k - 1) / (2 * points)) for k in range(1, points + 1)
+        }
+        assert view.keep[row].nonzero()[:, 0].tolist() == sorted(hit)
+
+
+def test_what_a_method_needs_of_a_model_is_said_when_it_is_pruned():
+    with pytest.raises(ValueError, match="vatp is not possible with MPNetModel: it needs the keys or values"):
+        prune(FAMILIES["mpnet"].build(), VATP())
+    with pytest.raises(ValueError, match="expected one of row, column"):
+        Entropy(criterion="colum")
+    with pytest.raises(ValueError, match="ATS decides by itself"):
+        ATS(keep="replay")
