@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from families import FAMILIES
-from thresher import ATS, LTP, VATP, Entropy, FirstK, Random, SpAtten, Threshold, ToP, TopK
+from thresher import ATS, LTP, VATP, Entropy, FirstK, Random, SpAtten, Threshold, ToP, TopK, Transkimmer
 
 
 @dataclass(eq=False, repr=False)
@@ -47,6 +47,7 @@ METHODS = {
     "entropy-row": (lambda: Entropy(keep=1.0), lambda: Entropy(keep=0.6)),
     "entropy-column": (lambda: Entropy(keep=1.0), lambda: Entropy(keep=0.6, criterion="column")),
     "ats": (lambda: ATS(keep=1.0), lambda: ATS(keep=0.6)),
+    "transkimmer": (lambda: Transkimmer(start=50.0), lambda: Transkimmer(start=0.0)),
     "threshold": (lambda: Threshold(0.0), lambda: Threshold((0.4, 0.6, 0.8))),
     "top": (lambda: ToP(), lambda: Prefix(bins=8)),
     "top-holes": (lambda: ToP(holes=True), lambda: Holes(bins=8)),

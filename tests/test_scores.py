@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from families import FAMILIES
-from thresher import ATS, VATP, Entropy, SpAtten, prune
+from thresher import ATS, VATP, Entropy, SpAtten, Transkimmer, prune
 from thresher.tokens import LAYOUTS
 
 BERT, LENGTHS = FAMILIES["bert"], (24, 18, 10)
@@ -107,3 +107,27 @@ def test_what_a_method_needs_of_a_model_is_said_when_it_is_pruned():
         Entropy(criterion="colum")
     with pytest.raises(ValueError, match="ATS decides by itself"):
         ATS(keep="replay")
+
+
+def test_what_predictors_cost_is_counted():
+    model = prune(BERT.build(), Transkimmer(start=50.0, at=(0, 2)))
+    with torch.no_grad():
+        BERT.run(model, BERT.batch(LENGTHS))
+    more = [row["macs"] - row["dense_macs"] for row in model.token_pruner.report]
+    size = sum(
+        p.numel() for m in model.token_pruner.predictors[0] if isinstance(m, torch.nn.Linear) for p in [m.weight]
+    )
+    assert more == [sum(LENGTHS) * size, 0, sum(LENGTHS) * size, 0]
+
+
+def test_transkimmer_draws_in_the_soft_stage_alone_and_learns_what_stays():
+    model = prune(BERT.build(), Transkimmer(target_flops=0.5, start=0.0)).train()
+    pruner, batch = model.token_pruner, BERT.batch(LENGTHS)
+    pruner.progress = 0.1
+    first, second = ((BERT.run(model, batch), pruner.record.counts[-1].n_ffn.clone())[1] for _ in range(2))
+    assert not torch.equal(first, second)
+    pruner.loss(None, batch, pruner.record).backward()
+    assert all(p.grad.abs().sum() > 0 for p in pruner.predictors[0].parameters())
+    pruner.progress = 1.0
+    first, second = ((BERT.run(model, batch), pruner.record.counts[-1].n_ffn.clone())[1] for _ in range(2))
+    assert torch.equal(first, second)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .methods.threshold import Threshold
     from .methods.top import ToP
     from .methods.topk import FirstK, Random, TopK
+    from .methods.transkimmer import Transkimmer
     from .methods.vatp import VATP
     from .pruner import TokenPruner
     from .runtime import load_runtime
@@ -32,6 +33,7 @@ __all__ = [
     "ToP",
     "TokenPruner",
     "TopK",
+    "Transkimmer",
     "dense",
     "export",
     "load_runtime",
@@ -48,6 +50,7 @@ _HOMES = {
     "methods.threshold": ("Threshold",),
     "methods.top": ("ToP",),
     "methods.topk": ("FirstK", "Random", "TopK"),
+    "methods.transkimmer": ("Transkimmer",),
     "methods.vatp": ("VATP",),
     "pruner": ("TokenPruner",),
     "runtime": ("load_runtime",),

@@ -263,7 +263,7 @@ class Hooks:
             view.keep, view.after = tokens.alive, tokens
             hidden = self._fade(tokens, last_complete, hidden)
         passed = forward.tokens.live if self.stack.inside and scored else tokens.live
-        forward.counts.append(LayerCount(tokens.live, passed, view.scored))
+        forward.counts.append(LayerCount(tokens.live, passed, view.scored, self.pruner.predictor_macs if scored else 0))
         forward.layer += 1
         if forward.layer == self.stack.depth:
             hidden = forward.tokens.restore(hidden)

@@ -22,7 +22,7 @@ from .loading import clip, for_task, load, make_method, reading
 from .machine import environment, has_bf16
 from .methods.topk import REPLAY, TopK
 from .predicting import Predictions, outcome, predict, quality
-from .pruner import TokenPruner
+from .pruner import METHODS, TokenPruner
 from .report import row
 from .resuming import Interrupt, Order, last_checkpoint, step_of, writing
 from .stack import find_stack
@@ -122,7 +122,7 @@ def train(
     options = {name: value for name, value in options.items() if value is not None}
     preset = {"method": "ltp", "method_options": {}} if recipe is None else recipes.recipe(recipe)
     more, options = preset.pop("method_options"), preset | options
-    if not method and options["method"] in ("ltp", "top"):
+    if not method and hasattr(METHODS.get(options["method"]), "target_flops"):
         method = {"target_flops": 0.4}
     method = (more if options["method"] == preset["method"] else {}) | method
     return Training(Recipe(model=model, data=data, method_options=method, **options), Path(out), progress).run(fresh)

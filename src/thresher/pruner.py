@@ -41,6 +41,7 @@ class StackInfo:
     costs: tuple[LayerCost, ...]
     first_site: int = 0
     inside: bool = True  # tokens leave before the FFN of their layer
+    hidden: int = 0  # C
 
     @property
     def finds_answers(self) -> bool:
@@ -106,6 +107,7 @@ class TokenPruner(nn.Module):
         self.record: Record | None = None
         self.progress = 1.0
         self.counts: Tensor | None = None
+        self.predictor_macs = 0  # that a score of its own takes, for each token at a site
 
     # --- what a method overrides ---------------------------------------------------------------------------------
     def score(self, view: View) -> Tensor:
@@ -240,7 +242,7 @@ class TokenPruner(nn.Module):
         rows = []
         start = self.record.counts[0].n_attention.float()
         for layer, (cost, count) in enumerate(zip(self.record.costs, self.record.counts, strict=True)):
-            used = cost.macs(count.n_attention.float(), count.n_ffn.float(), count.scored).sum().item()
+            used = macs([cost], [count]).sum().item()
             after = self.record.counts[layer + 1].n_attention if layer + 1 < len(self.record.counts) else count.n_ffn
             rows.append(
                 {

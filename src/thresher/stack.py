@@ -123,6 +123,7 @@ def describe(model: PreTrainedModel, stack: Stack) -> StackInfo:
         max_tokens=getattr(stack.base.config, "max_position_embeddings", None),
         costs=tuple(stack.costs),
         inside=stack.inside,
+        hidden=stack.base.config.hidden_size,
     )
 
 

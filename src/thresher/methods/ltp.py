@@ -87,7 +87,7 @@ class LTP(TokenPruner):
 
     def soften(self, view: View) -> Tensor:
         view.score = self.score(view)
-        open_by = (view.score - self.threshold[view.site]) / self.temperature
+        open_by = self.opening(view)
         if self.straight_through:
             gate = open_by.sigmoid()
             log_gate = (gate + (open_by >= 0).float() - gate.detach() + CLOSED).log()
@@ -95,6 +95,10 @@ class LTP(TokenPruner):
             log_gate = F.logsigmoid(open_by)
         spared = view.protected | self._best(view.score.detach(), view, view.open)
         return log_gate.masked_fill(spared | ~view.alive, 0.0)
+
+    def opening(self, view: View) -> Tensor:
+        """(B, N): the log odds of each gate, in a soft stage."""
+        return (view.score - self.threshold[view.site]) / self.temperature
 
     def phase(self, progress: float) -> str:
         return "soft" if progress < self.soft_until else "hard"
