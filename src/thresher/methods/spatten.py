@@ -25,8 +25,7 @@ class SpAtten(TopK):
 
     Args:
         keep: as in ``TopK``.
-        at: default: the paper leaves the first 15 % of the layers, three at least, alone; here, up to two thirds of the
-            depth, every second layer after the first sixth.
+        at: default: every second layer after the first sixth of the depth.
     """
 
     name: ClassVar[str] = "spatten"
