@@ -58,6 +58,10 @@ REFUSES: dict[str, dict[str, str]] = {
     method: dict.fromkeys(("mpnet", "deberta-v2", "siglip-vision"), "needs the keys or values")
     for method in ("ats", "vatp")
 }
+REFUSES["ats"]["whisper-encoder"] = "which has no class token"
+REFUSES["entropy-row"] = dict.fromkeys(
+    (n for n, f in FAMILIES.items() if f.kind == "decoder"), "use criterion='column'"
+)
 
 
 def refusal(method: str, family: str, executor: str) -> str | None:

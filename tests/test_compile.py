@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from families import FAMILIES, difference
-from thresher import LTP, FirstK, Threshold, TopK, prune
+from thresher import ATS, LTP, VATP, Entropy, FirstK, SpAtten, Threshold, TopK, Transkimmer, prune
 
 METHODS = {
     "topk": lambda: TopK(keep=0.6),
@@ -14,6 +14,11 @@ METHODS = {
     "firstk": lambda: FirstK(keep=0.6),
     "threshold": lambda: Threshold((0.4, 0.6, 0.8)),
     "ltp": lambda: LTP(init=1.6),
+    "spatten": lambda: SpAtten(keep=0.6, at=(0, 1, 2)),
+    "vatp": lambda: VATP(keep=0.6),
+    "entropy": lambda: Entropy(keep=0.6),
+    "ats": lambda: ATS(keep=0.6),
+    "transkimmer": lambda: Transkimmer(start=0.0),
 }
 
 

@@ -9,6 +9,7 @@ import torch
 
 from families import FAMILIES
 from thresher import ATS, VATP, Entropy, SpAtten, Transkimmer, prune
+from thresher.attention import View
 from thresher.tokens import LAYOUTS
 
 BERT, LENGTHS = FAMILIES["bert"], (24, 18, 10)
@@ -63,18 +64,38 @@ def test_scores_are_the_papers(name, method, executor):
         )
 
 
+def test_ats_in_a_decoder_asks_the_last_token():
+    family = FAMILIES["llama"]
+    model = prune(family.build(), ATS(keep=0.9, at=(1,)))
+    with torch.no_grad():
+        family.run(model, family.batch(LENGTHS))
+    (view,) = model.token_pruner.record.views
+    kept, live = view.keep.sum(1), view.alive.sum(1)
+    assert ((kept > 3) & (kept < live)).all()
+
+
 @pytest.mark.parametrize("executor", LAYOUTS)
-def test_spatten_adds_up_what_the_survivors_received(executor):
+def test_spatten_adds_up_what_the_survivors_received(executor, monkeypatch):
+    own, received = [], View.received
+    monkeypatch.setattr(View, "received", lambda view: own.append(received(view)) or own[-1])
     model = prune(BERT.build(), SpAtten(keep=0.5, at=(0, 1, 2)), executor=executor)
     with torch.no_grad():
         BERT.run(model, BERT.batch(LENGTHS))
-    total = torch.zeros(3, max(LENGTHS))
-    for view in model.token_pruner.record.views:
-        own = view.score - total.gather(1, view.tokens.index).masked_fill(~view.alive, 0.0)
-        assert own[view.alive].min() >= -1e-6
-        torch.testing.assert_close(own.sum(1), view.alive.sum(1).float())  # attention, relative to uniform
-        total = total.scatter_add(1, view.tokens.index, own)
-    assert total.max() > view.score.max() * 0.99
+    first, *_ = views = model.token_pruner.record.views
+    for row, length in enumerate(LENGTHS):
+        weights, _ = layers(length, row)[0]
+        torch.testing.assert_close(first.score[row, first.alive[row]], weights.mean(0).sum(0), atol=1e-5, rtol=1e-5)
+    for row in range(len(LENGTHS)):
+        for i in view_places(views[-1], row):
+            if i < 0:
+                continue
+            total = sum(o[row, view_places(v, row).index(i)] for o, v in zip(own, views, strict=True))
+            assert abs(views[-1].score[row, view_places(views[-1], row).index(i)] - total) <= 1e-5
+
+
+def view_places(view, row: int) -> list[int]:
+    """Original places of the slots of a row, -1 where there is no token."""
+    return torch.where(view.alive[row], view.tokens.index[row], -1).tolist()
 
 
 def test_spatten_does_not_remember_the_last_call():
@@ -84,27 +105,33 @@ def test_spatten_does_not_remember_the_last_call():
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("keep", [0.3, 0.8, 4])
+@pytest.mark.parametrize("keep", [0.3, 0.8, 4, 1])
 def test_ats_keeps_what_points_on_the_distribution_hit(keep):
     model = prune(BERT.build(), ATS(keep=keep, at=(1,)))
     with torch.no_grad():
         BERT.run(model, BERT.batch(LENGTHS))
     (view,) = model.token_pruner.record.views
     for row, length in enumerate(LENGTHS):
-        points = min(keep, length) if isinstance(keep, int) else math.ceil(keep * length)
+        most = min(keep, length) if isinstance(keep, int) else math.ceil(keep * length)
+        points = most - 1  # the first token stays anyhow
         share = view.score[row, view.alive[row]].double()
         edges = (share.cumsum(0) / share.sum()).tolist()
         hit = {0} | {
             next(j for j, e in enumerate(edges) if e > (2 * k - 1) / (2 * points)) for k in range(1, points + 1)
         }
         assert view.keep[row].nonzero()[:, 0].tolist() == sorted(hit)
+        assert len(hit) <= most <= model.token_pruner.width(max(LENGTHS), 0)
 
 
 def test_what_a_method_needs_of_a_model_is_said_when_it_is_pruned():
     with pytest.raises(ValueError, match="vatp is not possible with MPNetModel: it needs the keys or values"):
         prune(FAMILIES["mpnet"].build(), VATP())
+    with pytest.raises(ValueError, match="ats is not possible with BertForSequenceClassification, which has no class"):
+        prune(BERT.build(), ATS(protect=()))
+    with pytest.raises(ValueError, match="use criterion='column'"):
+        prune(FAMILIES["llama"].build(), Entropy())
     with pytest.raises(ValueError, match="expected one of row, column"):
-        Entropy(criterion="colum")
+        Entropy(criterion="rows")
     with pytest.raises(ValueError, match="ATS decides by itself"):
         ATS(keep="replay")
 

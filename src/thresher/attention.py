@@ -38,6 +38,7 @@ class View:
         idle: whether no token can leave here.
         scored: whether the method looks at the layer's attention.
         scaling: of the layer's logits.
+        statistic: what the method's score takes of the attention probabilities, see ``over``.
         tokens: the tokens that entered the layer.
         protected: (B, N) bool, tokens that are never dropped.
         keep: (B, N) bool, the decision, once it was made.
@@ -47,13 +48,13 @@ class View:
     def __init__(self, layer: int, site: int, tokens: Tokens, protected: Tensor, hidden: Tensor):
         self.layer, self.site, self.tokens, self.protected, self._hidden = layer, site, tokens, protected, hidden
         self.idle = self.scored = False
-        self.scaling = 1.0
+        self.scaling, self.statistic = 1.0, columns
         self.score: Tensor | None = None
         self.keep: Tensor | None = None
         self.after: Tokens | None = None
         self._seen: tuple | None = None
         self._weights: Tensor | None = None
-        self._received: Tensor | None = None
+        self._found: Tensor | None = None
 
     def see(self, module, query: Tensor, key: Tensor, mask: Tensor | None, value: Tensor, scaling: float | None):
         """Called by the attention function with query (B, H, N, d), key and value, all (1, H, T, d) when packed."""
@@ -64,13 +65,13 @@ class View:
         """Called with the attention probabilities (B, H, N, N) of an implementation that makes them."""
         self._weights = weights
 
-    def see_received(self, received: Tensor) -> None:
-        """Called with the attention received, (1, T) in packed rows and (B, N) elsewhere, where it was at hand."""
-        self._received = self.tokens.pad(received)
+    def see_found(self, found: Tensor) -> None:
+        """Called with the ``statistic``, (1, T) in packed rows and (B, N) elsewhere, where it was at hand."""
+        self._found = self.tokens.pad(found)
 
     def release(self) -> None:
         """Let go of the layer's tensors; the decision and the score stay."""
-        self._seen = self._weights = self._hidden = self._received = None
+        self._seen = self._weights = self._hidden = self._found = None
 
     @property
     def ready(self) -> bool:
@@ -122,7 +123,7 @@ class View:
         mean"), times the number of live tokens, so that thresholds carry over lengths. Padding and dead tokens neither
         vote nor receive; in a soft stage each row votes with its gate.
         """
-        return self.over(columns) if self._received is None else self._received.masked_fill(~self.alive, 0.0)
+        return self.over(columns)
 
     def over(self, reduce: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """(B, N) fp32: another statistic of the attention probabilities, mean over heads; 0 at dead slots.
@@ -130,7 +131,9 @@ class View:
         ``reduce(weights, votes)`` is given those of some heads before dropout (B, h, N, N) and the votes of the query
         rows (B, N), and returns (B, N), summed over these heads.
         """
-        if self._weights is not None:
+        if self._found is not None and reduce is self.statistic:
+            found = self._found
+        elif self._weights is not None:
             with torch.autocast(self._weights.device.type, enabled=False):
                 found = reduce(self._weights.float(), self.tokens.votes) / self._weights.shape[1]
         elif isinstance(self.tokens, Packed):
@@ -163,7 +166,8 @@ class View:
         module, query, _, mask, _, scaling = self._seen
         query, row = self.tokens.pad(query.transpose(1, 2)).transpose(1, 2), position[:, None]
         at = position.view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[-1])
-        logits = query.gather(2, at).float() @ repeat_heads(self.key, query).float().transpose(-1, -2) * scaling
+        with torch.autocast(query.device.type, enabled=False):
+            logits = query.gather(2, at).float() @ repeat_heads(self.key, query).float().transpose(-1, -2) * scaling
         if mask is None and getattr(module, "is_causal", False):
             mask = (torch.arange(query.shape[2], device=query.device) <= row)[:, None, None]
         elif mask is not None:
@@ -194,7 +198,7 @@ def additive(mask: Tensor | None, query: Tensor, module) -> Tensor | None:
 
 
 def columns(weights: Tensor, votes: Tensor) -> Tensor:
-    """(B, N): what each token receives; see ``View.over``."""
+    """(B, N): what each token receives; see ``View.over``. A product is quicker than a sum over rows."""
     return (votes[:, None, None].float() @ weights).sum(1)[:, 0]
 
 
@@ -222,20 +226,25 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def attend_and_score(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, votes: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    votes: Tensor | None = None,
+    reduce: Callable = columns,
 ) -> tuple[Tensor, Tensor]:
-    """Attention, and what each token receives on the way: one product of queries and keys instead of two.
+    """Attention, and a statistic of its probabilities on the way: one product of queries and keys instead of two.
 
     Shapes: query (B, H, N, d), key and value with H or fewer heads, ``votes`` (B, N) of the query rows, None where all
-    have one; returns (B, N, H, d) and (B, N) fp32.
+    have one; ``reduce`` as in ``View.over``; returns (B, N, H, d) and (B, N) fp32.
     """
     batch, heads, length, _ = query.shape
     query, key, value = query * scaling, repeat_heads(key, query).transpose(-1, -2), repeat_heads(value, query)
-    step, outputs, received = heads, [], 0  # a graph knows no sizes
+    step, outputs, found = heads, [], 0  # a graph knows no sizes
     if not torch.compiler.is_compiling():
         step = max(1, CACHED // (batch * length * length))
     votes = torch.ones(batch, length, device=query.device) if votes is None else votes
-    votes = votes[:, None, None]
     if torch.is_autocast_enabled(query.device.type):  # which would round the scores
         query, key = query.float(), key.float()
     with torch.autocast(query.device.type, enabled=False):
@@ -245,8 +254,8 @@ def attend_and_score(
                 logits = logits + (bias if bias.dim() < 4 or bias.shape[1] == 1 else bias[:, h : h + step])
             weights = logits.softmax(-1, dtype=torch.float32)
             outputs.append(weights.to(value.dtype) @ value[:, h : h + step])
-            received = received + (votes @ weights).sum(1)[:, 0]  # a product is quicker than a sum over rows
-    return torch.cat(outputs, 1).transpose(1, 2), received / heads
+            found = found + reduce(weights, votes)
+    return torch.cat(outputs, 1).transpose(1, 2), found / heads
 
 
 def base_function(module, name: str):
@@ -272,13 +281,13 @@ class PrunedAttention:
             return self._packed(function, module, query, key, value, attention_mask, token_view, kwargs)
         if torch.compiler.is_compiling() and token_view.scored and self._plain(module, kwargs):
             bias, votes = additive(attention_mask, query, module), token_view.tokens.votes
-            output, received = attend_and_score(query, key, value, bias, token_view.scaling, votes)
+            output, found = attend_and_score(query, key, value, bias, token_view.scaling, votes, token_view.statistic)
             if attention_mask is not None and attention_mask.dtype == torch.bool:  # a query that sees nobody gets zeros
                 blank = token_view.tokens.blank
                 same = attention_mask.shape[-2] == 1 and blank is not None  # for all queries: those of blank rows do
                 sees = ~blank[:, None] if same else attention_mask.any(-1)[:, 0]
                 output = output * sees[..., None, None]
-            token_view.see_received(received)
+            token_view.see_found(found)
             return output, None
         output, weights = function(module, query, key, value, attention_mask, **kwargs)
         if weights is not None and not (dropout and module.training):
@@ -293,7 +302,7 @@ class PrunedAttention:
 
     def _packed(self, function, module, query, key, value, mask, view: View, kwargs):
         """One call per run of equally long neighbours, or per sequence where a mask tells them apart."""
-        tokens, outputs, received, dtype = view.tokens, [], [], value.dtype
+        tokens, outputs, found, dtype = view.tokens, [], [], value.dtype
         fused = view.scored and self._plain(module, kwargs)
         if fused and query.is_cpu:  # products as small are no quicker in bf16, and each new shape costs a new kernel
             query, key, value = query.float(), key.float(), value.float()
@@ -312,16 +321,16 @@ class PrunedAttention:
                 qkv, m = [x[i : i + step] for x in run], masks[i]
                 if fused and blank[sequence + i]:  # what a query that sees nobody gets is the implementation's own
                     output, _ = function(module, *qkv, m, **self._free(module, mask, kwargs))
-                    received.append(output.new_zeros(length, dtype=torch.float32))
+                    found.append(output.new_zeros(length, dtype=torch.float32))
                 elif fused:
                     bias = None if m is None and mask is not None else additive(m, qkv[0], module)
-                    output, scores = attend_and_score(*qkv, bias, view.scaling)
-                    received.append(scores.flatten())
+                    output, scores = attend_and_score(*qkv, bias, view.scaling, reduce=view.statistic)
+                    found.append(scores.flatten())
                 else:
                     output, _ = function(module, *qkv, m, **self._free(module, mask, kwargs))
                 outputs.append(output.flatten(0, 1))
-        if received:
-            view.see_received(_joined(received)[None])
+        if found:
+            view.see_found(_joined(found)[None])
         output = _joined(outputs).to(dtype)
         return F.pad(output, (0, 0, 0, 0, 0, tokens.spare))[None], None
 

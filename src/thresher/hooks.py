@@ -175,6 +175,7 @@ class Hooks:
         protected = forward.protected.gather(1, tokens.index) & tokens.alive
         view = View(forward.layer, site, tokens, protected, hidden)
         view.idle = site < 0 or self._idles(site)
+        view.statistic = self.pruner.statistic
         view.scored = not view.idle and self.pruner.needs_attention and self.pruner.scores_all
         forward.views.append(view)
         if not self.stack.shown and not view.idle and "output_attentions" in self.stack.arguments:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .attention import View
+from .attention import View, columns
 from .flops import LayerCost, LayerCount, dense_macs, macs
 from .tokens import Tokens
 
@@ -42,6 +42,7 @@ class StackInfo:
     first_site: int = 0
     inside: bool = True  # tokens leave before the FFN of their layer
     hidden: int = 0  # C
+    causal: bool = False
 
     @property
     def finds_answers(self) -> bool:
@@ -108,6 +109,12 @@ class TokenPruner(nn.Module):
         self.progress = 1.0
         self.counts: Tensor | None = None
         self.predictor_macs = 0  # that a score of its own takes, for each token at a site
+
+    @property
+    def statistic(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What the score takes of the attention probabilities, as ``View.over`` does: it is made with the attention
+        where that is possible. Default: the attention received."""
+        return columns
 
     # --- what a method overrides ---------------------------------------------------------------------------------
     def score(self, view: View) -> Tensor:

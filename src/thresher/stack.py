@@ -124,6 +124,7 @@ def describe(model: PreTrainedModel, stack: Stack) -> StackInfo:
         costs=tuple(stack.costs),
         inside=stack.inside,
         hidden=stack.base.config.hidden_size,
+        causal=stack.causal,
     )
 
 

@@ -251,8 +251,8 @@ class Packed(Tokens):
     Attributes:
         rows: (T,) long, each token's row of the flattened (B * N0, C) original.
         lengths: live tokens per sequence.
-        spare: rows behind the last token that hold nothing of worth: in bf16 on a CPU each new number of rows costs a
-            new kernel of every layer, so that there are few.
+        spare: rows behind the last token that hold nothing of worth: of states in bf16 on a CPU each new number of rows
+            costs a new kernel of every layer, so that there are few.
     """
 
     rows: Tensor

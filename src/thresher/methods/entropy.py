@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..attention import View
+from ..attention import View, columns
+from ..pruner import StackInfo
 from .topk import TopK
 
 CRITERIA = ("row", "column")
@@ -21,7 +23,7 @@ def row_entropy(weights: Tensor, votes: Tensor) -> Tensor:
 
 def column_power(weights: Tensor, votes: Tensor) -> Tensor:
     """(B, N): the sum over query rows and heads of the squared probabilities of each key."""
-    return (votes[:, None, None].float() @ weights.square()).sum(1)[:, 0]
+    return columns(weights.square(), votes)
 
 
 @dataclass(eq=False, repr=False)
@@ -30,11 +32,13 @@ class Entropy(TopK):
 
     Args:
         criterion: "row": the Shannon entropy H_i = -sum_j A_ij log A_ij of the attention that token i pays, mean over
-            heads; a token whose attention is selective stays, one that looks everywhere goes. "column": the squared L2
-            norm sum_i A_ij^2 of the attention that token j receives, which falls with the Rényi entropy of order 2 of
-            the column; a token that few attend to strongly outranks one with as much attention from all (Su, Zhang and
-            Zhang, "Rényi Entropy: A New Token Pruning Metric for Vision Transformers", 2026, whose score, Col-Ln, is
-            the L_n norm of a column; here n = 2, and the mean over heads is taken of the squares).
+            heads; a token whose attention is selective stays, one that looks everywhere goes. Not for decoders, whose
+            early tokens see few others; in layers with windows those at the edges see fewer, too. The criterion is an
+            old one, in this form our own. "column": the squared L2 norm sum_i A_ij^2 of the attention that token j
+            receives: of columns with equal sums it falls with the Rényi entropy of order 2, so that a token that few
+            attend to strongly outranks one with as much attention from all (after Su, Zhang and Zhang, "Rényi Entropy:
+            A New Token Pruning Metric for Vision Transformers", 2026, whose score, Col-Ln, is a norm of columns; here
+            n = 2, and the mean over heads is taken of the squares).
     """
 
     criterion: str = "row"
@@ -46,5 +50,18 @@ class Entropy(TopK):
         if self.criterion not in CRITERIA:
             raise ValueError(f"criterion={self.criterion!r}: expected one of {', '.join(CRITERIA)}")
 
+    def build(self, info: StackInfo) -> None:
+        super().build(info)
+        if self.criterion == "row" and info.causal:
+            raise ValueError(
+                f"criterion='row' is not possible in {info.name}: a decoder's early tokens see few others, and would "
+                "stay for that alone; use criterion='column'"
+            )
+
+    @property
+    def statistic(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return row_entropy if self.criterion == "row" else column_power
+
     def score(self, view: View) -> Tensor:
-        return -view.over(row_entropy) if self.criterion == "row" else view.over(column_power)
+        score = view.over(self.statistic)
+        return -score if self.criterion == "row" else score

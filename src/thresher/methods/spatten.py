@@ -21,7 +21,7 @@ class SpAtten(TopK):
 
     Departures. Scores are relative to uniform attention, so that each layer counts alike as tokens leave (theirs are
     plain sums). Layers that are not sites do not contribute: their probabilities are not made. Cascade head pruning,
-    local value pruning and progressive quantization are left out, they are what the paper's accelerator does.
+    local value pruning and progressive quantization are left out.
 
     Args:
         keep: as in ``TopK``.
