@@ -45,7 +45,7 @@ METHODS = {
     "spatten": (lambda: SpAtten(keep=1.0), lambda: SpAtten(keep=0.6)),
     "vatp": (lambda: VATP(keep=1.0), lambda: VATP(keep=0.6)),
     "entropy-row": (lambda: Entropy(keep=1.0), lambda: Entropy(keep=0.6)),
-    "entropy-column": (lambda: Entropy(keep=1.0), lambda: Entropy(keep=0.6, criterion="column")),
+    "entropy-column": (lambda: Entropy(keep=1.0, criterion="column"), lambda: Entropy(keep=0.6, criterion="column")),
     "ats": (lambda: ATS(keep=1.0), lambda: ATS(keep=0.6)),
     "transkimmer": (lambda: Transkimmer(start=50.0), lambda: Transkimmer(start=0.0)),
     "threshold": (lambda: Threshold(0.0), lambda: Threshold((0.4, 0.6, 0.8))),

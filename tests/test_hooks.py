@@ -218,16 +218,24 @@ def rows_through(model, batch: dict) -> dict:
     return {layer: tuple(rows) for layer, rows in found.items()}
 
 
+RAGGED = ("threshold", "ltp", "ats", "transkimmer")  # keep as many as the input says, and padded the most of a batch
+
+
 @pytest.mark.parametrize(
-    "executor, lengths", [("padded", (20, 20, 20)), ("packed", (20, 20, 20)), ("packed", (24, 18, 10))]
+    "method, executor, lengths",
+    [
+        (method, executor, lengths)
+        for method in METHODS
+        for executor, lengths in (("padded", (20, 20, 20)), ("packed", (20, 20, 20)), ("packed", (24, 18, 10)))
+        if executor == "packed" or method not in RAGGED
+    ],
 )
-@pytest.mark.parametrize("method", [n for n in METHODS if n not in ("threshold", "ltp")])
 def test_tensors_shrink_as_the_report_says(method, executor, lengths):
     model = prune(FAMILIES["bert"].build(), METHODS[method][1](), executor=executor)
     rows = rows_through(model, FAMILIES["bert"].batch(lengths))
     report = model.token_pruner.report
     assert rows == {row["layer"]: (row["tokens_in"], row["tokens_kept"]) for row in report}
-    assert rows[3][1] < sum(lengths) / 2
+    assert rows[3][1] < sum(lengths) * (0.9 if method == "threshold" else 0.5)
 
 
 def test_masked_tensors_keep_their_shape():
