@@ -54,7 +54,8 @@ class ATS(TopK):
             )
 
     def score(self, view: View) -> Tensor:
-        asking = torch.where(view.protected.any(1, keepdim=True), view.protected, view.alive).long().argmax(1)
+        some = view.protected.any(1, keepdim=True)
+        asking = (view.protected | view.alive & ~some).long().argmax(1)
         size, rows = view.value.float().norm(dim=-1), view.rows(asking)  # (B, H, N), of keys and of queries
         size = size.repeat_interleave(rows.shape[1] // size.shape[1], 1)
         return (rows * size).mean(1).masked_fill(~view.alive, 0.0).scatter(1, asking[:, None], 0.0)

@@ -38,7 +38,7 @@ class SpAtten(TopK):
         received = view.received()
         total = memory.get(self.name)
         if total is None:
-            total = received.new_zeros(len(index), view.tokens.width)
+            total = received.new_zeros(index.shape[0], view.tokens.width)
         total = total.scatter_add(1, index, received)  # dead slots receive nothing
         memory[self.name] = total
         return total.gather(1, index).masked_fill(~view.alive, 0.0)
