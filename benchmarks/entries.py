@@ -45,7 +45,6 @@ class Entry:
         thousands of calls).
     method: a pruning method, "dense" (fine-tuning alone) or "dense-continued" (the same extra steps, nothing pruned).
     variant: what sets it apart from the entry of the same method and target, in its name.
-    after: names of entries whose result has to have landed.
     options: of ``thresher.jobs.train``, or of the timing.
     needs: names of entries whose models it starts from: first the dense one, then the one whose counts it replays.
     """
@@ -59,7 +58,6 @@ class Entry:
     target: float | None = None
     variant: str = ""
     needs: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
     options: dict = field(default_factory=dict, hash=False)
 
     @property
@@ -205,8 +203,7 @@ ENTRIES: list[Entry] = [
         kind="soak",
         target=0.417,
         needs=(Entry("mrpc", "top", target=0.417).name,),
-        after=(runtimes("mrpc", 0.417).name,),
-        options={"calls": 10_000, "graphs": runtimes("mrpc", 0.417).name},
+        options={"calls": 10_000},
     ),
     *synthetic(),
 ]

@@ -5,6 +5,7 @@ ends.
     python benchmarks/run.py --next                 one entry
     python benchmarks/run.py --tier smoke           all of a tier
     python benchmarks/run.py --all --only mrpc      all whose name contains mrpc
+    python benchmarks/run.py --all --models         and make the models that they need and that another machine has
     python benchmarks/run.py --tables               docs/results.md from the results
 
 Several may run side by side: an entry that another process has begun is left to it.
@@ -48,13 +49,28 @@ def claimed(entry: Entry):
         yield True
 
 
-def ready(entry: Entry) -> bool:
-    """Whether an entry has no result yet and all it needs is there."""
-    there = (entry.kind == "synthetic" or available(entry.model)) and all(
-        (RUNS / name / "config.json").exists() for name in entry.needs
-    )
-    landed = all((RESULTS / f"{name}.json").exists() for name in entry.after)
-    return there and landed and not result_file(entry).exists()
+def has_model(name: str) -> bool:
+    """Whether an entry's model is on this machine."""
+    return (RUNS / name / "config.json").exists()
+
+
+def ready(entry: Entry, again: frozenset[str] = frozenset()) -> bool:
+    """Whether an entry has no result yet, or has to be run again for its model, and all it needs is there."""
+    there = (entry.kind == "synthetic" or available(entry.model)) and all(map(has_model, entry.needs))
+    due = entry.name in again and not has_model(entry.name)
+    return there and (due or not result_file(entry).exists())
+
+
+def models_for(chosen: list[Entry]) -> list[Entry]:
+    """The entries, the first ones first, whose models open ones of ``chosen`` need and this machine lacks."""
+    named = {entry.name: entry for entry in ENTRIES}
+    missing: dict[str, Entry] = {}
+    open_ones = [entry for entry in chosen if not result_file(entry).exists()]
+    while open_ones:
+        needs = [named[name] for entry in open_ones for name in entry.needs if not has_model(name)]
+        missing = {entry.name: entry for entry in needs} | missing
+        open_ones = needs
+    return list(missing.values())
 
 
 def labels_of(entry: Entry) -> list:
@@ -68,7 +84,7 @@ def labels_of(entry: Entry) -> list:
 
 
 def run(entry: Entry) -> None:
-    """Run one entry and land its rows."""
+    """Run one entry and land its rows, unless they are there and its model alone was missing."""
     if entry.kind != "train":
         import speed
 
@@ -90,6 +106,8 @@ def run(entry: Entry) -> None:
         settled = overlaps[len(overlaps) // 2 :]  # each is of one batch, of one length
         extra["overlap"] = [sum(layer) / len(settled) for layer in zip(*settled, strict=True)]
     file = result_file(entry)
+    if file.exists():
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(".partial")
     command = f"python benchmarks/run.py --all --only {entry.name}"
@@ -117,6 +135,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="run all entries")
     parser.add_argument("--tier", choices=("smoke", "full"), help="run all entries of a tier")
     parser.add_argument("--only", default="", metavar="TEXT", help="entries whose name contains TEXT")
+    parser.add_argument("--models", action="store_true", help="make models again whose results were made elsewhere")
     parser.add_argument("--threads", type=int, help="threads of the training (default: torch's)")
     parser.add_argument("--tables", action="store_true", help="write docs/results.md")
     options = parser.parse_args()
@@ -140,14 +159,16 @@ def main() -> int:
         import torch
 
         torch.set_num_threads(options.threads)
+    missing = models_for(chosen) if options.models else []
+    again = frozenset(entry.name for entry in missing)
     progressed = True
     while progressed:
         progressed = False
-        for entry in chosen:
-            if not ready(entry):
+        for entry in (*missing, *chosen):
+            if not ready(entry, again):
                 continue
             with claimed(entry) as mine:
-                if not mine or not ready(entry):
+                if not mine or not ready(entry, again):
                     continue
                 print(f"== {entry.name}", flush=True)
                 run(entry)

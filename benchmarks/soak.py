@@ -50,18 +50,20 @@ def resident() -> float:
 
 
 def measure_soak(entry, runs: Path) -> list[dict]:
-    """A row for torch and for each graph that the "runtimes" entry of the model left, each in a process of its own."""
+    """A row for torch and for each graph of the model, each in a process of its own."""
+    from entries import DATA, TASKS
+    from thresher.evaluating import export
+    from thresher.exporting import FORMATS
     from thresher.machine import environment
     from thresher.report import row
 
-    places = {("torch", "fp32"): runs / entry.needs[0]}
-    for place in sorted((runs / "graphs" / entry.options["graphs"]).glob("pruned-*")):
-        _, runtime, precision = place.name.split("-")
-        places[runtime, precision] = place
-    if len(places) == 1:
-        raise FileNotFoundError(
-            f"no graphs in {runs / 'graphs' / entry.options['graphs']}: run the runtimes entry first"
-        )
+    setting, model = TASKS[entry.task], runs / entry.needs[0]
+    places = {("torch", "fp32"): model}
+    for pair in ((runtime, precision) for runtime, precisions in FORMATS.items() for precision in precisions):
+        places[pair] = runs / "graphs" / entry.name / "-".join(pair)
+        if not (places[pair] / "thresher.json").exists():
+            given = {"data": str(DATA / setting.data), "config": setting.config}
+            export(str(model), str(places[pair]), format=pair[0], precision=pair[1], **given)
     rows = []
     for (runtime, precision), place in places.items():
         command = [sys.executable, __file__, str(place), str(entry.options["calls"])]
