@@ -5,7 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from families import FAMILIES
-from thresher import ATS, LTP, VATP, Entropy, FirstK, Random, SpAtten, Threshold, ToP, TopK, Transkimmer
+from thresher import (
+    ATS,
+    LTP,
+    VATP,
+    Entropy,
+    EViT,
+    FirstK,
+    Random,
+    SpAtten,
+    Threshold,
+    ToFu,
+    ToMe,
+    ToP,
+    TopK,
+    Transkimmer,
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -47,6 +62,9 @@ METHODS = {
     "entropy-row": (lambda: Entropy(keep=1.0), lambda: Entropy(keep=0.6)),
     "entropy-column": (lambda: Entropy(keep=1.0, criterion="column"), lambda: Entropy(keep=0.6, criterion="column")),
     "ats": (lambda: ATS(keep=1.0), lambda: ATS(keep=0.6)),
+    "evit": (lambda: EViT(keep=1.0), lambda: EViT(keep=0.6)),
+    "tome": (lambda: ToMe(r=0.0), lambda: ToMe(r=0.2)),
+    "tofu": (lambda: ToFu(r=0), lambda: ToFu(r=3)),
     "transkimmer": (lambda: Transkimmer(start=50.0), lambda: Transkimmer(start=0.0)),
     "threshold": (lambda: Threshold(0.0), lambda: Threshold((0.4, 0.6, 0.8))),
     "top": (lambda: ToP(), lambda: Prefix(bins=8)),
@@ -56,12 +74,16 @@ METHODS = {
 # What a method says (a regular expression) on families that it cannot serve: {"mine": {"siglip": "shows no keys"}}
 REFUSES: dict[str, dict[str, str]] = {
     method: dict.fromkeys(("mpnet", "deberta-v2", "siglip-vision"), "needs the keys or values")
-    for method in ("ats", "vatp")
+    for method in ("ats", "vatp", "tome", "tofu")
 }
 REFUSES["ats"]["whisper-encoder"] = "which has no class token"
-REFUSES["entropy-row"] = dict.fromkeys(
-    (n for n, f in FAMILIES.items() if f.kind == "decoder"), "use criterion='column'"
+DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
+for method in ("tome", "tofu"):
+    REFUSES[method] |= dict.fromkeys(DECODERS, "a decoder: a merged token")
+REFUSES["evit"] = dict.fromkeys(DECODERS, "a decoder: a merged token") | dict.fromkeys(
+    ("whisper-encoder", "siglip-vision"), "no class token"
 )
+REFUSES["entropy-row"] = dict.fromkeys(DECODERS, "use criterion='column'")
 
 
 def refusal(method: str, family: str, executor: str) -> str | None:

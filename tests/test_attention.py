@@ -12,7 +12,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from families import FAMILIES
 from thresher import TokenPruner, prune
 from thresher.attention import key_mask
-from thresher.tokens import LAYOUTS
+from thresher.layouts import LAYOUTS
 
 SEEN = ("bert", "distilbert", "albert", "mpnet", "deberta-v2", "modernbert", "vit", "whisper-encoder", "llama", "qwen3")
 AT = (0, 1, 2)

@@ -15,7 +15,7 @@ import torch
 from families import FAMILIES, difference
 from methods import METHODS, refusal
 from thresher import TopK, prune
-from thresher.tokens import LAYOUTS, Packed
+from thresher.layouts import LAYOUTS, Packed
 
 TOLERANCE = 1e-5
 

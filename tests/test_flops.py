@@ -9,7 +9,7 @@ from torch import nn
 from families import FAMILIES
 from thresher import LTP, FirstK, TopK, dense, prune
 from thresher.flops import LayerCost, LayerCount, dense_macs, macs
-from thresher.tokens import LAYOUTS
+from thresher.layouts import LAYOUTS
 
 C, INNER = 32, 64  # of the tiny models
 

@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES
 from thresher import ATS, VATP, Entropy, SpAtten, Transkimmer, prune
 from thresher.attention import View
-from thresher.tokens import LAYOUTS
+from thresher.layouts import LAYOUTS
 
 BERT, LENGTHS = FAMILIES["bert"], (24, 18, 10)
 

@@ -8,9 +8,11 @@ if TYPE_CHECKING:
     from .exporting import export
     from .methods.ats import ATS
     from .methods.entropy import Entropy
+    from .methods.evit import EViT
     from .methods.ltp import LTP
     from .methods.spatten import SpAtten
     from .methods.threshold import Threshold
+    from .methods.tome import ToFu, ToMe
     from .methods.top import ToP
     from .methods.topk import FirstK, Random, TopK
     from .methods.transkimmer import Transkimmer
@@ -24,12 +26,15 @@ __all__ = [
     "ATS",
     "LTP",
     "VATP",
+    "EViT",
     "Entropy",
     "FirstK",
     "PruningTrainer",
     "Random",
     "SpAtten",
     "Threshold",
+    "ToFu",
+    "ToMe",
     "ToP",
     "TokenPruner",
     "TopK",
@@ -45,10 +50,12 @@ _HOMES = {
     "exporting": ("export",),
     "methods.ats": ("ATS",),
     "methods.entropy": ("Entropy",),
+    "methods.evit": ("EViT",),
     "methods.ltp": ("LTP",),
     "methods.spatten": ("SpAtten",),
     "methods.threshold": ("Threshold",),
     "methods.top": ("ToP",),
+    "methods.tome": ("ToFu", "ToMe"),
     "methods.topk": ("FirstK", "Random", "TopK"),
     "methods.transkimmer": ("Transkimmer",),
     "methods.vatp": ("VATP",),

@@ -13,8 +13,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from . import methods  # noqa: F401  makes the methods known by name
 from .hooks import Hooks
+from .layouts import LAYOUTS
 from .pruner import TokenPruner
-from .tokens import LAYOUTS
 
 CONFIG_KEY, MODULE = "token_pruning", "token_pruner"
 

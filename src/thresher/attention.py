@@ -22,7 +22,8 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_tracing
 
-from .tokens import CLOSED_LOG, Packed, Tokens, take
+from .layouts import Packed
+from .tokens import CLOSED_LOG, Tokens, take
 
 PREFIX = "pruned|"
 CHUNK = 4_000_000  # attention probabilities held at once while scoring
@@ -42,6 +43,8 @@ class View:
         tokens: the tokens that entered the layer.
         protected: (B, N) bool, tokens that are never dropped.
         keep: (B, N) bool, the decision, once it was made.
+        into: (B, N) long, the slot of what holds each token from now on, where a method merges.
+        spent: MACs of each row, a number or (B,), that a method's own score took.
         score: (B, N), the method's score, once it was made; never where no token can leave.
     """
 
@@ -51,6 +54,8 @@ class View:
         self.scaling, self.statistic = 1.0, columns
         self.score: Tensor | None = None
         self.keep: Tensor | None = None
+        self.into: Tensor | None = None
+        self.spent: Tensor | int = 0
         self.after: Tokens | None = None
         self._seen: tuple | None = None
         self._weights: Tensor | None = None
@@ -116,6 +121,12 @@ class View:
             )
         return self.tokens.pad(self._seen[place].transpose(1, 2)).transpose(1, 2)
 
+    @property
+    def reader(self) -> Tensor:
+        """(B,) slot of the token whose own attention says what counts: the first protected one, else the first."""
+        some = self.protected.any(1, keepdim=True)
+        return (self.protected | self.alive & ~some).long().argmax(1)
+
     def received(self) -> Tensor:
         """(B, N) fp32: the attention each token receives, relative to uniform attention (live tokens average 1).
 
@@ -154,7 +165,7 @@ class View:
             for i in range(0, count, step):
                 m = None if mask is None else self.tokens.sequence_mask(mask, sequence + i)
                 votes = q.new_ones(len(q[i : i + step]), length, dtype=torch.float32)
-                bias = additive(m, q, module)
+                bias = self.tokens.biased(additive(m, q, module), sequence + i, len(votes), length)
                 parts.append(over_heads(q[i : i + step], k[i : i + step], bias, votes, scaling, reduce).flatten())
         return self.tokens.pad(torch.cat(parts)[None])
 
@@ -175,7 +186,9 @@ class View:
             if mask.shape[-2] > 1:
                 mask = take(mask, self.tokens.index.gather(1, row) if packed else row, -2)
             mask = take(mask, self.tokens.index, -1) if packed else mask
-        bias = additive(mask, query, module)  # with the soft gates, where there are any
+        bias = additive(mask, query, module)  # with the soft gates and sizes, where there are any
+        if isinstance(self.tokens, Packed) and self.tokens.log_size is not None:
+            logits = logits + self.tokens.log_size[:, None, None]
         logits = logits[:, :, 0] if bias is None else (logits + bias)[:, :, 0]
         return logits.masked_fill(~self.alive[:, None], float("-inf")).softmax(-1)
 
@@ -319,6 +332,9 @@ class PrunedAttention:
                 step = max(1, CHUNK // (query.shape[1] * length * length)) if fused else count
             for i in range(0, count, step):
                 qkv, m = [x[i : i + step] for x in run], masks[i]
+                if tokens.log_size is not None:
+                    m = None if m is None and mask is not None else additive(m, qkv[0], module)
+                    m = tokens.biased(m, sequence + i, len(qkv[0]), length)
                 if fused and blank[sequence + i]:  # what a query that sees nobody gets is the implementation's own
                     output, _ = function(module, *qkv, m, **self._free(module, mask, kwargs))
                     found.append(output.new_zeros(length, dtype=torch.float32))
@@ -327,6 +343,7 @@ class PrunedAttention:
                     output, scores = attend_and_score(*qkv, bias, view.scaling, reduce=view.statistic)
                     found.append(scores.flatten())
                 else:
+                    m = m if m is None or m.dtype == torch.bool else m.to(qkv[0].dtype)
                     output, _ = function(module, *qkv, m, **self._free(module, mask, kwargs))
                 outputs.append(output.flatten(0, 1))
         if found:

@@ -24,13 +24,13 @@ from . import qa
 from .api import MODULE, dense
 from .data import Task
 from .flops import LayerCount, dense_macs
+from .layouts import LAYOUTS
 from .machine import environment
 from .metrics import bootstrap_interval, compute_metric
 from .predicting import Predictions, Text, copied, counts_of, logits_of, outcome, predict, ready
 from .pruner import TokenPruner
 from .report import row
 from .roofline import Roofline
-from .tokens import LAYOUTS
 
 MODES = ("dense-padded", "dense-unpadded", "pruned")
 ASLEEP = 0.005  # seconds after which the threads of a runtime no longer spin

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from .attention import View, register
 from .flops import LayerCount
+from .layouts import LAYOUTS, Padded
 from .pruner import TokenPruner
 from .stack import describe, find_stack
-from .tokens import LAYOUTS, Padded, Tokens
+from .tokens import Tokens
 
 # The per-token arguments of layers, besides the mask, and their token dimensions; all else is passed on as it is.
 PER_TOKEN = {"position_embeddings": (-2,), "position_ids": (-1,), "relative_pos": (-2, -1), "position_bias": (-2, -1)}
@@ -57,6 +58,17 @@ class Hooks:
                 f"{pruner.name} is not possible with {type(self.stack.base).__name__}: it needs the keys or values of "
                 "a layer, and this model's layers show their attention probabilities alone; topk, spatten, entropy, "
                 "ltp and top need no more than these"
+            )
+        if pruner.merges and self.stack.causal:
+            raise ValueError(
+                f"{pruner.name} is not possible with {type(self.stack.base).__name__}, a decoder: a merged token would "
+                "show later tokens to earlier ones; topk, spatten and ltp let tokens leave instead"
+            )
+        if pruner.merges and pruner.sized and (self.stack.relative or self.stack.binary):
+            raise ValueError(
+                f"{pruner.name} is not possible with {type(self.stack.base).__name__}: keys weigh by the number of "
+                "tokens that they stand for, and its attention takes position biases or a mask of 0 and 1; topk, ltp "
+                "and top let tokens leave"
             )
         self.inputs = list(inspect.signature(self.stack.base.forward).parameters)
         self.original = original or self.stack.base.config._attn_implementation
@@ -264,10 +276,11 @@ class Hooks:
             view.keep, view.after = tokens.alive, tokens
             hidden = self._fade(tokens, last_complete, hidden)
         passed = forward.tokens.live if self.stack.inside and scored else tokens.live
-        forward.counts.append(LayerCount(tokens.live, passed, view.scored, self.pruner.predictor_macs if scored else 0))
+        own = self.pruner.predictor_macs if scored else 0
+        forward.counts.append(LayerCount(tokens.live, passed, view.scored, own, view.spent))
         forward.layer += 1
         if forward.layer == self.stack.depth:
-            hidden = forward.tokens.restore(hidden)
+            hidden = forward.tokens.unmerge(forward.tokens.restore(hidden))
         if hidden is given:
             return None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -93,6 +93,8 @@ class TokenPruner(nn.Module):
     needs_attention: ClassVar[bool] = True
     needs_values: ClassVar[bool] = False  # whether the score takes the keys or values of the layer
     scores_all: ClassVar[bool] = True  # whether the score takes all attention probabilities, which are then charged
+    merges: ClassVar[bool] = False  # whether tokens are merged into others
+    sized: ClassVar[bool] = False  # whether keys then weigh by the number of tokens that they stand for
     ranks_teacher: ClassVar[bool] = False  # whether ``loss`` wants the teacher's ranking
     needs_table: ClassVar[bool] = False  # whether the budget is one of time, priced by ``table``, a LatencyTable
 
@@ -225,6 +227,15 @@ class TokenPruner(nn.Module):
         best = view.score.masked_fill(~view.alive, float("-inf")).argmax(1, keepdim=True)
         only = torch.zeros_like(keep).scatter(1, best, True) & view.alive
         return keep | only & ~keep.any(1, keepdim=True)
+
+    def check_reader(self, info: StackInfo) -> None:
+        """Raise ValueError where no token is protected whose attention a score could go by."""
+        protect = info.protected if self.protect is None else self.protect
+        if isinstance(protect, (tuple, list)) and not protect:
+            raise ValueError(
+                f"{self.name} is not possible with {info.name}, which has no class token: name one whose attention "
+                "counts, as in protect=(0,)"
+            )
 
     def remember(self, views: list[View], counts: list[LayerCount]) -> None:
         """Take over the record of a forward."""

@@ -15,9 +15,9 @@ This module needs torch only and knows nothing of models.
 from __future__ import annotations
 
 import math
-from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -43,9 +43,6 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
 CLOSED = 1e-8  # of a gate: next to nothing, but not nothing, so that a closed gate has a gradient and may open again
 CLOSED_LOG = math.log(2 * CLOSED)  # the logarithm of a gate that is closed is below
 
-EVEN = (torch.bfloat16,)  # what has numbers of packed rows that are multiples, on a CPU
-FINE, COARSE, FEW = 16, 64, 512  # of these, up to and above ``FEW`` rows
-
 
 class Tokens:
     """Tokens of a batch in one of the three layouts; immutable, each ``drop`` gives a new one.
@@ -59,6 +56,9 @@ class Tokens:
         width: N0.
         memory: what a method carries from site to site, by name, at original places (B, N0); one for all that follow.
         log_gate: (B, N) or None, the logarithm of each token's soft gate while a method trains softly.
+        log_size: (B, N) or None, the logarithm of how many tokens each one stands for, where keys weigh by it.
+        home: (B, N0) long, the original position of what holds each token; None until some were merged.
+        mixed: how states are summed on the way into this layout, see ``merge``; None: they are not.
     """
 
     def __init__(self, alive: Tensor, index: Tensor, blank: Tensor | None = None):
@@ -66,6 +66,9 @@ class Tokens:
         self.width, self.memory = index.shape[1], {}
         self.full: Tensor | None = None
         self.log_gate: Tensor | None = None
+        self.log_size: Tensor | None = None
+        self.home: Tensor | None = None
+        self.mixed: tuple | None = None
         self.touched = False
 
     @classmethod
@@ -91,11 +94,67 @@ class Tokens:
         """(B, N) fp32 weight of each query row in a score: 1 live, 0 dead, the gate while a method trains softly."""
         return self.alive.float() if self.log_gate is None else self.log_gate.float().exp() * self.alive
 
+    @property
+    def key_bias(self) -> Tensor | None:
+        """(B, N) or None: what is added to every logit of a key."""
+        given = [x for x in (self.log_gate, self.log_size) if x is not None]
+        return sum(given) if given else None
+
+    @property
+    def sizes(self) -> Tensor:
+        """(B, N) fp32: how many tokens each one stands for."""
+        return torch.ones_like(self.alive, dtype=torch.float32) if self.log_size is None else self.log_size.exp()
+
     def gate(self, log_gate: Tensor) -> Tokens:
         """The same tokens with ``log_gate`` (B, N) multiplied onto their gates."""
         new = self._copy()
         new.log_gate, new.touched = log_gate if self.log_gate is None else self.log_gate + log_gate, True
         return new
+
+    def merge(
+        self, keep: Tensor, into: Tensor, weight: Tensor, width: int | None = None, sized=True, longest=False
+    ) -> Tokens:
+        """The tokens in ``keep`` (B, N) bool, each the sum of those that go ``into`` (B, N) long its slot.
+
+        The states are summed times their ``weight`` (B, N) fp32; what stays goes into its own slot, and what goes there
+        and does not stay is dropped. In the end a merged token is put back as what holds it.
+
+        Args:
+            sized: whether keys weigh by the number of tokens that they stand for.
+            longest: whether a sum gets the length of its longest term.
+        """
+        new = self.drop(keep, width)
+        if new is self:
+            return self
+        own = torch.arange(keep.shape[1], device=keep.device).expand_as(into)
+        into = torch.where(self.alive & ~keep & keep.gather(1, into), into, own)
+        moved = (self.index.gather(1, into) - self.index).masked_fill(~self.alive, 0)
+        holder = torch.arange(self.width, device=keep.device).expand(len(keep), -1).scatter_add(1, self.index, moved)
+        new.home = holder if self.home is None else holder.gather(1, self.home)
+        new.mixed = (*self._in_rows(into, weight), longest)
+        if sized:
+            sizes = self.sizes * self.alive
+            sums = torch.zeros_like(sizes).scatter_add(1, into, sizes)
+            new.log_size = new._follow(self, sums).clamp(min=1).log()
+        return new
+
+    def mix(self, x: Tensor) -> Tensor:
+        """The states ``x`` before the merging that made these tokens, summed, in the layout before it."""
+        if self.mixed is None:
+            return x
+        target, weight, longest = self.mixed
+        flat = x.flatten(0, 1)[: len(target)]
+        rows = flat * weight[:, None]
+        sums = torch.zeros_like(rows).index_add(0, target, rows)
+        if longest:
+            length = flat.to(sums.dtype).norm(dim=-1)
+            most = torch.zeros_like(length).scatter_reduce(0, target, length, "amax")
+            sums = sums * (most / sums.norm(dim=-1).clamp(min=1e-12))[:, None]
+        return F.pad(sums, (0, 0, 0, x.shape[0] * x.shape[1] - len(sums))).view_as(x).to(x.dtype)
+
+    def unmerge(self, hidden: Tensor) -> Tensor:
+        """(B, N0, C): each token as what holds it; a mean over them weighs by size."""
+        return hidden if self.home is None else take(hidden, self.home, 1)
 
     def leave(self, before: Tokens, states: Tensor) -> None:
         """Take over the last complete states of the tokens that left, in the layout ``before`` the drop."""
@@ -108,7 +167,14 @@ class Tokens:
     def _copy(self) -> Tokens:
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
+        new.mixed = None
         return new
+
+    def _biases(self, before: Tokens) -> None:
+        """Bring what biases keys into this layout."""
+        for name in ("log_gate", "log_size"):
+            if getattr(before, name) is not None:
+                setattr(self, name, self._follow(before, getattr(before, name)))
 
     # --- what a layout defines -----------------------------------------------------------------------------------
     def enter(self, hidden: Tensor) -> Tensor:
@@ -127,6 +193,15 @@ class Tokens:
         """Bring ``x``, in the layout before the drop that made these tokens, into this layout."""
         return x
 
+    def _follow(self, before: Tokens, x: Tensor) -> Tensor:
+        """Numbers (B, N) of the slots of ``before``, where they are now."""
+        return x
+
+    def _in_rows(self, into: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots and numbers (B, N) by rows of the layout: (M,) the row that each row's slot means, (M,)."""
+        first = into.shape[1] * torch.arange(len(into), device=into.device)
+        return (into + first[:, None]).flatten(), x.flatten()
+
     def narrow(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
         """A per-token argument of original size, with token dimensions ``dims``, for the tokens that are left."""
         return x
@@ -136,11 +211,12 @@ class Tokens:
 
         Kinds: bool (True = attend), additive float, 0/1 integers. None means causal in a ``causal`` model and all
             elsewhere;
-        it becomes an ``additive`` or a bool one. Soft gates enter as log(gate) on the key, in an additive mask of
-        ``dtype``.
+        it becomes an ``additive`` or a bool one. Soft gates and sizes enter as their logarithm on the key, in an
+        additive mask of ``dtype``.
         """
         alive = self.alive[:, None, None]
-        additive = (additive and mask is None) or self.log_gate is not None
+        bias = self.key_bias
+        additive = (additive and mask is None) or bias is not None
         if mask is None:
             mask = self.index[:, None, :, None] >= self.index[:, None, None] if causal else torch.ones_like(alive)
         elif mask.shape[-2] == 1 or mask.stride(-2) == 0:  # the same for every query
@@ -151,11 +227,7 @@ class Tokens:
             own = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
             alive = alive | (own if self.blank is None else own & ~self.blank[:, None, None, None])
         if additive:
-            bias = (
-                torch.zeros((), dtype=dtype, device=mask.device)
-                if self.log_gate is None
-                else self.log_gate[:, None, None]
-            )
+            bias = torch.zeros((), dtype=dtype, device=mask.device) if bias is None else bias[:, None, None]
             if mask.dtype == torch.bool:
                 return torch.where(mask & alive, bias.to(dtype), torch.finfo(dtype).min)
             return mask + bias if mask.is_floating_point() else mask * (bias > math.log(0.5))
@@ -166,191 +238,3 @@ class Tokens:
     def restore(self, hidden: Tensor) -> Tensor:
         """(B, N0, C): ``hidden`` at the places of the live tokens, the last complete state at all others."""
         raise NotImplementedError
-
-
-class Masked(Tokens):
-    """Every token stays in the tensor; the dropped ones are no longer attended to."""
-
-    def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
-        if self.unchanged(keep):
-            return self
-        new = self._copy()
-        new.alive, new.touched = keep, True
-        return new
-
-    def restore(self, hidden: Tensor) -> Tensor:
-        return hidden if self.full is None else torch.where(self.alive[..., None], hidden, self.full)
-
-
-class Padded(Tokens):
-    """Rectangular: as wide as the row that keeps the most.
-
-    Attributes:
-        pool: (B, N, C) states before each drop; what is put back is read from them at the end, once.
-        place: (B, N0) long, where in the pool, laid end to end, the last state of each original token lies.
-    """
-
-    source: Tensor | None = None  # (B, N) slots of the layout before
-    pool: tuple[Tensor, ...] = ()
-    place: Tensor | None = None
-
-    def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
-        if self.unchanged(keep):
-            return self
-        slots = keep.shape[1]
-        if not torch.compiler.is_compiling():
-            width = int(keep.sum(1).max())
-        elif width is None or torch.compiler.is_exporting():
-            # data-dependent, 2 at least, since 0 and 1 would be specialised; and so in a graph for good, where widths
-            # that follow from the shape make formulas of formulas
-            width = keep.sum(1).max().clamp(min=min(2, slots)).item()
-            torch._check(width >= 2)
-            torch._check(width <= slots)
-        order = torch.arange(slots, 0, -1, device=keep.device)
-        new = self._copy()
-        new.source = (keep * order).topk(width, dim=1).indices  # survivors in their order, then any of the rest
-        new.alive, new.index = keep.gather(1, new.source), self.index.gather(1, new.source)
-        new.log_gate = None if self.log_gate is None else self.log_gate.gather(1, new.source)
-        new.touched = True
-        return new
-
-    def take(self, x: Tensor) -> Tensor:
-        return x if self.source is None else take(x, self.source, 1)
-
-    def narrow(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        for dim in dims:
-            x = take(x, self.index, dim)
-        return x
-
-    def leave(self, before: Tokens, states: Tensor) -> None:
-        self.place, self.pool = before.placed(states), (*before.pool, states)
-        if len(self.pool) > 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            pool = torch.cat([x.to(states.dtype) for x in self.pool], 1)  # nobody looks back: one state is enough
-            self.pool, self.place = (take(pool, self.place, 1),), torch.arange(self.place.shape[1], device=pool.device)
-            self.place = self.place.expand(len(pool), -1)
-
-    def placed(self, states: Tensor) -> Tensor:
-        """(B, N0) long: ``place`` once ``states`` (B, N, C), those of the live tokens, are the last of the pool."""
-        slot = sum(x.shape[1] for x in self.pool) + torch.arange(states.shape[1], device=states.device)
-        if self.place is None:  # all are still there
-            return slot.expand_as(self.index)
-        # dead slots write back what is there
-        slot = torch.where(self.alive, slot, self.place.gather(1, self.index))
-        return self.place.scatter(1, self.index, slot)
-
-    def restore(self, hidden: Tensor) -> Tensor:
-        if not self.pool:
-            return hidden
-        pool = [x.to(hidden.dtype) for x in (*self.pool, hidden)]  # autocast may have changed it
-        return take(torch.cat(pool, 1), self.placed(hidden), 1)
-
-
-class Packed(Tokens):
-    """All live tokens of the batch in one row, sequence after sequence.
-
-    Attributes:
-        rows: (T,) long, each token's row of the flattened (B * N0, C) original.
-        lengths: live tokens per sequence.
-        spare: rows behind the last token that hold nothing of worth: of states in bf16 on a CPU each new number of rows
-            costs a new kernel of every layer, so that there are few.
-    """
-
-    rows: Tensor
-    spare: int = 0
-    even: bool = False  # whether there are
-    lengths: list[int]
-    source: Tensor | None = None  # (T,) rows of the layout before
-    owned: bool = False  # ``full`` is a copy of our own, so that without gradients it may be written in place
-
-    def enter(self, hidden: Tensor) -> Tensor:
-        self.touched = True
-        self.origin = tuple(hidden.shape[:2])
-        rows = self.alive.flatten().nonzero()[:, 0]
-        self._lay_out(rows, self.alive.sum(1))
-        self.full, self.even = hidden, hidden.is_cpu and hidden.dtype in EVEN
-        return hidden.flatten(0, 1).index_select(0, self._spared(rows))[None]
-
-    def _spared(self, rows: Tensor) -> Tensor:
-        """``rows`` (T,), and the last of them again to an even number."""
-        if self.even:
-            self.spare = -len(rows) % (COARSE if len(rows) > FEW else FINE)
-        return torch.cat([rows, rows[-1:].expand(self.spare)]) if self.spare else rows
-
-    def _lay_out(self, rows: Tensor, live: Tensor) -> None:
-        self.rows, self.lengths, self.masks = rows, live.tolist(), {}
-        width = max(self.lengths)
-        self.alive = torch.arange(width, device=rows.device) < live[:, None]
-        self.slots = None if min(self.lengths) == width else self.alive.flatten().nonzero()[:, 0]
-        self.index = self.pad((rows % self.origin[1])[None])
-
-    def pad(self, x: Tensor) -> Tensor:
-        if self.slots is None:
-            return x[:, : len(self.rows)].reshape(*self.alive.shape, *x.shape[2:])
-        flat = x.new_zeros(self.alive.numel(), *x.shape[2:]).index_copy(0, self.slots, x[0, : len(self.rows)])
-        return flat.view(*self.alive.shape, *x.shape[2:])
-
-    def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
-        if self.unchanged(keep):
-            return self
-        new = self._copy()
-        kept = keep.flatten() if self.slots is None else keep.flatten()[self.slots]
-        source = kept.nonzero()[:, 0]
-        new._lay_out(self.rows[source], keep.sum(1))
-        new.source = new._spared(source)
-        for name, (mask, parts) in self.masks.items():  # what lets everything through does so for fewer tokens
-            new.masks[name] = (mask, {sequence: None for sequence, part in parts.items() if part is None})
-        return new
-
-    def take(self, x: Tensor) -> Tensor:
-        return x if self.source is None else x.index_select(1, self.source)
-
-    def narrow(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        (dim,), rows = dims, self._spared(self.rows)
-        if x.shape[0] == 1:
-            return x.index_select(dim, rows % self.origin[1])
-        return x.movedim(dim, 1).flatten(0, 1).index_select(0, rows)[None].movedim(1, dim)
-
-    def mask(self, mask: Tensor | None, dtype: torch.dtype, causal: bool, additive: bool) -> Tensor | None:
-        return mask  # each sequence cuts its own part, see sequence_mask
-
-    def leave(self, before: Tokens, states: Tensor) -> None:
-        super().leave(before, states)
-        self.owned = True
-
-    def runs(self) -> list[tuple[int, int, int, int]]:
-        """(first sequence, first row, number of sequences, their length) of each run of equally long neighbours."""
-        runs, row, sequence = [], 0, 0
-        for length, group in groupby(self.lengths):
-            count = len(list(group))
-            runs.append((sequence, row, count, length))
-            sequence, row = sequence + count, row + count * length
-        return runs
-
-    def sequence_mask(self, mask: Tensor, sequence: int) -> Tensor | None:
-        """The part of an attention mask of original size (B or 1, 1 or H, N0 or 1, N0) that one sequence needs.
-
-        None where it lets everything through; remembered, since a model hands the same mask to many layers.
-        """
-        memory = self.masks.setdefault(id(mask), (mask, {}))[1]
-        if sequence not in memory:
-            mask = mask[..., :1, :] if mask.stride(-2) == 0 else mask  # the same for every query
-            first = sum(self.lengths[:sequence])
-            at = self.rows[first : first + self.lengths[sequence]] % self.origin[1]
-            part = mask[sequence if len(mask) > 1 else 0].index_select(-1, at)
-            part = (part if part.shape[-2] == 1 else part.index_select(-2, at))[None]
-            free = part.all() if part.dtype == torch.bool else (part == 0).all()
-            memory[sequence] = None if free else part
-        return memory[sequence]
-
-    def restore(self, hidden: Tensor) -> Tensor:
-        hidden = hidden[:, : len(self.rows)]
-        if len(self.rows) == self.full.shape[0] * self.full.shape[1]:  # all are there, in their order
-            return hidden.reshape(self.full.shape)
-        full = self.full.to(hidden.dtype)  # autocast may have changed it
-        if self.owned and not torch.is_grad_enabled():
-            full.view(-1, full.shape[-1]).index_copy_(0, self.rows, hidden[0])
-            return full
-        return full.flatten(0, 1).index_copy(0, self.rows, hidden[0]).view_as(full)
-
-
-LAYOUTS: dict[str, type[Tokens]] = {"mask": Masked, "padded": Padded, "packed": Packed}

@@ -46,16 +46,10 @@ class ATS(TopK):
 
     def build(self, info: StackInfo) -> None:
         super().build(info)
-        protect = info.protected if self.protect is None else self.protect
-        if isinstance(protect, (tuple, list)) and not protect:
-            raise ValueError(
-                f"ats is not possible with {info.name}, which has no class token: name one whose attention counts, as "
-                "in protect=(0,)"
-            )
+        self.check_reader(info)
 
     def score(self, view: View) -> Tensor:
-        some = view.protected.any(1, keepdim=True)
-        asking = (view.protected | view.alive & ~some).long().argmax(1)
+        asking = view.reader
         size, rows = view.value.float().norm(dim=-1), view.rows(asking)  # (B, H, N), of keys and of queries
         size = size.repeat_interleave(rows.shape[1] // size.shape[1], 1)
         return (rows * size).mean(1).masked_fill(~view.alive, 0.0).scatter(1, asking[:, None], 0.0)

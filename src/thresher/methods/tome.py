@@ -1,0 +1,137 @@
+"""ToMe and ToFu: merge the most similar tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention import View
+from ..pruner import StackInfo, TokenPruner, check_keep, top_k
+from ..tokens import Tokens
+
+STAYS = 2.0  # a score above that of any token that may be merged
+
+
+@dataclass(eq=False, repr=False)
+class ToMe(TokenPruner):
+    """Token merging by bipartite soft matching (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023); needs
+    no training.
+
+    In each layer the tokens are dealt in turn into two sets. Each token of the first finds the most similar one of the
+    second, by the cosine of their keys, averaged over heads; the r most similar pairs become one token, the mean of
+    their states, each weighed by the number of tokens that it stands for. From then on this number weighs the token as
+    a key: its logarithm is added to the logits ("proportional attention", their eq. 1).
+
+    In the end every token is put back as the one that holds it, so that heads that read all tokens, and means over
+    them, see each merged one as often as it counts.
+
+    Departures. Protected tokens are in neither set (their class token is in the first and never merged, which is the
+    same). Padding is in neither set. Tokens stay in their order. For texts, whose lengths differ, r is a share.
+
+    Args:
+        r: tokens merged in each layer: a share of the row's tokens or a count, for all sites or one per site. No more
+            than those of the first set, half of what is not protected, are ever merged; 0 merges nothing.
+        at: default: every layer.
+    """
+
+    r: float | int | tuple = 0.1
+
+    name: ClassVar[str] = "tome"
+    merges: ClassVar[bool] = True
+    sized: ClassVar[bool] = True
+    needs_values: ClassVar[bool] = True
+    scores_all: ClassVar[bool] = False
+
+    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+        return tuple(range(info.first_site, info.last_site + 1))
+
+    def build(self, info: StackInfo) -> None:
+        shares = self.r if isinstance(self.r, (tuple, list)) else [self.r] * len(self.sites)
+        for share in shares:
+            if isinstance(share, bool) or share != 0:
+                check_keep(share, "r")
+        if len(shares) != len(self.sites):
+            raise ValueError(f"r has {len(shares)} entries for the {len(self.sites)} sites at={list(self.sites)}")
+        self.shares = tuple(shares)
+
+    def score(self, view: View) -> Tensor:
+        key, live = view.key, view.alive.sum(1)
+        free = view.alive & ~view.protected
+        turn = free.cumsum(1) % 2
+        first, second = free & (turn == 1), free & (turn == 0)
+        near = F.normalize(key.float().mean(1), dim=-1)
+        alike = (near @ near.transpose(1, 2)).masked_fill(~second[:, None], -STAYS)
+        most, view.into = alike.max(2)
+        view.spent = live * live * key.shape[-1] / 4
+        return torch.where(first & second.any(1, keepdim=True), -most, STAYS).masked_fill(~view.alive, 0.0)
+
+    def choose(self, score: Tensor, view: View) -> Tensor:
+        live = view.alive.sum(1)
+        merged = _merged(self.shares[view.site], live)
+        return top_k(score, torch.maximum(live - merged, (score == STAYS).sum(1)), view.alive)
+
+    def reduce(self, view: View) -> Tokens:
+        return view.tokens.merge(view.keep, view.into, mean_weight(view), self.width(view.keep.shape[1], view.site))
+
+    def width(self, slots: int, site: int) -> int | None:
+        protect = self.info.protected if self.protect is None else self.protect
+        if not isinstance(protect, (tuple, list)):
+            return None
+        return slots - min(_merged(self.shares[site], slots), max(0, slots - len(protect) + 1) // 2)
+
+    def idles(self, site: int) -> bool:
+        return self.shares[site] == 0
+
+
+def _merged(share: float | int, live):
+    """How many of ``live`` tokens, a number or (B,), are to be merged."""
+    if isinstance(share, int):
+        return share
+    thousandths = live * round(share * 1000)
+    return (thousandths - thousandths % 1000) // 1000  # even: OpenVINO rounds
+
+
+def mean_weight(view: View) -> Tensor:
+    """(B, N): the weight of each token in the mean of those that are merged with it, by size."""
+    size = view.tokens.sizes
+    own = torch.arange(size.shape[1], device=size.device).expand_as(view.into)
+    into = torch.where(view.alive & ~view.keep, view.into, own)
+    return size / torch.zeros_like(size).scatter_add(1, into, size).gather(1, into)
+
+
+@dataclass(eq=False, repr=False)
+class ToFu(ToMe):
+    """Token fusion (Kim et al., "Token Fusion: Bridging the Gap between Token Pruning and Token Merging", WACV 2024);
+    needs no training.
+
+    The pairs are ``ToMe``'s. In early layers, which answer a mean of two tokens with something else than the mean of
+    their answers, the first of each pair is dropped; in later ones the pair becomes its mean with the length of the
+    longer of the two (MLERP), since means are shorter than what they are means of.
+
+    Departures. Theirs measures where layers turn from one to the other; here it is ``prunes``. A longer one is the
+    longest of all that are merged into one token at once. What was dropped is put back as what it was then.
+
+    Args:
+        prunes: the share of the depth that prunes; the layers behind it merge.
+
+    The rest is as in ``ToMe``.
+    """
+
+    prunes: float = 0.5
+
+    name: ClassVar[str] = "tofu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.prunes <= 1:
+            raise ValueError(f"prunes={self.prunes}: expected a share of the depth in [0, 1]")
+
+    def reduce(self, view: View) -> Tokens:
+        width = self.width(view.keep.shape[1], view.site)
+        if view.layer < self.prunes * self.info.depth:
+            return view.tokens.drop(view.keep, width)
+        return view.tokens.merge(view.keep, view.into, mean_weight(view), width, longest=True)
