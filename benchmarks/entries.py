@@ -137,6 +137,27 @@ def ablation(task: str, target: float) -> list[Entry]:
     return [whole, *(changed(task, target, variant, "full") for variant in PARTS)]
 
 
+UNTRAINED = (
+    *("topk", "random", "firstk", "spatten", "vatp", "entropy", "ats", "evit", "tome", "tofu"),
+    ("entropy", "column", {"criterion": "column"}),
+)
+TRAINED = ("ltp", "top", "transkimmer", "dynamicvit", "powerbert", "lat", "ltmp", "trbert", "adapler")
+BOARD = 0.45  # of the dense MACs, at which all methods are compared
+
+
+def board(task: str, seed: int, methods: tuple = (*UNTRAINED, *TRAINED), tier: str = "smoke", **options) -> list[Entry]:
+    """Every method at one budget, with the same teacher and the same training; without any where ``prune_epochs`` is
+    0."""
+    variant = "untrained" if options.get("prune_epochs") == 0 else ""
+    entries = []
+    for method in methods:
+        method, kind, own = method if isinstance(method, tuple) else (method, "", {})
+        given = {"variant": "-".join(filter(None, (kind, variant))), "target": BOARD, "tier": tier}
+        given |= {"needs": (Entry(task, "dense", seed).name,), "options": options | {"method_options": own}}
+        entries.append(Entry(task, method, seed, **given))
+    return entries
+
+
 def speed(task: str) -> Entry:
     """Wall-clock of LTP beside dense and TopK with its counts, seed 0."""
     dense, ltp, topk = smoke(task, 0)[:3]
@@ -206,4 +227,7 @@ ENTRIES: list[Entry] = [
         options={"calls": 10_000},
     ),
     *synthetic(),
+    *(entry for task in ("mrpc", "sst2", "20newsgroups") for entry in board(task, 0, UNTRAINED, prune_epochs=0)),
+    *(entry for seed in range(3) for entry in board("mrpc", seed)),
+    *board("20newsgroups", 0, tier="full"),
 ]

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from families import FAMILIES
 from thresher import (
     ATS,
+    LAT,
+    LTMP,
     LTP,
     VATP,
+    DynamicViT,
     Entropy,
     EViT,
     FirstK,
+    PoWERBERT,
     Random,
     SpAtten,
     Threshold,
@@ -65,6 +69,10 @@ METHODS = {
     "evit": (lambda: EViT(keep=1.0), lambda: EViT(keep=0.6)),
     "tome": (lambda: ToMe(r=0.0), lambda: ToMe(r=0.2)),
     "tofu": (lambda: ToFu(r=0), lambda: ToFu(r=3)),
+    "lat": (lambda: LAT(), lambda: LAT(keep=0.6)),
+    "ltmp": (lambda: LTMP(merge_init=2.0), lambda: LTMP(init=0.8, merge_init=0.5)),
+    "powerbert": (lambda: PoWERBERT(), lambda: PoWERBERT(keep=0.6)),
+    "dynamicvit": (lambda: DynamicViT(keep=1.0), lambda: DynamicViT(keep=0.6)),
     "transkimmer": (lambda: Transkimmer(start=50.0), lambda: Transkimmer(start=0.0)),
     "threshold": (lambda: Threshold(0.0), lambda: Threshold((0.4, 0.6, 0.8))),
     "top": (lambda: ToP(), lambda: Prefix(bins=8)),
@@ -74,11 +82,11 @@ METHODS = {
 # What a method says (a regular expression) on families that it cannot serve: {"mine": {"siglip": "shows no keys"}}
 REFUSES: dict[str, dict[str, str]] = {
     method: dict.fromkeys(("mpnet", "deberta-v2", "siglip-vision"), "needs the keys or values")
-    for method in ("ats", "vatp", "tome", "tofu")
+    for method in ("ats", "vatp", "tome", "tofu", "ltmp")
 }
 REFUSES["ats"]["whisper-encoder"] = "which has no class token"
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
-for method in ("tome", "tofu"):
+for method in ("tome", "tofu", "ltmp"):
     REFUSES[method] |= dict.fromkeys(DECODERS, "a decoder: a merged token")
 REFUSES["evit"] = dict.fromkeys(DECODERS, "a decoder: a merged token") | dict.fromkeys(
     ("whisper-encoder", "siglip-vision"), "no class token"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from families import FAMILIES
-from thresher import EViT, ToFu, ToMe, prune
+from thresher import LTMP, EViT, ToFu, ToMe, prune
 from thresher.layouts import LAYOUTS
 
 VIT, BERT = FAMILIES["vit"], FAMILIES["bert"]
@@ -119,3 +119,29 @@ def test_matching_is_counted():
 def test_bad_r_is_named(r):
     with pytest.raises((ValueError, TypeError), match=r"r(=| has)"):
         prune(BERT.build(), ToMe(r=r, at=(0, 1, 2)))
+
+
+def test_ltmp_merges_what_is_alike_and_drops_what_is_not():
+    model, batch = BERT.build(attn_implementation="eager"), BERT.batch((16,))
+    method = LTMP(at=(1,), merge_init=0.8, min_keep=1)
+    with torch.no_grad():
+        given = model.bert(**batch, output_attentions=True, output_hidden_states=True)
+        layer, x = model.bert.encoder.layer[1], given.hidden_states[1]
+        inner, received = layer.attention(x)[0][0], given.attentions[1][0].mean(0).sum(0)
+        key = layer.attention.self.key(x)[0].view(16, 4, -1).transpose(0, 1)
+        prune(model, method)
+        method.threshold.fill_(0.9)
+        model(**batch)
+    (view,) = method.record.views
+    into, alike = matched(key, list(range(1, 16)), 8), view.alike[0]
+    merged = {i: j for i, j in into.items() if alike[i] >= 0.8}
+    kept = [j for j in range(16) if j == 0 or (j not in merged and received[j] >= 0.9)]
+    assert view.keep[0].nonzero()[:, 0].tolist() == kept
+    assert 0 < len(merged) < 8
+    assert len(kept) + len(merged) < 16
+    states = view.after.take(inner[None])[0]
+    for row, j in enumerate(kept):
+        group = [j, *(i for i in merged if merged[i] == j)]
+        torch.testing.assert_close(states[row], inner[group].mean(0), atol=1e-5, rtol=1e-5)
+    sizes = [1 + sum(i == j for i in merged.values()) for j in kept]
+    torch.testing.assert_close(view.after.sizes[0], torch.tensor(sizes, dtype=torch.float32))

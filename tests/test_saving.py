@@ -152,7 +152,7 @@ def test_a_newer_version_is_refused(saved):
 def test_an_unknown_method_is_refused(saved):
     folder, _ = saved
     change_config(folder, method="magic")
-    with pytest.raises(ValueError, match=r"unknown pruning method 'magic'; known: .*firstk, ltp, random"):
+    with pytest.raises(ValueError, match=r"unknown pruning method 'magic'; known: .*firstk, .*ltp, .*random"):
         prune(Auto.from_pretrained(folder))
 
 

@@ -7,9 +7,13 @@ if TYPE_CHECKING:
     from .api import dense, prune, unprune
     from .exporting import export
     from .methods.ats import ATS
+    from .methods.dynamicvit import DynamicViT
     from .methods.entropy import Entropy
     from .methods.evit import EViT
+    from .methods.lat import LAT
+    from .methods.ltmp import LTMP
     from .methods.ltp import LTP
+    from .methods.powerbert import PoWERBERT
     from .methods.spatten import SpAtten
     from .methods.threshold import Threshold
     from .methods.tome import ToFu, ToMe
@@ -24,11 +28,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ATS",
+    "LAT",
+    "LTMP",
     "LTP",
     "VATP",
+    "DynamicViT",
     "EViT",
     "Entropy",
     "FirstK",
+    "PoWERBERT",
     "PruningTrainer",
     "Random",
     "SpAtten",
@@ -48,9 +56,13 @@ __all__ = [
 _HOMES = {
     "api": ("dense", "prune", "unprune"),
     "exporting": ("export",),
+    "methods.dynamicvit": ("DynamicViT",),
     "methods.ats": ("ATS",),
     "methods.entropy": ("Entropy",),
+    "methods.ltmp": ("LTMP",),
     "methods.evit": ("EViT",),
+    "methods.powerbert": ("PoWERBERT",),
+    "methods.lat": ("LAT",),
     "methods.ltp": ("LTP",),
     "methods.spatten": ("SpAtten",),
     "methods.threshold": ("Threshold",),

@@ -74,7 +74,8 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor
     method.train(model.training)
     method.hooks = hooks
     hooks.attach()
-    setattr(model.config, CONFIG_KEY, method.to_dict())
+    method.saved = method.to_dict()
+    setattr(model.config, CONFIG_KEY, method.saved)
     return model
 
 

@@ -44,6 +44,7 @@ class View:
         protected: (B, N) bool, tokens that are never dropped.
         keep: (B, N) bool, the decision, once it was made.
         into: (B, N) long, the slot of what holds each token from now on, where a method merges.
+        alike: (B, N), how similar it is to that.
         spent: MACs of each row, a number or (B,), that a method's own score took.
         score: (B, N), the method's score, once it was made; never where no token can leave.
     """
@@ -55,6 +56,7 @@ class View:
         self.score: Tensor | None = None
         self.keep: Tensor | None = None
         self.into: Tensor | None = None
+        self.alike: Tensor | None = None
         self.spent: Tensor | int = 0
         self.after: Tokens | None = None
         self._seen: tuple | None = None

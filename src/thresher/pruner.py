@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .attention import View, columns
 from .flops import LayerCost, LayerCount, dense_macs, macs
+from .search import FAR, search
 from .tokens import Tokens
 
 VERSION = 1
@@ -57,6 +58,7 @@ class Record:
     views: list[View]
     counts: list[LayerCount]
     costs: list[LayerCost]
+    answers: Any = None  # the model's output, where a trainer looks at held-out inputs
 
     @property
     def used(self) -> Tensor:
@@ -85,6 +87,7 @@ class TokenPruner(nn.Module):
             distillation and register tokens of vision models. At run time a bool (B, N) may be assigned as well.
     """
 
+    target_flops: ClassVar[float | None] = None  # a field where a method has such a budget
     at: tuple[int, ...] | None = dataclasses.field(default=None, kw_only=True)
     protect: Any = dataclasses.field(default=None, kw_only=True)
 
@@ -105,11 +108,14 @@ class TokenPruner(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
+        if self.target_flops is not None and not 0 < self.target_flops <= 1:
+            raise ValueError(f"target_flops={self.target_flops}: expected a fraction of the dense MACs in (0, 1]")
         self.at = None if self.at is None else tuple(int(i) for i in self.at)
         self.info: StackInfo | None = None
         self.record: Record | None = None
         self.progress = 1.0
         self.counts: Tensor | None = None
+        self.saved: dict | None = None  # what the model's configuration says of the method
         self.predictor_macs = 0  # that a score of its own takes, for each token at a site
 
     @property
@@ -163,9 +169,37 @@ class TokenPruner(nn.Module):
     def prepare(self, forward: Callable, batches: Iterable[dict]) -> None:
         """Look at inputs before a training begins or goes on; arguments as in ``calibrate``. Nothing by default."""
 
+    def dial(self) -> Callable[[float], None] | None:
+        """A function of one number that changes how much the method removes: 0 as it is now, more removes more. It is
+        turned until ``target_flops`` is met. None: there is no such number."""
+        return None
+
+    @torch.no_grad()
     def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
-        """Bring the method onto its budget on ``batches``; returns what was reached (empty: it has no budget)."""
-        return {}
+        """Bring the method onto its budget on ``batches``; returns what was reached (empty: it has no budget).
+
+        Default: turn the ``dial`` until ``target_flops`` is met. ``forward(batch)`` runs the model and returns the
+        ``Record``. Raises ValueError where the target cannot be reached.
+        """
+        turn = None if self.target_flops is None else self.dial()
+        if turn is None:
+            return {}
+        batches, turned = list(batches), [0.0]
+
+        def fraction(by: float) -> float:
+            turn(by)
+            turned[0] = by
+            records = [forward(batch) for batch in batches]
+            return float(sum(r.used for r in records) / sum(r.dense for r in records))
+
+        reached = search(fraction, self.target_flops)
+        if reached > self.target_flops * 1.02 and turned[0] > FAR:
+            turn(0.0)
+            raise ValueError(
+                f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: with all gone that may "
+                f"leave {reached:.3f} of the MACs are left; prune at earlier layers or choose a larger target"
+            )
+        return {"flops_fraction": reached, "shift": turned[0]}
 
     def metrics(self) -> dict[str, float]:
         """What to watch while training; ``PruningTrainer`` logs it."""
@@ -273,6 +307,11 @@ class TokenPruner(nn.Module):
             )
         return rows
 
+    def note(self) -> None:
+        """Bring the model's configuration up to date, once a field has changed."""
+        if self.saved is not None:
+            self.saved.update(self.to_dict())
+
     def to_dict(self) -> dict:
         """What config.json gets; ``from_dict`` takes it back."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -309,6 +348,13 @@ class TokenPruner(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("method", "version"))
+
+
+def budget_penalty(record: Record, target: float, share: float, weight: float | None = None) -> Tensor:
+    """Scalar: ``weight`` (10) times the squared distance of the MACs from a target that falls from 1 to ``target`` over
+    the first half of a soft stage of which a ``share`` is over (Bonnaerens and Dambre, TMLR 2023)."""
+    falling = 1 + (target - 1) * min(1.0, 2 * share)
+    return (10.0 if weight is None else weight) * (record.flops_fraction() - falling) ** 2
 
 
 def ranks(score: Tensor, alive: Tensor) -> Tensor:

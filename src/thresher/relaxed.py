@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .tokens import CLOSED
+
 LOW, HIGH, BETA = -0.1, 1.1, 2 / 3  # the hard concrete distribution: its stretch and its temperature
 
 
@@ -29,6 +31,18 @@ def sample(odds: Tensor) -> Tensor:
 def rounded(soft: Tensor) -> Tensor:
     """1 where ``soft`` is above 0, else 0; its gradient is that of ``soft`` (straight through)."""
     return (soft > 0).float() + soft - soft.detach()
+
+
+def log_gate(open_by: Tensor) -> Tensor:
+    """The logarithm of gates that are open where their log odds ``open_by`` are not below 0, and else closed (CLOSED);
+    the gradient of a gate is that of the sigmoid (straight through)."""
+    gate = open_by.sigmoid()
+    return (gate + (open_by >= 0).float() - gate.detach() + CLOSED).log()
+
+
+def gumbel(odds: Tensor) -> Tensor:
+    """Log ``odds`` with the difference of two Gumbel variables: above 0 with the chance that they say."""
+    return odds + torch.rand_like(odds).clamp(1e-6, 1 - 1e-6).logit()
 
 
 class Ascend(torch.autograd.Function):

@@ -265,7 +265,8 @@ class PruningTrainer(Trainer):
         self.model.eval()
 
         def forward(batch: dict) -> Record:
-            self.model(**self._prepare_inputs(dict(batch)))
+            answers = self.model(**self._prepare_inputs(dict(batch)))
+            self.pruner.record.answers = answers
             return self.pruner.record
 
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import View
-from ..pruner import Record, StackInfo, TokenPruner
-from ..search import FAR, search
-from ..tokens import CLOSED
+from ..pruner import Record, StackInfo, TokenPruner, budget_penalty
+from ..relaxed import log_gate
 
 
 @dataclass(eq=False, repr=False)
@@ -58,8 +57,6 @@ class LTP(TokenPruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target_flops is not None and not 0 < self.target_flops <= 1:
-            raise ValueError(f"target_flops={self.target_flops}: expected a fraction of the dense MACs in (0, 1]")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: expected a positive number")
         if not 0 <= self.soft_until <= 1:
@@ -89,12 +86,11 @@ class LTP(TokenPruner):
         view.score = self.score(view)
         open_by = self.opening(view)
         if self.straight_through:
-            gate = open_by.sigmoid()
-            log_gate = (gate + (open_by >= 0).float() - gate.detach() + CLOSED).log()
+            gates = log_gate(open_by)
         else:
-            log_gate = F.logsigmoid(open_by)
+            gates = F.logsigmoid(open_by)
         spared = view.protected | self._best(view.score.detach(), view, view.open)
-        return log_gate.masked_fill(spared | ~view.alive, 0.0)
+        return gates.masked_fill(spared | ~view.alive, 0.0)
 
     def opening(self, view: View) -> Tensor:
         """(B, N): the log odds of each gate, in a soft stage."""
@@ -113,31 +109,14 @@ class LTP(TokenPruner):
             ]  # left after each layer
             gates = [ends[view.layer] / record.counts[0].n_attention for view in record.views]
             return (0.1 if self.weight is None else self.weight) * torch.stack(gates).mean()
-        ramp = min(1.0, self.progress / max(1e-9, 0.5 * self.soft_until))
-        target = 1 + (self.target_flops - 1) * ramp
-        return (10.0 if self.weight is None else self.weight) * (record.flops_fraction() - target) ** 2
+        return budget_penalty(record, self.target_flops, self.progress / max(1e-9, self.soft_until), self.weight)
 
-    @torch.no_grad()
-    def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
-        """Shift all thresholds by one number so that the hard model meets ``target_flops`` on ``batches``.
+    def dial(self) -> Callable[[float], None]:
+        """One shift of all thresholds."""
+        start = self.threshold.detach().clone()
 
-        ``forward(batch)`` runs the model and returns the ``Record``. Raises ValueError where the target cannot be
-        reached.
-        """
-        if self.target_flops is None:
-            return {}
-        batches, start = list(batches), self.threshold.clone()
+        def turn(by: float) -> None:
+            with torch.no_grad():
+                self.threshold.copy_(start + by)
 
-        def fraction(shift: float) -> float:
-            self.threshold.copy_(start + shift)
-            records = [forward(batch) for batch in batches]
-            return float(sum(r.used for r in records) / sum(r.dense for r in records))
-
-        reached = search(fraction, self.target_flops)
-        if reached > self.target_flops * 1.02 and float(self.threshold[0] - start[0]) > FAR:
-            self.threshold.copy_(start)
-            raise ValueError(
-                f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: with all gone that may "
-                f"leave {reached:.3f} of the MACs are left; prune at earlier layers or choose a larger target"
-            )
-        return {"flops_fraction": reached, "shift": float(self.threshold[0] - start[0])}
+        return turn

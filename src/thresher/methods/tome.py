@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..attention import View
 from ..pruner import StackInfo, TokenPruner, check_keep, top_k
 from ..tokens import Tokens
+from .topk import dial_of
 
 STAYS = 2.0  # a score above that of any token that may be merged
 
@@ -35,10 +37,12 @@ class ToMe(TokenPruner):
     Args:
         r: tokens merged in each layer: a share of the row's tokens or a count, for all sites or one per site. No more
             than those of the first set, half of what is not protected, are ever merged; 0 merges nothing.
+        target_flops: as in ``TopK``, by one factor of ``r``.
         at: default: every layer.
     """
 
     r: float | int | tuple = 0.1
+    target_flops: float | None = field(default=None, kw_only=True)
 
     name: ClassVar[str] = "tome"
     merges: ClassVar[bool] = True
@@ -56,18 +60,17 @@ class ToMe(TokenPruner):
                 check_keep(share, "r")
         if len(shares) != len(self.sites):
             raise ValueError(f"r has {len(shares)} entries for the {len(self.sites)} sites at={list(self.sites)}")
+        if self.target_flops is not None and not all(isinstance(share, float) and share for share in shares):
+            raise ValueError(f"r={self.r!r}: target_flops takes shares above 0, which it can change")
         self.shares = tuple(shares)
 
+    def dial(self) -> Callable[[float], None]:
+        """One factor of all shares."""
+        return dial_of(self, "r", 1)
+
     def score(self, view: View) -> Tensor:
-        key, live = view.key, view.alive.sum(1)
-        free = view.alive & ~view.protected
-        turn = free.cumsum(1) % 2
-        first, second = free & (turn == 1), free & (turn == 0)
-        near = F.normalize(key.float().mean(1), dim=-1)
-        alike = (near @ near.transpose(1, 2)).masked_fill(~second[:, None], -STAYS)
-        most, view.into = alike.max(2)
-        view.spent = live * live * key.shape[-1] / 4
-        return torch.where(first & second.any(1, keepdim=True), -most, STAYS).masked_fill(~view.alive, 0.0)
+        alike, view.into = matching(view)
+        return torch.where(alike > -STAYS, -alike, STAYS).masked_fill(~view.alive, 0.0)
 
     def choose(self, score: Tensor, view: View) -> Tensor:
         live = view.alive.sum(1)
@@ -93,6 +96,18 @@ def _merged(share: float | int, live):
         return share
     thousandths = live * round(share * 1000)
     return (thousandths - thousandths % 1000) // 1000  # even: OpenVINO rounds
+
+
+def matching(view: View) -> tuple[Tensor, Tensor]:
+    """(B, N) the similarity of each token of the first set to the nearest of the second, -2 for all others, and (B, N)
+    long the slot of that."""
+    free = view.alive & ~view.protected
+    turn, key, live = free.cumsum(1) % 2, view.key, view.alive.sum(1)
+    first, second = free & (turn == 1), free & (turn == 0)
+    near = F.normalize(key.float().mean(1), dim=-1)
+    alike, into = (near @ near.transpose(1, 2)).masked_fill(~second[:, None], -STAYS).max(2)
+    view.spent = live * live * key.shape[-1] / 4
+    return alike.masked_fill(~first, -STAYS), into
 
 
 def mean_weight(view: View) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -26,9 +28,12 @@ class TopK(TokenPruner):
         keep: a fraction of the row's survivors (sites compound) or a count of tokens, for all sites or one per site.
             "replay" keeps as many as ``self.counts`` (B, S) says, which whoever calls the model sets before each
             forward: baselines replay the counts of the method they are compared with.
+        target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs: ``keep``, a
+            share then, is multiplied by one number for all sites, searched for on held-out inputs.
     """
 
     keep: float | int | str | tuple = 0.5
+    target_flops: float | None = field(default=None, kw_only=True)
 
     name: ClassVar[str] = "topk"
 
@@ -42,7 +47,13 @@ class TopK(TokenPruner):
                 raise ValueError(f"keep={share}: the model takes {info.max_tokens} tokens at most")
         if len(shares) != len(self.sites):
             raise ValueError(f"keep has {len(shares)} entries for the {len(self.sites)} sites at={list(self.sites)}")
+        if self.target_flops is not None and not all(isinstance(share, float) for share in shares):
+            raise ValueError(f"keep={self.keep!r} is a count: target_flops takes shares, which it can change")
         self.shares = tuple(shares)
+
+    def dial(self) -> Callable[[float], None] | None:
+        """One factor of all shares."""
+        return None if self.keep == REPLAY else dial_of(self, "keep", -1)
 
     def choose(self, score: Tensor, view: View) -> Tensor:
         live, protected = view.alive.sum(1), view.protected.sum(1)
@@ -61,6 +72,18 @@ class TopK(TokenPruner):
         share = self.shares[site]
         count = min(share, slots) if isinstance(share, int) else (slots * round(share * 1000) + 999) // 1000
         return max(count, len(protect), 1)
+
+
+def dial_of(method: TokenPruner, name: str, sign: int) -> Callable[[float], None]:
+    """Multiplies the shares of a method, its field ``name``, by exp(``sign`` * by), in thousandths."""
+    start = method.shares
+
+    def turn(by: float) -> None:
+        method.shares = tuple(min(1.0, max(0.001, round(share * math.exp(sign * by), 3))) for share in start)
+        setattr(method, name, method.shares)
+        method.note()
+
+    return turn
 
 
 @dataclass(eq=False, repr=False)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..attention import View
 from ..pruner import StackInfo
+from ..relaxed import gumbel
 from .ltp import LTP
 
 
@@ -64,5 +65,4 @@ class Transkimmer(LTP):
         return stays - leaves
 
     def opening(self, view: View) -> Tensor:
-        noise = torch.rand_like(view.score).clamp(1e-6, 1 - 1e-6).logit()  # the difference of two Gumbel variables
-        return super().opening(view) + noise / self.temperature
+        return gumbel(super().opening(view) * self.temperature) / self.temperature

@@ -1,0 +1,93 @@
+"""DynamicViT: a predictor at a few layers that sees a token and all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import View
+from ..pruner import Record, StackInfo
+from ..relaxed import gumbel, log_gate
+from .topk import TopK
+
+
+@dataclass(eq=False, repr=False)
+class DynamicViT(TopK):
+    """Dynamic token sparsification (Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token
+    Sparsification", NeurIPS 2021).
+
+    At each site a perceptron embeds the tokens; half of an embedding stays the token's own, in the place of the other
+    half stands its mean over all tokens, and a second perceptron gives the logits of staying and leaving. In the soft
+    stage the choice is drawn with Gumbel noise, straight through, under a loss on the squared distance of the mean
+    share that stays from the wanted one (their eq. 9); afterwards the tokens with the largest chance stay, a fixed
+    share.
+
+    Departures. The predictor reads what enters the layer, as theirs, but tokens leave after its attention. Gates enter
+    the attention as in ``LTP``, which for the tokens that stay is their masked softmax. A hard stage follows (theirs
+    trains softly to the end). Their distillation of the tokens is left out; the trainer distils the answers.
+
+    Args:
+        keep: as in ``TopK``; the paper: 0.7 at three sites.
+        weight: of the loss on the shares.
+        soft_until: share of the training that is soft.
+    """
+
+    keep: float | tuple = 0.7
+    weight: float = 2.0
+    soft_until: float = 0.5
+
+    name: ClassVar[str] = "dynamicvit"
+    lr: ClassVar[float] = 1e-3
+    needs_attention: ClassVar[bool] = False
+
+    def build(self, info: StackInfo) -> None:
+        super().build(info)
+        size, draw = info.hidden, torch.Generator().manual_seed(0)
+        half, quarter = size // 2, size // 4
+        self.embed = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size), nn.GELU()) for _ in self.sites
+        )
+        self.decide = nn.ModuleList(
+            nn.Sequential(nn.Linear(size, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2))
+            for _ in self.sites
+        )
+        linears = [m for m in (*self.embed.modules(), *self.decide.modules()) if isinstance(m, nn.Linear)]
+        for linear in linears:
+            nn.init.trunc_normal_(linear.weight, std=0.02, generator=draw)
+            nn.init.zeros_(linear.bias)
+        self.predictor_macs = sum(linear.weight.numel() for linear in linears) // max(1, len(self.sites))
+
+    def score(self, view: View) -> Tensor:
+        embed, votes = self.embed[view.site], view.tokens.votes[..., None]
+        x = embed(view.hidden.to(embed[1].weight.dtype))
+        own, rest = x.tensor_split(2, dim=-1)
+        mean = (rest * votes).sum(1, keepdim=True) / votes.sum(1, keepdim=True).clamp(min=1e-6)
+        stays, leaves = self.decide[view.site](torch.cat([own, mean.expand_as(rest)], -1)).float().unbind(-1)
+        return stays - leaves
+
+    def phase(self, progress: float) -> str:
+        return "soft" if progress < self.soft_until else "hard"
+
+    def soften(self, view: View) -> Tensor:
+        view.score = self.score(view)
+        return log_gate(gumbel(view.score)).masked_fill(view.protected | ~view.alive, 0.0)
+
+    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+        if not self.soft:
+            return 0.0 * sum(p.sum() for p in self.parameters())
+        counts = [*(count.n_attention for count in record.counts[1:]), record.counts[-1].n_ffn]
+        start, wanted, terms = record.counts[0].n_attention, 1.0, []
+        for view, share in zip(record.views, self.shares, strict=True):
+            wanted *= share
+            terms.append(((counts[view.layer] / start).mean() - wanted) ** 2)
+        return self.weight * torch.stack(terms).sum()
+
+    def prepare(self, forward: Callable, batches: Iterable[dict]) -> None:
+        """Find the shares that meet ``target_flops``; they do not depend on what the predictors will learn."""
+        progress, self.progress = self.progress, 1.0
+        self.calibrate(forward, batches)
+        self.progress = progress

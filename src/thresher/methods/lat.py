@@ -1,0 +1,196 @@
+"""LAT: one model for every budget."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention import View
+from ..pruner import Record, StackInfo, kept_count, top_k
+from .topk import TopK
+
+Schedule = tuple[float, ...]
+KEEPS_ALL, HEADS = 1.0, ("logits", "start_logits", "end_logits")
+
+
+@dataclass(eq=False, repr=False)
+class LAT(TopK):
+    """Length-Adaptive Transformer (Kim and Cho, "Length-Adaptive Transformer: Train Once with Length Drop, Use Anytime
+    with Search", ACL 2021): one training serves all budgets, ``budget`` chooses one at any time.
+
+    The tokens that receive most attention stay. In training their number is drawn anew at every step, layer by layer,
+    no more than a share ``drop`` fewer than in the layer before (LengthDrop); each step trains the model with all
+    tokens and, by the answers of that one alone, the smallest and ``drawn`` other ones (the sandwich rule, distilled in
+    place). After the training an evolutionary search on held-out inputs finds, for many budgets, the schedule whose
+    answers are nearest to those with all tokens.
+
+    Departures. Numbers of tokens are shares of a text's length. The search minimizes the divergence of the answers on
+    unlabelled inputs (theirs maximizes a score on labelled ones), and is short. Between two schedules that it found,
+    ``budget`` interpolates. LayerDrop is left out.
+
+    Args:
+        target_flops: the budget that holds until another one is chosen.
+        drop: the largest share that a layer may drop while training. Default: over all layers as much as 0.2 in each
+            of twelve.
+        drawn: random models that are trained in each step.
+        generations: of the search; 30 new schedules each.
+        frontier: what the search found, (share of the MACs, shares kept at each site), from small to large.
+        at: default: every layer but the last.
+    """
+
+    keep: float | tuple = 1.0
+    drop: float | None = None
+    drawn: int = 2
+    generations: int = 4
+    seed: int = 0
+    frontier: tuple = ()
+
+    name: ClassVar[str] = "lat"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.drop is not None and not 0 < self.drop < 1:
+            raise ValueError(f"drop={self.drop}: expected a share of the tokens in (0, 1)")
+        self.frontier = tuple((float(share), tuple(map(float, keep))) for share, keep in self.frontier)
+        self.running: Schedule | None = None  # in training
+
+    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+        return tuple(range(info.first_site, max(info.first_site, info.depth - 2) + 1))
+
+    def build(self, info: StackInfo) -> None:
+        super().build(info)
+        self.most = self.drop or 1 - 0.8 ** (12 / info.depth)
+        self.random = random.Random(self.seed)
+        if any(len(keep) != len(self.sites) for _, keep in self.frontier):
+            raise ValueError(f"frontier holds schedules of another number of sites than at={list(self.sites)}")
+
+    def choose(self, score: Tensor, view: View) -> Tensor:
+        share = KEEPS_ALL if self.running is None else self.running[view.site]
+        share = share if self.training else self.shares[view.site]
+        count = kept_count(share, view.alive.sum(1), view.protected.sum(1))
+        return top_k(score.masked_fill(view.protected, float("inf")), count, view.alive)
+
+    def width(self, slots: int, site: int) -> int | None:
+        return None if self.training else super().width(slots, site)
+
+    # --- any budget ----------------------------------------------------------------------------------------------
+    @property
+    def budget(self) -> float | None:
+        """MACs to be left, as a share of the dense model's; None: as ``keep`` says. Settable at any time.
+
+        Raises ValueError where no search was made or the budget lies outside of what it found.
+        """
+        return self.target_flops
+
+    @budget.setter
+    def budget(self, value: float) -> None:
+        if not self.frontier:
+            raise ValueError("no schedules are known yet: train the model, or calibrate it on some inputs")
+        low, high = self.frontier[0][0], 1.0
+        if not low <= value <= high:
+            raise ValueError(
+                f"budget={value}: the schedules that were found leave between {low:.3f} and {high} of the MACs"
+            )
+        self.keep = self.shares = self._schedule(value)
+        self.target_flops = value
+        self.note()
+
+    def _schedule(self, share: float) -> Schedule:
+        """Between the two schedules of the frontier next to a share of the MACs."""
+        ends = [*self.frontier, (KEEPS_ALL, (KEEPS_ALL,) * len(self.sites))]
+        after = next(i for i, (at, _) in enumerate(ends) if at >= share)
+        (low, few), (high, many) = ends[max(0, after - 1)], ends[after]
+        part = 1.0 if high == low else (share - low) / (high - low)
+        return tuple(round(a + part * (b - a), 3) for a, b in zip(few, many, strict=True))
+
+    # --- training ------------------------------------------------------------------------------------------------
+    def draw(self) -> Schedule:
+        """A random schedule: at each site a share that is left of those before."""
+        return tuple(round(1 - self.most * self.random.random(), 3) for _ in self.sites)
+
+    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+        with torch.no_grad():
+            whole = forward()
+        smallest = (round(1 - self.most, 3),) * len(self.sites)
+        total = 0.0
+        try:
+            for schedule in (smallest, *(self.draw() for _ in range(self.drawn))):
+                self.running = schedule
+                total = total + divergence(forward(), whole, batch.get("attention_mask"))
+        finally:
+            self.running = None
+        return total
+
+    # --- search --------------------------------------------------------------------------------------------------
+    def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
+        """Search for schedules, once the training is over and none are known; then meet ``target_flops``."""
+        if self.progress < 1:
+            return {}
+        batches = list(batches)
+        if not self.frontier:
+            self.frontier = self._evolved(forward, batches)
+        if self.target_flops is not None:
+            self.budget = max(self.target_flops, self.frontier[0][0])
+        return super().calibrate(forward, batches)
+
+    @torch.no_grad()
+    def _evolved(self, forward: Callable, batches: list[dict]) -> tuple:
+        """The schedules that no other one beats in both MACs and answers."""
+        self.shares = (KEEPS_ALL,) * len(self.sites)
+        whole = [forward(batch).answers for batch in batches]
+
+        def judged(schedule: Schedule) -> tuple[float, float, Schedule]:
+            self.shares, far, used, dense = schedule, 0.0, 0.0, 0.0
+            for batch, answers in zip(batches, whole, strict=True):
+                record = forward(batch)
+                far += float(divergence(record.answers, answers, batch.get("attention_mask")))
+                used, dense = used + float(record.used), dense + float(record.dense)
+            return used / dense, far, schedule
+
+        known = {
+            s: judged(s) for s in {tuple(round(1 - i * self.most / 8, 3) for _ in self.sites) for i in range(1, 13)}
+        }
+        for _ in range(self.generations):
+            best = front(known.values())
+            for _ in range(15):
+                one, other = (self.random.choice(best)[2] for _ in range(2))
+                mutated = [x if self.random.random() < 0.5 else self.random.uniform(0.3, 1) for x in one]
+                mean = [(a + b) / 2 for a, b in zip(one, other, strict=True)]
+                for new in (mutated, mean):
+                    schedule = tuple(round(x, 3) for x in new)
+                    if schedule not in known:
+                        known[schedule] = judged(schedule)
+        return tuple((share, schedule) for share, _, schedule in front(known.values()))
+
+
+def front(judged: Iterable[tuple[float, float, Schedule]]) -> list[tuple[float, float, Schedule]]:
+    """Those of (cost, distance, ...) that no other beats in both, by rising cost."""
+    kept: list = []
+    for one in sorted(judged):
+        if not kept or one[1] < kept[-1][1]:
+            kept.append(one)
+    return kept
+
+
+def divergence(outputs: Any, whole: Any, mask: Tensor | None = None) -> Tensor:
+    """Scalar: KL(whole || outputs) of the answers, summed over heads, the mean over the batch; the squared difference
+    for a single number. ``mask`` (B, N) of the tokens, for heads that point at one."""
+    total = 0.0
+    for name in HEADS:
+        if getattr(outputs, name, None) is None:
+            continue
+        s, t = getattr(outputs, name).float(), getattr(whole, name).float()
+        if name != "logits" and mask is not None:
+            s, t = (x.masked_fill(mask == 0, -1e4) for x in (s, t))
+        if s.shape[-1] == 1:
+            total = total + F.mse_loss(s, t)
+        else:
+            s, t = s.flatten(0, -2), t.flatten(0, -2)
+            total = total + F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="batchmean", log_target=True)
+    return total
