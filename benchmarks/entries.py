@@ -41,8 +41,8 @@ class Entry:
 
     kind: "train" (quality and FLOPs on the test part), "speed" (wall-clock of all methods of a task, in one run) or
         "efficiency" (wall-clock against FLOPs of fixed schedules, untrained), "runtimes" (a pruned model in every
-        runtime and precision), "synthetic" (fixed schedules at BERT-base's size, random weights) or "soak" (memory over
-        thousands of calls).
+        runtime and precision), "anytime" (one model at several budgets), "synthetic" (fixed schedules at BERT-base's
+        size, random weights) or "soak" (memory over thousands of calls).
     method: a pruning method, "dense" (fine-tuning alone) or "dense-continued" (the same extra steps, nothing pruned).
     variant: what sets it apart from the entry of the same method and target, in its name.
     options: of ``thresher.jobs.train``, or of the timing.
@@ -158,6 +158,17 @@ def board(task: str, seed: int, methods: tuple = (*UNTRAINED, *TRAINED), tier: s
     return entries
 
 
+def anytime(task: str, budgets: tuple = (0.6, BOARD, 0.3)) -> list[Entry]:
+    """One model of LAT at several budgets, set at run time, and top-k models trained for each of them alone."""
+    dense, lat = Entry(task, "dense").name, Entry(task, "lat", target=BOARD)
+    options = {"method_options": {"at": (0, 1, 2, 3, 4), "keep": 0.8}}  # LAT's sites
+    alone = [Entry(task, "topk", variant="alone", target=t, needs=(dense,), options=options) for t in budgets]
+    served = Entry(
+        task, "lat", kind="anytime", variant="anytime", needs=(dense, lat.name), options={"budgets": budgets}
+    )
+    return [*alone, served]
+
+
 def speed(task: str) -> Entry:
     """Wall-clock of LTP beside dense and TopK with its counts, seed 0."""
     dense, ltp, topk = smoke(task, 0)[:3]
@@ -216,7 +227,7 @@ ENTRIES: list[Entry] = [
     speed("20newsgroups"),
     *efficiency("20newsgroups"),
     runtimes("mrpc", 0.417),
-    runtimes("sst2", 0.417),
+    runtimes("sst2", 0.417, limit=600, repeats=3),
     runtimes("20newsgroups", 0.286, limit=500, repeats=3, runtime=("torch", "onnx")),
     Entry(
         "mrpc",
@@ -229,5 +240,6 @@ ENTRIES: list[Entry] = [
     *synthetic(),
     *(entry for task in ("mrpc", "sst2", "20newsgroups") for entry in board(task, 0, UNTRAINED, prune_epochs=0)),
     *(entry for seed in range(3) for entry in board("mrpc", seed)),
+    *anytime("mrpc"),
     *board("20newsgroups", 0, tier="full"),
 ]

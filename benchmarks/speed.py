@@ -106,6 +106,33 @@ def measure_runtimes(entry, runs: Path) -> list[dict]:
     return [{**row, "model": entry.model, "target_flops": entry.target, "seed": entry.seed} for row in rows]
 
 
+def measure_anytime(entry, runs: Path) -> list[dict]:
+    """Quality of one model on the test part at several budgets, chosen at run time."""
+    from entries import DATA, TASKS
+    from thresher.data import load_task, tokenize
+    from thresher.loading import load
+    from thresher.machine import environment
+    from thresher.metrics import bootstrap_interval
+    from thresher.predicting import predict, quality
+    from thresher.report import row
+
+    setting, (dense, pruned) = TASKS[entry.task], (str(runs / name) for name in entry.needs)
+    net, tokenizer = load(pruned)
+    task = load_task(str(DATA / setting.data), config=setting.config)
+    test = tokenize(task.test, task, tokenizer, setting.training["max_length"])[0]
+    before, rows = predict(load(dense)[0], test), []
+    for budget in entry.options["budgets"]:
+        net.token_pruner.budget = budget
+        found = predict(net, test)
+        low, high = bootstrap_interval(task.metric, test["labels"], before, found)
+        common = {"task": task.name, "model": entry.model, "method": entry.method, "target_flops": budget}
+        common |= {"seed": entry.seed, "runtime": "torch", "precision": "fp32", "mode": "pruned", "split": "test"}
+        judged = {"quality": quality(found, test, task.metric), "quality_dense": quality(before, test, task.metric)}
+        judged |= {"interval_low": low, "interval_high": high, "flops_ratio": found.macs_dense / found.macs_used}
+        rows.append(row(**common, **judged, metric=task.metric, n_examples=len(test), **environment()))
+    return rows
+
+
 def measure_synthetic(entry, runs: Path) -> list[dict]:
     """Pure speed: random weights of BERT-base's shape, rows of equal length or of lengths from "least" up, fixed
     schedules, in every runtime that an entry names; one interleaved run per schedule."""
@@ -167,6 +194,7 @@ KINDS = {
     "speed": measure_task,
     "efficiency": measure_efficiency,
     "runtimes": measure_runtimes,
+    "anytime": measure_anytime,
     "soak": measure_soak,
     "synthetic": measure_synthetic,
 }

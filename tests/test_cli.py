@@ -251,6 +251,7 @@ def test_info_of_pruned_models(models):
         "at": [0, 1, 2],
         "protect": None,
         "keep": 0.6,
+        "target_flops": None,
     }
     shown = described(models.ltp)
     assert shown["thresholds"].keys() == {"0", "1", "2", "3"} and shown["thresholds"]["3"] == pytest.approx(0.975)

@@ -104,7 +104,7 @@ def train(
             Written aside and moved into place; interrupted, the same call goes on where it was.
         fresh: forget what an earlier call left in ``out``.
         target_flops, target_latency, target_latency_ms, keep, at: the method's options, where it has them; without
-            any, LTP and ToP leave 40 % of the MACs.
+            any, a method with a target leaves 40 % of the MACs.
         recipe: a method and a task, "top-mrpc" (see ``thresher.recipes``), whose settings stand where none is given.
         options: see ``Recipe``.
 
@@ -122,7 +122,7 @@ def train(
     options = {name: value for name, value in options.items() if value is not None}
     preset = {"method": "ltp", "method_options": {}} if recipe is None else recipes.recipe(recipe)
     more, options = preset.pop("method_options"), preset | options
-    if not method and hasattr(METHODS.get(options["method"]), "target_flops"):
+    if not method and "target_flops" in getattr(METHODS.get(options["method"]), "__dataclass_fields__", ()):
         method = {"target_flops": 0.4}
     method = (more if options["method"] == preset["method"] else {}) | method
     return Training(Recipe(model=model, data=data, method_options=method, **options), Path(out), progress).run(fresh)
