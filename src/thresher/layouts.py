@@ -144,7 +144,7 @@ class Packed(Tokens):
         if self.unchanged(keep):
             return self
         new = self._copy()
-        source = self._flat(keep).nonzero()[:, 0]
+        source = self._flat(keep)[0].nonzero()[:, 0]
         new._lay_out(self.rows[source], keep.sum(1))
         new.source = new._spared(source)
         for name, (mask, parts) in self.masks.items():  # what lets everything through does so for fewer tokens
@@ -155,16 +155,18 @@ class Packed(Tokens):
     def take(self, x: Tensor) -> Tensor:
         return x if self.source is None else self.mix(x).index_select(1, self.source)
 
+    def mix(self, x: Tensor) -> Tensor:
+        return x if self.mixed is None else super().mix(x[:, : self.mixed[0].shape[1]])
+
     def _flat(self, x: Tensor) -> Tensor:
-        """(T,) of the numbers (B, N) of slots."""
-        return x.flatten() if self.slots is None else x.flatten()[self.slots]
+        return (x.flatten() if self.slots is None else x.flatten()[self.slots])[None]
+
+    def _rows(self, into: Tensor) -> Tensor:
+        slots = self._flat(into + into.shape[1] * torch.arange(into.shape[0], device=into.device)[:, None])
+        return slots if self.slots is None else torch.searchsorted(self.slots, slots)
 
     def _follow(self, before: Tokens, x: Tensor) -> Tensor:
-        return self.pad(before._flat(x)[self.source][None])
-
-    def _in_rows(self, into: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        slots = self._flat(super()._in_rows(into, x)[0])
-        return slots if self.slots is None else torch.searchsorted(self.slots, slots), self._flat(x)
+        return self.pad(before._flat(x)[:, self.source])
 
     def narrow(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
         (dim,), rows = dims, self._spared(self.rows)

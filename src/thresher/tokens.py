@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -129,9 +128,11 @@ class Tokens:
         own = torch.arange(keep.shape[1], device=keep.device).expand_as(into)
         into = torch.where(self.alive & ~keep & keep.gather(1, into), into, own)
         moved = (self.index.gather(1, into) - self.index).masked_fill(~self.alive, 0)
-        holder = torch.arange(self.width, device=keep.device).expand(len(keep), -1).scatter_add(1, self.index, moved)
+        holder = (
+            torch.arange(self.width, device=keep.device).expand(keep.shape[0], -1).scatter_add(1, self.index, moved)
+        )
         new.home = holder if self.home is None else holder.gather(1, self.home)
-        new.mixed = (*self._in_rows(into, weight), longest)
+        new.mixed = (self._rows(into), self._flat(weight), longest)
         if sized:
             sizes = self.sizes * self.alive
             sums = torch.zeros_like(sizes).scatter_add(1, into, sizes)
@@ -142,15 +143,18 @@ class Tokens:
         """The states ``x`` before the merging that made these tokens, summed, in the layout before it."""
         if self.mixed is None:
             return x
-        target, weight, longest = self.mixed
-        flat = x.flatten(0, 1)[: len(target)]
-        rows = flat * weight[:, None]
-        sums = torch.zeros_like(rows).index_add(0, target, rows)
+        into, weight, longest = self.mixed
+        rows, length = x * weight[..., None], x.norm(dim=-1, dtype=weight.dtype)
+        if torch.compiler.is_compiling():  # a product: scattered element by element a graph takes much longer
+            goes = into[:, None] == torch.arange(x.shape[1], device=x.device)[None, :, None]
+            sums, most = goes.to(rows.dtype) @ rows, (goes * length[:, None]).amax(-1)
+        else:
+            flat = (into + into.shape[1] * torch.arange(into.shape[0], device=into.device)[:, None]).flatten()
+            sums = torch.zeros_like(rows).flatten(0, 1).index_add(0, flat, rows.flatten(0, 1)).view_as(rows)
+            most = torch.zeros_like(length).scatter_reduce(1, into, length, "amax")
         if longest:
-            length = flat.to(sums.dtype).norm(dim=-1)
-            most = torch.zeros_like(length).scatter_reduce(0, target, length, "amax")
-            sums = sums * (most / sums.norm(dim=-1).clamp(min=1e-12))[:, None]
-        return F.pad(sums, (0, 0, 0, x.shape[0] * x.shape[1] - len(sums))).view_as(x).to(x.dtype)
+            sums = sums * (most / sums.norm(dim=-1).clamp(min=1e-12))[..., None]
+        return sums.to(x.dtype)
 
     def unmerge(self, hidden: Tensor) -> Tensor:
         """(B, N0, C): each token as what holds it; a mean over them weighs by size."""
@@ -197,10 +201,13 @@ class Tokens:
         """Numbers (B, N) of the slots of ``before``, where they are now."""
         return x
 
-    def _in_rows(self, into: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots and numbers (B, N) by rows of the layout: (M,) the row that each row's slot means, (M,)."""
-        first = into.shape[1] * torch.arange(len(into), device=into.device)
-        return (into + first[:, None]).flatten(), x.flatten()
+    def _flat(self, x: Tensor) -> Tensor:
+        """Numbers (B, N) of the slots, laid out as the states are."""
+        return x
+
+    def _rows(self, into: Tensor) -> Tensor:
+        """Slots (B, N), laid out as the states are, as places among these."""
+        return into
 
     def narrow(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
         """A per-token argument of original size, with token dimensions ``dims``, for the tokens that are left."""
