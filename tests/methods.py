@@ -5,7 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from families import FAMILIES
-from thresher import ATS, LTP, VATP, Entropy, FirstK, Random, SpAtten, Threshold, ToP, TopK, Transkimmer
+from thresher import (
+    ATS,
+    LTP,
+    TRBERT,
+    VATP,
+    AdapLeR,
+    Entropy,
+    FirstK,
+    Random,
+    SpAtten,
+    Threshold,
+    ToP,
+    TopK,
+    Transkimmer,
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -48,6 +62,8 @@ METHODS = {
     "entropy-column": (lambda: Entropy(keep=1.0, criterion="column"), lambda: Entropy(keep=0.6, criterion="column")),
     "ats": (lambda: ATS(keep=1.0), lambda: ATS(keep=0.6)),
     "transkimmer": (lambda: Transkimmer(start=50.0), lambda: Transkimmer(start=0.0)),
+    "trbert": (lambda: TRBERT(start=50.0), lambda: TRBERT(start=0.0)),
+    "adapler": (lambda: AdapLeR(init=0.0), lambda: AdapLeR(init=1.0)),
     "threshold": (lambda: Threshold(0.0), lambda: Threshold((0.4, 0.6, 0.8))),
     "top": (lambda: ToP(), lambda: Prefix(bins=8)),
     "top-holes": (lambda: ToP(holes=True), lambda: Holes(bins=8)),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import dense, prune, unprune
     from .exporting import export
+    from .methods.adapler import AdapLeR
     from .methods.ats import ATS
     from .methods.entropy import Entropy
     from .methods.ltp import LTP
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .methods.top import ToP
     from .methods.topk import FirstK, Random, TopK
     from .methods.transkimmer import Transkimmer
+    from .methods.trbert import TRBERT
     from .methods.vatp import VATP
     from .pruner import TokenPruner
     from .runtime import load_runtime
@@ -23,7 +25,9 @@ __version__ = "0.1.0"
 __all__ = [
     "ATS",
     "LTP",
+    "TRBERT",
     "VATP",
+    "AdapLeR",
     "Entropy",
     "FirstK",
     "PruningTrainer",
@@ -43,6 +47,7 @@ __all__ = [
 _HOMES = {
     "api": ("dense", "prune", "unprune"),
     "exporting": ("export",),
+    "methods.adapler": ("AdapLeR",),
     "methods.ats": ("ATS",),
     "methods.entropy": ("Entropy",),
     "methods.ltp": ("LTP",),
@@ -51,6 +56,7 @@ _HOMES = {
     "methods.top": ("ToP",),
     "methods.topk": ("FirstK", "Random", "TopK"),
     "methods.transkimmer": ("Transkimmer",),
+    "methods.trbert": ("TRBERT",),
     "methods.vatp": ("VATP",),
     "pruner": ("TokenPruner",),
     "runtime": ("load_runtime",),

@@ -113,9 +113,13 @@ class LTP(TokenPruner):
             ]  # left after each layer
             gates = [ends[view.layer] / record.counts[0].n_attention for view in record.views]
             return (0.1 if self.weight is None else self.weight) * torch.stack(gates).mean()
-        ramp = min(1.0, self.progress / max(1e-9, 0.5 * self.soft_until))
-        target = 1 + (self.target_flops - 1) * ramp
-        return (10.0 if self.weight is None else self.weight) * (record.flops_fraction() - target) ** 2
+        return (10.0 if self.weight is None else self.weight) * (record.flops_fraction() - self.due) ** 2
+
+    @property
+    def due(self) -> float:
+        """The share of the MACs that is asked for now: ``target_flops``, once the first half of the soft stage is
+        over."""
+        return 1 + (self.target_flops - 1) * min(1.0, self.progress / max(1e-9, 0.5 * self.soft_until))
 
     @torch.no_grad()
     def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
