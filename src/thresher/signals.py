@@ -1,5 +1,4 @@
-"""What policies and predictors learn from: the task loss of single texts, and the tokens it would miss; and the perceptron
-that learns."""
+"""What policies and predictors learn from: the task loss of single texts, and the tokens that it would miss."""
 
 from __future__ import annotations
 
@@ -85,7 +84,7 @@ def task_losses(output: Mapping[str, Any], batch: Mapping[str, Any], causal: boo
         else:
             raise ValueError(
                 f"no loss of single texts is known for logits {tuple(logits.shape)} and labels {tuple(labels.shape)}"
-                f"{' of a decoder' if causal else ''}: expected one class or one number per text, classes of an encoder's "
-                "tokens, or the ends of an answer"
+                f"{' of a decoder' if causal else ''}: expected a class or a number per text, classes of an encoder's "
+                "tokens or the ends of an answer"
             )
     return torch.stack(losses).mean(0)

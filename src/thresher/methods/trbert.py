@@ -51,14 +51,14 @@ class TRBERT(LTP):
 
     temperature: float = 1.0
     init: float = 0.0
-    soft_until: float = 0.5
-    rollouts: int = 8
+    soft_until: float = 0.4
+    rollouts: int = 4
     guided: float = 0.5
     guidance: float = 1.0
     start: float = 2.0
 
     name: ClassVar[str] = "trbert"
-    lr: ClassVar[float] = 2e-3
+    lr: ClassVar[float] = 5e-3
     needs_attention: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -67,7 +67,8 @@ class TRBERT(LTP):
             raise ValueError(f"rollouts={self.rollouts}: expected 2 at least, one is compared with the others")
         if not 0 <= self.guided <= 1:
             raise ValueError(f"guided={self.guided}: expected a share of the sampled stage in [0, 1]")
-        self.guide: list[Tensor] | None = None  # per site (B, N0), while a run follows it
+        self.playing = False  # while runs are made for the reward
+        self.guide: list[Tensor] | None = None  # per site (B, N0), while one follows it
         self.seen: dict[str, float] = {}
 
     def default_at(self, info: StackInfo) -> tuple[int, ...]:
@@ -91,11 +92,9 @@ class TRBERT(LTP):
         return "sampled" if progress < self.soft_until else "hard"
 
     def score(self, view: View) -> Tensor:
-        policy, states = self.policies[view.site], view.hidden.detach()
-        if not self.sampled:
-            return policy(states.to(policy[0].weight.dtype)).float()[..., 0]
-        with torch.enable_grad():  # of the policy alone, for the loss, in runs without gradients as well
-            return policy(states.to(policy[0].weight.dtype)).float()[..., 0]
+        policy = self.policies[view.site]
+        with torch.set_grad_enabled(self.playing):  # of the policy alone, and not within a checkpointed layer
+            return policy(view.hidden.detach().to(policy[0].weight.dtype)).float()[..., 0]
 
     def odds(self, view: View) -> Tensor:
         """(B, N): the log odds of staying."""
@@ -139,8 +138,12 @@ class TRBERT(LTP):
 
     def _run(self, forward: Callable, batch: dict) -> tuple[Tensor, ...]:
         """(B,) each: task loss, MACs, those of the dense model, and the log likelihood of the choices made."""
-        with torch.no_grad():
-            task = task_losses(forward(), batch, self.info.causal)
+        self.playing = True
+        try:
+            with torch.no_grad():
+                task = task_losses(forward(), batch, self.info.causal)
+        finally:
+            self.playing = False
         costs, counts = self.record.costs, self.record.counts
         likely = sum(self.likelihood(view) for view in self.record.views)
         return task, macs(costs, counts), dense_macs(costs, counts[0].n_attention), likely
