@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from families import FAMILIES, difference
-from thresher import ATS, LTP, VATP, Entropy, FirstK, SpAtten, Threshold, TopK, Transkimmer, prune
+from thresher import ATS, LTP, TRBERT, VATP, AdapLeR, Entropy, FirstK, SpAtten, Threshold, TopK, Transkimmer, prune
 
 METHODS = {
     "topk": lambda: TopK(keep=0.6),
@@ -19,6 +19,8 @@ METHODS = {
     "entropy": lambda: Entropy(keep=0.6),
     "ats": lambda: ATS(keep=0.6),
     "transkimmer": lambda: Transkimmer(start=0.0),
+    "trbert": lambda: TRBERT(start=0.0),
+    "adapler": lambda: AdapLeR(init=1.0),
 }
 
 

@@ -218,7 +218,14 @@ def rows_through(model, batch: dict) -> dict:
     return {layer: tuple(rows) for layer, rows in found.items()}
 
 
-RAGGED = ("threshold", "ltp", "ats", "transkimmer")  # keep as many as the input says, and padded the most of a batch
+RAGGED = (
+    "threshold",
+    "ltp",
+    "ats",
+    "transkimmer",
+    "trbert",
+    "adapler",
+)  # keep as many as the input says, and padded the most of a batch
 
 
 @pytest.mark.parametrize(

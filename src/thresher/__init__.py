@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import dense, prune, unprune
     from .exporting import export
+    from .methods.adapler import AdapLeR
     from .methods.ats import ATS
     from .methods.dynamicvit import DynamicViT
     from .methods.entropy import Entropy
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .methods.top import ToP
     from .methods.topk import FirstK, Random, TopK
     from .methods.transkimmer import Transkimmer
+    from .methods.trbert import TRBERT
     from .methods.vatp import VATP
     from .pruner import TokenPruner
     from .runtime import load_runtime
@@ -31,7 +33,9 @@ __all__ = [
     "LAT",
     "LTMP",
     "LTP",
+    "TRBERT",
     "VATP",
+    "AdapLeR",
     "DynamicViT",
     "EViT",
     "Entropy",
@@ -57,6 +61,7 @@ _HOMES = {
     "api": ("dense", "prune", "unprune"),
     "exporting": ("export",),
     "methods.dynamicvit": ("DynamicViT",),
+    "methods.adapler": ("AdapLeR",),
     "methods.ats": ("ATS",),
     "methods.entropy": ("Entropy",),
     "methods.ltmp": ("LTMP",),
@@ -70,6 +75,7 @@ _HOMES = {
     "methods.tome": ("ToFu", "ToMe"),
     "methods.topk": ("FirstK", "Random", "TopK"),
     "methods.transkimmer": ("Transkimmer",),
+    "methods.trbert": ("TRBERT",),
     "methods.vatp": ("VATP",),
     "pruner": ("TokenPruner",),
     "runtime": ("load_runtime",),

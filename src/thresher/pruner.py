@@ -350,11 +350,16 @@ class TokenPruner(nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("method", "version"))
 
 
-def budget_penalty(record: Record, target: float, share: float, weight: float | None = None) -> Tensor:
-    """Scalar: ``weight`` (10) times the squared distance of the MACs from a target that falls from 1 to ``target`` over
-    the first half of a soft stage of which a ``share`` is over (Bonnaerens and Dambre, TMLR 2023)."""
-    falling = 1 + (target - 1) * min(1.0, 2 * share)
-    return (10.0 if weight is None else weight) * (record.flops_fraction() - falling) ** 2
+def falling(target: float, share: float) -> float:
+    """The share of the MACs that is due when a ``share`` of a soft stage is over: from 1 to ``target`` in its first
+    half."""
+    return 1 + (target - 1) * min(1.0, 2 * share)
+
+
+def budget_penalty(record: Record, due: float, weight: float | None = None) -> Tensor:
+    """Scalar: ``weight`` (10) times the squared distance of the share of the MACs from what is due (Bonnaerens and
+    Dambre, TMLR 2023)."""
+    return (10.0 if weight is None else weight) * (record.flops_fraction() - due) ** 2
 
 
 def ranks(score: Tensor, alive: Tensor) -> Tensor:

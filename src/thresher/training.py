@@ -241,8 +241,8 @@ class PruningTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """Before the hard stage nothing is the best: the budget is not met yet."""
-        soft = self.pruner.phase(self.pruner.progress) == "soft"
-        return False if soft else super()._determine_best_metric(metrics, trial)
+        hard = self.pruner.phase(self.pruner.progress) == "hard"
+        return hard and super()._determine_best_metric(metrics, trial)
 
     def calibrate(self, rows: int | None = None) -> dict[str, float]:
         """Let the method meet its budget on (``rows`` of) the calibration data; returns what it reached."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import View
-from ..pruner import Record, StackInfo, TokenPruner, budget_penalty
+from ..pruner import Record, StackInfo, TokenPruner, budget_penalty, falling
 from ..relaxed import log_gate
 
 
@@ -109,7 +109,13 @@ class LTP(TokenPruner):
             ]  # left after each layer
             gates = [ends[view.layer] / record.counts[0].n_attention for view in record.views]
             return (0.1 if self.weight is None else self.weight) * torch.stack(gates).mean()
-        return budget_penalty(record, self.target_flops, self.progress / max(1e-9, self.soft_until), self.weight)
+        return budget_penalty(record, self.due, self.weight)
+
+    @property
+    def due(self) -> float:
+        """The share of the MACs that is asked for now: ``target_flops``, once the first half of the soft stage is
+        over."""
+        return falling(self.target_flops, self.progress / max(1e-9, self.soft_until))
 
     def dial(self) -> Callable[[float], None]:
         """One shift of all thresholds."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import View, columns
 from ..bins import bin_of
-from ..pruner import Record, StackInfo, budget_penalty, ranks
+from ..pruner import Record, StackInfo, budget_penalty, falling, ranks
 from ..tokens import CLOSED
 from .topk import TopK
 
@@ -83,7 +83,8 @@ class PoWERBERT(TopK):
         if not self.soft:
             return 0.0 * self.retention.sum()
         if self.target_flops is not None:
-            return budget_penalty(record, self.target_flops, self.progress / max(1e-9, self.soft_until), self.weight)
+            due = falling(self.target_flops, self.progress / max(1e-9, self.soft_until))
+            return budget_penalty(record, due, self.weight)
         number = torch.tensor([layer + 1.0 for layer in self.sites], device=self.retention.device)
         return (0.01 if self.weight is None else self.weight) * (number * self.retention.clamp(0, 1).sum(1)).sum()
 

@@ -1,0 +1,159 @@
+"""TR-BERT: policy networks at a few layers learn by reinforcement which tokens stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import View
+from ..flops import dense_macs, macs
+from ..pruner import Record, StackInfo, top_k
+from ..signals import perceptron, perceptron_macs, saliency, task_losses
+from ..tokens import take
+from .ltp import LTP
+
+
+@dataclass(eq=False, repr=False)
+class TRBERT(LTP):
+    """Dynamic token reduction by a policy (Ye, Lin, Huang and Sun, "TR-BERT: Dynamic Token Reduction for Accelerating
+    BERT Inference", NAACL 2021).
+
+    At each site a perceptron reads the state of each token and gives the chance that it stays: drawn in the sampled
+    stage, rounded afterwards. There the policies learn by REINFORCE: the reward of a run is -(task loss) - alpha *
+    (share of the MACs left), its baseline the mean reward of the ``rollouts`` runs of the same text. In the ``guided``
+    share of that stage one more run follows a guide, the most salient tokens, as many as the policy expects to stay,
+    and the policy imitates it: it learns the likelihood of those choices.
+
+    Departures. The weights learn with the policies from the start, by the task loss and the distillation of one more
+    run that is drawn (theirs are frozen first); in the hard stage the policies rest. alpha is the slope of ``LTP``'s
+    penalty at the MACs of these runs, so that it grows while more is left than is asked for now; the rest is
+    ``LTP``'s one shift on held-out inputs. Without a target alpha is ``weight``, as theirs. MACs are counted where
+    theirs has kept tokens. The guide is the saliency of ``thresher.signals`` in the model that is being trained;
+    theirs multiplies gradients with the change of states of the fine-tuned one. Tokens leave before the FFN of layers
+    0 and L/2 - 1, theirs enter neither layer 1 nor L/2. A row keeps its ``min_keep`` best tokens. Classification,
+    regression, labelled tokens and answers in a text are what is rewarded.
+
+    Args:
+        rollouts: K runs of each text for the reward; the paper: 8.
+        guided: share of the sampled stage that is guided.
+        guidance: weight of the imitation.
+        start: the logit of staying at the start.
+        temperature: of the chance to stay.
+        soft_until: share of the training that is sampled.
+
+    The rest is as in ``LTP``; nothing is soft, so that ``straight_through`` says nothing.
+    """
+
+    temperature: float = 1.0
+    init: float = 0.0
+    soft_until: float = 0.4
+    rollouts: int = 4
+    guided: float = 0.5
+    guidance: float = 1.0
+    start: float = 2.0
+
+    name: ClassVar[str] = "trbert"
+    lr: ClassVar[float] = 5e-3
+    needs_attention: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rollouts < 2:
+            raise ValueError(f"rollouts={self.rollouts}: expected 2 at least, one is compared with the others")
+        if not 0 <= self.guided <= 1:
+            raise ValueError(f"guided={self.guided}: expected a share of the sampled stage in [0, 1]")
+        self.playing = False  # while runs are made for the reward
+        self.guide: list[Tensor] | None = None  # per site (B, N0), while one follows it
+        self.seen: dict[str, float] = {}
+
+    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+        """After the attention of the first layer and of the last one of the first half."""
+        return tuple(sorted({min(max(i, info.first_site), info.last_site) for i in (0, info.depth // 2 - 1)}))
+
+    def build(self, info: StackInfo) -> None:
+        super().build(info)
+        draw = torch.Generator().manual_seed(0)
+        self.policies = nn.ModuleList(perceptron(info.hidden, draw) for _ in self.sites)
+        for policy in self.policies:
+            nn.init.constant_(policy[2].bias, self.start)
+        self.predictor_macs = perceptron_macs(info.hidden)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether choices are drawn."""
+        return self.training and self.phase(self.progress) == "sampled"
+
+    def phase(self, progress: float) -> str:
+        return "sampled" if progress < self.soft_until else "hard"
+
+    def score(self, view: View) -> Tensor:
+        policy = self.policies[view.site]
+        with torch.set_grad_enabled(self.playing):  # of the policy alone, and not within a checkpointed layer
+            return policy(view.hidden.detach().to(policy[0].weight.dtype)).float()[..., 0]
+
+    def odds(self, view: View) -> Tensor:
+        """(B, N): the log odds of staying."""
+        return (view.score - self.threshold[view.site].detach()) / self.temperature
+
+    def choose(self, score: Tensor, view: View) -> Tensor:
+        if not self.sampled:
+            return super().choose(score, view)
+        chance = self.odds(view).sigmoid()
+        if self.guide is None:
+            return (torch.rand_like(chance) < chance) | self._best(score, view, view.alive)
+        salient = take(self.guide[view.site], view.tokens.index, 1).masked_fill(view.protected, float("inf"))
+        return top_k(salient, (chance * view.alive).sum(1).round(), view.alive) | self._best(score, view, view.alive)
+
+    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+        rests = 0.0 * self.threshold.sum()
+        if not self.sampled:
+            return rests
+        runs = [self._run(forward, batch) for _ in range(self.rollouts)]
+        task, used, dense, likely = (torch.stack(x) for x in zip(*runs, strict=True))  # (K, B)
+        left = float(used.sum() / dense.sum())
+        alpha = self.slope(left)
+        reward = -task - alpha * used / dense
+        self.seen = {"reward": float(reward.mean()), "task_loss": float(task.mean()), "left": left, "alpha": alpha}
+        loss = rests - ((reward - reward.mean(0)) * likely).mean()
+        if self.progress < self.guided * self.soft_until:
+            self.guide = saliency(self, forward)
+            try:
+                self._run(forward, batch)
+            finally:
+                self.guide = None
+            loss = loss - self.guidance * torch.stack([self.likelihood(v, True) for v in self.record.views]).mean()
+        self.record = record
+        return loss
+
+    def slope(self, left: float) -> float:
+        """alpha: the price of MACs while a share ``left`` of them is left."""
+        if self.target_flops is None:
+            return 0.1 if self.weight is None else self.weight
+        return 2 * (10.0 if self.weight is None else self.weight) * (left - self.due)
+
+    def _run(self, forward: Callable, batch: dict) -> tuple[Tensor, ...]:
+        """(B,) each: task loss, MACs, those of the dense model, and the log likelihood of the choices made."""
+        self.playing = True
+        try:
+            with torch.no_grad():
+                task = task_losses(forward(), batch, self.info.causal)
+        finally:
+            self.playing = False
+        costs, counts = self.record.costs, self.record.counts
+        likely = sum(self.likelihood(view) for view in self.record.views)
+        return task, macs(costs, counts), dense_macs(costs, counts[0].n_attention), likely
+
+    def likelihood(self, view: View, mean: bool = False) -> Tensor:
+        """(B,): the log likelihood of the choices at a site, the sum over the tokens that were free to leave; or the
+        mean over all of those in the batch, a scalar."""
+        free = view.alive & ~view.protected & ~self._best(view.score.detach(), view, view.alive)
+        each = -F.binary_cross_entropy_with_logits(self.odds(view), view.keep.float(), reduction="none") * free
+        return each.sum() / free.sum().clamp(min=1) if mean else each.sum(1)
+
+    def metrics(self) -> dict[str, float]:
+        return self.seen if self.sampled else {}

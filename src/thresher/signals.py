@@ -1,0 +1,90 @@
+"""What policies and predictors learn from: the task loss of single texts, and the tokens that it would miss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import View
+from .pruner import TokenPruner
+
+HIDDEN = 32  # channels between the two layers of a perceptron, in both papers
+
+
+def perceptron(size: int, draw: torch.Generator) -> nn.Sequential:
+    """A map of states (..., ``size``) to one number each, (..., 1), near 0 at the start."""
+    made = nn.Sequential(nn.Linear(size, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
+    for linear in (made[0], made[2]):
+        nn.init.normal_(linear.weight, std=0.02, generator=draw)
+        nn.init.zeros_(linear.bias)
+    return made
+
+
+def perceptron_macs(size: int) -> int:
+    """MACs of a perceptron for each token."""
+    return size * HIDDEN + HIDDEN
+
+
+def saliency(pruner: TokenPruner, forward: Callable) -> list[Tensor]:
+    """Per site (B, N): how much the task loss of the whole text would feel that a token fades, to first order.
+
+    The absolute derivative of the loss by the logarithm of each token's gate at that site, all gates open: by the
+    gate on its key in all later attention (and on its state, where a head reads every token). This is gradient times
+    input with the gate as input. N is the width of the batch: nothing leaves. ``forward()`` runs the model, which is in
+    training mode, on a batch with labels.
+
+    Raises:
+        ValueError: the batch has no labels.
+    """
+    gates: list[Tensor] = []
+
+    def open_all(view: View) -> Tensor:
+        gates.append(torch.zeros(view.alive.shape, device=view.alive.device, requires_grad=True))
+        return gates[-1]
+
+    record = pruner.record
+    pruner.soften, pruner.phase = open_all, lambda progress: "soft"  # hide the method's own
+    try:
+        with torch.enable_grad():
+            loss = forward().get("loss")
+            if loss is None:
+                raise ValueError(f"{pruner.name} learns from gradients of the task loss: give labels with every batch")
+            found = torch.autograd.grad(loss, gates, allow_unused=True)
+    finally:
+        del pruner.soften, pruner.phase
+        pruner.record = record
+    return [torch.zeros_like(gate) if g is None else g.abs() for gate, g in zip(gates, found, strict=True)]
+
+
+def task_losses(output: Mapping[str, Any], batch: Mapping[str, Any], causal: bool = False) -> Tensor:
+    """(B,): the task loss of each text, of a model's ``output`` and the labels in ``batch``.
+
+    Raises:
+        ValueError: no labels, or a head whose loss is none of these: one class, one number, classes of tokens (not in a
+            ``causal`` model, whose labels may be those of the next token), the ends of an answer.
+    """
+    names = (("start_logits", "start_positions"), ("end_logits", "end_positions"), ("logits", "labels"))
+    heads = [
+        (output[logits].float(), batch[labels]) for logits, labels in names if logits in output and labels in batch
+    ]
+    if not heads:
+        raise ValueError("the reward is the task loss of each text: give labels with every batch")
+    losses = []
+    for logits, labels in heads:
+        classes = logits.shape[:-1] == labels.shape and not labels.is_floating_point()
+        if logits.dim() == 2 and logits.shape[1] == 1:
+            losses.append((logits[:, 0] - labels.view(-1).float()) ** 2)
+        elif classes and not (causal and logits.dim() == 3):
+            each = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(len(labels), -1)
+            losses.append(each.sum(1) / (labels.view(len(labels), -1) != -100).sum(1).clamp(min=1))
+        else:
+            raise ValueError(
+                f"no loss of single texts is known for logits {tuple(logits.shape)} and labels {tuple(labels.shape)}"
+                f"{' of a decoder' if causal else ''}: expected a class or a number per text, classes of an encoder's "
+                "tokens or the ends of an answer"
+            )
+    return torch.stack(losses).mean(0)

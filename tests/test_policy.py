@@ -1,0 +1,414 @@
+"""Methods that learn what to keep from the task: TR-BERT's policies, AdapLeR's predictors, and what teaches them."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForSequenceClassification as Auto
+from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
+
+from families import FAMILIES, NO_DROPOUT, TEXT, difference
+from test_training import losses, rows, trainer
+from thresher import TRBERT, AdapLeR, jobs, prune
+from thresher.signals import saliency, task_losses
+from toy import FILLERS, OPTIONS, make_toy
+
+BERT = FAMILIES["bert"]
+NEW = {"trbert": TRBERT, "adapler": AdapLeR}
+
+
+def batch(lengths=(9, 6, 7)) -> dict:
+    return BERT.batch(lengths) | {"labels": torch.tensor([0, 2, 1])}
+
+
+def learning(method, model=None, progress: float = 0.1):
+    """(model, method) in the first stage of a training."""
+    model = prune(model or BERT.build(), method).train()
+    method.progress = progress
+    return model, method
+
+
+def loss_of(model, method, inputs: dict):
+    """The method's loss after a forward of the model."""
+    model(**inputs)
+    return method.loss(lambda **new: model(**{**inputs, **new}), inputs, method.record)
+
+
+# --- REINFORCE -------------------------------------------------------------------------------------------------------
+def run_by_hand(model, method, inputs: dict):
+    """One run, in plain loops: of each row the task loss, the MACs, the dense MACs, and the choices that were free,
+    as (site, chosen - chance, states of the policy's hidden layer)."""
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    record, found = method.record, []
+    for row, label in enumerate(inputs["labels"].tolist()):
+        free = []
+        for view in record.views:
+            score = view.score[row].tolist()
+            live = view.alive[row].nonzero()[:, 0].tolist()
+            rising = sorted(live, key=lambda slot: (view.protected[row, slot].item(), score[slot]))
+            for slot in rising[: -method.min_keep]:
+                more = view.keep[row, slot].item() - 1 / (1 + math.exp(-score[slot]))
+                free.append((view.site, more, view.inner[row, slot]))
+        pairs = list(zip(record.costs, record.counts, strict=True))
+        used = sum(c.macs(n.n_attention[row].item(), n.n_ffn[row].item(), n.scored, n.predictor) for c, n in pairs)
+        words = inputs["attention_mask"][row].sum().item()
+        found.append(
+            (-logits[row].log_softmax(-1)[label].item(), used, sum(c.macs(words, words) for c, _ in pairs), free)
+        )
+    return found
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Views also hold what the hidden layer of their policy said."""
+    score = TRBERT.score
+
+    def kept(method, view):
+        view.inner = F.gelu(method.policies[view.site][0](view.hidden.detach())).detach()
+        return score(method, view)
+
+    monkeypatch.setattr(TRBERT, "score", kept)
+
+
+@pytest.mark.parametrize("target", [None, 0.4])
+def test_the_gradient_is_reinforce_in_plain_loops(target, shown):
+    weight, runs, inputs = (0.7, 3, batch()) if target is None else (None, 3, batch())
+    options = {"target_flops": target, "weight": weight, "rollouts": runs, "guided": 0.0, "soft_until": 0.5}
+    model, method = learning(TRBERT(start=0.3, min_keep=2, **options), progress=0.2)
+    model(**inputs)
+    torch.manual_seed(5)
+    method.loss(lambda: model(**inputs), inputs, method.record).backward()
+    torch.manual_seed(5)
+    drawn = [run_by_hand(model, method, inputs) for _ in range(runs)]
+    left = sum(row[1] for run in drawn for row in run) / sum(row[2] for run in drawn for row in run)
+    alpha = weight if target is None else 20 * (left - (1 - 0.6 * 0.2 / 0.25))
+    reward = [[-task - alpha * used / dense for task, used, dense, _ in run] for run in drawn]
+    expected = {name: torch.zeros_like(p) for name, p in method.policies.named_parameters()}
+    for run, rewards in zip(drawn, reward, strict=True):
+        for row, (_, _, _, free) in enumerate(run):
+            advantage = (rewards[row] - sum(r[row] for r in reward) / runs) / (runs * len(run))
+            for site, more, inner in free:
+                expected[f"{site}.2.bias"] -= advantage * more
+                expected[f"{site}.2.weight"] -= advantage * more * inner
+    for name in ("0.2.bias", "0.2.weight", "1.2.bias", "1.2.weight"):
+        found = dict(method.policies.named_parameters())[name].grad
+        torch.testing.assert_close(found, expected[name], atol=1e-6, rtol=1e-3)
+        assert found.abs().max() > 1e-4
+    assert method.metrics()["reward"] == pytest.approx(sum(map(sum, reward)) / (runs * 3), abs=1e-5)
+    assert method.metrics()["alpha"] == pytest.approx(alpha, abs=1e-5)
+
+
+def test_choices_are_drawn_in_the_sampled_stage_alone():
+    model, method = learning(TRBERT(start=0.0))
+
+    def kept():
+        model(**batch((24, 18, 10)))
+        return method.record.views[0].keep
+
+    assert not torch.equal(kept(), kept())
+    method.progress = 1.0
+    assert torch.equal(kept(), kept())
+    method.progress, _ = 0.1, model.eval()
+    assert torch.equal(kept(), method.record.views[0].score >= 0) or method.min_keep > 1
+    assert torch.equal(kept(), kept())
+
+
+def test_a_token_stays_as_often_as_the_policy_says():
+    model, method = learning(TRBERT(start=0.8, at=(0,), min_keep=1))
+    with torch.no_grad():
+        often = torch.stack([model(**batch((24, 24, 24))) and method.record.views[0].keep for _ in range(300)])
+    (view,) = method.record.views
+    assert often[..., 0].all(), "the first token never leaves"
+    free = ~view.protected & (view.score < view.score.max(1, keepdim=True).values)
+    assert (often.float().mean(0) - view.score.sigmoid())[free].abs().max() < 0.12
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_gradients_reach_the_policy_and_nothing_else(name):
+    model, method = learning(NEW[name](target_flops=0.5))
+    inputs = batch()
+    loss = loss_of(model, method, inputs)
+    if name == "adapler":  # its budget is an expectation over gates, which the model's states decide as well
+        model.zero_grad()
+        loss = torch.stack(
+            list(map(method.apart, method.record.views, saliency(method, lambda: model(**inputs))))
+        ).mean()
+    loss.backward()
+    learned = method.policies if name == "trbert" else method.predictors[:-1]  # nothing is salient after the last layer
+    assert all(p.grad.abs().sum() > 0 for part in learned for p in part.parameters())
+    others = [p for n, p in model.named_parameters() if not n.startswith("token_pruner") and p.grad is not None]
+    assert not any(p.grad.any() for p in others)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_what_runs_meanwhile_leaves_the_record_and_the_method_as_they_were(name):
+    model, method = learning(NEW[name](target_flops=0.5))
+    inputs = batch()
+    model(**inputs)
+    record = method.record
+    method.loss(lambda: model(**inputs), inputs, record)
+    assert method.record is record
+    assert not {"soften", "phase"} & set(vars(method)) and getattr(method, "guide", None) is None
+
+
+def test_the_price_of_macs_rises_until_the_budget_is_met():
+    method = TRBERT(target_flops=0.4, soft_until=0.5)
+    method.progress = 0.5
+    assert method.slope(0.9) > method.slope(0.5) > 0 > method.slope(0.3) and abs(method.slope(0.4)) < 1e-9
+    method.progress = 0.0
+    assert method.slope(1.0) == 0, "nothing is asked for at the start"
+    assert TRBERT(weight=3.0).slope(0.9) == TRBERT(weight=3.0).slope(0.1) == 3.0, "without a target the paper's"
+
+
+def test_the_guide_is_followed_and_imitated(monkeypatch):
+    """By as many of the most salient tokens as the policy expects to stay; the likelihood of that choice rises."""
+    model, method = learning(TRBERT(start=0.0, rollouts=2, min_keep=1, weight=0.0), progress=0.1)
+    inputs, followed, run = batch((20, 16, 18)), [], TRBERT._run
+
+    def watched(method, forward, inputs):
+        result = run(method, forward, inputs)
+        if method.guide is not None:
+            followed.append(([g.clone() for g in method.guide], method.record.views))
+        return result
+
+    monkeypatch.setattr(TRBERT, "_run", watched)
+    optimizer, likely = torch.optim.Adam(method.parameters(), 1e-2), []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss_of(model, method, inputs).backward()
+        optimizer.step()
+        likely.append(torch.stack([method.likelihood(view, mean=True) for view in followed[-1][1]]).mean().item())
+    assert len(followed) == 40, "once in each step"
+    first = followed[0][1][0]
+    for row, length in enumerate((20, 16, 18)):
+        count = round(first.score[row, :length].sigmoid().sum().item())
+        salient = followed[0][0][0][row, :length].clone()
+        salient[0] = math.inf
+        best = {*salient.topk(count).indices.tolist(), first.score[row, :length].argmax().item()}
+        assert set(first.keep[row].nonzero()[:, 0].tolist()) in (best, best - {first.score[row].argmax().item()})
+    assert likely[0] < -0.6 and likely[-1] > likely[0] + 0.2
+    method.progress = 0.3
+    loss_of(model, method, inputs)
+    assert len(followed) == 40, "in the guided share alone"
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_checkpointed_layer_repeats_what_was_drawn(name):
+    """The same choices, the same losses and the same gradients as without."""
+    found = []
+    for how in (None, {"use_reentrant": False}):
+        model, method = learning(NEW[name](target_flops=0.5, **({"start": 0.0} if name == "trbert" else {"init": 0.9})))
+        if how:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        torch.manual_seed(3)
+        inputs = batch((12, 9, 12))
+        task = model(**inputs).loss
+        counts = [count.n_ffn.tolist() for count in method.record.counts]
+        loss = task + method.loss(lambda model=model, inputs=inputs: model(**inputs), inputs, method.record)
+        loss.backward()
+        found.append((counts, loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (counts, loss, expected), (again, other, gradients) = found
+    assert counts == again if name == "trbert" else counts[0] == pytest.approx(again[0])
+    assert other == pytest.approx(loss, abs=1e-5) and gradients.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(gradients[key], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+# --- what teaches ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", ["bert", "modernbert", "distilbert", "albert"])
+def test_saliency_is_what_fading_a_token_does_to_the_loss(family, monkeypatch):
+    """By differences: one gate a little less open."""
+    model, method = learning(AdapLeR(at=(0, 1)), FAMILIES[family].build().double())
+    inputs = batch() | {"labels": torch.tensor([0, 1, 1])}
+    found = saliency(method, lambda: model(**inputs))
+    assert [x.shape for x in found] == [(3, 9)] * 2
+    for site, row, slot in ((0, 0, 3), (0, 2, 6), (1, 1, 0), (1, 0, 8)):
+
+        def loss(step, at=(site, row, slot)):
+            def gate(view):
+                gates = torch.zeros(view.alive.shape, dtype=torch.float64)
+                if view.site == at[0]:
+                    gates[at[1:]] = step
+                return gates
+
+            monkeypatch.setattr(method, "soften", gate, raising=False)
+            with torch.no_grad():
+                return model(**inputs).loss.item()
+
+        slope = (loss(1e-4) - loss(-1e-4)) / 2e-4
+        monkeypatch.undo()
+        assert found[site][row, slot].item() == pytest.approx(abs(slope), rel=1e-3, abs=1e-7)
+    padding = ~inputs["attention_mask"].bool()
+    assert all((x[padding] == 0).all() and (x[~padding] > 0).any() for x in found)
+
+
+def test_the_predictors_learn_the_shares_of_saliency():
+    """The KL beside a sum in plain loops; by the KL alone the predictors come to rank as saliency does."""
+    model, method = learning(AdapLeR(weight=0.0, init=0.0, at=(0, 1)))
+    inputs = batch()
+    model(**inputs)
+    salient = saliency(method, lambda: model(**inputs))
+    for view, found in zip(method.record.views, salient, strict=True):
+        total = 0.0
+        for row, length in enumerate((9, 6, 7)):
+            share = (found[row, :length] / found[row, :length].sum()).tolist()
+            said = (view.score[row, :length] / length).tolist()
+            assert sum(said) == pytest.approx(1, abs=1e-5)
+            total += sum(s * math.log(s / p) for s, p in zip(share, said, strict=True)) / 3
+        assert method.apart(view, found).item() == pytest.approx(total, abs=1e-5)
+    optimizer, seen = torch.optim.Adam(method.parameters(), 1e-2), []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss_of(model, method, inputs).backward()
+        optimizer.step()
+        seen.append(method.metrics()["saliency_kl"])
+    assert seen[-1] < 0.5 * seen[0]
+
+
+def test_gates_become_hard_and_what_has_faded_takes_no_share():
+    model, method = learning(AdapLeR(init=0.9, soft_until=0.5, temperature=0.2), progress=0.0)
+    for predictor in method.predictors:
+        predictor[2].weight.data.mul_(30)
+    opened = []
+    for method.progress in (0.0, 0.25, 0.499):
+        model(**batch((24, 18, 10)))
+        first = method.record.views[0]
+        opened.append((method.opening(first) / (first.score - 0.9)).nanmean().item())
+    assert opened == pytest.approx([5, 5 * 10**0.5, 50], rel=0.02)
+    faded = method.record.views[1]
+    closed = faded.alive & (faded.tokens.log_gate < -6)
+    assert closed.any() and (faded.score[closed] < 0.1).all()
+    torch.testing.assert_close(faded.score.sum(1), faded.tokens.live, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("head", ["classes", "number", "tokens", "answer"])
+def test_losses_of_single_texts_average_to_the_models(head):
+    torch.manual_seed(0)
+    config = {**TEXT, **NO_DROPOUT, "num_hidden_layers": 2}
+    inputs = BERT.batch((9, 9, 9))
+    if head == "classes":
+        model, more = BERT.build(), {"labels": torch.tensor([0, 2, 1])}
+    elif head == "number":
+        model = BERT.build(num_labels=1, problem_type="regression")
+        more = {"labels": torch.tensor([0.1, 2.0, -1.0])}
+    elif head == "tokens":
+        labels = torch.randint(0, 4, (3, 9))
+        labels[:, :2] = -100
+        model, more = BertForTokenClassification(BertConfig(**config, num_labels=4)), {"labels": labels}
+    else:
+        model = BertForQuestionAnswering(BertConfig(**config))
+        more = {"start_positions": torch.tensor([1, 2, 3]), "end_positions": torch.tensor([4, 5, 6])}
+    output = model.eval()(**inputs, **more)
+    found = task_losses(output, inputs | more)
+    assert found.shape == (3,) and found.std() > 0
+    torch.testing.assert_close(found.mean(), output.loss)
+
+
+def test_what_cannot_be_learned_from_is_said():
+    inputs = batch()
+    bare = {k: v for k, v in inputs.items() if k != "labels"}
+    for method in (TRBERT(), AdapLeR()):
+        model, method = learning(method)
+        with pytest.raises(ValueError, match="give labels with every batch"):
+            loss_of(model, method, bare)
+        assert not {"soften", "phase"} & set(vars(method)), "and it can go on"
+    llama = FAMILIES["llama"]
+    model, method = learning(TRBERT(), llama.build())
+    words = llama.batch() | {"use_cache": False}
+    with pytest.raises(ValueError, match=r"no loss of single texts .* of a decoder"):
+        loss_of(model, method, words | {"labels": words["input_ids"]})
+    model, method = learning(AdapLeR(), llama.build())
+    assert loss_of(model, method, words | {"labels": words["input_ids"]}) > 0, "its gradient is that of any loss"
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "said"),
+    [
+        (TRBERT, {"rollouts": 1}, "rollouts=1: expected 2 at least"),
+        (TRBERT, {"guided": 1.5}, r"guided=1.5: expected a share"),
+        (TRBERT, {"target_flops": 1.5}, "target_flops=1.5"),
+        (AdapLeR, {"sharpen": 0.5}, "sharpen=0.5: expected a number from 1 up"),
+        (AdapLeR, {"temperature": 0.0}, "temperature=0.0"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(method, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        method(**wrong)
+
+
+def test_sites_and_the_macs_of_policies():
+    model = prune(BERT.build(), TRBERT(start=50.0))
+    with torch.no_grad():
+        BERT.run(model, BERT.batch((24, 18, 10)))
+    assert model.token_pruner.sites == (0, 1)
+    more = [row["macs"] - row["dense_macs"] for row in model.token_pruner.report]
+    assert more == [52 * (32 * 32 + 32)] * 2 + [0, 0]
+    assert prune(FAMILIES["bert"].build(num_hidden_layers=12), TRBERT()).token_pruner.sites == (0, 5)
+    assert prune(FAMILIES["bert"].build(num_hidden_layers=1), TRBERT()).token_pruner.sites == (0,)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", NEW)
+def test_a_training_that_resumes_is_the_one_that_was_not_interrupted(name, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    whole = trainer(tmp_path / "whole", NEW[name](target_flops=0.6, soft_until=0.7), data=rows(), **options)
+    whole.train()
+    again = trainer(tmp_path / "again", NEW[name](target_flops=0.6, soft_until=0.7), data=rows(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(again) == pytest.approx(losses(whole), abs=1e-6)
+    for (n, expected), found in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6, msg=lambda m, n=n: f"{n}: {m}")
+    logged = "reward" if name == "trbert" else "saliency_kl"
+    assert [logged in line for line in whole.state.log_history if "loss" in line] == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_what_is_saved_comes_back(name, tmp_path):
+    torch.manual_seed(0)
+    model = prune(BERT.build(), NEW[name](**({"start": 0.0} if name == "trbert" else {"init": 1.0})))
+    with torch.no_grad():
+        for parameter in model.token_pruner.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        expected = BERT.answers(model, BERT.batch())
+        model.save_pretrained(tmp_path)
+        restored = prune(Auto.from_pretrained(tmp_path))
+        assert difference(BERT.answers(restored, BERT.batch()), expected) == 0
+    assert restored.token_pruner.report == model.token_pruner.report
+    assert restored.token_pruner.to_dict() == model.token_pruner.to_dict()
+
+
+@pytest.fixture(scope="module", params=NEW)
+def learned(request, tmp_path_factory) -> SimpleNamespace:
+    """A model that was trained to a budget on texts whose class one word says."""
+    folder = tmp_path_factory.mktemp(request.param)
+    toy, out = make_toy(folder), folder / "out"
+    options = OPTIONS | {"prune_epochs": 6, "target_flops": 0.65, "pruner_lr": 1e-2}
+    jobs.train(toy.model, toy.data, str(out), method=request.param, **options)
+    return SimpleNamespace(out=out, name=request.param, summary=json.loads((out / jobs.SUMMARY).read_text()))
+
+
+def test_the_budget_is_met_and_the_answers_are_right(learned):
+    dense, pruned = learned.summary["rows"]
+    assert learned.summary["reached"]["flops_fraction"] == pytest.approx(0.65, rel=0.02)
+    assert 1 / pruned["flops_ratio"] == pytest.approx(0.65, rel=0.1), "on texts that chose nothing"
+    assert dense["quality"] > 90 and pruned["quality"] > 90
+
+
+def test_useful_tokens_are_told_from_useless_ones(learned):
+    """The word that is the class stays, of the others hardly any."""
+    model, tokenizer = jobs.load(str(learned.out))
+    told, kept = ("wheat", "chaff"), {True: [], False: []}
+    for text in ("the grain and wheat thresh farmer", "farmer and script the chaff grain script thresh the"):
+        with torch.no_grad():
+            model(**tokenizer(text, return_tensors="pt"))
+        (view, *_) = model.token_pruner.record.views
+        for word, stays in zip(text.split(), view.keep[0, 1:-1].tolist(), strict=True):
+            assert word in told or word in FILLERS
+            kept[word in told].append(stays)
+    assert all(kept[True]) and sum(kept[False]) <= len(kept[False]) / 2
