@@ -22,6 +22,7 @@ from thresher.report import row
 
 COMMANDS = {
     "train": "--data --out --method --target-flops --keep --at --epochs --prune-epochs --lr --seed --max-length",
+    "tune": "--data --out --target-flops --target-latency-ms --max-disagreement --max-drop --method --plot --limit",
     "eval": "--data --text --label --config --metric --batch-size --max-length --limit",
     "bench": "--data --against --runtime --precision --batch-size --threads --plot --graphs --roofline",
     "export": "--data --out --format --precision --max-length --threads",

@@ -1,9 +1,11 @@
-"""The command line: train, eval, bench, export, show and info; torch is imported only by what needs it."""
+"""The command line: train, tune, eval, bench, export, show and info; torch is imported only by what needs it."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,6 +118,59 @@ def train(
             f"asked: {asked}; measured: {reached['latency_ms']:.2f} ms, "
             f"{reached['latency_fraction_measured']:.2f} of the dense {reached['latency_ms_dense']:.2f} ms"
         )
+    if not quiet:
+        say(f"the model is in {out}")
+
+
+@app.command()
+def tune(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, Option(metavar="DIR", help="The folder for the pruned model.")],
+    target_flops: Annotated[float | None, Option(help="Budget: share of the dense MACs to be left.")] = None,
+    target_latency_ms: Annotated[float | None, Option(help="Budget: mean ms per text, one at a time.")] = None,
+    max_disagreement: Annotated[
+        float | None, Option(help="Budget: share of texts with another answer than the dense model's.")
+    ] = None,
+    max_drop: Annotated[float | None, Option(help="Budget: drop of accuracy, as a share; needs labels.")] = None,
+    method: Annotated[str, Option(metavar="NAME", help="topk, spatten, vatp, entropy, ats, ...")] = "topk",
+    seed: Annotated[int, Option(metavar="N", help="Of the order of the texts.")] = 0,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="Draw cost and divergence as a PNG.")] = None,
+    config: Config = None,
+    text: Columns = None,
+    label: Label = None,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 256,
+    limit: Limit = None,
+    threads: Threads = None,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Find a pruning schedule for a fine-tuned model under one budget, without any training.
+
+    \b
+    Examples:
+      thresher tune runs/dense --data texts.csv --target-flops 0.5 --out runs/fast
+      thresher tune runs/dense --data texts.csv --max-disagreement 0.02 --out runs/safe --plot safe.png
+      thresher tune runs/dense --data glue --config sst2 --max-drop 0.01 --method vatp --out runs/sst2
+    """
+    options = given(locals(), "model", "data", "out")
+    start(verbose, quiet, json_file, plot, folder=out)
+    from . import bounds
+
+    for name, limit_of in (("max_disagreement", max_disagreement), ("max_drop", max_drop)):
+        if limit_of is not None and 0 < limit_of < 1 and not quiet:
+            least = bounds.least(limit_of, paired=name == "max_drop")
+            say(f"{name}={limit_of:g} with 95 % confidence takes {least} texts to test on, if none of them goes wrong")
+    from .frontier import table
+    from .tune import tune as search
+
+    with progress(quiet) as tell, redirect_stdout(sys.stderr):
+        rows = search(str(model), data, str(out), **options, progress=tell)
+    write(rows, json_file)
+    if str(json_file) != "-":
+        Console(width=max(160, Console().width)).print(table(rows))
     if not quiet:
         say(f"the model is in {out}")
 

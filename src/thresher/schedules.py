@@ -1,0 +1,199 @@
+"""Schedules: at which layers tokens leave and how many stay, what that costs, and the best of them under a budget.
+
+A schedule is searched as ``left``: for each layer that can be a site, which of ``LEVELS`` is left after it, as an
+index, never falling. Shapes: N texts, L layers that can be sites, V levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .flops import LayerCount, macs
+from .latency import LatencyTable
+from .pruner import StackInfo, kept_count
+
+STEPS = 20
+LEVELS = (
+    *(round(1 - i / STEPS, 2) for i in range(STEPS)),
+    0.0,
+)  # shares of a text's own tokens; 0: the protected ones alone
+BINS = 2000  # of the dense cost, in which the search counts
+Left = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """The schedules of one model, and their mean cost on some texts: MACs, or with a ``table`` measured milliseconds.
+
+    Args:
+        info: of the model.
+        lengths: (N,) tokens of each text.
+        charged: whether the method takes all attention probabilities of a site, whose MACs then count.
+        table: measured times, one text at a time.
+    """
+
+    info: StackInfo
+    lengths: Tensor
+    charged: bool = True
+    table: LatencyTable | None = None
+
+    @property
+    def layers(self) -> range:
+        """The layers that can be sites."""
+        return range(self.info.first_site, self.info.last_site + 1)
+
+    def fields(self, left: Left) -> dict[str, tuple]:
+        """``at`` and ``keep`` of the method: where tokens leave, and the share of the survivors that stays."""
+        before, found = 0, {}
+        for layer, level in zip(self.layers, left, strict=True):
+            if level > before:
+                found[layer] = round(LEVELS[level] / LEVELS[before], 3) if LEVELS[level] else 1
+                before = level
+        return {"at": tuple(found), "keep": tuple(found.values())}
+
+    def cost(self, left: Left) -> float:
+        """Mean cost of a text, with tokens counted as the methods count them."""
+        if left not in self._known:
+            self._known[left] = self._cost(left)
+        return self._known[left]
+
+    def _cost(self, left: Left) -> float:
+        schedule = self.fields(left)
+        shares, n, counts = dict(zip(schedule["at"], schedule["keep"], strict=True)), self.lengths, []
+        for layer in range(self.info.depth):
+            kept = kept_count(shares[layer], n, self._protected) if layer in shares else n
+            counts.append(LayerCount(n, kept if self.info.inside else n, layer in shares))
+            n = kept
+        return self._fixed + self._price(counts)
+
+    @cached_property
+    def dense(self) -> float:
+        """Mean cost of a text with every token kept."""
+        return self.cost((0,) * len(self.layers))
+
+    @cached_property
+    def strongest(self) -> Left:
+        """The cheapest schedule."""
+        return self.frontier(np.zeros((len(self.layers), len(LEVELS))))[0]
+
+    def frontier(self, damage: np.ndarray) -> list[Left]:
+        """The schedules that no cheaper one equals in damage, by rising cost: dynamic programming over layers, the
+        level after them, and the cost in parts of the dense model's.
+
+        damage: (L, V), what it does to let the other tokens leave at one layer alone, falling in no row. In a schedule
+        it adds up: a layer that goes from level a to b is charged ``damage[layer, b] - damage[layer, a]``.
+        """
+        unit, width = self.dense / BINS, BINS + len(self.layers) + 1
+        before, steps = self._steps
+        best = np.full((len(LEVELS), width), np.inf)
+        best[0, round(before / unit) :] = 0.0
+        trail = []  # of each layer (2, V, width): the level and the cost that it came from
+        for row, table in zip(damage, steps, strict=True):
+            least, origin = np.full_like(best, np.inf), np.zeros((2, *best.shape), dtype=int)
+            for a, b in zip(*np.triu_indices(len(LEVELS)), strict=True):
+                if (step := round(table[a, b] / unit)) >= width:
+                    continue
+                reached = best[a, : width - step] + max(0.0, row[b] - row[a])
+                better = reached < least[b, step:]
+                least[b, step:][better] = reached[better]
+                origin[0, b, step:][better] = a
+                origin[1, b, step:][better] = np.flatnonzero(better)
+            best = least
+            trail.append(origin)
+        found, last = [], np.inf
+        for cost in range(width):
+            level = int(best[:, cost].argmin())
+            if best[level, cost] < last:
+                last = best[level, cost]
+                found.append(_walk(trail, level, cost))
+        return found
+
+    def within(self, frontier: list[Left], budget: float) -> Left | None:
+        """The last of a ``frontier`` that costs ``budget`` at most."""
+        return next((left for left in reversed(frontier) if self.cost(left) <= budget), None)
+
+    @cached_property
+    def _known(self) -> dict[Left, float]:
+        return {}
+
+    @property
+    def _protected(self) -> Tensor:
+        return self.lengths.clamp(max=len(self.info.protected))
+
+    @property
+    def _fixed(self) -> float:
+        return 0.0 if self.table is None else self.table.fixed(self.lengths).mean().item()
+
+    def _price(self, counts: list[LayerCount], first: int = 0) -> float:
+        """Mean cost of some layers, from ``first`` on."""
+        if not counts:
+            return 0.0
+        if self.table is not None:
+            return sum(self.table.layer(c.n_attention, c.n_ffn, c.scored) for c in counts).mean().item()
+        costs = list(self.info.costs[first : first + len(counts)])
+        counts = [LayerCount(c.n_attention.double(), c.n_ffn.double(), c.scored and self.charged) for c in counts]
+        return macs(costs, counts).mean().item()
+
+    @cached_property
+    def _steps(self) -> tuple[float, np.ndarray]:
+        """The cost of what comes before the first layer that can be a site, and (L, V, V) that of each such layer
+        between two levels. The last one bears what comes after it."""
+        n, levels = self.lengths, range(len(LEVELS))
+        kept = [torch.maximum((share * n - 1e-6).ceil().long(), self._protected.clamp(min=1)) for share in LEVELS]
+        steps = np.full((len(self.layers), len(LEVELS), len(LEVELS)), np.inf)
+        for i, layer in enumerate(self.layers):
+            after = self.info.depth - layer - 1 if layer == self.info.last_site else 0
+            for a in levels:
+                for b in levels[a:]:
+                    here = LayerCount(kept[a], kept[b] if self.info.inside else kept[a], a != b)
+                    steps[i, a, b] = self._price([here] + [LayerCount(kept[b], kept[b])] * after, layer)
+        return self._fixed + self._price([LayerCount(n, n)] * self.info.first_site), steps
+
+
+def _walk(trail: list[np.ndarray], level: int, cost: int) -> Left:
+    """The schedule that ends at a level and a cost."""
+    left = []
+    for origin in reversed(trail):
+        left.append(level)
+        level, cost = origin[:, level, cost].tolist()
+    return tuple(reversed(left))
+
+
+def neighbours(left: Left, reach: int = 2) -> list[Left]:
+    """Schedules near one: up to ``reach`` levels more or less at two layers, or at one the level of that before."""
+    moves = [0, *(move for step in range(1, reach + 1) for move in (step, -step))]
+    found = dict.fromkeys(_moved(left, {i: left[i - 1] - left[i]}) for i in range(1, len(left)))
+    for i in range(len(left)):
+        for j in range(i + 1, len(left)):
+            found.update(dict.fromkeys(_moved(left, {i: x, j: y}) for x in moves for y in moves))
+    found.pop(left, None)
+    return [*found]
+
+
+def _moved(left: Left, moves: dict[int, int]) -> Left:
+    """``left`` with some levels moved, and those that would then fall along the layers moved with them."""
+    new = list(left)
+    for i, move in moves.items():
+        new[i] = min(max(left[i] + move, 0), len(LEVELS) - 1)
+        new[:i] = [min(level, new[i]) for level in new[:i]]
+        new[i + 1 :] = [max(level, new[i]) for level in new[i + 1 :]]
+    return tuple(new)
+
+
+def curves(measured: Iterable[dict[float, float]]) -> np.ndarray:
+    """(L, V): the damage at every level, from that measured at a few shares of each layer; made to fall in no row, none
+    where everything stays, and monotone cubic pieces in between (Fritsch and Carlson, 1980)."""
+    from scipy.interpolate import PchipInterpolator
+
+    rows = []
+    for points in measured:
+        shares = sorted(points, reverse=True)
+        values = np.maximum.accumulate([0.0, *(max(0.0, points[share]) for share in shares)])
+        rows.append(PchipInterpolator([0.0, *(1 - share for share in shares)], values)([1 - x for x in LEVELS]))
+    return np.maximum.accumulate(np.stack(rows), axis=1)
