@@ -42,7 +42,7 @@ class Entry:
     kind: "train" (quality and FLOPs on the test part), "speed" (wall-clock of all methods of a task, in one run) or
         "efficiency" (wall-clock against FLOPs of fixed schedules, untrained), "runtimes" (a pruned model in every
         runtime and precision), "anytime" (one model at several budgets), "synthetic" (fixed schedules at BERT-base's
-        size, random weights) or "soak" (memory over thousands of calls).
+        size, random weights), "choice" (what choosing alone takes) or "soak" (memory over thousands of calls).
     method: a pruning method, "dense" (fine-tuning alone) or "dense-continued" (the same extra steps, nothing pruned).
     variant: what sets it apart from the entry of the same method and target, in its name.
     options: of ``thresher.jobs.train``, or of the timing.
@@ -238,6 +238,13 @@ ENTRIES: list[Entry] = [
         options={"calls": 10_000},
     ),
     *synthetic(),
+    Entry(
+        "synthetic",
+        "choice",
+        kind="choice",
+        model="bert-base",
+        options={"shapes": ((1, 128), (32, 128), (1, 512), (32, 512)), "calls": 1000},
+    ),
     *(entry for task in ("mrpc", "sst2", "20newsgroups") for entry in board(task, 0, UNTRAINED, prune_epochs=0)),
     *(entry for seed in range(3) for entry in board("mrpc", seed)),
     *anytime("mrpc"),

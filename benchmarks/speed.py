@@ -133,6 +133,44 @@ def measure_anytime(entry, runs: Path) -> list[dict]:
     return rows
 
 
+def measure_choice(entry, runs: Path) -> list[dict]:
+    """What choosing alone takes: a threshold beside the k best of the same scores, interleaved, in microseconds."""
+    import statistics
+    import time
+
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from thresher import Threshold, TopK, prune
+    from thresher.attention import View
+    from thresher.layouts import Padded
+    from thresher.machine import environment
+    from thresher.report import row
+
+    threads, rows = torch.get_num_threads(), []
+    methods = {"threshold": Threshold(1.0, at=(0,)), "topk": TopK(keep=0.5, at=(0,))}
+    for method in methods.values():
+        prune(BertModel(BertConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=1)), method)
+    draw = torch.Generator().manual_seed(0)
+    for size, length in entry.options["shapes"]:
+        score, hidden = torch.rand(size, length, generator=draw) * 2, torch.zeros(size, length, 1)
+        tokens = Padded.start(hidden, None)
+        view = View(0, 0, tokens, torch.arange(length) == torch.zeros(size, 1), hidden)
+        times = {name: [] for name in methods}
+        for _ in range(entry.options["calls"]):
+            for name, method in methods.items():
+                start = time.perf_counter()
+                method.choose(score, view)
+                times[name].append(1e6 * (time.perf_counter() - start))
+        for name, taken in times.items():
+            low, middle, high = statistics.quantiles(taken, n=4)
+            common = {"task": entry.task, "model": "none", "method": name, "runtime": "torch", "precision": "fp32"}
+            common |= {"batch_size": size, "max_length": length, "threads": threads, "split": "none"}
+            timed = {"latency_ms_p50": middle / 1000, "spread": (high - low) / middle, "repeats": len(taken)}
+            rows.append(row(**common, **timed, **environment()))
+    return rows
+
+
 def measure_synthetic(entry, runs: Path) -> list[dict]:
     """Pure speed: random weights of BERT-base's shape, rows of equal length or of lengths from "least" up, fixed
     schedules, in every runtime that an entry names; one interleaved run per schedule."""
@@ -195,6 +233,7 @@ KINDS = {
     "efficiency": measure_efficiency,
     "runtimes": measure_runtimes,
     "anytime": measure_anytime,
+    "choice": measure_choice,
     "soak": measure_soak,
     "synthetic": measure_synthetic,
 }
