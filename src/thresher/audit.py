@@ -81,7 +81,7 @@ def audit(
         lost, gained: examples that pruning made worse, and better; p, p_holm: of the paired test of these two.
         excess, p_more, p_more_holm: the drop less that of the others, and the test whether it is by chance.
         detectable: the drop from which on it would have been told from chance; None: no drop would.
-        worse: whether it was. Holm's correction is over all slices.
+        worse: whether it was, and is a drop. Holm's correction is over all slices.
         tokens, macs: the share of tokens left after the last site, and of the dense model's MACs.
         examples: row of the test part, label, answers of both models, and the trace of the text (``show.Trace``).
         The first row has the task's own metric as well: metric, metric_dense, metric_pruned.
@@ -265,7 +265,9 @@ def _rows(task: Task, said: dict[str, Answers], cost: np.ndarray, cuts: dict) ->
     for row, member, p, p_holm, p_more_holm in zip(slices, members[1:], more, *corrected, strict=True):
         others = float(change[~member].mean()) if not member.all() else row["drop"]
         row |= {"p_holm": p_holm, "excess": row["drop"] - others, "p_more": p, "p_more_holm": p_more_holm}
-        row |= {"detectable": detectable(change, member, unit, LEVEL / len(slices)), "worse": p_more_holm <= LEVEL}
+        least = detectable(change, member, unit, LEVEL / len(slices))
+        row |= {"detectable": None if least is None else max(0.0, least)}
+        row |= {"worse": p_more_holm <= LEVEL and row["drop"] > 0}
     return rows, members
 
 

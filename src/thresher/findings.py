@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from .audit import ALL, LEVEL, worst
@@ -13,6 +14,7 @@ from .show import Token, Trace, article, page, slider
 if TYPE_CHECKING:
     from rich.table import Table
 
+NAMED = 5  # slices of a kind that a verdict names
 HEADER = ("slice", "examples", "tokens", "dense", "pruned", "drop (95 %)", "lost / gained", "p", "p more", "detectable")
 HEADER += ("tokens left", "MACs left")
 NOTES = (
@@ -42,8 +44,8 @@ def verdict(rows: Sequence[dict]) -> list[str]:
     own = f"{whole['metric']} {whole['metric_dense']:.1f} dense, {whole['metric_pruned']:.1f} pruned"
     against = "its own weights without pruning" if whole["against"] is None else whole["against"]
     said = [
-        f"On {whole['n']} examples the {whole['score']} {change}{by} against {against} (drop{_interval(whole)}, "
-        f"p = {_p(whole['p'])}; {own}), with {whole['macs']:.0%} of the MACs."
+        f"On {whole['n']} examples the {whole['score']} {change}{by} against {against} (95 % interval of the drop "
+        f"{_interval(whole)}, p {_p(whole['p'])}; {own}), with {whole['macs']:.0%} of the MACs."
     ]
     if whole["against"] is None:
         said.append("Weights that were trained with pruning are not the dense model's: name that, where there is one.")
@@ -61,13 +63,13 @@ def verdict(rows: Sequence[dict]) -> list[str]:
     known = [row for row in slices if row["p_holm"] <= LEVEL and row not in worse]
     for what, some in (("lose", [r for r in known if r["drop"] > 0]), ("gain", [r for r in known if r["drop"] < 0])):
         if some:
-            said.append(f"For themselves, without being compared, these {what} significantly: {_named(some)}.")
+            said.append(f"On their own, not beside the others, these {what} significantly: {_named(some)}.")
     return said
 
 
 def _named(rows: Sequence[dict]) -> str:
-    each = (f"{r['by']} {r['slice']} (drop {_fixed(r['drop'], r)},{_interval(r)}, {r['n']} examples)" for r in rows)
-    return "; ".join(each)
+    each = (f"{r['by']} {r['slice']} (drop {_fixed(r['drop'], r)}, {_interval(r)}, {r['n']} examples)" for r in rows)
+    return "; ".join([*islice(each, NAMED), *([f"and {len(rows) - NAMED} more"] if len(rows) > NAMED else [])])
 
 
 def _least(slices: Sequence[dict]) -> str:
@@ -108,7 +110,7 @@ def _plain(text: str):
 
 
 def _cells(row: dict) -> tuple[str, ...]:
-    interval = "" if row["interval"] is None else _interval(row)
+    interval = "" if row["interval"] is None else f" ({_interval(row)})"
     return (
         f"{row['n']:,}",
         f"{row['length']:.1f}",
@@ -128,7 +130,7 @@ def cases(rows: Sequence[dict]) -> Iterator[tuple[str, list[tuple[str, Trace]]]]
     """(heading, (line, trace) of each example) of the slices that show some, the worst first."""
     for row in worst(rows):
         if row["examples"]:
-            heading = f"{row['by']} {row['slice']}: drop {_fixed(row['drop'], row)}{_interval(row)}"
+            heading = f"{row['by']} {row['slice']}: drop {_fixed(row['drop'], row)} ({_interval(row)})"
             yield heading, [(_line(case), _trace(case["trace"])) for case in row["examples"]]
 
 
@@ -197,8 +199,8 @@ def _unit(row: dict) -> str:
 
 def _interval(row: dict) -> str:
     if row["interval"] is None:
-        return " without an interval"
-    return f" {_fixed(row['interval'][0], row)} … {_fixed(row['interval'][1], row)}"
+        return "no interval"
+    return f"{_fixed(row['interval'][0], row)} … {_fixed(row['interval'][1], row)}"
 
 
 def _p(value: float | None) -> str:
