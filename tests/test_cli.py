@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import thresher
 from families import FAMILIES
 from test_show import save_tiny
-from thresher import LTP, Threshold, TopK, cli, console
+from thresher import LTP, Threshold, TopK, cli, console, inspecting, options
 from thresher.report import row
 
 COMMANDS = {
@@ -26,7 +26,8 @@ COMMANDS = {
     "eval": "--data --text --label --config --metric --batch-size --max-length --limit",
     "bench": "--data --against --runtime --precision --batch-size --threads --plot --graphs --roofline",
     "export": "--data --out --format --precision --max-length --threads",
-    "show": "--text --file --data --limit --html",
+    "show": "--text --file --data --image --limit --html --png",
+    "audit": "--data --against --by --examples --html --config --batch-size --max-length --limit --executor",
     "info": "",
 }
 TRAIN = ("train", "a-model", "--data", "some.csv")
@@ -104,7 +105,8 @@ def test_without_arguments_there_is_help_and_the_version_is_told():
 
 
 def test_help_needs_no_heavy_import():
-    for module, own in ((cli, {"console"}), (console, set())):
+    commands = {"console", "options"}
+    for module, own in ((cli, commands | {"inspecting"}), (inspecting, commands), (options, set()), (console, set())):
         tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
         names = [a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names]
         names += [node.module or "." for node in tree.body if isinstance(node, ast.ImportFrom)]
@@ -323,7 +325,7 @@ def test_show_reads_files_data_and_pairs(models, tmp_path):
 
 
 def test_what_show_refuses(models, tmp_path):
-    assert "one of --text, --file and --data" in fails("show", models.topk)
+    assert "one of --text, --file, --data and --image" in fails("show", models.topk)
     assert "one of" in fails("show", models.topk, "--text", "wheat", "--file", "x")
     assert "one --text" in fails("show", models.topk, "--text", "a", "--text", "b", "--pair", "c")
     assert "texts.txt" in fails("show", models.topk, "--file", tmp_path / "texts.txt")

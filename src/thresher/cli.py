@@ -1,50 +1,43 @@
-"""The command line: train, tune, eval, bench, export, show and info; torch is imported only by what needs it."""
+"""The command line: train, tune, eval, bench and export; torch is imported only by what needs it."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from typer import Argument, Option
 
 from .console import Group, given, measure, progress, say, start, write
-
-
-def _list(kind: Callable) -> Callable[[str], tuple]:
-    """A reader of values with commas between them."""
-    return lambda value: tuple(kind(part) for part in value.split(","))
+from .inspecting import audit, info, show
+from .options import (
+    BatchSize,
+    Columns,
+    Config,
+    Data,
+    Executor,
+    Json,
+    Label,
+    Limit,
+    MaxLength,
+    Metric,
+    Model,
+    Quiet,
+    Threads,
+    Verbose,
+    listed,
+)
 
 
 def _keep(value: str) -> float | int | tuple:
-    shares = _list(lambda share: float(share) if "." in share else int(share))(value)
+    shares = listed(lambda share: float(share) if "." in share else int(share))(value)
     return shares[0] if len(shares) == 1 else shares
 
-
-# Options of several commands. A list of values has a parser, and no type that typer would know.
-Model = Annotated[str, Argument(metavar="MODEL", help="A folder, or the name of a model on the hub.")]
-Data = Annotated[str, Option(metavar="PATH|ID", help="A csv, tsv, json, jsonl or parquet file, a folder, a hub id.")]
-Config = Annotated[str | None, Option(metavar="NAME", help="Configuration of a hub data set: sst2 of glue.")]
-Columns = Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="Text columns, if unusual.")]
-Label = Annotated[str | None, Option(metavar="NAME", help="Label column, if unusual.")]
-Metric = Annotated[str | None, Option(metavar="NAME", help="accuracy, f1, matthews, pearson; default: what fits.")]
-BatchSize = Annotated[int, Option(min=1, metavar="N", help="Texts in a batch.")]
-MaxLength = Annotated[int, Option(min=3, metavar="N", help="Tokens of a text; the rest is cut.")]
-Limit = Annotated[int | None, Option(min=1, metavar="N", help="Use that many rows only.")]
-Threads = Annotated[int | None, Option(min=1, metavar="N", help="Threads of the processor.")]
-Executor = Annotated[str, Option(metavar="NAME", help="auto, mask, padded or packed.")]
-Json = Annotated[Path | None, Option("--json", metavar="FILE", help="Write the result there; - prints only it.")]
-Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress and no notices.")]
-Verbose = Annotated[bool, Option("--verbose", "-v", help="Let transformers and datasets say all they have to say.")]
 
 app = typer.Typer(cls=Group, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
 
@@ -71,7 +64,7 @@ def train(
     keep: Annotated[
         Any, Option(parser=_keep, metavar="K", help="Share (0.5) or number (64) kept, for topk and its kin.")
     ] = None,
-    at: Annotated[Any, Option(parser=_list(int), metavar="1,2,4", help="Layers after which tokens leave.")] = None,
+    at: Annotated[Any, Option(parser=listed(int), metavar="1,2,4", help="Layers after which tokens leave.")] = None,
     recipe: Annotated[str | None, Option(metavar="M-TASK", help="Settings of a method and a task: top-mrpc.")] = None,
     epochs: Annotated[
         int | None, Option(min=0, metavar="N", help="Dense fine-tuning; 0 if MODEL is fine-tuned; default: 3.")
@@ -210,9 +203,9 @@ def bench(
     model: Annotated[str | None, Argument(metavar="DIR", help="The folder of a pruned model.")] = None,
     data: Annotated[str | None, Option(metavar="PATH|ID", help="Labelled texts, as for train.")] = None,
     against: Annotated[str | None, Option(metavar="MODEL", help="Another model to compare with.")] = None,
-    runtime: Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="torch, onnx, openvino.")] = "torch",
-    precision: Annotated[Any, Option(parser=_list(str.strip), metavar="A[,B]", help="fp32, bf16, int8.")] = "fp32",
-    batch_size: Annotated[Any, Option(parser=_list(int), metavar="M[,N]", help="Texts in a batch.")] = "1,32",
+    runtime: Annotated[Any, Option(parser=listed(str.strip), metavar="A[,B]", help="torch, onnx, openvino.")] = "torch",
+    precision: Annotated[Any, Option(parser=listed(str.strip), metavar="A[,B]", help="fp32, bf16, int8.")] = "fp32",
+    batch_size: Annotated[Any, Option(parser=listed(int), metavar="M[,N]", help="Texts in a batch.")] = "1,32",
     repeats: Annotated[int, Option(min=1, metavar="N", help="Times that each measurement is made.")] = 5,
     graphs: Annotated[Path | None, Option(metavar="DIR", help="Keep the exported graphs there.")] = None,
     roofline: Annotated[bool, Option("--roofline", help="Measure what this machine can do, and no model.")] = False,
@@ -294,80 +287,8 @@ def export(
         say(f"the graph is in {out}; its logits differ from the model's by {row['difference']:.2g} at most")
 
 
-@app.command()
-def show(
-    model: Model,
-    text: Annotated[list[str] | None, Option(metavar="TEXT", help="A text; may be given several times.")] = None,
-    pair: Annotated[str | None, Option(metavar="TEXT", help="The text beside it, for models that read pairs.")] = None,
-    file: Annotated[Path | None, Option(metavar="FILE", help="One text per line.")] = None,
-    data: Annotated[str | None, Option(metavar="PATH|ID", help="The first texts of its test part.")] = None,
-    config: Config = None,
-    columns: Columns = None,
-    limit: Annotated[int, Option(min=1, metavar="N", help="Texts to show.")] = 10,
-    max_length: Annotated[int | None, Option(min=3, metavar="N", help="Tokens of a text; the rest is cut.")] = None,
-    html: Annotated[Path | None, Option(metavar="FILE", help="Write a page for the browser.")] = None,
-    executor: Executor = "auto",
-    json_file: Json = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Which token leaves after which layer.
-
-    \b
-    Examples:
-      thresher show runs/reviews --text "Wonderful acting, but far too long."
-      thresher show runs/reviews --data reviews.csv --limit 3 --html reviews.html
-      thresher show runs/qnli --text "Who threshes?" --pair "Farmers do." --json -
-    """
-    if sum(map(bool, (text, file, data))) != 1 or (pair and len(text or ()) != 1):
-        raise ValueError("give texts with one of --text, --file and --data; --pair goes with one --text")
-    texts = [(one, pair) for one in text or ()]
-    if file:
-        texts = [(line, None) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    start(verbose, quiet, json_file, html)
-    from . import jobs
-    from .data import load_task
-    from .show import html as page
-    from .show import terminal, trace
-
-    if data:
-        task = load_task(data, config=config, text=columns, need_labels=False)
-        rows = task.test.select(range(min(limit, len(task.test))))
-        texts = [tuple(row[column] for column in task.text_columns) for row in rows]
-    pruned, tokenizer = jobs.load(model, executor)
-    traces = [trace(pruned, tokenizer, *row, max_length=max_length) for row in texts[:limit]]
-    if html:
-        page(traces, html)
-    write([asdict(one) for one in traces], json_file)
-    for one in traces if str(json_file) != "-" else ():
-        Console().print(terminal(one))
-
-
-@app.command()
-def info(model: Model, json_file: Json = None, verbose: Verbose = False) -> None:
-    """What is in a saved model, and how it prunes.
-
-    \b
-    Examples:
-      thresher info runs/reviews
-      thresher info runs/reviews --json -
-    """
-    start(verbose, False, json_file)
-    from .info import describe
-
-    row = describe(model)
-    write([row], json_file)
-    grid = Table.grid("name", "value", padding=(0, 2))
-    for name, value in row.items():
-        if isinstance(value, dict):
-            value = "\n".join(f"{key}: {entry}" for key, entry in value.items() if entry is not None)
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value))
-        elif value is None:
-            value = "none: the model is dense" if name == "pruning" else "–"
-        grid.add_row(name.replace("_", " "), Text(str(value)))
-    if str(json_file) != "-":
-        Console(highlight=False).print(grid)
+for command in (show, audit, info):
+    app.command()(command)
 
 
 def main() -> None:

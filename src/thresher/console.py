@@ -109,6 +109,8 @@ def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 def write(rows: list[dict], json_file: Path | None) -> None:
     """``{"rows": [...]}`` into a file, or to the screen for "-"; what is no number becomes null."""
+    from .report import whole
+
     if json_file is None:
         return
     text = json.dumps({"rows": rows}, default=lambda value: value.item() if hasattr(value, "item") else str(value))
@@ -116,5 +118,5 @@ def write(rows: list[dict], json_file: Path | None) -> None:
     if str(json_file) == "-":
         print(text)
     else:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(text + "\n", encoding="utf-8")
+        with whole(json_file) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import qa
-from .tasks import DataError, Task
+from .tasks import DataError, Task, with_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,6 +46,7 @@ def load_task(
     seed: int = 0,
     limit: int | None = None,
     need_labels: bool = True,
+    beside: Sequence[str] = (),
 ) -> Task:
     """Read a data set and cut it into train, validation (for every choice) and test (for the report).
 
@@ -57,6 +58,7 @@ def load_task(
     train_split, test_split: names of the parts, where they are not called train and test.
     limit, seed: train has at most `limit` rows, in an order drawn with `seed`; validation and test do not change.
     need_labels: False accepts data without labels, or with one class.
+    beside: further columns that the test part is to have: numbers, or strings with None where there is no value.
 
     Test is the part called test; where there is none, or none with labels (GLUE), the part called validation; else 10 %
     of the rows. Validation is 10 % of train, at most 2,000 rows. Both cuts are stratified, with the fixed seed 0.
@@ -76,7 +78,7 @@ def load_task(
         }
         _require({*named} <= {*parts}, f"there is no part {_brief(*named)}: the parts are {_brief(*parts)}")
         parts = {named.get(where, where): part for where, part in parts.items()}
-        return qa.load_qa(name, parts, metric=metric, seed=seed, limit=limit)
+        return qa.load_qa(name, parts, metric=metric, seed=seed, limit=limit, beside=beside)
     columns, label = _find_columns(parts.get("train", next(iter(parts.values()))), text, label, need_labels)
     parts = _choose_parts(parts, train_split, test_split, label if need_labels else None)
     if not need_labels and any(_unlabelled(part, label).any() for part in parts.values()):
@@ -102,7 +104,9 @@ def load_task(
     kind = "regression" if names is None else "classification"
     _require(metric in fits, f"{metric!r} is no metric for {kind} ({len(names or ())} classes): use {_brief(*fits)}")
     used = [*columns, label] if label else [*columns]
-    cut = [p if p is None else Dataset.from_pandas(p[used], preserve_index=False) for p in (train, validation, test)]
+    test = with_columns(test, used, beside)
+    used = [(train, used), (validation, used), (test, [*used, *beside])]
+    cut = [p if p is None else Dataset.from_pandas(p[names], preserve_index=False) for p, names in used]
     return Task(*cut, columns, label, names or [], kind, metric, name, selected_on, removed)
 
 

@@ -6,11 +6,12 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from . import exporting, qa
 from .api import dense, unprune
@@ -41,7 +42,7 @@ def evaluate(
     **columns,
 ) -> list[dict]:
     """Quality and MACs on the test part: a row for the model as it is and, if it is pruned, one for it unpruned."""
-    net, max_length, task, test = _opened(model, data, max_length, executor, metric, limit, columns)
+    net, max_length, task, test = tested(model, data, max_length, executor, metric, limit, columns)
     modes = ["pruned", "dense-unpadded"] if hasattr(net, "token_pruner") else ["dense-unpadded"]
     results = {}
     for mode in modes:
@@ -110,11 +111,10 @@ def bench(
         if lost := [value for value in given if value not in there]:
             known = "; ".join(f"{one}: {', '.join(kinds)}" for one, kinds in PAIRS.items())
             raise ValueError(f"{lost[0]!r} does not go with what else was asked for; there is {known}")
-    net, max_length, task, test = _opened(model, data, max_length, "auto", metric, limit, columns)
+    net, max_length, task, test = tested(model, data, max_length, "auto", metric, limit, columns)
     if not hasattr(net, "token_pruner"):
         raise ValueError(f"{model} is not pruned: there is nothing to compare; thresher train makes a pruned model")
-    own = os.path.join(model, "dense")
-    other = load(against or own)[0] if against or os.path.isdir(own) else None
+    other = dense_of(model, against)
     kept = predict(net, test).kept
     copies = {name: replayed(net, name, kept) for name in baselines}
     with tempfile.TemporaryDirectory() as temporary:
@@ -202,18 +202,27 @@ def _export(net, model: str, out, format: str, precision: str, task: Task | None
     )
 
 
-def _opened(
-    model: str, data: str, max_length: int, executor: str, metric: str | None, limit: int | None, columns: dict
-):
-    """(model, longest text, task, the first ``limit`` of the tokenized test part), the labels in the model's order."""
+def dense_of(model: str, against: str | None) -> PreTrainedModel | None:
+    """The model to compare with: ``against``, else ``dense`` in the model's folder; None where there is neither."""
+    own = os.path.join(model, "dense")
+    return load(against or own)[0] if against or os.path.isdir(own) else None
+
+
+def names_of(model: PreTrainedModel) -> list[str] | None:
+    """The classes of a model in their order; None where it has no names for them."""
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    return names if len(names) > 1 and not all(name.startswith("LABEL_") for name in names) else None
+
+
+def tested(model: str, data: str, max_length: int, executor: str, metric: str | None, limit: int | None, columns: dict):
+    """(model, longest text, task with the ``limit`` examples of the test part that are asked for, these tokenized); the
+    labels are in the model's order."""
     net, tokenizer = load(model, executor)
-    names = [net.config.id2label[i] for i in range(net.config.num_labels)]
-    named = names if net.config.num_labels > 1 and not all(name.startswith("LABEL_") for name in names) else None
-    task = load_task(data, metric=metric, labels=named, **columns)
+    task = load_task(data, metric=metric, labels=names_of(net), **columns)
     max_length = clip(max_length, net.config)
     if (task.kind == "qa") != type(net).__name__.endswith("ForQuestionAnswering"):
         wanted = "a model that answers questions" if task.kind == "qa" else "a classifier"
         raise ValueError(f"{model} is a {type(net).__name__}: {data} wants {wanted}")
     chosen = np.random.default_rng(0).permutation(len(task.test))[:limit]  # a file may lie in the order of its labels
-    test = task.test.select(sorted(chosen))
-    return net, max_length, task, tokenize(test, task, tokenizer, max_length)[0]
+    task = replace(task, test=task.test.select(sorted(chosen)))
+    return net, max_length, task, tokenize(task.test, task, tokenizer, max_length)[0]

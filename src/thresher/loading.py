@@ -13,6 +13,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -34,11 +37,37 @@ def load(model: str, executor: str = "auto", **options) -> tuple[PreTrainedModel
     Raises:
         ValueError: no such model, or one that cannot be read.
     """
+    return _pruned(lambda: open_model(model, **options), executor), reading(AutoTokenizer.from_pretrained, model)
+
+
+def load_vision(model: str, executor: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """(model, image processor) of a saved model that reads pictures, in evaluation mode; pruned if its configuration
+    says so.
+
+    Raises:
+        ValueError: no such model, one that cannot be read or reads no pictures, or a library that its image processor
+            needs is missing.
+    """
+    known = reading(AutoConfig.from_pretrained, model).architectures or ()
+    classifies = any(name.endswith("ForImageClassification") for name in known)
+    kind = AutoModelForImageClassification if classifies else AutoModel
+    net = _pruned(lambda: reading(kind.from_pretrained, model), executor)
+    if net.main_input_name != "pixel_values":
+        raise ValueError(f"{model} is a {type(net).__name__}, which reads {net.main_input_name} and no pictures")
+    try:
+        return net, reading(AutoImageProcessor.from_pretrained, model)
+    except ImportError as error:
+        needs = next(line.strip() for line in str(error).splitlines() if line.strip())
+        raise ValueError(f"the image processor of {model} needs a library that is missing: {needs}") from error
+
+
+def _pruned(opening: Callable[[], PreTrainedModel], executor: str) -> PreTrainedModel:
+    """The model that ``opening`` gives, as its configuration prunes it."""
     with _without_report():
-        net = open_model(model, **options)
+        net = opening()
     if getattr(net.config, CONFIG_KEY, None) is not None:
         prune(net, executor=executor)
-    return net.eval(), reading(AutoTokenizer.from_pretrained, model)
+    return net.eval()
 
 
 @contextmanager

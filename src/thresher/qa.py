@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .tasks import DataError, Task
+from .tasks import DataError, Task, with_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,13 +31,20 @@ def is_qa(frame: DataFrame) -> bool:
 
 
 def load_qa(
-    name: str, parts: dict[str, DataFrame], *, metric: str | None = None, seed: int = 0, limit: int | None = None
+    name: str,
+    parts: dict[str, DataFrame],
+    *,
+    metric: str | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    beside: Sequence[str] = (),
 ) -> Task:
     """A ``Task`` of questions, paragraphs and answers out of tables with SQuAD's columns: train, validation, test.
 
     Test is the part called test, where its answers are there, else validation beside a train part; where there is
     neither, a quarter of the questions. Validation is a tenth of what is left to train on, at most 2,000. Both are cut
-    by article (``title``, else by paragraph), so that no paragraph is in two parts, with the fixed seed 0.
+    by article (``title``, else by paragraph), so that no paragraph is in two parts, with the fixed seed 0. The test
+    part has the columns ``beside`` as well.
     Raises DataError for whatever cannot be used.
     """
     from datasets import Dataset
@@ -61,10 +68,8 @@ def load_qa(
         train, validation = _hold_out(train, groups, share)
         selected_on = f"{100 * share:.2g}% of train by {groups} (seed 0), {len(validation)} rows"
         train = train.iloc[np.random.RandomState(seed).permutation(len(train))[:limit]]
-    sets = [
-        part if part is None else Dataset.from_dict({column: [*part[column]] for column in COLUMNS})
-        for part in (train, validation, test)
-    ]
+    parts = [(train, COLUMNS), (validation, COLUMNS), (with_columns(test, COLUMNS, beside), [*COLUMNS, *beside])]
+    sets = [p if p is None else Dataset.from_dict({column: [*p[column]] for column in names}) for p, names in parts]
     return Task(*sets, COLUMNS[:2], "answers", [], "qa", "qa_f1", name, selected_on, {})
 
 

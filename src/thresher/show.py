@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
+from typing import Any
 
 import torch
 from rich.text import Text
@@ -88,7 +88,15 @@ def trace(model, tokenizer, text: str, text_pair: str | None = None, max_length:
         output = model.eval()(**{k: torch.tensor([v], device=device) for k, v in encoded.items() if k in accepted})
     model.train(training)
 
-    layers, scores = [None] * len(ids), [None] * len(ids)
+    layers, scores = departures(pruner, len(ids))
+    spans = [(None, None) if part is None else span for part, span in zip(parts, spans, strict=True)]
+    tokens = zip(tokenizer.convert_ids_to_tokens(ids), parts, *zip(*spans, strict=True), layers, scores, strict=True)
+    return Trace(texts, tuple(Token(*token) for token in tokens), *told(model, output.get("logits")))
+
+
+def departures(pruner, count: int) -> tuple[list[int | None], list[float | None]]:
+    """Of the last forward, on one input of ``count`` tokens: ``layer`` and ``score`` of each, as ``Token`` has them."""
+    layers, scores = [None] * count, [None] * count
     for view in pruner.record.views:
         if view.score is None:  # nothing leaves there, whatever the text
             continue
@@ -96,16 +104,18 @@ def trace(model, tokenizer, text: str, text_pair: str | None = None, max_length:
         for position, alive, keep, score in zip(*(column[0].tolist() for column in columns), strict=True):
             if alive:
                 layers[position], scores[position] = None if keep else view.layer, score
-    spans = [(None, None) if part is None else span for part, span in zip(parts, spans, strict=True)]
-    tokens = zip(tokenizer.convert_ids_to_tokens(ids), parts, *zip(*spans, strict=True), layers, scores, strict=True)
+    return layers, scores
+
+
+def told(model, logits: torch.Tensor | None) -> tuple:
+    """What a trace holds besides the input, from ``left`` on: of the last forward of a pruned model."""
+    pruner = model.token_pruner
     rows = [pruner.report[view.layer] for view in pruner.record.views]
-    return Trace(
-        texts,
-        tuple(Token(*token) for token in tokens),
+    return (
         {row["layer"]: int(row["tokens_kept"]) for row in rows},
         {row["layer"]: row["macs"] / row["dense_macs"] for row in rows},
         float(pruner.record.flops_fraction()),
-        *_predict(model.config, output.get("logits")),
+        *_predict(model.config, logits),
         os.path.basename(os.path.normpath(model.config._name_or_path or type(model).__name__)),
         pruner.name,
     )
@@ -159,7 +169,8 @@ def _summary(trace: Trace) -> str:
     return f"{left} of {len(trace.tokens)} tokens survive, at {trace.macs:.0%} of the dense model's MACs"
 
 
-def _prediction(trace: Trace) -> str:
+def prediction(trace: Any) -> str:
+    """The most probable answers of a trace, in words."""
     form = "{} {:.1%}" if trace.probabilities else "{} {:.3f}"
     return ", ".join(form.format(*item) for item in list(trace.prediction.items())[:5]) or "none"
 
@@ -178,7 +189,7 @@ def terminal(trace: Trace) -> Text:
         result.append("    ", f"on {colours[layer][0]}")
         result.append(f" layer {layer:>2}: {left:>4} left, {trace.layer_macs[layer]:>4.0%} MACs  ")
         result.append((gone if len(gone) < 40 else gone[:39] + "…") + "\n", "dim")
-    return result.append("bold", "bold").append(f" {_summary(trace)}\nprediction: {_prediction(trace)}\n")
+    return result.append("bold", "bold").append(f" {_summary(trace)}\nprediction: {prediction(trace)}\n")
 
 
 STYLE = """
@@ -203,12 +214,12 @@ li, #tip { padding: .1rem .5rem; border-radius: .3rem; font-size: .82rem }
 
 SCRIPT = """
 const slider = document.querySelector("input"), tip = document.querySelector("#tip");
-slider.oninput = () => {
+const fade = () => {
   document.querySelector("output").textContent = JSON.parse(slider.dataset.names)[slider.value];
-  for (const token of document.querySelectorAll("p [data-step]"))
+  for (const token of document.querySelectorAll("[data-step]"))
     token.classList.toggle("gone", +token.dataset.step <= +slider.value);
 };
-slider.oninput();
+if (slider) { slider.oninput = fade; fade(); }
 document.onpointerover = ({ target }) => {
   const token = target.closest("[data-tip]"), box = token?.getClientRects()[0];
   tip.hidden = !token;
@@ -228,25 +239,51 @@ def html(traces: Sequence[Trace], path: str | os.PathLike | None = None) -> str:
     if not traces:
         raise ValueError("there is no text to show")
     layers = sorted({layer for trace in traces for layer in trace.left})
+    intro = (
+        f"{escape(traces[0].model)}, pruned by {escape(traces[0].method)}. A coloured token leaves after the layer of "
+    )
+    intro += "its colour, a <b>bold</b> one survives. Point at a token for its layer and score."
+    body = slider(layers) + "".join(article(trace, layers) for trace in traces)
+    return page("Which token leaves where", intro, body, layers, path)
+
+
+def page(
+    title: str,
+    intro: str,
+    body: str,
+    layers: Sequence[int],
+    path: str | os.PathLike | None = None,
+    style: str = "",
+) -> str:
+    """The frame of every page, with the colours of its ``layers``, and the script of the slider and of what is pointed
+    at; ``intro`` and ``body`` are HTML. Written aside and moved to ``path``, if there is one."""
+    from .report import whole
+
     colours = "".join(f".s{i} {{ background: {b}; color: {f} }}\n" for i, (b, f) in enumerate(ramp(len(layers)), 1))
-    names = escape(json.dumps(["nothing yet", *(f"after layer {layer}" for layer in layers)]))
-    slider = f'<input type="range" min="0" max="{len(layers)}" value="0" data-names="{names}">'
-    page = f"""<!doctype html>
+    text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Which token leaves where</title><style>{STYLE}{colours}</style></head>
-<body><main><h1>Which token leaves where</h1>
-<small>{escape(traces[0].model)}, pruned by {escape(traces[0].method)}. A coloured token leaves after the layer of its
-colour, a <b>bold</b> one survives. Point at a token for its layer and score.</small>
-<label>Fade what has left: <output></output>{slider}</label>
-{"".join(_article(trace, layers) for trace in traces)}</main><div id="tip" hidden></div>
+<title>{title}</title><style>{STYLE}{colours}{style}</style></head>
+<body><main><h1>{title}</h1>
+<small>{intro}</small>
+{body}</main><div id="tip" hidden></div>
 <script>{SCRIPT}</script></body></html>
 """
     if path is not None:
-        Path(path).write_text(page, encoding="utf-8")
-    return page
+        with whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return text
 
 
-def _article(trace: Trace, layers: list[int]) -> str:
+def slider(layers: Sequence[int]) -> str:
+    """The slider that fades what has left after each of the ``layers`` of a page."""
+    names = escape(json.dumps(["nothing yet", *(f"after layer {layer}" for layer in layers)]))
+    return f"""<label>Fade what has left: <output></output>
+<input type="range" min="0" max="{len(layers)}" value="0" data-names="{names}"></label>
+"""
+
+
+def article(trace: Trace, layers: Sequence[int]) -> str:
+    """A text of ``slider(layers)``, coloured, with its prediction and legend."""
     spans = []
     for string, token in pieces(trace):
         if token is None:
@@ -264,5 +301,5 @@ def _article(trace: Trace, layers: list[int]) -> str:
         for layer, left in trace.left.items()
     )
     return f"""<article><p>{"".join(spans)}</p>
-Prediction: <b>{escape(_prediction(trace))}</b><ul>{legend}</ul><small>{_summary(trace)}</small></article>
+Prediction: <b>{escape(prediction(trace))}</b><ul>{legend}</ul><small>{_summary(trace)}</small></article>
 """

@@ -1,0 +1,291 @@
+"""Where pruning hurts: what a pruned model loses against the dense one in slices of a labelled test part.
+
+Shapes: N examples, n of them in a slice, K logits. Slices are quarters by input length, classes, and the groups of any
+column; they overlap, and each is compared with all the other examples.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedModel
+
+from . import qa
+from .api import MODULE, dense
+from .data import DataError, Task, positions
+from .evaluating import dense_of, names_of, tested
+from .loading import reading
+from .paired import detectable, excess_tests, holm, interval, paired_test
+from .predicting import Predictions, outcome, predict, quality
+from .show import trace
+
+LEVEL = 0.05  # of all tests of a kind together
+SMALLEST = 10  # examples of a group that is looked at
+FEW, MANY = 10, 50  # numbers of more values are cut at their quartiles; other columns may have so many values
+WORST = 3  # slices of which examples are shown
+LENGTH, CLASS, ALL = "input length", "class", "all"
+SCORES = {"classification": "accuracy", "qa": "F1 of the answer", "regression": "absolute error"}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model said of N examples: ``scores`` (N,), larger is better, and the answers in words."""
+
+    scores: np.ndarray
+    words: list[str]
+
+
+def audit(
+    model: str,
+    data: str,
+    *,
+    against: str | None = None,
+    by: Sequence[str] = (),
+    examples: int = 2,
+    batch_size: int = 32,
+    max_length: int = 256,
+    limit: int | None = None,
+    executor: str = "auto",
+    threads: int | None = None,
+    metric: str | None = None,
+    progress: Callable[[str, int, int], Any] | None = None,
+    **columns,
+) -> list[dict]:
+    """Compare a saved pruned model with the dense one on slices of the test part.
+
+    Scores are right or wrong (accuracy, points), the F1 of an answer (points) or the absolute error (the labels' unit);
+    a drop above 0 is a loss in all of them. See ``thresher.paired`` for intervals and tests.
+
+    Args:
+        model: folder of the pruned model.
+        data: see ``thresher.data.load_task``; ``columns`` are its options.
+        against: the dense model, by default ``dense`` in the model's folder, else the model itself without pruning.
+        by: further columns. Numbers of more than 10 values are cut at their quartiles; empty values and groups of less
+            than 10 examples are left out, with a warning that counts them.
+        examples: lost examples to show of each of the three slices that lose most; 0: none.
+        progress: called with what is going on, the examples done and all of them.
+
+    Returns:
+        One row for the whole, then one per slice:
+        by, slice: what was cut, and the slice; n, length: examples, and their mean number of tokens.
+        score, dense, pruned, drop, interval: the mean scores, and the drop with its 95 % interval, [low, high] or None.
+        lost, gained: examples that pruning made worse, and better; p, p_holm: of the paired test of these two.
+        excess, p_more, p_more_holm: the drop less that of the others, and the test whether it is by chance.
+        detectable: the drop from which on it would have been told from chance; None: no drop would.
+        worse: whether it was, and is a drop. Holm's correction is over all slices.
+        tokens, macs: the share of tokens left after the last site, and of the dense model's MACs.
+        examples: row of the test part, label, answers of both models, and the trace of the text (``show.Trace``).
+        The first row has the task's own metric as well: metric, metric_dense, metric_pruned.
+
+    Raises:
+        ValueError: a model that is not pruned, or a dense one that is or that answers something else.
+        DataError: no labels, or a column that cannot be used.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    by = tuple(dict.fromkeys(by))
+    net, max_length, task, test = tested(model, data, max_length, executor, metric, limit, columns | {"beside": by})
+    if not hasattr(net, MODULE):
+        raise ValueError(f"{model} is not pruned: there is nothing to audit; thresher train makes a pruned model")
+    tokenizer = reading(AutoTokenizer.from_pretrained, model)
+    if examples and not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{model} has no fast tokenizer, which the examples need: ask for 0 examples")
+    other = dense_of(model, against)
+    if other is not None:
+        _check_pair(net, other, against or f"{model}/dense", tokenizer, max_length)
+    cuts = {name: groups(task.test[name], name) for name in by}  # mistakes are told before anything runs
+
+    def run(name: str, asked: PreTrainedModel) -> Predictions:
+        tell = progress and (lambda done, total: progress(f"{name} model", done, total))
+        return predict(asked, test, batch_size=batch_size, progress=tell)
+
+    after = run("pruned", net)
+    with nullcontext() if other else dense(net):
+        before = run("dense", other or net)
+    said = {"dense": _answers(before, test, task), "pruned": _answers(after, test, task)}
+    cost = _costs(after, test)
+    lengths = cost[:, 0]
+    cuts = {LENGTH: quarters(lengths), **({CLASS: _classes(task)} if task.kind == "classification" else {}), **cuts}
+    rows, members = _rows(task, said, cost, cuts)
+    rows[0] |= {"metric": task.metric}
+    rows[0] |= {f"metric_{name}": quality(p, test, task.metric) for name, p in (("dense", before), ("pruned", after))}
+    rows[0] |= {"model": Path(model).name, "task": task.name, "against": against or ("dense" if other else None)}
+    for row in worst(rows)[:WORST] if examples else ():
+        picked = _picked(members[rows.index(row)], said, lengths, examples)
+        row["examples"] = [_example(i, net, tokenizer, task, said, max_length) for i in picked]
+    return rows
+
+
+def worst(rows: Sequence[dict]) -> list[dict]:
+    """The slices that lose something, the ones that chance explains least first."""
+    losing = [row for row in rows if row["by"] != ALL and row["drop"] > 0]
+    return sorted(losing, key=lambda row: (row["p_more"], -row["drop"]))
+
+
+def quarters(values: np.ndarray) -> list[str | None]:
+    """The quarter that each of the numbers (N,) is in, by its least and its largest value; None where it is NaN.
+
+    Equal values are in one quarter, so that there may be fewer than four.
+    """
+    values = np.asarray(values, float)
+    known = np.isfinite(values)
+    places = np.searchsorted(np.quantile(values[known], (0.25, 0.5, 0.75)), values, side="left")
+    names = {}
+    for place in np.unique(places[known]):
+        ends = (
+            f"{end:.6g}" for end in (values[known & (places == place)].min(), values[known & (places == place)].max())
+        )
+        names[place] = "–".join(dict.fromkeys(ends))
+    return [names[place] if here else None for place, here in zip(places, known, strict=True)]
+
+
+def groups(values: Sequence[Any], name: str) -> list[str | None]:
+    """The group of each value of a column; None where it is empty.
+
+    Raises:
+        DataError: there is one value only, or none, or too many.
+    """
+    empty = [v is None or (isinstance(v, float) and not math.isfinite(v)) or not str(v).strip() for v in values]
+    known = {value for value, lacking in zip(values, empty, strict=True) if not lacking}
+    if len(known) < 2:
+        what = f"only the value {str(*known)[:60]!r}" if known else "no value"
+        raise DataError(f"column {name!r} has {what} in the {len(values)} examples: two groups or more are needed")
+    if len(known) > FEW and all(isinstance(value, (int, float)) for value in known):
+        return quarters(np.array([math.nan if lacking else v for v, lacking in zip(values, empty, strict=True)], float))
+    if len(known) > MANY:
+        problem = f"column {name!r} has {len(known)} values in {len(values)} examples, expected {MANY} at most"
+        raise DataError(f"{problem} (numbers are cut at their quartiles): name a column of groups")
+    return [None if lacking else str(value).strip() for value, lacking in zip(values, empty, strict=True)]
+
+
+def _check_pair(net, other, name: str, tokenizer, max_length: int) -> None:
+    """Whether both models answer the same question on the same tokens."""
+    if hasattr(other, MODULE):
+        raise ValueError(f"{name} is pruned: expected the dense model to compare with")
+    kinds = [type(m).__name__.rpartition("For")[2] for m in (net, other)]
+    if kinds[0] != kinds[1] or net.config.num_labels != other.config.num_labels:
+        what = [f"{type(m).__name__} with {m.config.num_labels} outputs" for m in (other, net)]
+        raise ValueError(f"{name} is a {what[0]}, expected one like the {what[1]}")
+    mine, theirs = names_of(net), names_of(other)
+    if mine and theirs and mine != theirs:
+        raise ValueError(f"{name} has the labels {', '.join(theirs)}, the pruned model {', '.join(mine)}")
+    if reading(AutoTokenizer.from_pretrained, other.config._name_or_path).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{name} has another vocabulary than the pruned model: both have to read the same tokens")
+    if (limit := positions(other.config)) is not None and limit < max_length:
+        raise ValueError(f"{name} takes {limit} tokens, not {max_length}: set max_length to {limit}")
+
+
+def _answers(predictions: Predictions, test: Dataset, task: Task) -> Answers:
+    """The score of each example, after the checks of ``compute_metric``."""
+    quality(predictions, test, task.metric)
+    found, labels = outcome(predictions, test)
+    if task.kind == "qa":
+        return Answers(100 * np.asarray(found), qa.answers_of(predictions.logits, test))
+    logits = np.asarray(found)
+    wanted = len(task.labels) or 1
+    if logits.shape[1] < wanted or (wanted == 1) != (logits.shape[1] == 1):
+        raise ValueError(f"the model gives {logits.shape[1]} logits, {task.name} has {wanted} labels (1: a number)")
+    if task.kind == "regression":
+        return Answers(-np.abs(logits[:, 0] - labels), [f"{value:.3g}" for value in logits[:, 0]])
+    chosen = logits.argmax(1)
+    names = dict(enumerate(task.labels))
+    return Answers(100.0 * (chosen == labels), [names.get(int(i), f"class {i}") for i in chosen])
+
+
+def _classes(task: Task) -> list[str]:
+    return [task.labels[i] for i in task.test[task.label_column]]
+
+
+def _costs(predictions: Predictions, test: Dataset) -> np.ndarray:
+    """(N, 4): tokens of each example, those left after the last site, MACs used and those of the dense model."""
+    left = predictions.kept[:, -1] if predictions.kept.shape[1] else predictions.tokens
+    parts = torch.stack([predictions.tokens, left, predictions.rows_used, predictions.rows_dense], 1).double().numpy()
+    owners = np.unique(qa.examples(test), return_inverse=True)[1]  # a question may have several windows
+    sums = np.zeros((owners.max() + 1, 4))
+    np.add.at(sums, owners, parts)
+    return sums
+
+
+def _slices(cuts: dict[str, list[str | None]]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(what was cut, slice, (N,) bool), in the order of the values; what is left out is counted."""
+    for by, names in cuts.items():
+        found = np.array([name or "" for name in names], dtype=object)
+        order = sorted({*found} - {""})
+        if all(_number(name) is not None for name in order):
+            order.sort(key=_number)
+        empty, small = int((found == "").sum()), [name for name in order if (found == name).sum() < SMALLEST]
+        if empty:
+            warnings.warn(f"{by}: {empty} of {len(found)} rows have no value and are in no slice", stacklevel=4)
+        if small:
+            lost, some = int(np.isin(found, small).sum()), ", ".join(small[:5]) + " ..." * (len(small) > 5)
+            what = f"{by}: {lost} of {len(found)} rows are in groups of less than {SMALLEST} and are in no slice"
+            warnings.warn(f"{what} ({some})", stacklevel=4)
+        order = [name for name in order if name not in small]
+        if by == LENGTH and len(order) < 2:  # all of one length
+            continue
+        yield from ((by, name, found == name) for name in order)
+
+
+def _number(name: str) -> float | None:
+    """The number that a slice begins with."""
+    try:
+        return float(name.partition("–")[0])
+    except ValueError:
+        return None
+
+
+def _rows(task: Task, said: dict[str, Answers], cost: np.ndarray, cuts: dict) -> tuple[list[dict], np.ndarray]:
+    """The rows of the result, and their members (S, N)."""
+    unit = 100.0 if task.kind == "classification" else None
+    change = said["dense"].scores - said["pruned"].scores
+    found = list(_slices(cuts))
+    members = np.array([np.ones(len(change), bool), *(member for *_, member in found)])
+    rows = []
+    for (by, name), member in zip([(ALL, ALL), *(names[:2] for names in found)], members, strict=True):
+        sums, own = cost[member].sum(0), change[member]
+        means = {name: abs(float(answers.scores[member].mean())) for name, answers in said.items()}
+        rows.append(
+            {"by": by, "slice": name, "n": int(member.sum()), "length": float(sums[0] / member.sum())}
+            | {"score": SCORES[task.kind], **means, "drop": float(own.mean()), "interval": interval(own, unit)}
+            | {"lost": int((own > 0).sum()), "gained": int((own < 0).sum()), "p": paired_test(own), "p_holm": None}
+            | {"excess": None, "p_more": None, "p_more_holm": None, "detectable": None, "worse": None}
+            | {"tokens": float(sums[1] / sums[0]), "macs": float(sums[2] / sums[3]), "examples": []}
+        )
+    slices, more = rows[1:], excess_tests(change, members[1:], unit).tolist()
+    corrected = holm([row["p"] for row in slices]), holm(more)
+    for row, member, p, p_holm, p_more_holm in zip(slices, members[1:], more, *corrected, strict=True):
+        others = float(change[~member].mean()) if not member.all() else row["drop"]
+        row |= {"p_holm": p_holm, "excess": row["drop"] - others, "p_more": p, "p_more_holm": p_more_holm}
+        least = detectable(change, member, unit, LEVEL / len(slices))
+        row |= {"detectable": None if least is None else max(0.0, least)}
+        row |= {"worse": p_more_holm <= LEVEL and row["drop"] > 0}
+    return rows, members
+
+
+def _picked(member: np.ndarray, said: dict[str, Answers], lengths: np.ndarray, count: int) -> list[int]:
+    """The examples of a slice that lost most, the shortest of these first: they are read most easily."""
+    change = said["dense"].scores - said["pruned"].scores
+    lost = np.flatnonzero(member & (change > 0))
+    return lost[np.lexsort((lengths[lost], -change[lost]))][:count].tolist()
+
+
+def _example(row: int, net, tokenizer, task: Task, said: dict[str, Answers], max_length: int) -> dict:
+    line = task.test[row]
+    label = line[task.label_column]
+    if task.kind == "qa":
+        label = " / ".join(dict.fromkeys(label["text"])) or "no answer"
+    elif task.kind == "classification":
+        label = task.labels[label]
+    texts = [line[column] for column in task.text_columns]
+    answers = {name: answers.words[row] for name, answers in said.items()}
+    shown = asdict(trace(net, tokenizer, *texts, max_length=max_length))
+    return {"row": row, "label": str(label), **answers, "trace": shown}

@@ -1,0 +1,207 @@
+"""The rows of an audit to look at: a verdict in words, a table, and a page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from html import escape
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from .audit import ALL, LEVEL, worst
+from .show import Token, Trace, article, page, slider
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NAMED = 5  # slices of a kind that a verdict names
+HEADER = ("slice", "examples", "tokens", "dense", "pruned", "drop (95 %)", "lost / gained", "p", "p more", "detectable")
+HEADER += ("tokens left", "MACs left")
+NOTES = (
+    "drop: dense less pruned, above 0 a loss; lost / gained: examples that pruning made worse / better. p: whether the "
+    "slice changes at all (exact sign test, McNemar's for right and wrong); p more: whether it loses more than the "
+    "other examples (permutation test); both with Holm's correction over all slices. detectable: the drop from which "
+    "on the second would have told it from chance. tokens left: after the last site."
+)
+STYLE = """
+main { max-width: 72rem } table { border-collapse: collapse; width: 100%; font-size: .85rem; margin: .6rem 0 }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+th:first-child, td:first-child { text-align: left; white-space: normal } th { color: var(--soft); font-weight: 600 }
+tr.worse td { font-weight: 700 } .by td { color: var(--soft); padding-top: .8rem } .wide { overflow-x: auto }
+svg { width: 11rem; height: 1.1rem } svg .zero { stroke: var(--soft) } svg .whole { stroke: var(--soft); opacity: .6 }
+svg .span { stroke: #2a788e; stroke-width: 2 } svg .at { fill: #2a788e } .worse svg .span { stroke: #d55e00 }
+.worse svg .at { fill: #d55e00 } h2 { font-size: 1.15rem; margin: 1.6rem 0 .3rem } .verdict { font-size: 1.05rem }
+"""
+
+
+def verdict(rows: Sequence[dict]) -> list[str]:
+    """What the rows of ``audit`` say, in a few sentences: of the whole, and of slices that stand out."""
+    whole, slices = rows[0], [row for row in rows if row["by"] != ALL]
+    change = "falls" if whole["drop"] > 0 else "rises" if whole["drop"] < 0 else "stays the same"
+    if whole["score"] == "absolute error" and whole["drop"]:
+        change = "rises" if whole["drop"] > 0 else "falls"
+    by = f" by {_fixed(abs(whole['drop']), whole)}{_unit(whole)}" if whole["drop"] else ""
+    own = f"{whole['metric']} {whole['metric_dense']:.1f} dense, {whole['metric_pruned']:.1f} pruned"
+    against = "its own weights without pruning" if whole["against"] is None else whole["against"]
+    said = [
+        f"On {whole['n']} examples the {whole['score']} {change}{by} against {against} (95 % interval of the drop "
+        f"{_interval(whole)}, p {_p(whole['p'])}; {own}), with {whole['macs']:.0%} of the MACs."
+    ]
+    if whole["against"] is None:
+        said.append("Weights that were trained with pruning are not the dense model's: name that, where there is one.")
+    if not slices:
+        return [*said, "There are no slices to compare."]
+    worse = [row for row in worst(rows) if row["worse"]]
+    if worse:
+        some = f"{len(worse)} of {len(slices)} slices lose" if len(worse) > 1 else f"1 of {len(slices)} slices loses"
+        said.append(f"{some} significantly more than the other examples (Holm, {LEVEL:.0%}): {_named(worse)}.")
+    else:
+        said.append(
+            f"No slice of {len(slices)} loses significantly more than the other examples (Holm, {LEVEL:.0%}). "
+            f"{_least(slices)}"
+        )
+    known = [row for row in slices if row["p_holm"] <= LEVEL and row not in worse]
+    for what, some in (("lose", [r for r in known if r["drop"] > 0]), ("gain", [r for r in known if r["drop"] < 0])):
+        if some:
+            said.append(f"On their own, not beside the others, these {what} significantly: {_named(some)}.")
+    return said
+
+
+def _named(rows: Sequence[dict]) -> str:
+    each = (f"{r['by']} {r['slice']} (drop {_fixed(r['drop'], r)}, {_interval(r)}, {r['n']} examples)" for r in rows)
+    return "; ".join([*islice(each, NAMED), *([f"and {len(rows) - NAMED} more"] if len(rows) > NAMED else [])])
+
+
+def _least(slices: Sequence[dict]) -> str:
+    """Which drops would have been told from chance."""
+    known = sorted((row for row in slices if row["detectable"] is not None), key=lambda row: row["detectable"])
+    if not known:
+        return "None could have: the slices are too small for any drop to be told from chance."
+    ends = [
+        f"{_fixed(row['detectable'], row)}{_unit(row)} ({row['by']} {row['slice']}, {row['n']} examples)"
+        for row in (known[0], known[-1])
+    ]
+    if len(known) == 1:
+        return f"It would have had to lose {ends[0]} to be told from chance."
+    return f"To be told from chance, a slice would have had to lose between {ends[0]} and {ends[1]}."
+
+
+def table(rows: Sequence[dict]) -> Table:
+    """A rich table; slices that lose significantly more are bold and starred."""
+    from rich.table import Table
+
+    shown = Table(
+        *HEADER, caption=f"* loses significantly more than the other examples. {NOTES}", caption_justify="left"
+    )
+    for column in shown.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for i, row in enumerate(rows):
+        name = row["slice"] if row["by"] == ALL else f"{row['by']}: {row['slice']}"
+        last = i + 1 == len(rows) or rows[i + 1]["by"] != row["by"]
+        star = "*" if row["worse"] else ""
+        shown.add_row(_plain(star + name), *_cells(row), style="bold" if star else None, end_section=last)
+    return shown
+
+
+def _plain(text: str):
+    from rich.text import Text
+
+    return Text(text)  # a value of the data is no markup
+
+
+def _cells(row: dict) -> tuple[str, ...]:
+    interval = "" if row["interval"] is None else f" ({_interval(row)})"
+    return (
+        f"{row['n']:,}",
+        f"{row['length']:.1f}",
+        _fixed(row["dense"], row),
+        _fixed(row["pruned"], row),
+        f"{_fixed(row['drop'], row)}{interval}",
+        f"{row['lost']} / {row['gained']}",
+        _p(row["p"] if row["by"] == ALL else row["p_holm"]),
+        _p(row["p_more_holm"]),
+        "–" if row["detectable"] is None else _fixed(row["detectable"], row),
+        f"{row['tokens']:.0%}",
+        f"{row['macs']:.0%}",
+    )
+
+
+def cases(rows: Sequence[dict]) -> Iterator[tuple[str, list[tuple[str, Trace]]]]:
+    """(heading, (line, trace) of each example) of the slices that show some, the worst first."""
+    for row in worst(rows):
+        if row["examples"]:
+            heading = f"{row['by']} {row['slice']}: drop {_fixed(row['drop'], row)} ({_interval(row)})"
+            yield heading, [(_line(case), _trace(case["trace"])) for case in row["examples"]]
+
+
+def _line(case: dict) -> str:
+    return f"row {case['row']}: {case['label']}; dense says {case['dense']}, pruned {case['pruned']}"
+
+
+def _trace(values: dict) -> Trace:
+    """A trace out of what ``dataclasses.asdict`` or JSON made of it."""
+    tokens = tuple(Token(**token) for token in values["tokens"])
+    layers = {name: {int(layer): v for layer, v in values[name].items()} for name in ("left", "layer_macs")}
+    return Trace(**values | layers | {"texts": tuple(values["texts"]), "tokens": tokens})
+
+
+def html(rows: Sequence[dict], path: str | os.PathLike | None = None) -> str:
+    """One self-contained page of the rows of ``audit``, written aside and moved to ``path``, if there is one.
+
+    Verdict, table with the intervals drawn, and the lost examples of the worst slices with the tokens that left.
+    """
+    found = list(cases(rows))
+    layers = sorted({layer for _, some in found for _, trace in some for layer in trace.left})
+    head = "".join(f"<th>{name}</th>" for name in (*HEADER[:6], "", *HEADER[6:]))
+    body = [f'<p class="verdict">{escape(" ".join(verdict(rows)))}</p>']
+    body.append(f'<div class="wide"><table><tr>{head}</tr>{"".join(_lines(rows))}</table></div><small>{NOTES}</small>')
+    if found:
+        body.append(slider(layers))
+    for heading, some in found:
+        body.append(f"<h2>{escape(heading)}</h2>")
+        body += [f"<small>{escape(line)}</small>{article(trace, layers)}" for line, trace in some]
+    intro = (
+        f"{escape(rows[0]['model'])} on the test part of {escape(rows[0]['task'])}. A bold slice loses significantly"
+    )
+    intro += " more than the other examples. In the examples, a coloured token leaves after the layer of its colour."
+    return page("Where pruning hurts", intro, "\n".join(body), layers, path, STYLE)
+
+
+def _lines(rows: Sequence[dict]) -> Iterator[str]:
+    """Table rows, with a line above each new cut; intervals are drawn on one scale."""
+    ends = [end for row in rows for end in (row["interval"] or (row["drop"], row["drop"]))]
+    low, high = min(0, *ends), max(0, *ends)
+    scale = lambda value: round(3 + 194 * (value - low) / ((high - low) or 1), 1)  # noqa: E731
+    for i, row in enumerate(rows):
+        if row["by"] != ALL and rows[i - 1]["by"] != row["by"]:
+            yield f'<tr class="by"><td colspan="{len(HEADER) + 1}">{escape(row["by"])}</td></tr>'
+        start, end = map(scale, row["interval"] or (row["drop"], row["drop"]))
+        drawn = (
+            f'<svg viewBox="0 0 200 20" preserveAspectRatio="none" aria-hidden="true">'
+            f'<path class="zero" d="M{scale(0)} 0V20"/><path class="whole" stroke-dasharray="3" '
+            f'd="M{scale(rows[0]["drop"])} 0V20"/><path class="span" d="M{start} 10H{end}"/>'
+            f'<circle class="at" cx="{scale(row["drop"])}" cy="10" r="3.5"/></svg>'
+        )
+        cells = [escape(row["slice"]), *map(escape, _cells(row))]
+        cells.insert(6, drawn)
+        yield f'<tr class="{"worse" if row["worse"] else ""}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+
+
+def _fixed(value: float, row: dict) -> str:
+    digits = "{:.3g}" if row["score"] == "absolute error" else "{:.1f}"
+    text = digits.format(value)
+    return (text if float(text) else text.lstrip("-")).replace("-", "\N{MINUS SIGN}")
+
+
+def _unit(row: dict) -> str:
+    return "" if row["score"] == "absolute error" else " points"
+
+
+def _interval(row: dict) -> str:
+    if row["interval"] is None:
+        return "no interval"
+    return f"{_fixed(row['interval'][0], row)} … {_fixed(row['interval'][1], row)}"
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
