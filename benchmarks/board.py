@@ -54,8 +54,8 @@ def board(task: str, entries: list[Entry], results: dict[str, dict], docs: Path)
         if not rows:
             continue
         lines += [
-            f"Every method at {BOARD:g} of the dense MACs, {said}, best first. Methods that share a letter cannot be told "
-            "apart (paired bootstrap, Holm's correction, 5 %):",
+            f"Every method at {BOARD:g} of the dense MACs, {said}, best first. Methods that share a letter cannot be "
+            "told apart (paired bootstrap, Holm's correction, 5 %):",
             "",
             f"| method | group | seeds | {rows[0]['metric']} | drop against dense [95 % interval] | FLOPs |",
             "|---|---|---|---|---|---|",

@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "--data --out --method --target-flops --keep --at --epochs --prune-epochs --lr --seed --max-length",
     "eval": "--data --text --label --config --metric --batch-size --max-length --limit",
     "bench": "--data --against --runtime --precision --batch-size --threads --plot --graphs --roofline",
+    "compare": "--data --out --methods --targets --seeds --untrained --no-time --epochs --limit --at",
     "export": "--data --out --format --precision --max-length --threads",
     "show": "--text --file --data --limit --html",
     "info": "",

@@ -10,7 +10,7 @@ from typing import Any
 from .report import COLOURS, GREYS, MARKERS, whole
 
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
-STYLE |= {"svg.hashsalt": "thresher"}  # the same picture is the same file
+STYLE |= {"svg.hashsalt": "thresher", "svg.fonttype": "none"}  # the same picture is the same, small file
 
 
 @contextmanager
