@@ -241,6 +241,37 @@ def test_mistakes_are_told_before_anything_runs(toy, tmp_path, mistake):
         assert len(rows) == 4
 
 
+# --- the benchmarks' leaderboards -------------------------------------------------------------------------------------
+def test_leaderboards_are_apart_from_the_other_tables(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import tables
+    from entries import BOARD, ENTRIES
+
+    dense = {e.seed: e for e in ENTRIES if e.task == "mrpc" and e.method == "dense"}
+    chosen = [e for e in ENTRIES if e.task == "mrpc" and e.target == BOARD and e.method in ("tofu", "topk", "ats")]
+    results, labels = tmp_path / "results", np.ones(300, int)
+    shares = {"dense": 0.9, "topk": 0.85, "tofu": 0.84, "ats": 0.5}
+    for entry in (*dense.values(), *chosen):
+        if entry.kind != "train" or (entry.method, entry.seed, entry.variant) == ("ats", 2, ""):
+            continue  # one has not been run yet
+        said = right(shares[entry.method], 300, entry.seed + 7 * len(entry.method))
+        told = {"metric": "accuracy", "quality": 100 * said.mean(), "flops_ratio": 2.0, "quality_dense": 90.0}
+        result = {"rows": [told], "labels": labels.tolist(), "predictions": {"pruned": said.tolist()}}
+        file = results / f"{entry.name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result | {"reached": {"flops_fraction": BOARD}}))
+    tables.write(results, tmp_path / "docs" / "results.md")
+    before, *boards = (tmp_path / "docs" / "results.md").read_text().split("## Not run yet")[0].split("Every method at")
+    assert "| dense | 0, 1, 2 |" in before and "tofu" not in before and len(boards) == 2
+    trained, untrained = ([line.split(" | ") for line in one.splitlines() if "[+" in line] for one in boards)
+    assert {line[0]: line[1:3] for line in trained}["| ats"] == ["b", "0, 1"]
+    assert {line[0] for line in trained} >= {"| topk", "| tofu"} and {line[2] for line in untrained} == {"0"}
+    assert [line[0] for line in untrained][-1] == "| ats"
+    for kind in ("trained", "untrained"):
+        assert f"(img/board-mrpc-{kind}.svg)" in (tmp_path / "docs" / "results.md").read_text()
+        assert b"tofu" in (tmp_path / "docs" / "img" / f"board-mrpc-{kind}.svg").read_bytes()
+
+
 # --- figures and the command line ------------------------------------------------------------------------------------
 def test_figures_need_something_to_draw(tmp_path, compared, monkeypatch):
     for draw in (pareto, leaderboard):

@@ -19,7 +19,7 @@ def groups(
     Every two methods are compared by the paired bootstrap of their difference (as in ``metrics.pooled_interval``:
     examples and seeds are drawn anew, the same for both), two-sided, and Holm's correction (Scand. J. Statist. 1979)
     holds the chance of any wrong difference at ``level``. The letters are a compact letter display by insertion and
-    absorption (Piepho, J. Comput. Graph. Stat. 2004): "a" is the best method and all that may be as good; a method
+    absorption (Piepho, JCGS 2004): "a" is the best method and all that may be as good; a method
     with "ab" belongs to both groups, which do not exclude each other. Not being told apart is not being equal.
 
     Args:
