@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from board import board, on_board
 from entries import ENTRIES, TASKS, Entry
 
 ORDER = ("dense", "dense-continued", "top", "ltp", "topk", "firstk", "random")
@@ -64,7 +65,7 @@ def quality_table(task: str, entries: list[Entry], results: dict[str, dict]) -> 
     head += ["FLOPs", "reached on validation", *["rank overlap"] * ranked]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     names = {named(entry): entry for entry in reversed(entries)}
-    for method in sorted(runs, key=lambda name: (-(names[name].target or 2), ORDER.index(names[name].method), name)):
+    for method in sorted(runs, key=lambda name: (-(names[name].target or 2), place(names[name].method), name)):
         seeds = sorted(runs[method])
         rows = [runs[method][s]["rows"][0] for s in seeds]
         cells = [method, ", ".join(map(str, seeds)), f"{mean(r['quality'] for r in rows):.2f}"]
@@ -85,6 +86,11 @@ def quality_table(task: str, entries: list[Entry], results: dict[str, dict]) -> 
             cells.append(", ".join(f"{mean(layer):.2f}" for layer in zip(*overlaps, strict=True)))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def place(method: str) -> tuple[int, str]:
+    """Where a method stands among others: the known ones first, in their order, then by name."""
+    return ORDER.index(method) if method in ORDER else len(ORDER), method
 
 
 def named(entry: Entry) -> str:
@@ -179,8 +185,9 @@ def write(results: Path, target: Path) -> None:
             f"fine-tuning, {setting.training['prune_epochs']:g} of pruning; "
             "the budget is the share of the dense MACs on the validation part.",
             "",
-            *quality_table(task, entries, found),
+            *quality_table(task, [entry for entry in entries if not on_board(entry)], found),
             "",
+            *board(task, [entry for entry in entries if on_board(entry)], found, target.parent),
         ]
         lines += timings(task, found)
     if told := timings("synthetic", found):

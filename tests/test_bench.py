@@ -223,10 +223,13 @@ def answers(metric, seed=0, n=300):
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews", "pearson"])
 def test_the_fast_metrics_are_the_metrics(metric):
     labels, a, _ = answers(metric)
-    points = metrics._points(metric, labels, metrics._answers(metric, labels, a))
-    assert points == pytest.approx(compute_metric(metric, a, labels), abs=1e-9)
+    said, some = metrics.answers_of(metric, labels, a), np.random.default_rng(2).integers(len(labels), size=len(labels))
+    times = np.stack([np.ones(len(labels)), np.bincount(some, minlength=len(labels))])
+    whole, drawn = metrics.points_of(metric, labels, said, times)
+    assert whole == pytest.approx(compute_metric(metric, a, labels), abs=1e-9)
+    assert drawn == pytest.approx(compute_metric(metric, said[some], labels[some]), abs=1e-9)
     nothing = np.zeros(4, int) if metric != "pearson" else np.zeros(4)
-    assert metrics._points(metric, nothing, nothing) == compute_metric(metric, nothing, nothing)
+    assert metrics.points_of(metric, nothing, nothing, np.ones((1, 4))) == compute_metric(metric, nothing, nothing)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews", "pearson"])

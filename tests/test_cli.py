@@ -25,6 +25,7 @@ COMMANDS = {
     "tune": "--data --out --target-flops --target-latency-ms --max-disagreement --max-drop --method --plot --limit",
     "eval": "--data --text --label --config --metric --batch-size --max-length --limit",
     "bench": "--data --against --runtime --precision --batch-size --threads --plot --graphs --roofline",
+    "compare": "--data --out --methods --targets --seeds --untrained --no-time --epochs --limit --at",
     "export": "--data --out --format --precision --max-length --threads",
     "show": "--text --file --data --image --limit --html --png",
     "audit": "--data --against --by --examples --html --config --batch-size --max-length --limit --executor",

@@ -1,4 +1,4 @@
-"""The command line: train, tune, eval, bench and export; torch is imported only by what needs it."""
+"""The command line: train, tune, eval, bench, compare and export; torch is imported only by what needs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from typer import Argument, Option
 
-from .console import Group, given, measure, progress, say, start, write
+from .console import Group, follow, given, measure, progress, say, start, write
 from .inspecting import audit, info, show
 from .options import (
     BatchSize,
@@ -248,6 +248,59 @@ def bench(
 
     with progress(quiet) as tell:
         measure(jobs.bench, json_file, model, data, **options, progress=tell)
+
+
+@app.command()
+def compare(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, Option(metavar="DIR", help="The folder for all runs, the table and the figure.")],
+    methods: Annotated[
+        Any, Option(parser=listed(str.strip), metavar="A[,B]", help="Methods; random and firstk always take part.")
+    ] = "topk,random,firstk,ltp,evit",
+    targets: Annotated[
+        Any, Option(parser=listed(float), metavar="A[,B]", help="Shares of the dense MACs to be left.")
+    ] = "0.5,0.3",
+    seeds: Annotated[Any, Option(parser=listed(int), metavar="A[,B]", help="Seeds of the training.")] = "0",
+    untrained: Annotated[bool, Option("--untrained", help="Meet the budget only, without training a method.")] = False,
+    time: Annotated[bool, Option(help="Time the first seed of all in one run.")] = True,
+    at: Annotated[Any, Option(parser=listed(int), metavar="1,2,4", help="Layers after which tokens leave.")] = None,
+    epochs: Annotated[
+        int | None, Option(min=0, metavar="N", help="Dense fine-tuning; 0 if MODEL is fine-tuned; default: 3.")
+    ] = None,
+    prune_epochs: Annotated[int | None, Option(min=0, metavar="N", help="Training with pruning; default: 3.")] = None,
+    lr: Annotated[float | None, Option(help="Peak learning rate.")] = None,
+    dropout: Annotated[float | None, Option(help="Dropout rate; default: the model's own.")] = None,
+    bf16: Annotated[bool | None, Option("--bf16/--no-bf16", help="In bfloat16; default: where it is fast.")] = None,
+    freeze_embeddings: Annotated[bool, Option(help="Keep the embeddings as they are.")] = True,
+    config: Config = None,
+    text: Columns = None,
+    label: Label = None,
+    metric: Metric = None,
+    batch_size: Annotated[int | None, Option(min=1, metavar="N", help="Texts in a batch; default: 32.")] = None,
+    max_length: MaxLength = 256,
+    limit: Limit = None,
+    threads: Threads = None,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train several methods to several budgets from one dense model, and tell which are better.
+
+    \b
+    Examples:
+      thresher compare bert-base-uncased --data reviews.csv --out runs/compared
+      thresher compare runs/dense --epochs 0 --data reviews.csv --untrained --methods topk,evit,tome --out runs/quick
+      thresher compare bert-base-uncased --data reviews.csv --methods ltp,top --targets 0.4 --seeds 0,1,2 --out runs/abc
+    """
+    options = given(locals(), "model", "data", "out")
+    start(verbose, quiet, json_file, folder=out)
+    from . import compare as job
+
+    with follow(quiet) as tell:
+        measure(job.compare, json_file, model, data, str(out), **options, progress=tell, show=job.table)
+    if not quiet:
+        say(f"all runs are in {out}, the figures in {out / job.TABLE}")
 
 
 @app.command()

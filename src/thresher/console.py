@@ -8,12 +8,14 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from typer.core import TyperGroup
 
 
@@ -26,7 +28,8 @@ class Group(TyperGroup):
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            resume = "; run the same command again to resume" if ctx.invoked_subcommand == "train" else ""
+            resumes = ctx.invoked_subcommand in ("train", "compare")
+            resume = "; run the same command again to resume" if resumes else ""
             say(f"interrupted{resume}", "yellow")
             raise typer.Exit(130) from None
         except Exception as error:
@@ -84,8 +87,15 @@ def say(text: str, style: str = "") -> None:
     Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def measure(job: Callable[..., list[dict]], json_file: Path | None, *arguments: str, **options: Any) -> None:
-    """Run a job and show its rows, as a table, and as JSON where that was asked for."""
+def measure(
+    job: Callable[..., list[dict]],
+    json_file: Path | None,
+    *arguments: str,
+    show: Callable | None = None,
+    **options: Any,
+) -> None:
+    """Run a job and show its rows, as a table (``report.table`` unless ``show`` makes it), and as JSON where that was
+    asked for."""
     from . import report
 
     with redirect_stdout(sys.stderr):  # whatever transformers prints on the way is not the result
@@ -94,7 +104,9 @@ def measure(job: Callable[..., list[dict]], json_file: Path | None, *arguments: 
         return write(rows, json_file)
     if json_file is not None:
         report.write_rows(json_file, rows)
-    Console(width=max(160, Console().width)).print(report.table(rows))  # figures are never cut; a terminal may wrap
+    Console(width=max(160, Console().width)).print(
+        (show or report.table)(rows)
+    )  # figures are never cut; a terminal may wrap
 
 
 @contextmanager
@@ -105,6 +117,52 @@ def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     with Progress(console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
         task = bar.add_task("")
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+@contextmanager
+def follow(quiet: bool) -> Iterator[Callable[[list], None]]:
+    """A table that follows ``compare.Run``s on a terminal; elsewhere a line for each that ends. It is told all runs."""
+    from rich.live import Live
+
+    ended: set[str] = set()
+    with (
+        Live(console=Console(stderr=True), transient=True, auto_refresh=False)
+        if shown(quiet)
+        else nullcontext() as live
+    ):
+
+        def tell(runs: list) -> None:
+            for run in runs if live is None and not quiet else ():
+                if run.state in ("done", "failed") and run.name not in ended:
+                    ended.add(run.name)
+                    say(f"{run.name}: {outcome(run)}")
+            if live is not None:
+                live.update(followed(runs), refresh=True)
+
+        yield tell
+
+
+def shown(quiet: bool) -> bool:
+    """Whether there is a terminal to draw on."""
+    return not quiet and sys.stderr.isatty()
+
+
+def followed(runs: list) -> Table:
+    """Methods and targets by seeds, and how far each is."""
+    seeds, lines = list(dict.fromkeys(run.seed for run in runs)), {}
+    for run in runs:
+        lines.setdefault((run.method, run.target), {})[run.seed] = outcome(run)
+    table = Table("method", "target", *(f"seed {seed}" for seed in seeds), box=box.SIMPLE_HEAD)
+    for (method, target), of in lines.items():
+        table.add_row(method, "" if target is None else f"{target:g}", *(of.get(seed, "") for seed in seeds))
+    return table
+
+
+def outcome(run: Any) -> str:
+    """The state of a ``compare.Run``, and its figures once it is done."""
+    if run.state == "done":
+        return f"{run.row['quality']:.2f} {run.row['metric']}, {run.row['flops_ratio']:.2f} times fewer FLOPs"
+    return f"failed, {first_line(run.reason)}" if run.state == "failed" else run.state
 
 
 def write(rows: list[dict], json_file: Path | None) -> None:

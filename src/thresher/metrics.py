@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from .tasks import DataError
+
+DRAWN = 200  # at a time, which bounds the memory
 
 
 def compute_metric(task_metric: str, predictions: Any, labels: Any) -> float:
@@ -52,40 +54,55 @@ def pooled_interval(metric: str, runs: Iterable[tuple], n: int = 2000, seed: int
 
     All seeds answer the same N examples. A draw takes the same examples of all, and draws the seeds as well.
     """
-    runs = [[(np.asarray(labels), _answers(metric, labels, p)) for p in ab if p is not None] for labels, *ab in runs]
+    runs = [[(np.asarray(labels), answers_of(metric, labels, p)) for p in ab if p is not None] for labels, *ab in runs]
     if len({(len(run), len(run[0][0])) for run in runs}) != 1:
         raise ValueError("the runs do not pair: expected the same examples, and a second prediction in all or none")
-    size, rng, draws = len(runs[0][0][0]), np.random.default_rng(seed), []
-    for _ in range(n):
-        some, which = rng.integers(size, size=size), rng.integers(len(runs), size=len(runs))
-        points = [[_points(metric, labels[some], answers[some]) for labels, answers in runs[i]] for i in which]
-        draws.append(np.mean([a - sum(b) for a, *b in points]))
+    draws = []
+    for times, which in resamples(len(runs[0][0][0]), len(runs), n, seed):
+        points = [[points_of(metric, labels, answers, times) for labels, answers in run] for run in runs]
+        found = np.array([a - sum(b) for a, *b in points])  # (runs, draws)
+        draws += np.take_along_axis(found, which.T, 0).mean(0).tolist()
     low, high = np.percentile(draws, (2.5, 97.5)).tolist()
     return low, high
 
 
-def _answers(metric: str, labels: Any, predictions: Any) -> np.ndarray:
+def resamples(examples: int, seeds: int, n: int, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """``n`` bootstrap draws, D at a time: how often each example is in it (D, examples), and which seeds (D, seeds)."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, n, DRAWN):
+        times, which = [], []
+        for _ in range(min(DRAWN, n - start)):
+            times.append(np.bincount(rng.integers(examples, size=examples), minlength=examples).astype(float))
+            which.append(rng.integers(seeds, size=seeds))
+        yield np.array(times), np.array(which)
+
+
+def answers_of(metric: str, labels: Any, predictions: Any) -> np.ndarray:
     """(N,) classes or values, after the checks of ``compute_metric``."""
     answers = np.asarray(getattr(predictions, "logits", predictions))
     compute_metric(metric, answers, labels)
     return answers if answers.ndim == 1 else answers[:, 0] if answers.shape[1] == 1 else answers.argmax(1)
 
 
-def _points(metric: str, labels: np.ndarray, answers: np.ndarray) -> float:
-    """``compute_metric`` in a hundredth of its time, as thousands of draws need it; (N,) each."""
+def points_of(metric: str, labels: np.ndarray, answers: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """(D,): ``compute_metric`` of D draws at once; labels and answers (N,), ``times`` (D, N) each example counts."""
     if metric == "accuracy":
-        above, below = (labels == answers).sum(), len(labels)
+        above, below = times @ (labels == answers), times.sum(1)
     elif metric == "f1":
         true, said = labels == 1, answers == 1
-        above, below = 2 * (true & said).sum(), true.sum() + said.sum()
+        above, below = 2 * (times @ (true & said)), times @ (1.0 * true + said)
     elif metric == "qa_f1":
-        above, below = answers.sum(), len(answers)
+        above, below = times @ answers, times.sum(1)
     elif metric == "pearson":
-        x, y = labels - labels.mean(), answers - answers.mean()
-        above, below = x @ y, np.sqrt((x @ x) * (y @ y))
+        n, x, y = times.sum(1), labels - labels.mean(), answers - answers.mean()
+        sx, sy, sxx, syy, sxy = (times @ values for values in (x, y, x * x, y * y, x * y))
+        sxx, syy = (
+            np.where(s > 1e-12 * total, s, 0) for s, total in ((sxx - sx * sx / n, sxx), (syy - sy * sy / n, syy))
+        )
+        above, below = sxy - sx * sy / n, np.sqrt(sxx * syy)
     else:  # matthews, of any number of classes
-        n, size = float(len(labels)), 1 + max(labels.max(), answers.max())
-        table = np.bincount(labels * size + answers, minlength=size * size).reshape(size, size).astype(float)
-        true, said = table.sum(1), table.sum(0)
-        above, below = n * np.trace(table) - true @ said, np.sqrt((n * n - true @ true) * (n * n - said @ said))
-    return 100 * float(above / below) if below > 0 else 0.0
+        n, classes = times.sum(1), np.arange(1 + max(labels.max(), answers.max()))
+        true, said = (times @ (given[:, None] == classes) for given in (labels, answers))  # (D, classes)
+        above = n * (times @ (labels == answers)) - (true * said).sum(1)
+        below = np.sqrt((n * n - (true * true).sum(1)) * (n * n - (said * said).sum(1)))
+    return 100 * np.divide(above, below, out=np.zeros(len(times)), where=below > 0)

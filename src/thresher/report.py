@@ -5,6 +5,7 @@ A row is a dictionary with every name in ``ROW_FIELDS``; what was not measured i
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
@@ -36,6 +37,8 @@ EXTRA_FIELDS = {  # what a row may hold besides
     "repeats": "times each of them ran",
     "tried": "configurations tried before this one was chosen",
     "recipe": "how the model was trained",
+    "seeds": "training seeds, where the quality is their mean",
+    "group": "letters; methods of a task and target that share one cannot be told apart",
     "note": "anything else",
 }
 HEADER = (
@@ -90,6 +93,17 @@ def read_rows(path: str | Path) -> list[dict]:
         return [row(**r) for r in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path} does not hold {{"rows": [...]}} of measurements: {error}') from None
+
+
+def write_csv(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write the rows as a table with a header, as ``write_rows`` does; what is no number or text is JSON."""
+    rows = [_plain(row(**r)) for r in rows]
+    names = [*ROW_FIELDS, *(name for name in EXTRA_FIELDS if any(name in r for r in rows))]
+    with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for r in rows:
+            writer.writerow({k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in r.items()})
 
 
 def table(rows: list[dict], title: str | None = None) -> Table:

@@ -1,0 +1,73 @@
+"""The leaderboards: every method at one budget, in two tables for each task, and a picture of each."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from entries import BOARD, Entry
+
+KINDS = {"trained": "trained with the same steps and teacher", "untrained": "budget met without training"}
+
+
+def on_board(entry: Entry) -> bool:
+    """Whether an entry is one of a leaderboard; those trained "alone" are at other layers, for another comparison."""
+    return entry.kind == "train" and entry.target == BOARD and entry.variant != "alone"
+
+
+def board_rows(entries: list[Entry], results: dict[str, dict]) -> list[dict]:
+    """A row for each method that has a result, best mean quality first, with the pooled drop and its group."""
+    from thresher.groups import groups
+    from thresher.metrics import pooled_interval
+    from thresher.report import row
+
+    runs: dict[str, dict[int, tuple[dict, dict]]] = {}
+    for entry in entries:
+        if entry.name in results and entry.needs[0] in results:
+            name = f"{entry.method} {entry.variant.removesuffix('untrained').strip('-')}".strip()
+            runs.setdefault(name, {})[entry.seed] = results[entry.name], results[entry.needs[0]]
+    if not runs:
+        return []
+    some = next(iter(next(iter(runs.values())).values()))[0]
+    labels, metric = some["labels"], some["rows"][0]["metric"]
+    answers = {name: {s: own["predictions"]["pruned"] for s, (own, _) in of.items()} for name, of in runs.items()}
+    rows = []
+    for name, letters in groups(metric, labels, answers).items():
+        of = runs[name]
+        pairs = [(labels, dense["predictions"]["pruned"], answers[name][s]) for s, (_, dense) in of.items()]
+        low, high = pooled_interval(metric, pairs)
+        both = [(own["rows"][0], dense["rows"][0]) for own, dense in of.values()]
+        means = {field: sum(own[field] for own, _ in both) / len(both) for field in ("quality", "flops_ratio")}
+        means["quality_dense"] = sum(dense["quality"] for _, dense in both) / len(both)
+        told = {"method": name, "mode": "pruned", "metric": metric, "target_flops": BOARD, "seeds": sorted(of)}
+        rows.append(row(**told, **means, interval_low=low, interval_high=high, group=letters))
+    return rows
+
+
+def board(task: str, entries: list[Entry], results: dict[str, dict], docs: Path) -> list[str]:
+    """The leaderboards of a task as lines of ``docs/results.md``, and their pictures in ``docs/img``."""
+    from thresher.figures import leaderboard
+
+    lines = []
+    for kind, said in KINDS.items():
+        rows = board_rows([e for e in entries if e.variant.endswith("untrained") == (kind == "untrained")], results)
+        if not rows:
+            continue
+        lines += [
+            f"Every method at {BOARD:g} of the dense MACs, {said}, best first. Methods that share a letter cannot be "
+            "told apart (paired bootstrap, Holm's correction, 5 %):",
+            "",
+            f"| method | group | seeds | {rows[0]['metric']} | drop against dense [95 % interval] | FLOPs |",
+            "|---|---|---|---|---|---|",
+        ]
+        for r in rows:
+            drop = f"{r['quality_dense'] - r['quality']:+.2f} [{r['interval_low']:+.2f}, {r['interval_high']:+.2f}]"
+            cells = (r["method"], r["group"], ", ".join(map(str, r["seeds"])), f"{r['quality']:.2f}", drop)
+            lines.append(f"| {' | '.join(cells)} | {r['flops_ratio']:.2f} |")
+        lines.append("")
+        picture = docs / "img" / f"board-{task}-{kind}.svg"
+        if find_spec("matplotlib"):
+            leaderboard(rows, picture, f"{task}, {BOARD:g} of the MACs, {kind}")
+        if picture.exists():
+            lines += [f"![{task}, {kind}: drops and their intervals]({picture.relative_to(docs).as_posix()})", ""]
+    return lines

@@ -1,0 +1,279 @@
+"""Methods x budgets on one task under one protocol: the same teacher, steps and seeds for all of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import jobs
+from .bench import measure
+from .data import Task, load_task, tokenize
+from .figures import pareto
+from .groups import groups
+from .loading import clip, load
+from .metrics import pooled_interval
+from .pruner import METHODS, TokenPruner
+from .report import row, whole, write_csv
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+CLAIM, TABLE, PICTURE = "compare.json", "compare.csv", "compare.png"
+BASELINES = ("random", "firstk")
+TIMED = 256  # examples that the timing knows; bench.measure times a sample of them
+TIMES = """batch_size executor latency_ms_p50 latency_ms_p95 samples_per_second speedup_unpadded speedup_padded
+    speedup_reference efficiency spread flops_ratio_timed n_timed repeats threads""".split()  # noqa: SIM905
+
+
+@dataclass
+class Run:
+    """One training: what it is, and once it is over what came of it. ``method`` is "dense" for a teacher."""
+
+    method: str
+    target: float | None
+    seed: int
+    state: str = "waiting"  # running, done, failed
+    row: dict = field(default_factory=dict)
+    answers: list = field(default_factory=list)
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its folder: method-target-seed."""
+        return "-".join([self.method, *([] if self.target is None else [f"{self.target:g}"]), f"s{self.seed}"])
+
+
+def compare(
+    model: str,
+    data: str,
+    out: str | Path,
+    *,
+    methods: Sequence[str] = ("topk", *BASELINES, "ltp", "evit"),
+    targets: Sequence[float] = (0.5, 0.3),
+    seeds: Sequence[int] = (0,),
+    untrained: bool = False,
+    time: bool = True,
+    at: tuple[int, ...] | None = None,
+    repeats: int = 5,
+    threads: int | None = None,
+    progress: Callable[[list[Run]], Any] | None = None,
+    **options,
+) -> list[dict]:
+    """Train every method to every budget from one dense teacher per seed, and compare what came of it on the test part.
+
+    Each run is one of ``jobs.train`` in a folder of its own in ``out`` ("dense-s0", "ltp-0.5-s0"): the same call goes
+    on where it was interrupted, and one with more methods, targets or seeds adds theirs. A run that fails (a budget out
+    of reach) is noted with its reason and stops no other. Budgets are met on the validation part; the test part
+    chooses nothing.
+
+    Args:
+        model, data, options: as for ``jobs.train`` (``epochs=0`` takes a fine-tuned ``model`` as the teacher).
+        methods: those with ``target_flops``; "random" and "firstk" always take part.
+        targets: shares of the dense MACs to be left, on the validation part.
+        seeds: of training; the parts of the data do not change.
+        untrained: only meet the budget, by the method's dial, without any training.
+        time: also time seed 0 (the first seed) of all, beside dense padded and unpadded, in one interleaved run.
+        at: layers after which tokens leave, for all methods; default: each method's own.
+        repeats: of each measurement of time.
+        progress: called with all runs whenever one begins or ends.
+
+    Returns:
+        Rows: for each target the methods, best quality first, after the dense model; means over the seeds, with the
+        pooled interval of the drop and, at each target, the ``group`` (see ``groups.groups``). Where times were taken
+        there is a row for batch size 1 and one for 32. They are also in ``out/compare.csv``, and in
+        ``out/compare.png`` where matplotlib is there.
+
+    Raises:
+        ValueError: a method without a budget, a target outside (0, 1], data without labels, an ``out`` that holds
+            something else or the comparison of other settings; or the dense model cannot be trained.
+    """
+    out, methods = Path(out), tuple(dict.fromkeys((*methods, *BASELINES)))
+    targets, seeds = tuple(dict.fromkeys(targets)), tuple(dict.fromkeys(seeds))
+    _check(methods, targets, seeds, untrained)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options = {"untrained": untrained, "at": at} | {name: v for name, v in options.items() if v is not None}
+    columns = {name: options[name] for name in ("config", "text", "label", "metric", "limit") if name in options}
+    task = load_task(data, **columns)
+    _claim(out, {"model": str(model), "data": str(data), **json.loads(json.dumps(options))})
+    if options.pop("untrained"):
+        options["prune_epochs"] = 0
+    own = {} if options.pop("at") is None else {"at": at}
+    teachers = [Run("dense", None, seed) for seed in seeds]
+    runs = [Run(method, target, seed) for seed in seeds for target in targets for method in methods]
+    tell = progress or (lambda runs: None)
+    for run in (*teachers, *runs):
+        given = {"seed": run.seed, "method": run.method, "method_options": {}, "progress": False, **options}
+        if run.method == "dense":
+            given["prune_epochs"] = 0
+        else:
+            given["method_options"] = {"target_flops": run.target, **own}
+            given["dense_model"] = str(out / f"dense-s{run.seed}")
+        run.state = "running"
+        tell([*teachers, *runs])
+        try:
+            with redirect_stdout(io.StringIO()):  # the trainer's log, which the run's own summary holds
+                run.row = jobs.train(str(model), str(data), str(out / run.name), **given)[-1]
+            summary = json.loads((out / run.name / jobs.SUMMARY).read_text())
+            run.answers, run.state = summary["predictions"]["pruned"], "done"
+        except ValueError as error:
+            if run.method == "dense":
+                raise
+            run.reason, run.state = str(error), "failed"
+        tell([*teachers, *runs])
+    done = [run for run in runs if run.state == "done" and run.seed == seeds[0]]
+    times = _times(out, teachers[0], done, task, options.get("max_length", 256), repeats) if time and done else {}
+    rows = list(_rows(task, teachers, runs, times))
+    write_csv(out / TABLE, rows)
+    if find_spec("matplotlib") and any(r["mode"] == "pruned" and r["quality"] is not None for r in rows):
+        pareto(rows, out / PICTURE, f"{task.name}, {Path(model).name}")
+    return rows
+
+
+def _check(methods: tuple, targets: tuple, seeds: tuple, untrained: bool) -> None:
+    """Raise ValueError for what cannot be compared."""
+    able = sorted(name for name, of in METHODS.items() if "target_flops" in {f.name for f in fields(of)})
+    turned = [name for name in able if METHODS[name].dial is not TokenPruner.dial]
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"unknown pruning method {method!r}; those with a budget: {', '.join(able)}")
+        if method not in able:
+            raise ValueError(f"method {method} has no target_flops to compare at; those that have: {', '.join(able)}")
+        if untrained and method not in turned:
+            raise ValueError(f"method {method} meets no budget untrained; those that do: {', '.join(turned)}")
+    for target in targets:
+        if not 0 < target <= 1:
+            raise ValueError(f"target {target}: expected a share of the dense MACs in (0, 1], such as 0.5")
+    if not targets or not seeds:
+        raise ValueError("there is nothing to compare: name one target and one seed or more")
+
+
+def _claim(out: Path, settings: dict) -> None:
+    """Make ``out`` the folder of this comparison, or see that it is; settings may change until a run is over."""
+    file = out / CLAIM
+    if out.exists() and any(out.iterdir()) and not file.exists():
+        raise ValueError(f"{out} is not empty and holds no {CLAIM}: choose another folder for the comparison")
+    there = json.loads(file.read_text()) if file.exists() else settings
+    if there != settings and any(out.glob(f"*/{jobs.SUMMARY}")):
+        names = sorted(name for name in {*there, *settings} if there.get(name) != settings.get(name))
+        other = "; ".join(f"{name}: {there.get(name)!r} there, {settings.get(name)!r} asked" for name in names)
+        raise ValueError(f"{out} belongs to another comparison ({other}): choose another folder")
+    with whole(file) as aside:
+        aside.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _times(out: Path, teacher: Run, runs: list[Run], task: Task, max_length: int, repeats: int) -> dict:
+    """What ``bench.measure`` says of time, a list of one dictionary per batch size, by method and target and, for the
+    dense model, by method and mode. All models are in memory at once."""
+    against, tokenizer = load(str(out / teacher.name))
+    nets = {(run.method, run.target): load(str(out / run.name))[0] for run in runs}
+    max_length = clip(max_length, against.config)
+    test = tokenize(task.test, task, tokenizer, max_length)[0]
+    first, *rest = nets
+    rows = measure(
+        nets[first],
+        test,
+        task,
+        max_length=max_length,
+        limit=TIMED,
+        repeats=repeats,
+        baselines={f"{method} {target:g}": nets[method, target] for method, target in rest},
+        against=against,
+    )
+    keys = {f"{method} {target:g}": (method, target) for method, target in rest} | {first[0]: first}
+    found: dict[tuple, list[dict]] = {}
+    for r in rows:
+        key = ("dense", r["mode"]) if r["method"] == "dense" else keys[r["method"]]
+        found.setdefault(key, []).append({name: r[name] for name in TIMES if r.get(name) is not None})
+    return found
+
+
+def _rows(task: Task, teachers: list[Run], runs: list[Run], times: dict) -> Iterator[dict]:
+    """The rows, means over the seeds; one for each batch size where times were taken."""
+    labels = [1] * len(task.test) if task.kind == "qa" else list(task.test[task.label_column])
+    taught = {run.seed: run for run in teachers}
+    for mode in ("dense-padded", "dense-unpadded") if times else ("dense-unpadded",):
+        for timed in times.get(("dense", mode), [{}]):
+            padded = {"flops_ratio": None} if mode == "dense-padded" else {}
+            yield row(**_mean(teachers) | {"mode": mode} | padded | timed)
+    for target in dict.fromkeys(run.target for run in runs):
+        of = {
+            m: [r for r in runs if (r.method, r.target) == (m, target)] for m in dict.fromkeys(r.method for r in runs)
+        }
+        done = {m: [r for r in found if r.state == "done"] for m, found in of.items()}
+        answers = {m: {r.seed: r.answers for r in found} for m, found in done.items() if found}
+        found = groups(task.metric, labels, answers) if answers else {}
+        for method in (*found, *(m for m in of if m not in found)):
+            failed: dict[str, list[str]] = {}
+            for run in of[method]:
+                if run.state == "failed":
+                    failed.setdefault(run.reason, []).append(str(run.seed))
+            said = [f"seed {', '.join(of_reason)}: {reason}" for reason, of_reason in failed.items()]
+            note = {"note": "failed with " + "; ".join(said)} if said else {}
+            if method not in found:
+                blank = {"task": task.name, "model": teachers[0].row["model"], "metric": task.metric}
+                yield row(**blank, method=method, target_flops=target, mode="pruned", **note)
+                continue
+            pairs = [(labels, taught[r.seed].answers, r.answers) for r in done[method]]
+            low, high = pooled_interval(task.metric, pairs)
+            own = {"interval_low": low, "interval_high": high, "group": found[method]} | note
+            for timed in times.get((method, target), [{}]):
+                yield row(**_mean(done[method]) | own | timed)
+
+
+def _mean(runs: list[Run]) -> dict:
+    """The row of runs that differ in their seed."""
+    means = {
+        name: sum(run.row[name] for run in runs) / len(runs) for name in ("quality", "quality_dense", "flops_ratio")
+    }
+    seeds = [run.seed for run in runs]
+    return runs[0].row | means | {"seed": seeds[0] if len(seeds) == 1 else None, "seeds": seeds}
+
+
+def table(rows: list[dict], title: str | None = None) -> Group:
+    """The rows for the screen: a line for each method and target, with the times of both batch sizes, then what
+    failed."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    sizes = sorted({r["batch_size"] for r in rows if r["batch_size"]})
+    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    head = ["target", "method", "group", "seeds", rows[0]["metric"], "drop [95 %]", "FLOPs ÷"]
+    for size in sizes:
+        head += [f"ms, batch {size}", "× unpadded", "× padded"]
+    for name in head:
+        shown.add_column(name, justify="left" if name in ("method", "group") else "right", no_wrap=True)
+    lines: dict[tuple, list[dict]] = {}
+    for r in rows:
+        lines.setdefault((r["target_flops"], r["method"], r["mode"]), []).append(r)
+    for (target, method, mode), of in lines.items():
+        r, by_size = of[0], {r["batch_size"]: r for r in of}
+        cells = [target, mode if method == "dense" else method, r.get("group"), ", ".join(map(str, r.get("seeds", ())))]
+        cells += [_fixed(r["quality"]), drop(r), _fixed(r["flops_ratio"])]
+        for size in sizes:
+            timed = by_size.get(size, {})
+            cells += [_fixed(timed.get(name)) for name in ("latency_ms_p50", "speedup_unpadded", "speedup_padded")]
+        shown.add_row(*("–" if cell is None else str(cell) for cell in cells))
+    notes = {f"{r['method']}, {r['target_flops']:g}: {r['note']}" for r in rows if r.get("note")}
+    return Group(shown, *(Text(note) for note in sorted(notes)))
+
+
+def drop(r: dict) -> str | None:
+    """The drop against the dense model with its interval."""
+    if r.get("interval_low") is None:
+        return None
+    return f"{r['quality_dense'] - r['quality']:+.2f} [{r['interval_low']:+.2f}, {r['interval_high']:+.2f}]"
+
+
+def _fixed(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
