@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from soak import measure_soak
+from vision import measure_vision
 
 # of some labels alone, or untrained
 UNJUDGED = dict.fromkeys(("quality", "quality_dense", "interval_low", "interval_high"))
@@ -197,4 +198,5 @@ KINDS = {
     "anytime": measure_anytime,
     "soak": measure_soak,
     "synthetic": measure_synthetic,
+    "vision": measure_vision,
 }
