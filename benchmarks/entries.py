@@ -42,7 +42,8 @@ class Entry:
     kind: "train" (quality and FLOPs on the test part), "speed" (wall-clock of all methods of a task, in one run) or
         "efficiency" (wall-clock against FLOPs of fixed schedules, untrained), "runtimes" (a pruned model in every
         runtime and precision), "anytime" (one model at several budgets), "synthetic" (fixed schedules at BERT-base's
-        size, random weights), "choice" (what choosing alone takes) or "soak" (memory over thousands of calls).
+        size, random weights), "choice" (what choosing alone takes), "vision" (a small ViT on pictures: quality and
+        wall-clock of methods, trained or not) or "soak" (memory over thousands of calls).
     method: a pruning method, "dense" (fine-tuning alone) or "dense-continued" (the same extra steps, nothing pruned).
     variant: what sets it apart from the entry of the same method and target, in its name.
     options: of ``thresher.jobs.train``, or of the timing.
@@ -203,6 +204,13 @@ def synthetic() -> list[Entry]:
     return [Entry("synthetic", "speed", variant=name, options=of, **common) for name, of in own.items()]
 
 
+def vision() -> Entry:
+    """Methods on a small ViT: untrained at 30 % and 50 % fewer MACs, and fine-tuned at 50 %; epochs and learning rates
+    of the dense training and of the fine-tuning."""
+    options = {"targets": (0.7, 0.5), "tuned": 0.5, "dense": (3, 2e-3), "steps": (0.6, 1e-3)}
+    return Entry("vision", "methods", kind="vision", model="vit-digits", options=options)
+
+
 ENTRIES: list[Entry] = [
     *smoke("20newsgroups", 0),
     *smoke("mrpc", 0),
@@ -249,4 +257,5 @@ ENTRIES: list[Entry] = [
     *(entry for seed in range(3) for entry in board("mrpc", seed)),
     *anytime("mrpc"),
     *board("20newsgroups", 0, tier="full"),
+    vision(),
 ]

@@ -56,7 +56,7 @@ def has_model(name: str) -> bool:
 
 def ready(entry: Entry, again: frozenset[str] = frozenset()) -> bool:
     """Whether an entry has no result yet, or has to be run again for its model, and all it needs is there."""
-    there = (entry.task == "synthetic" or available(entry.model)) and all(map(has_model, entry.needs))
+    there = (entry.task in ("synthetic", "vision") or available(entry.model)) and all(map(has_model, entry.needs))
     due = entry.name in again and not has_model(entry.name)
     return there and (due or not result_file(entry).exists())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from soak import measure_soak
+from vision import measure_vision
 
 # of some labels alone, or untrained
 UNJUDGED = dict.fromkeys(("quality", "quality_dense", "interval_low", "interval_high"))
@@ -236,4 +237,5 @@ KINDS = {
     "choice": measure_choice,
     "soak": measure_soak,
     "synthetic": measure_synthetic,
+    "vision": measure_vision,
 }

@@ -146,6 +146,49 @@ def timings(task: str, found: dict[str, dict]) -> list[str]:
     return lines
 
 
+def vision_table(rows: list[dict]) -> list[str]:
+    """Accuracy and wall-clock of one interleaved run on pictures, a line for both batch sizes."""
+    head = ["method", "FLOPs", "accuracy", "drop against dense [95 % interval]", "tokens entering the layers"]
+    sizes = sorted({row["batch_size"] for row in rows}, reverse=True)
+    head += [f"× dense at batch {size} (spread)" for size in sizes]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in (row for row in rows if row["batch_size"] == sizes[0]):
+        same = [r for r in rows if (r["method"], r["target_flops"]) == (row["method"], row["target_flops"])]
+        drop = ""
+        if row["method"] != "dense":
+            low, high = row["interval_low"], row["interval_high"]
+            drop = f"{row['quality_dense'] - row['quality']:+.2f} [{low:+.2f}, {high:+.2f}]"
+        target = "" if row["target_flops"] is None else f", {row['target_flops']:g}"
+        cells = [f"{row['method']}{target}", f"{row['flops_ratio']:.2f}", f"{row['quality']:.2f}"]
+        cells += [drop, row["note"].partition(": ")[2]]
+        same.sort(key=lambda r: -r["batch_size"])
+        cells += [f"{r['speedup_unpadded']:.2f} ({r['spread']:.2f})" for r in same]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def vision_section(rows: list[dict], pictures: Path) -> list[str]:
+    """What the rows on pictures say; draws the accuracy against tokens."""
+    from vision import ABOUT, plot
+
+    threads, hardware, spread = rows[0]["threads"], rows[0]["hardware"], max(row["spread"] for row in rows)
+    plot(rows, pictures / "vision.png")
+    return [
+        "## Vision: digits",
+        "",
+        *ABOUT.splitlines(),
+        "",
+        *vision_table(rows),
+        "",
+        f"Wall-clock: one interleaved run, {rows[0]['repeats']} repeats, {threads} thread{'s' * (threads > 1)}, "
+        f"{hardware}, beside other work of the machine; the spread is that of the total over the repeats, up to "
+        f"{spread:.2f}.",
+        "",
+        "![accuracy against tokens](img/vision.png)",
+        "",
+    ]
+
+
 def smoke_of(task: str) -> list[Entry]:
     """The entries of a task at its own budget."""
     return [e for e in ENTRIES if e.task == task and e.kind == "train" and e.target == TASKS[task].target]
@@ -192,6 +235,8 @@ def write(results: Path, target: Path) -> None:
         lines += timings(task, found)
     if told := timings("synthetic", found):
         lines += ["## BERT-base's shape, random weights", "", *told]
+    for entry in (entry for entry in ENTRIES if entry.kind == "vision" and entry.name in found):
+        lines += vision_section(found[entry.name]["rows"], target.parent / "img")
     if missing:
         lines += ["## Not run yet", "", *[f"* {name}" for name in missing], ""]
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from families import FAMILIES
-from thresher import LTMP, EViT, ToFu, ToMe, prune
+from families import FAMILIES, difference
+from thresher import ATS, LTMP, EViT, ToFu, ToMe, prune
 from thresher.layouts import LAYOUTS
 
 VIT, BERT = FAMILIES["vit"], FAMILIES["bert"]
@@ -145,3 +147,17 @@ def test_ltmp_merges_what_is_alike_and_drops_what_is_not():
         torch.testing.assert_close(states[row], inner[group].mean(0), atol=1e-5, rtol=1e-5)
     sizes = [1 + sum(i == j for i in merged.values()) for j in kept]
     torch.testing.assert_close(view.after.sizes[0], torch.tensor(sizes, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("whisper-encoder", EViT), ("whisper-encoder", ATS), ("siglip-vision", EViT)]
+)
+def test_a_named_token_stands_in_for_a_class_token(name, method):
+    family, answers = FAMILIES[name], {}
+    for executor in LAYOUTS if family.packed else ("mask", "padded"):
+        model = prune(family.build(), method(keep=0.6, at=(0, 1), protect=(0,)), executor=executor)
+        with torch.no_grad():
+            answers[executor] = family.answers(model, family.batch())
+        counts = model.token_pruner.record.counts
+        assert all((b.n_attention < a.n_attention).all() for a, b in itertools.pairwise(counts[:3]))
+    assert max(difference(found, answers["mask"]) for found in answers.values()) <= 1e-5
