@@ -123,3 +123,10 @@ def test_lat_says_what_it_can_do(adaptive):
         prune(build(), LAT()).token_pruner.budget = 0.5
     with pytest.raises(ValueError, match=r"drop=1\.5"):
         LAT(drop=1.5)
+
+
+def test_a_budget_that_is_leapt_over_is_refused(tmp_path):
+    own = trainer(tmp_path, ATS(target_flops=0.9, at=(0,)), build(), rows(32))
+    with pytest.raises(ValueError, match=r"target_flops=0\.9 cannot be reached at=\[0\]: the nearest that ats came"):
+        own.calibrate()
+    assert own.model.token_pruner.shares == (0.5,)

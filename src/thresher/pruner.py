@@ -26,6 +26,7 @@ from .search import FAR, search
 from .tokens import Tokens
 
 VERSION = 1
+MISSED = 0.1  # of a target: so far from it what was found is no budget met
 METHODS: dict[str, type[TokenPruner]] = {}
 
 
@@ -193,11 +194,13 @@ class TokenPruner(nn.Module):
             return float(sum(r.used for r in records) / sum(r.dense for r in records))
 
         reached = search(fraction, self.target_flops)
-        if reached > self.target_flops * 1.02 and turned[0] > FAR:
+        least = reached > self.target_flops * 1.02 and turned[0] > FAR
+        if least or abs(reached - self.target_flops) > MISSED * self.target_flops:
             turn(0.0)
+            found = "with all gone that may leave" if least else f"the nearest that {self.name} came,"
             raise ValueError(
-                f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: with all gone that may "
-                f"leave {reached:.3f} of the MACs are left; prune at earlier layers or choose a larger target"
+                f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: {found} {reached:.3f} of "
+                f"the MACs are left; prune at {'earlier' if least else 'other'} layers or choose another target"
             )
         return {"flops_fraction": reached, "shift": turned[0]}
 
