@@ -190,6 +190,8 @@ class Search:
             *(info, Text(net, sample.rows, None).lengths, kind.needs_attention and kind.scores_all),
             table=latency_table(net) if timed else None,
         )
+        if not self.space.layers:
+            raise ValueError(f"{info.name} has no layer after which tokens could leave")
         self.cost = "latency_ms" if timed else "flops_fraction"
         self.rows: dict[Left, dict] = {}
 
@@ -284,7 +286,8 @@ class Search:
     def test(self, name: str, limit: float, sample: Sample) -> Left:
         """The strongest schedule in a row of passes; the sequence is fixed by the sample of the search."""
         kind = "drop" if name == "max_drop" else "disagreement"
-        found = self.survey(share * self.space.dense for share in SHARES)
+        found = self.survey(share * self.space.dense for share in SHARES) or [self.space.strongest]
+        self.run(found[-1])
         good = [left for left in found if self.rows[left][kind] <= limit]
         edge = self.space.cost(good[-1]) if good else self.space.dense
         after = [self.space.cost(left) for left in found if self.space.cost(left) < edge]
