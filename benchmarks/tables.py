@@ -129,6 +129,23 @@ def timings(task: str, found: dict[str, dict]) -> list[str]:
             ]
             lines += [*(f"* {row['runtime']} {row['precision']}: {row['note']}" for row in rows), ""]
             continue
+        if entry.kind == "choice":
+            lines += ["What choosing alone takes, in microseconds, of scores that are there, 1 thread:", ""]
+            times = {(row["batch_size"], row["max_length"], row["method"]): row["latency_ms_p50"] for row in rows}
+            for size, length in entry.options["shapes"]:
+                one, best = (1000 * times[size, length, name] for name in ("threshold", "topk"))
+                lines.append(f"* {size} x {length} tokens: a threshold {one:.0f}, the k best {best:.0f}")
+            lines.append("")
+            continue
+        if entry.kind == "anytime":
+            lines += ["One model of LAT, its budget set at run time:", ""]
+            for row in rows:
+                low, high = row["interval_low"], row["interval_high"]
+                drop = f"{row['quality_dense'] - row['quality']:+.2f} [{low:+.2f}, {high:+.2f}]"
+                told = f"{row['metric']} {row['quality']:.2f}, drop {drop}, {row['flops_ratio']:.2f}x fewer FLOPs"
+                lines.append(f"* {row['target_flops']:g}: {told}")
+            lines.append("")
+            continue
         what = f"first {rows[0]['n_examples']} texts"
         if entry.kind == "efficiency":
             least = entry.options.get("least")

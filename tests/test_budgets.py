@@ -126,7 +126,8 @@ def test_lat_says_what_it_can_do(adaptive):
 
 
 def test_a_budget_that_is_leapt_over_is_refused(tmp_path):
-    own = trainer(tmp_path, ATS(target_flops=0.9, at=(0,)), build(), rows(32))
-    with pytest.raises(ValueError, match=r"target_flops=0\.9 cannot be reached at=\[0\]: the nearest that ats came"):
+    short = rows(8).map(lambda row: {name: row[name][:2] for name in ("input_ids", "attention_mask")})
+    own = trainer(tmp_path, TopK(target_flops=0.8, at=(0,)), build(), short)  # one of two tokens leaves, or none
+    with pytest.raises(ValueError, match=r"target_flops=0\.8 cannot be reached at=\[0\]: the nearest that topk came"):
         own.calibrate()
     assert own.model.token_pruner.shares == (0.5,)
