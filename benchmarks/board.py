@@ -21,24 +21,24 @@ def board_rows(entries: list[Entry], results: dict[str, dict]) -> list[dict]:
     from thresher.metrics import pooled_interval
     from thresher.report import row
 
-    runs: dict[str, dict[int, tuple[dict, dict]]] = {}
+    runs: dict[str, dict[int, dict]] = {}
     for entry in entries:
-        if entry.name in results and entry.needs[0] in results:
+        if entry.name in results:
             name = f"{entry.method} {entry.variant.removesuffix('untrained').strip('-')}".strip()
-            runs.setdefault(name, {})[entry.seed] = results[entry.name], results[entry.needs[0]]
+            runs.setdefault(name, {})[entry.seed] = results[entry.name]
     if not runs:
         return []
-    some = next(iter(next(iter(runs.values())).values()))[0]
+    some = next(iter(next(iter(runs.values())).values()))
     labels, metric = some["labels"], some["rows"][0]["metric"]
-    answers = {name: {s: own["predictions"]["pruned"] for s, (own, _) in of.items()} for name, of in runs.items()}
+    answers = {name: {s: own["predictions"]["pruned"] for s, own in of.items()} for name, of in runs.items()}
     rows = []
     for name, letters in groups(metric, labels, answers).items():
         of = runs[name]
-        pairs = [(labels, dense["predictions"]["pruned"], answers[name][s]) for s, (_, dense) in of.items()]
+        # against the dense model that it was made from: other machines make others from the same command
+        pairs = [(labels, own["predictions"]["dense"], own["predictions"]["pruned"]) for own in of.values()]
         low, high = pooled_interval(metric, pairs)
-        both = [(own["rows"][0], dense["rows"][0]) for own, dense in of.values()]
-        means = {field: sum(own[field] for own, _ in both) / len(both) for field in ("quality", "flops_ratio")}
-        means["quality_dense"] = sum(dense["quality"] for _, dense in both) / len(both)
+        fields = ("quality", "quality_dense", "flops_ratio")
+        means = {field: sum(own["rows"][0][field] for own in of.values()) / len(of) for field in fields}
         told = {"method": name, "mode": "pruned", "metric": metric, "target_flops": BOARD, "seeds": sorted(of)}
         rows.append(row(**told, **means, interval_low=low, interval_high=high, group=letters))
     return rows
