@@ -115,6 +115,14 @@ def test_lat_trains_smaller_models_by_the_answers_of_the_whole(monkeypatch):
     assert pruner.running is None
 
 
+def test_lat_without_a_budget_keeps_all_and_saves_what_it_found(tmp_path):
+    own = trainer(tmp_path, LAT(generations=1), build(), rows(8))
+    own.pruner.progress = 1.0
+    own.calibrate()
+    assert own.pruner.shares == (1.0,) * len(own.pruner.sites)
+    assert own.pruner.frontier == own.model.config.token_pruning["frontier"] != ()
+
+
 def test_lat_says_what_it_can_do(adaptive):
     model, *_ = adaptive
     with pytest.raises(ValueError, match=r"budget=0\.01: the schedules that were found leave"):

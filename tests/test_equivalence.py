@@ -93,11 +93,17 @@ def test_spare_rows_change_nothing(family, monkeypatch):
     assert difference(answers, matrix("topk", True, family, "mask")[0]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "modernbert", "vit", "llama"])
-def test_eager_attention_agrees_with_sdpa(family):
-    batch, expected = FAMILIES[family].batch(), matrix("topk", True, family, "mask")[0]
+@pytest.mark.parametrize(
+    "family, method",
+    [
+        *((name, "topk") for name in ("bert", "distilbert", "albert", "modernbert", "vit", "llama")),
+        *(("bert", name) for name in ("tome", "tofu", "ltmp", "evit")),
+    ],
+)
+def test_eager_attention_agrees_with_sdpa(family, method):
+    batch, expected = FAMILIES[family].batch(), matrix(method, True, family, "mask")[0]
     for executor in LAYOUTS:
-        model = prune(FAMILIES[family].build(attn_implementation="eager"), METHODS["topk"][1](), executor=executor)
+        model = prune(FAMILIES[family].build(attn_implementation="eager"), METHODS[method][1](), executor=executor)
         with torch.no_grad():
             assert difference(FAMILIES[family].answers(model, batch), expected) <= TOLERANCE
 

@@ -161,3 +161,10 @@ def test_a_named_token_stands_in_for_a_class_token(name, method):
         counts = model.token_pruner.record.counts
         assert all((b.n_attention < a.n_attention).all() for a, b in itertools.pairwise(counts[:3]))
     assert max(difference(found, answers["mask"]) for found in answers.values()) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_merging_takes_other_precisions(dtype):
+    model = prune(BERT.build(attn_implementation="eager").to(dtype), ToMe(r=0.3), executor="padded")
+    with torch.no_grad():
+        assert BERT.run(model, BERT.batch((24, 13))).isfinite().all()

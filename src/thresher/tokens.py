@@ -144,7 +144,8 @@ class Tokens:
         if self.mixed is None:
             return x
         into, weight, longest = self.mixed
-        rows, length = x * weight[..., None], x.norm(dim=-1, dtype=weight.dtype)
+        rows = x * weight[..., None]
+        length = x.to(rows.dtype).norm(dim=-1)
         if torch.compiler.is_compiling():  # a product: scattered element by element a graph takes much longer
             goes = into[:, None] == torch.arange(x.shape[1], device=x.device)[None, :, None]
             sums, most = goes.to(rows.dtype) @ rows, (goes * length[:, None]).amax(-1)
@@ -237,7 +238,9 @@ class Tokens:
             bias = torch.zeros((), dtype=dtype, device=mask.device) if bias is None else bias[:, None, None]
             if mask.dtype == torch.bool:
                 return torch.where(mask & alive, bias.to(dtype), torch.finfo(dtype).min)
-            return mask + bias if mask.is_floating_point() else mask * (bias > math.log(0.5))
+            if mask.is_floating_point():
+                return (mask + bias.to(mask.dtype)).masked_fill(~alive, torch.finfo(mask.dtype).min)
+            return mask * (bias > math.log(0.5))
         if mask.is_floating_point():
             return mask.masked_fill(~alive, torch.finfo(mask.dtype).min)
         return mask & alive if mask.dtype == torch.bool else mask * alive

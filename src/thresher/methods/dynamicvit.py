@@ -89,5 +89,7 @@ class DynamicViT(TopK):
     def prepare(self, forward: Callable, batches: Iterable[dict]) -> None:
         """Find the shares that meet ``target_flops``; they do not depend on what the predictors will learn."""
         progress, self.progress = self.progress, 1.0
-        self.calibrate(forward, batches)
-        self.progress = progress
+        try:
+            self.calibrate(forward, batches)
+        finally:
+            self.progress = progress

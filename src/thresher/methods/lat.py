@@ -134,7 +134,12 @@ class LAT(TopK):
             return {}
         batches = list(batches)
         if not self.frontier:
-            self.frontier = self._evolved(forward, batches)
+            before = self.shares
+            try:
+                self.frontier = self._evolved(forward, batches)
+            finally:
+                self.shares = before
+            self.note()
         if self.target_flops is not None:
             self.budget = max(self.target_flops, self.frontier[0][0])
         return super().calibrate(forward, batches)

@@ -14,7 +14,7 @@ from ..pruner import Record, StackInfo
 from ..relaxed import log_gate
 from ..tokens import Tokens
 from .ltp import LTP
-from .tome import matching, mean_weight
+from .tome import STAYS, matching, mean_weight
 
 
 @dataclass(eq=False, repr=False)
@@ -25,7 +25,8 @@ class LTMP(LTP):
     In each layer the pairs of ``ToMe`` whose similarity is not below a learned threshold are merged, and then the
     tokens whose attention received is below another one leave. Keys weigh by size.
 
-    Departures. In the soft stage a token that would be merged is hidden, as one that would leave: the threshold learns
+    Departures. A pair is judged by the attention that its second token receives.
+    In the soft stage a token that would be merged is hidden, as one that would leave: the threshold learns
     from what it costs to lose it, and the hard stage loses less. Scores are relative to uniform attention. The budget
     is ``LTP``'s: its penalty is the paper's, with a target that falls, and in the end one number, added to the
     thresholds for pruning and taken off those for merging, meets it on held-out inputs.
@@ -54,7 +55,7 @@ class LTMP(LTP):
         return view.received()
 
     def choose(self, score: Tensor, view: View) -> Tensor:
-        merged = view.alike >= self.merge_threshold[view.site]
+        merged = (view.alike > -STAYS) & (view.alike >= self.merge_threshold[view.site])
         view.into = torch.where(merged, view.into, torch.arange(merged.shape[1], device=merged.device))
         return (super().choose(score, view) & ~merged) | self._best(score, view, view.alive)
 

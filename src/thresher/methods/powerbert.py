@@ -91,7 +91,7 @@ class PoWERBERT(TopK):
     def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
         """Read the shares off the retention parameters, once these have learned, and meet ``target_flops``."""
         with torch.no_grad():
-            left = self.retention.clamp(0, 1).cumprod(0).mean(1).tolist()  # of all tokens, after each site
+            left = self.retention.clamp(0, 1).mean(1).cummin(0).values.tolist()  # of all tokens, after each site
         if left[-1] < 1:
             before = [1.0, *left[:-1]]
             self.keep = self.shares = tuple(
