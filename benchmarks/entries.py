@@ -199,7 +199,9 @@ def synthetic() -> list[Entry]:
     options = {"graphs": ("onnx fp32", "onnx int8", "openvino bf16"), "precisions": ("fp32", "bf16")}
     options |= {"keeps": keeps, "repeats": 5}
     own = {name: options | {"shape": shape, "batches": batches} for name, (shape, batches) in shapes.items()}
-    own["32x16-256"] = options | {"shape": (32, 256), "batches": 2, "least": 16, "graphs": (), "repeats": 3}
+    ragged = options | {"shape": (32, 256), "batches": 2, "least": 16, "graphs": (), "repeats": 3}
+    for precision in ("fp32", "bf16"):
+        own[f"32x16-256-{precision}"] = ragged | {"precisions": (precision,)}
     common = {"kind": "synthetic", "model": "bert-base"}
     return [Entry("synthetic", "speed", variant=name, options=of, **common) for name, of in own.items()]
 

@@ -168,3 +168,12 @@ def test_merging_takes_other_precisions(dtype):
     model = prune(BERT.build(attn_implementation="eager").to(dtype), ToMe(r=0.3), executor="padded")
     with torch.no_grad():
         assert BERT.run(model, BERT.batch((24, 13))).isfinite().all()
+
+
+@pytest.mark.parametrize("executor", LAYOUTS)
+def test_a_row_without_a_token_passes_as_in_the_dense_model(executor):
+    model, batch = BERT.build(), BERT.batch((24, 13, 7))
+    batch["attention_mask"][1] = 0
+    with torch.no_grad():
+        dense = BERT.run(model, batch)[1]
+        assert (BERT.run(prune(model, ToMe(r=0.3), executor=executor), batch)[1] - dense).abs().max() <= 1e-5

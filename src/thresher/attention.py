@@ -334,7 +334,7 @@ class PrunedAttention:
                 step = max(1, CHUNK // (query.shape[1] * length * length)) if fused else count
             for i in range(0, count, step):
                 qkv, m = [x[i : i + step] for x in run], masks[i]
-                if tokens.log_size is not None:
+                if tokens.log_size is not None and not blank[sequence + i]:
                     m = None if m is None and mask is not None else additive(m, qkv[0], module)
                     m = tokens.biased(m, sequence + i, len(qkv[0]), length)
                 if fused and blank[sequence + i]:  # what a query that sees nobody gets is the implementation's own

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .metrics import answers_of, compute_metric, points_of, resamples
+from .paired import holm
 
 
 def groups(
@@ -63,15 +64,6 @@ def p_values(
         gap = np.take_along_axis(gaps, which, 0).mean(0)
         tail = min((gap <= 1e-9).sum(), (gap >= -1e-9).sum())
         found.append(min(1.0, 2 * (1 + int(tail)) / (n + 1)))
-    return found
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """p-values after Holm's step-down correction, in their order."""
-    order, found, highest = np.argsort(values, kind="stable"), [0.0] * len(values), 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(values) - rank) * values[i]))
-        found[i] = highest
     return found
 
 

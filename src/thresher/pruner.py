@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .attention import View, columns
 from .flops import LayerCost, LayerCount, dense_macs, macs
-from .search import FAR, search
+from .search import search
 from .tokens import Tokens
 
 VERSION = 1
@@ -185,16 +185,16 @@ class TokenPruner(nn.Module):
         turn = None if self.target_flops is None else self.dial()
         if turn is None:
             return {}
-        batches, turned = list(batches), [0.0]
+        batches, tried = list(batches), []
 
         def fraction(by: float) -> float:
             turn(by)
-            turned[0] = by
             records = [forward(batch) for batch in batches]
-            return float(sum(r.used for r in records) / sum(r.dense for r in records))
+            tried.append((float(sum(r.used for r in records) / sum(r.dense for r in records)), by))
+            return tried[-1][0]
 
         reached = search(fraction, self.target_flops)
-        least = reached > self.target_flops * 1.02 and turned[0] > FAR
+        least = min(tried)[0] > self.target_flops * 1.02
         if least or abs(reached - self.target_flops) > MISSED * self.target_flops:
             turn(0.0)
             found = "with all gone that may leave" if least else f"the nearest that {self.name} came,"
@@ -202,7 +202,7 @@ class TokenPruner(nn.Module):
                 f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: {found} {reached:.3f} of "
                 f"the MACs are left; prune at {'earlier' if least else 'other'} layers or choose another target"
             )
-        return {"flops_fraction": reached, "shift": turned[0]}
+        return {"flops_fraction": reached, "shift": tried[-1][1]}
 
     def metrics(self) -> dict[str, float]:
         """What to watch while training; ``PruningTrainer`` logs it."""

@@ -12,9 +12,11 @@ def search(falling: Callable[[float], float], target: float) -> float:
     """Bring a falling function as close to ``target`` as was found, from 0 on; returns its value there, where it was
     called last."""
     tried: dict[float, float] = {}
+    last = 0.0
 
     def call(at: float) -> float:
-        tried[at] = falling(at)
+        nonlocal last
+        last, tried[at] = at, falling(at)
         return tried[at]
 
     before, at, value = 0.0, 0.0, call(0.0)
@@ -30,5 +32,5 @@ def search(falling: Callable[[float], float], target: float) -> float:
         value = call(middle)
         low, high = (middle, high) if value > target else (low, middle)
         halve = high - low > width / 2
-    best = min(tried, key=lambda at: abs(tried[at] - target))
-    return value if tried[best] == value else falling(best)
+    best = min(tried, key=lambda at: (abs(tried[at] - target), abs(at)))  # of a plateau where it begins
+    return value if best == last else falling(best)

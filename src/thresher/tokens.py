@@ -237,7 +237,9 @@ class Tokens:
         if additive:
             bias = torch.zeros((), dtype=dtype, device=mask.device) if bias is None else bias[:, None, None]
             if mask.dtype == torch.bool:
-                return torch.where(mask & alive, bias.to(dtype), torch.finfo(dtype).min)
+                # -inf, as of a bool mask: what a query that sees nobody gets is the implementation's own
+                least = torch.finfo(dtype).min if self.log_size is None else float("-inf")
+                return torch.where(mask & alive, bias.to(dtype), least)
             if mask.is_floating_point():
                 return (mask + bias.to(mask.dtype)).masked_fill(~alive, torch.finfo(mask.dtype).min)
             return mask * (bias > math.log(0.5))

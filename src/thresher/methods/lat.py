@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import View
+from ..distilling import distillation
 from ..pruner import Record, StackInfo, kept_count, top_k
 from .topk import TopK
 
 Schedule = tuple[float, ...]
-KEEPS_ALL, HEADS = 1.0, ("logits", "start_logits", "end_logits")
+KEEPS_ALL = 1.0
 
 
 @dataclass(eq=False, repr=False)
@@ -76,6 +76,9 @@ class LAT(TopK):
         count = kept_count(share, view.alive.sum(1), view.protected.sum(1))
         return top_k(score.masked_fill(view.protected, float("inf")), count, view.alive)
 
+    def idles(self, site: int) -> bool:
+        return self.shares[site] == KEEPS_ALL
+
     def width(self, slots: int, site: int) -> int | None:
         return None if self.training else super().width(slots, site)
 
@@ -122,7 +125,7 @@ class LAT(TopK):
         try:
             for schedule in (smallest, *(self.draw() for _ in range(self.drawn))):
                 self.running = schedule
-                total = total + divergence(forward(), whole, batch.get("attention_mask"))
+                total = total + distillation(forward(), whole, 1.0, batch.get("attention_mask"))
         finally:
             self.running = None
         return total
@@ -154,7 +157,7 @@ class LAT(TopK):
             self.shares, far, used, dense = schedule, 0.0, 0.0, 0.0
             for batch, answers in zip(batches, whole, strict=True):
                 record = forward(batch)
-                far += float(divergence(record.answers, answers, batch.get("attention_mask")))
+                far += float(distillation(record.answers, answers, 1.0, batch.get("attention_mask")))
                 used, dense = used + float(record.used), dense + float(record.dense)
             return used / dense, far, schedule
 
@@ -181,21 +184,3 @@ def front(judged: Iterable[tuple[float, float, Schedule]]) -> list[tuple[float, 
         if not kept or one[1] < kept[-1][1]:
             kept.append(one)
     return kept
-
-
-def divergence(outputs: Any, whole: Any, mask: Tensor | None = None) -> Tensor:
-    """Scalar: KL(whole || outputs) of the answers, summed over heads, the mean over the batch; the squared difference
-    for a single number. ``mask`` (B, N) of the tokens, for heads that point at one."""
-    total = 0.0
-    for name in HEADS:
-        if getattr(outputs, name, None) is None:
-            continue
-        s, t = getattr(outputs, name).float(), getattr(whole, name).float()
-        if name != "logits" and mask is not None:
-            s, t = (x.masked_fill(mask == 0, -1e4) for x in (s, t))
-        if s.shape[-1] == 1:
-            total = total + F.mse_loss(s, t)
-        else:
-            s, t = s.flatten(0, -2), t.flatten(0, -2)
-            total = total + F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="batchmean", log_target=True)
-    return total

@@ -76,7 +76,9 @@ class PoWERBERT(TopK):
         count = free.sum(1, keepdim=True)
         rank = torch.minimum(ranks(view.score.detach(), free), (count - 1).clamp(min=0))
         into = bin_of(rank, count.clamp(min=1), self.bins).clamp(max=self.bins - 1)
-        found = self.retention[view.site].clamp(0, 1)[into]
+        with torch.no_grad():
+            self.retention.clamp_(0, 1)  # the parameters themselves: beyond the bounds they would have no gradient
+        found = self.retention[view.site][into]
         return (found + CLOSED).log().clamp(max=0).masked_fill(~free, 0.0)
 
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
@@ -86,7 +88,7 @@ class PoWERBERT(TopK):
             due = falling(self.target_flops, self.progress / max(1e-9, self.soft_until))
             return budget_penalty(record, due, self.weight)
         number = torch.tensor([layer + 1.0 for layer in self.sites], device=self.retention.device)
-        return (0.01 if self.weight is None else self.weight) * (number * self.retention.clamp(0, 1).sum(1)).sum()
+        return (0.01 if self.weight is None else self.weight) * (number * self.retention.sum(1)).sum()
 
     def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
         """Read the shares off the retention parameters, once these have learned, and meet ``target_flops``."""
