@@ -41,9 +41,10 @@ class Entry:
 
     kind: "train" (quality and FLOPs on the test part), "speed" (wall-clock of all methods of a task, in one run) or
         "efficiency" (wall-clock against FLOPs of fixed schedules, untrained), "runtimes" (a pruned model in every
-        runtime and precision), "anytime" (one model at several budgets), "synthetic" (fixed schedules at BERT-base's
-        size, random weights), "choice" (what choosing alone takes), "vision" (a small ViT on pictures: quality and
-        wall-clock of methods, trained or not) or "soak" (memory over thousands of calls).
+        runtime and precision), "anytime" (one model at several budgets), "tune" (a schedule found without training),
+        "audit" (what that loses in slices), "promise" (draws of texts against a tested bound), "synthetic" (fixed
+        schedules at BERT-base's size, random weights), "choice" (what choosing alone takes), "vision" (a small ViT on
+        pictures: quality and wall-clock of methods, trained or not) or "soak" (memory over thousands of calls).
     method: a pruning method, "dense" (fine-tuning alone) or "dense-continued" (the same extra steps, nothing pruned).
     variant: what sets it apart from the entry of the same method and target, in its name.
     options: of ``thresher.jobs.train``, or of the timing.
@@ -170,6 +171,25 @@ def anytime(task: str, budgets: tuple = (0.6, BOARD, 0.3)) -> list[Entry]:
     return [*alone, served]
 
 
+def merged(task: str, targets: tuple = (0.7, 0.5)) -> list[Entry]:
+    """Merging without training at milder budgets, beside dropping."""
+    common = {"variant": "untrained", "needs": (Entry(task, "dense").name,), "options": {"prune_epochs": 0}}
+    return [Entry(task, method, target=t, **common) for t in targets for method in ("tome", "topk", "random")]
+
+
+def tuned(task: str, target: float = 0.5) -> list[Entry]:
+    """A schedule found without training, and what it loses where."""
+    dense = Entry(task, "dense").name
+    found = Entry(task, "tuned", kind="tune", target=target, needs=(dense,))
+    return [found, Entry(task, "audit", kind="audit", target=target, needs=(dense, found.name))]
+
+
+def promise() -> Entry:
+    """The tested bound of disagreement, on reviews that SST-2's model never saw."""
+    options = {"pool": 5000, "draws": 200, "limits": (0.01, 0.02, 0.05), "max_length": 128}
+    return Entry("imdb", "promise", kind="promise", needs=(Entry("sst2", "dense").name,), options=options)
+
+
 def speed(task: str) -> Entry:
     """Wall-clock of LTP beside dense and TopK with its counts, seed 0."""
     dense, ltp, topk = smoke(task, 0)[:3]
@@ -258,6 +278,9 @@ ENTRIES: list[Entry] = [
     *(entry for task in ("mrpc", "sst2", "20newsgroups") for entry in board(task, 0, UNTRAINED, prune_epochs=0)),
     *(entry for seed in range(3) for entry in board("mrpc", seed)),
     *anytime("mrpc"),
+    *(entry for task in ("mrpc", "sst2", "20newsgroups") for entry in tuned(task)),
+    *merged("mrpc"),
+    promise(),
     *board("20newsgroups", 0, tier="full"),
     vision(),
 ]

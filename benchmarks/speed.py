@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from soak import measure_soak
+from tuning import judged, measure_audit, measure_promise, measure_tune
 from vision import measure_vision
 
 # of some labels alone, or untrained
@@ -112,10 +113,7 @@ def measure_anytime(entry, runs: Path) -> list[dict]:
     from entries import DATA, TASKS
     from thresher.data import load_task, tokenize
     from thresher.loading import load
-    from thresher.machine import environment
-    from thresher.metrics import bootstrap_interval
-    from thresher.predicting import predict, quality
-    from thresher.report import row
+    from thresher.predicting import predict
 
     setting, (dense, pruned) = TASKS[entry.task], (str(runs / name) for name in entry.needs)
     net, tokenizer = load(pruned)
@@ -124,13 +122,7 @@ def measure_anytime(entry, runs: Path) -> list[dict]:
     before, rows = predict(load(dense)[0], test), []
     for budget in entry.options["budgets"]:
         net.token_pruner.budget = budget
-        found = predict(net, test)
-        low, high = bootstrap_interval(task.metric, test["labels"], before, found)
-        common = {"task": task.name, "model": entry.model, "method": entry.method, "target_flops": budget}
-        common |= {"seed": entry.seed, "runtime": "torch", "precision": "fp32", "mode": "pruned", "split": "test"}
-        judged = {"quality": quality(found, test, task.metric), "quality_dense": quality(before, test, task.metric)}
-        judged |= {"interval_low": low, "interval_high": high, "flops_ratio": found.macs_dense / found.macs_used}
-        rows.append(row(**common, **judged, metric=task.metric, n_examples=len(test), **environment()))
+        rows.append(judged(entry, task, test, before, predict(net, test), target_flops=budget))
     return rows
 
 
@@ -234,6 +226,9 @@ KINDS = {
     "efficiency": measure_efficiency,
     "runtimes": measure_runtimes,
     "anytime": measure_anytime,
+    "tune": measure_tune,
+    "audit": measure_audit,
+    "promise": measure_promise,
     "choice": measure_choice,
     "soak": measure_soak,
     "synthetic": measure_synthetic,

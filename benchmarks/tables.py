@@ -117,34 +117,81 @@ def speed_table(result: dict) -> list[str]:
     return markdown(result["rows"]).splitlines()
 
 
+def drop_of(row: dict) -> str:
+    """What a row lost, with its interval."""
+    return f"{row['quality_dense'] - row['quality']:+.2f} [{row['interval_low']:+.2f}, {row['interval_high']:+.2f}]"
+
+
+def soak_told(entry: Entry, rows: list[dict]) -> list[str]:
+    """Memory over many calls."""
+    head = f"Memory of a process over {entry.options['calls']:,} calls of 1 to 4 rows of 3 to 128 tokens:"
+    return [head, "", *(f"* {row['runtime']} {row['precision']}: {row['note']}" for row in rows)]
+
+
+def choice_told(entry: Entry, rows: list[dict]) -> list[str]:
+    """A threshold beside the k best."""
+    lines = ["What choosing alone takes, in microseconds, of scores that are there, 1 thread:", ""]
+    times = {(row["batch_size"], row["max_length"], row["method"]): row["latency_ms_p50"] for row in rows}
+    for size, length in entry.options["shapes"]:
+        one, best = (1000 * times[size, length, name] for name in ("threshold", "topk"))
+        lines.append(f"* {size} x {length} tokens: a threshold {one:.0f}, the k best {best:.0f}")
+    return lines
+
+
+def anytime_told(entry: Entry, rows: list[dict]) -> list[str]:
+    """One model at several budgets."""
+    lines = ["One model of LAT, its budget set at run time:", ""]
+    for row in rows:
+        told = f"{row['metric']} {row['quality']:.2f}, drop {drop_of(row)}, {row['flops_ratio']:.2f}x fewer FLOPs"
+        lines.append(f"* {row['target_flops']:g}: {told}")
+    return lines
+
+
+def tune_told(entry: Entry, rows: list[dict]) -> list[str]:
+    """A schedule that was found without training."""
+    lines = []
+    for row in rows:
+        lines.append(
+            f"`thresher tune --target-flops {entry.target:g}`, no training ({row['note']}): {row['metric']} "
+            f"{row['quality']:.2f}, drop {drop_of(row)}, {row['flops_ratio']:.2f}x fewer FLOPs on the test part."
+        )
+    return lines
+
+
+def audit_told(entry: Entry, rows: list[dict]) -> list[str]:
+    """What it lost where."""
+    lines = ["The same model by `thresher audit`, accuracy; p after Holm's correction:", ""]
+    lines += ["| slice | texts | dense | drop [95 % interval] | tests |", "|---|---|---|---|---|"]
+    for row in rows:
+        where, _, tests = row["note"].rpartition(": ")
+        lines.append(f"| {where} | {row['n_examples']} | {row['quality_dense']:.2f} | {drop_of(row)} | {tests} |")
+    return lines
+
+
+def promise_told(entry: Entry, rows: list[dict]) -> list[str]:
+    """Draws against a tested bound."""
+    draws, pool = entry.options["draws"], entry.options["pool"]
+    head = f"The dense model of SST-2 on {pool:,} reviews of IMDB's test part, {draws} draws of those tested each time:"
+    return [head, "", *(f"* {row['n_examples']} texts, {row['note']}" for row in rows)]
+
+
+TELLERS = {  # of kinds whose rows are no wall-clock of a run of bench
+    "soak": soak_told,
+    "choice": choice_told,
+    "anytime": anytime_told,
+    "tune": tune_told,
+    "audit": audit_told,
+    "promise": promise_told,
+}
+
+
 def timings(task: str, found: dict[str, dict]) -> list[str]:
     """What a task's entries of wall-clock and memory say."""
     lines = []
     for entry in (e for e in ENTRIES if e.task == task and e.kind != "train" and e.name in found):
         rows = found[entry.name]["rows"]
-        if entry.kind == "soak":
-            lines += [
-                f"Memory of a process over {entry.options['calls']:,} calls of 1 to 4 rows of 3 to 128 tokens:",
-                "",
-            ]
-            lines += [*(f"* {row['runtime']} {row['precision']}: {row['note']}" for row in rows), ""]
-            continue
-        if entry.kind == "choice":
-            lines += ["What choosing alone takes, in microseconds, of scores that are there, 1 thread:", ""]
-            times = {(row["batch_size"], row["max_length"], row["method"]): row["latency_ms_p50"] for row in rows}
-            for size, length in entry.options["shapes"]:
-                one, best = (1000 * times[size, length, name] for name in ("threshold", "topk"))
-                lines.append(f"* {size} x {length} tokens: a threshold {one:.0f}, the k best {best:.0f}")
-            lines.append("")
-            continue
-        if entry.kind == "anytime":
-            lines += ["One model of LAT, its budget set at run time:", ""]
-            for row in rows:
-                low, high = row["interval_low"], row["interval_high"]
-                drop = f"{row['quality_dense'] - row['quality']:+.2f} [{low:+.2f}, {high:+.2f}]"
-                told = f"{row['metric']} {row['quality']:.2f}, drop {drop}, {row['flops_ratio']:.2f}x fewer FLOPs"
-                lines.append(f"* {row['target_flops']:g}: {told}")
-            lines.append("")
+        if entry.kind in TELLERS:
+            lines += [*TELLERS[entry.kind](entry, rows), ""]
             continue
         what = f"first {rows[0]['n_examples']} texts"
         if entry.kind == "efficiency":
@@ -173,8 +220,7 @@ def vision_table(rows: list[dict]) -> list[str]:
         same = [r for r in rows if (r["method"], r["target_flops"]) == (row["method"], row["target_flops"])]
         drop = ""
         if row["method"] != "dense":
-            low, high = row["interval_low"], row["interval_high"]
-            drop = f"{row['quality_dense'] - row['quality']:+.2f} [{low:+.2f}, {high:+.2f}]"
+            drop = drop_of(row)
         target = "" if row["target_flops"] is None else f", {row['target_flops']:g}"
         cells = [f"{row['method']}{target}", f"{row['flops_ratio']:.2f}", f"{row['quality']:.2f}"]
         cells += [drop, row["note"].partition(": ")[2]]
@@ -252,10 +298,14 @@ def write(results: Path, target: Path) -> None:
         lines += timings(task, found)
     if told := timings("synthetic", found):
         lines += ["## BERT-base's shape, random weights", "", *told]
+    if told := timings("imdb", found):
+        lines += ["## IMDB: the bound of disagreement", "", *told]
     for entry in (entry for entry in ENTRIES if entry.kind == "vision" and entry.name in found):
         lines += vision_section(found[entry.name]["rows"], target.parent / "img")
     if missing:
-        lines += ["## Not run yet", "", *[f"* {name}" for name in missing], ""]
+        tasks = dict.fromkeys(name.partition("/")[0] for name in missing)
+        by_task = {task: [name.partition("/")[2] for name in missing if name.startswith(f"{task}/")] for task in tasks}
+        lines += ["## Not run yet", "", *[f"* {task}: {', '.join(names)}" for task, names in by_task.items()], ""]
     target.parent.mkdir(parents=True, exist_ok=True)
     replace(target, "\n".join(lines))
     readme = target.parent.parent / "README.md"

@@ -283,9 +283,9 @@ class Search:
         within = [left for left in self.rows if self.space.cost(left) <= budget]
         return min(within, key=lambda left: (self.rows[left]["divergence"], left != best))
 
-    def test(self, name: str, limit: float, sample: Sample) -> Left:
-        """The strongest schedule in a row of passes; the sequence is fixed by the sample of the search."""
-        kind = "drop" if name == "max_drop" else "disagreement"
+    def sequence(self, kind: str, limit: float) -> list[Left]:
+        """The schedules to test, the mildest first: those on the front, more of them where "disagreement" or "drop", as
+        the search's own texts have it, comes to ``limit``."""
         found = self.survey(share * self.space.dense for share in SHARES) or [self.space.strongest]
         self.run(found[-1])
         good = [left for left in found if self.rows[left][kind] <= limit]
@@ -295,7 +295,11 @@ class Search:
             for left in self.survey([edge + share * (max(after, default=edge / 2) - edge)]):
                 self.refine(left, self.space.cost(left), LOOKS // 3)
         lefts = {id(row): left for left, row in self.rows.items()}
-        sequence = [lefts[id(row)] for row in frontier.best([*self.rows.values()])]
+        return [lefts[id(row)] for row in frontier.best([*self.rows.values()])]
+
+    def test(self, name: str, limit: float, sample: Sample) -> Left:
+        """The strongest schedule in a row of passes; the sequence is fixed by the sample of the search."""
+        sequence = self.sequence("drop" if name == "max_drop" else "disagreement", limit)
         tested = []
 
         def bound(left: Left) -> float:
