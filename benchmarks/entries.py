@@ -220,6 +220,7 @@ def synthetic() -> list[Entry]:
     options |= {"keeps": keeps, "repeats": 5}
     own = {name: options | {"shape": shape, "batches": batches} for name, (shape, batches) in shapes.items()}
     ragged = options | {"shape": (32, 256), "batches": 2, "least": 16, "graphs": (), "repeats": 3}
+    own["8x128-openvino-int8"] = own["8x128"] | {"graphs": ("openvino int8",), "precisions": ("fp32",)}
     for precision in ("fp32", "bf16"):
         own[f"32x16-256-{precision}"] = ragged | {"precisions": (precision,)}
     common = {"kind": "synthetic", "model": "bert-base"}
