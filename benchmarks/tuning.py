@@ -30,6 +30,7 @@ def measure_tune(entry, runs: Path) -> list[dict]:
     from entries import DATA, TASKS
     from thresher.api import dense
     from thresher.data import load_task, tokenize
+    from thresher.frontier import kept
     from thresher.jobs import SUMMARY
     from thresher.loading import load
     from thresher.predicting import predict
@@ -47,7 +48,7 @@ def measure_tune(entry, runs: Path) -> list[dict]:
     with dense(net):
         before = predict(net, test)
     (chosen,) = (one for one in said["schedules"] if one["chosen"])
-    keeps = ", ".join(f"{keep:g} after layer {at}" for at, keep in zip(chosen["at"], chosen["keep"], strict=True))
+    keeps = ", ".join(f"{kept(keep)} after layer {at}" for at, keep in zip(chosen["at"], chosen["keep"], strict=True))
     told = f"{said['tuning']['method']}, {keeps}; {said['seconds'] / 60:.1f} minutes, {said['texts']['searched']} texts"
     return [judged(entry, task, test, before, found, note=told)]
 

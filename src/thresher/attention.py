@@ -209,7 +209,7 @@ def additive(mask: Tensor | None, query: Tensor, module) -> Tensor | None:
         mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
     if mask.dtype == torch.bool:
         return torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-    return mask.float()
+    return mask.float().clamp(min=torch.finfo(torch.float32).min)  # a row of -inf would be NaN
 
 
 def columns(weights: Tensor, votes: Tensor) -> Tensor:
@@ -297,10 +297,12 @@ class PrunedAttention:
         if torch.compiler.is_compiling() and token_view.scored and self._plain(module, kwargs):
             bias, votes = additive(attention_mask, query, module), token_view.tokens.votes
             output, found = attend_and_score(query, key, value, bias, token_view.scaling, votes, token_view.statistic)
-            if attention_mask is not None and attention_mask.dtype == torch.bool:  # a query that sees nobody gets zeros
-                blank = token_view.tokens.blank
-                same = attention_mask.shape[-2] == 1 and blank is not None  # for all queries: those of blank rows do
-                sees = ~blank[:, None] if same else attention_mask.any(-1)[:, 0]
+            blank, bare = token_view.tokens.blank, attention_mask is not None and attention_mask.dtype == torch.bool
+            if bare or (attention_mask is not None and blank is not None and token_view.tokens.log_size is not None):
+                # a query that sees nobody gets zeros
+                same = bare and attention_mask.shape[-2] == 1 and blank is not None  # for all: those of blank rows do
+                shown = attention_mask if bare else attention_mask > float("-inf")
+                sees = ~blank[:, None] if same else shown.any(-1)[:, 0]
                 output = output * sees[..., None, None]
             token_view.see_found(found)
             return output, None

@@ -14,9 +14,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PERCENT = "{:.1%}".format
+
+
+def kept(share: float | int) -> str:
+    """A ``keep`` in words: a whole number counts tokens."""
+    return f"{share} token{'s' * (share > 1)}" if isinstance(share, int) else f"{share:g}"
+
+
 COLUMNS = {  # name in a row: (heading, form)
     "at": ("after layers", lambda at: ", ".join(map(str, at))),
-    "keep": ("keep", lambda keep: ", ".join(f"{share:g}" for share in keep)),
+    "keep": ("keep", lambda keep: ", ".join(map(kept, keep))),
     "flops_fraction": ("MACs", PERCENT),
     "latency_ms": ("ms", "{:.2f}".format),
     "divergence": ("divergence", "{:.4f}".format),

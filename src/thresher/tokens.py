@@ -237,9 +237,12 @@ class Tokens:
         if additive:
             bias = torch.zeros((), dtype=dtype, device=mask.device) if bias is None else bias[:, None, None]
             if mask.dtype == torch.bool:
+                shut = ~(mask & alive)
+                found = torch.where(shut, torch.finfo(dtype).min, bias.to(dtype))
+                if self.log_size is None or self.blank is None:
+                    return found
                 # -inf, as of a bool mask: what a query that sees nobody gets is the implementation's own
-                least = torch.finfo(dtype).min if self.log_size is None else float("-inf")
-                return torch.where(mask & alive, bias.to(dtype), least)
+                return found.masked_fill(shut & self.blank[:, None, None, None], float("-inf"))
             if mask.is_floating_point():
                 return (mask + bias.to(mask.dtype)).masked_fill(~alive, torch.finfo(mask.dtype).min)
             return mask * (bias > math.log(0.5))

@@ -77,7 +77,7 @@ class LAT(TopK):
         return top_k(score.masked_fill(view.protected, float("inf")), count, view.alive)
 
     def idles(self, site: int) -> bool:
-        return self.shares[site] == KEEPS_ALL
+        return isinstance(self.shares[site], float) and self.shares[site] == KEEPS_ALL
 
     def width(self, slots: int, site: int) -> int | None:
         return None if self.training else super().width(slots, site)
