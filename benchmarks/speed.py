@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from soak import measure_soak
-from tuning import judged, measure_audit, measure_promise, measure_tune
+from tuning import judged, measure_audit, measure_coverage, measure_tune
 from vision import measure_vision
 
 # of some labels alone, or untrained
@@ -228,7 +228,7 @@ KINDS = {
     "anytime": measure_anytime,
     "tune": measure_tune,
     "audit": measure_audit,
-    "promise": measure_promise,
+    "coverage": measure_coverage,
     "choice": measure_choice,
     "soak": measure_soak,
     "synthetic": measure_synthetic,

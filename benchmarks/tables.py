@@ -160,7 +160,7 @@ def tune_told(entry: Entry, rows: list[dict]) -> list[str]:
 
 def audit_told(entry: Entry, rows: list[dict]) -> list[str]:
     """What it lost where."""
-    lines = ["The same model by `thresher audit`, accuracy; p after Holm's correction:", ""]
+    lines = ["The same model by `thresher audit`, accuracy; p of the slices after Holm's correction:", ""]
     lines += ["| slice | texts | dense | drop [95 % interval] | tests |", "|---|---|---|---|---|"]
     for row in rows:
         where, _, tests = row["note"].rpartition(": ")
@@ -168,10 +168,12 @@ def audit_told(entry: Entry, rows: list[dict]) -> list[str]:
     return lines
 
 
-def promise_told(entry: Entry, rows: list[dict]) -> list[str]:
+def coverage_told(entry: Entry, rows: list[dict]) -> list[str]:
     """Draws against a tested bound."""
     draws, pool = entry.options["draws"], entry.options["pool"]
-    head = f"The dense model of SST-2 on {pool:,} reviews of IMDB's test part, {draws} draws of those tested each time:"
+    head = (
+        f"The dense model of SST-2 on {pool:,} reviews of IMDB's test part, {draws:,} draws of those tested each time:"
+    )
     return [head, "", *(f"* {row['n_examples']} texts, {row['note']}" for row in rows)]
 
 
@@ -181,7 +183,7 @@ TELLERS = {  # of kinds whose rows are no wall-clock of a run of bench
     "anytime": anytime_told,
     "tune": tune_told,
     "audit": audit_told,
-    "promise": promise_told,
+    "coverage": coverage_told,
 }
 
 
