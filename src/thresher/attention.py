@@ -294,22 +294,25 @@ class PrunedAttention:
         token_view.see(module, query, key, attention_mask, value, scaling)
         if isinstance(token_view.tokens, Packed):
             return self._packed(function, module, query, key, value, attention_mask, token_view, kwargs)
-        if torch.compiler.is_compiling() and token_view.scored and self._plain(module, kwargs):
-            bias, votes = additive(attention_mask, query, module), token_view.tokens.votes
+        tokens, sees, graph = token_view.tokens, None, torch.compiler.is_compiling()
+        if graph and tokens.log_size is not None and tokens.blank is not None and attention_mask is not None:
+            sees = (attention_mask > float("-inf")).any(-1)[
+                :, 0
+            ]  # runtimes differ in what -inf alone gives: zeros here
+            attention_mask = attention_mask.clamp(min=torch.finfo(attention_mask.dtype).min)
+        if graph and token_view.scored and self._plain(module, kwargs):
+            bias, votes = additive(attention_mask, query, module), tokens.votes
             output, found = attend_and_score(query, key, value, bias, token_view.scaling, votes, token_view.statistic)
-            blank, bare = token_view.tokens.blank, attention_mask is not None and attention_mask.dtype == torch.bool
-            if bare or (attention_mask is not None and blank is not None and token_view.tokens.log_size is not None):
-                # a query that sees nobody gets zeros
-                same = bare and attention_mask.shape[-2] == 1 and blank is not None  # for all: those of blank rows do
-                shown = attention_mask if bare else attention_mask > float("-inf")
-                sees = ~blank[:, None] if same else shown.any(-1)[:, 0]
-                output = output * sees[..., None, None]
+            if attention_mask is not None and attention_mask.dtype == torch.bool:  # a query that sees nobody gets zeros
+                same = attention_mask.shape[-2] == 1 and tokens.blank is not None  # for all: those of blank rows do
+                sees = ~tokens.blank[:, None] if same else attention_mask.any(-1)[:, 0]
             token_view.see_found(found)
-            return output, None
-        output, weights = function(module, query, key, value, attention_mask, **kwargs)
-        if weights is not None and not (dropout and module.training):
-            token_view.see_weights(weights)
-        return output, weights
+            weights = None
+        else:
+            output, weights = function(module, query, key, value, attention_mask, **kwargs)
+            if weights is not None and not (dropout and module.training):
+                token_view.see_weights(weights)
+        return output if sees is None else output * sees[..., None, None], weights
 
     @staticmethod
     def _plain(module, kwargs: dict) -> bool:

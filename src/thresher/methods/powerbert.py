@@ -31,12 +31,12 @@ class PoWERBERT(TopK):
     [0, 1] and 1 at the start, which learns with the weights under a penalty; then the mass of a layer's parameters says
     how many tokens it keeps of every input, no more than the layer before, and the weights are trained on with these.
 
-    Departures. Ranks are relative, in ``bins``, and counts are shares of a text's length (theirs are counts of a padded
-    length). A retention parameter enters the attention of the following layers as its logarithm on the key, see
-    ``LTP``; those of several sites add up, while the count after a site follows the least mass so far, as the paper's
-    does, so that what several sites took together falls to the last dial. The budget is a FLOPs target: its penalty is ``LTP``'s and, when the shares are known, one factor of all of
-    them meets it on held-out inputs; without a target the penalty is the paper's, the mass of each layer times its
-    number, times ``weight``.
+    Departures. Ranks are relative, in ``bins``, and counts are shares of a text's length (theirs are counts of a
+    padded length). A retention parameter enters the attention of the following layers as its logarithm on the key,
+    see ``LTP``; those of several sites add up, while the count after a site follows the least mass so far, as the
+    paper's does, so that what several sites took together falls to the last dial. The budget is a FLOPs target: its
+    penalty is ``LTP``'s and, when the shares are known, one factor of all of them meets it on held-out inputs;
+    without a target the penalty is the paper's, the mass of each layer times its number, times ``weight``.
 
     Args:
         keep: the shares, of each site's survivors; found by the training, 1 before.
