@@ -295,17 +295,16 @@ class PrunedAttention:
         if isinstance(token_view.tokens, Packed):
             return self._packed(function, module, query, key, value, attention_mask, token_view, kwargs)
         tokens, sees, graph = token_view.tokens, None, torch.compiler.is_compiling()
-        if graph and tokens.log_size is not None and tokens.blank is not None and attention_mask is not None:
-            sees = (attention_mask > float("-inf")).any(-1)[
-                :, 0
-            ]  # runtimes differ in what -inf alone gives: zeros here
-            attention_mask = attention_mask.clamp(min=torch.finfo(attention_mask.dtype).min)
+        if graph and attention_mask is not None:  # a query that sees nobody gets zeros, for which runtimes have others
+            if attention_mask.dtype == torch.bool:
+                same = attention_mask.shape[-2] == 1 and tokens.blank is not None  # for all: those of blank rows do
+                sees = ~tokens.blank[:, None] if same else attention_mask.any(-1)[:, 0]
+            elif tokens.log_size is not None and tokens.blank is not None:
+                sees = (attention_mask > float("-inf")).any(-1)[:, 0]
+                attention_mask = attention_mask.clamp(min=torch.finfo(attention_mask.dtype).min)
         if graph and token_view.scored and self._plain(module, kwargs):
             bias, votes = additive(attention_mask, query, module), tokens.votes
             output, found = attend_and_score(query, key, value, bias, token_view.scaling, votes, token_view.statistic)
-            if attention_mask is not None and attention_mask.dtype == torch.bool:  # a query that sees nobody gets zeros
-                same = attention_mask.shape[-2] == 1 and tokens.blank is not None  # for all: those of blank rows do
-                sees = ~tokens.blank[:, None] if same else attention_mask.any(-1)[:, 0]
             token_view.see_found(found)
             weights = None
         else:
