@@ -229,6 +229,19 @@ def test_a_step_over_the_target_ends_at_the_closer_side():
     assert found == 0.39 and called[-1] >= 0.3
 
 
+@pytest.mark.parametrize(("begin", "value"), [(0.2, 0.39), (0.2, 0.41), (-0.6, 0.41)])
+def test_of_a_plateau_it_takes_the_mildest_that_it_tried(begin, value):
+    """A dial turned further than it moves anything would leave the method an extreme parameter."""
+    called = []
+
+    def steps(x):
+        called.append(x)
+        return 0.9 if x < begin else value if x < begin + 2 else 0.1
+
+    assert search(steps, 0.4) == value
+    assert abs(called[-1]) == min(abs(x) for x in set(called) if steps(x) == value)
+
+
 @pytest.mark.parametrize(("shift", "most"), [(-0.3, 5), (-0.01, 3), (0.004, 3), (0.07, 4), (0.9, 8)])
 def test_a_smooth_search_takes_few_calls(shift, most):
     """Each is a pass over the calibration data."""

@@ -1,0 +1,74 @@
+"""What the benchmarks say of their rows: every kind in words, and the test of the tested bound itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from thresher.report import row
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+
+
+def told(kind: str, **fields) -> str:
+    """What the tables say of one row of the first entry of a kind."""
+    from entries import ENTRIES
+    from tables import timings
+
+    entry = next(e for e in ENTRIES if e.kind == kind)
+    common = {"quality": 81.25, "quality_dense": 83.5, "interval_low": -0.5, "interval_high": 5.0, "metric": "f1"}
+    made = row(**(common | {"flops_ratio": 2.03, "n_examples": 400, "note": "told so"} | fields))
+    return "\n".join(timings(entry.task, {entry.name: {"rows": [made]}}))
+
+
+@pytest.mark.parametrize("kind", ["tune", "audit", "anytime"])
+def test_a_drop_is_told_with_its_interval(bench, kind):
+    said = told(kind, note="class, 1: p 0.04, p that it loses more 0.35", target_flops=0.45)
+    assert "+2.25 [-0.50, +5.00]" in said
+
+
+def test_an_audit_is_told_slice_by_slice(bench):
+    said = told("audit", note="length, 3 to 9: p 0.04, p that it loses more 0.35, detectable from 4.1")
+    assert "| length, 3 to 9 | 400 | 83.50 | +2.25 [-0.50, +5.00] | p 0.04, p that it loses more 0.35, " in said
+
+
+def test_what_is_no_drop_is_told_too(bench):
+    assert "* 400 texts, asked 0.02: violated" in told("coverage", note="asked 0.02: violated in 1 % of the draws")
+    assert "* torch fp32: told so" in told("soak", runtime="torch", precision="fp32")
+
+
+def test_every_kind_of_entry_can_be_told(bench):
+    from entries import ENTRIES
+    from tables import TELLERS
+
+    timed = {"train", "vision", "speed", "efficiency", "runtimes", "synthetic"}  # with tables of their own
+    assert {e.kind for e in ENTRIES} == timed | set(TELLERS)
+
+
+def test_the_simulation_counts_what_is_beyond_the_limit(bench):
+    from tuning import violated
+
+    differs = np.zeros((3, 100), bool)
+    differs[1, :2], differs[2, :5] = True, True  # true rates 0, .02 and .05
+    assert violated(differs, 0.02, [0, 1, 2, 2]) == 0.0, "at the limit is not beyond it"
+    assert violated(differs, 0.02, [0, 1, 2, 3]) == 0.25
+    assert violated(differs, 0.01, [0, 1, 2, 3]) == 0.5
+
+
+def test_the_simulation_finds_a_test_that_is_too_mild(bench):
+    """A schedule of true rate 5.1 % must pass a limit of 5 % in at most 5 % of the draws; were errors not counted
+    against a bound but against the limit itself, in about half."""
+    from tuning import passes, violated
+
+    rate, n, draw = 0.051, 500, np.random.default_rng(0)
+    differs = np.zeros((1, 10_000), bool)
+    differs[0, : int(rate * 10_000)] = True
+    passed = passes(differs, 0.05, n, 2000, draw)
+    assert 0.01 < violated(differs, 0.05, passed) <= 0.05
+    naive = np.mean([differs[0, draw.integers(10_000, size=n)].mean() <= 0.05 for _ in range(500)])
+    assert naive > 0.4
