@@ -44,6 +44,18 @@ def board_rows(entries: list[Entry], results: dict[str, dict]) -> list[dict]:
     return rows
 
 
+def rewards_told(entry: Entry, result: dict) -> list[str]:
+    """How a method's reward went, where it has one."""
+    if entry.kind != "train" or not (rewards := result.get("rewards")):
+        return []
+    told = (f"{r['reward']:.2f} ({r['task_loss']:.2f}, {r['left']:.2f}, {r['alpha']:+.2f})" for r in rewards)
+    return [
+        f"{entry.method}, seed {entry.seed}, the reward −task − α · MACs until epoch {rewards[-1]['epoch']:.1f}, where "
+        f"its choices are sampled (task loss, MACs left, α): {', '.join(told)}.",
+        "",
+    ]
+
+
 def board(task: str, entries: list[Entry], results: dict[str, dict], docs: Path) -> list[str]:
     """The leaderboards of a task as lines of ``docs/results.md``, and their pictures in ``docs/img``."""
     from thresher.figures import leaderboard
@@ -65,6 +77,7 @@ def board(task: str, entries: list[Entry], results: dict[str, dict], docs: Path)
             cells = (r["method"], r["group"], ", ".join(map(str, r["seeds"])), f"{r['quality']:.2f}", drop)
             lines.append(f"| {' | '.join(cells)} | {r['flops_ratio']:.2f} |")
         lines.append("")
+        lines += [line for e in entries if kind == "trained" for line in rewards_told(e, results.get(e.name, {}))]
         picture = docs / "img" / f"board-{task}-{kind}.svg"
         if find_spec("matplotlib"):
             leaderboard(rows, picture, f"{task}, {BOARD:g} of the MACs, {kind}")

@@ -105,6 +105,8 @@ def run(entry: Entry) -> None:
         overlaps = [list(line.values()) for line in map(overlap_of, summary["history"]) if line]
         settled = overlaps[len(overlaps) // 2 :]  # each is of one batch, of one length
         extra["overlap"] = [sum(layer) / len(settled) for layer in zip(*settled, strict=True)]
+        rewards = [{name: line[name] for name in REWARD} for line in summary["history"] if "reward" in line]
+        extra |= {"rewards": rewards} if rewards else {}
     file = result_file(entry)
     if file.exists():
         return
@@ -113,6 +115,9 @@ def run(entry: Entry) -> None:
     command = f"python benchmarks/run.py --all --only {entry.name}"
     aside.write_text(as_json({"rows": [{**row, "command": command} for row in rows], **extra}))
     os.replace(aside, file)
+
+
+REWARD = ("epoch", "reward", "task_loss", "left", "alpha")  # what a method that learns by reinforcement logs
 
 
 def overlap_of(line: dict) -> dict:
