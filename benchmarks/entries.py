@@ -4,7 +4,7 @@ rows."""
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from thresher import recipes
@@ -32,6 +32,9 @@ TASKS = {
         "glue/mrpc", limit=320, training=recipes.TASKS["mrpc"] | {"epochs": 2, "prune_epochs": 2}
     ),
     "squad": TaskSetting("squad", target=0.54, training=recipes.TASKS["squad"]),
+    "rte": TaskSetting("glue/rte", training=recipes.TASKS["rte"]),
+    "cola": TaskSetting("glue/cola", training=recipes.TASKS["cola"]),
+    "stsb": TaskSetting("glue/stsb", training=recipes.TASKS["stsb"]),
 }
 
 
@@ -114,6 +117,14 @@ def constrained(task: str, seed: int, target: float = 0.417, model: str = "minil
     ltp = Entry(task, "ltp", seed, model=model, target=target, needs=(dense.name,))
     topk = Entry(task, "topk", seed, model=model, target=target, variant="of-top", needs=(dense.name, top.name))
     return [top, ltp, topk]
+
+
+def glue(task: str, seed: int, targets: tuple = (0.417, 0.54)) -> list[Entry]:
+    """Dense, the same extra steps, and ``constrained`` at 2.4x and 1.85x."""
+    dense = Entry(task, "dense", seed)
+    found = [dense, Entry(task, "dense-continued", seed, needs=(dense.name,))]
+    found += [entry for target in targets for entry in constrained(task, seed, target)]
+    return [replace(entry, tier="full") for entry in found]
 
 
 PARTS = {  # of ToP, by the name of the variant without them or with another one
@@ -282,6 +293,7 @@ ENTRIES: list[Entry] = [
     *(entry for task in ("mrpc", "sst2", "20newsgroups") for entry in tuned(task)),
     *merged("mrpc"),
     coverage(),
+    *(entry for seed in range(3) for task in ("rte", "stsb", "cola") for entry in glue(task, seed)),
     *board("20newsgroups", 0, tier="full"),
     vision(),
 ]
