@@ -5,9 +5,11 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from entries import BOARD, Entry
+from entries import BOARD, Entry, board_speed
 
 KINDS = {"trained": "trained with the same steps and teacher", "untrained": "budget met without training"}
+
+TIMES = " × unpadded, padded at batch 32 | at batch 1 |"
 
 
 def on_board(entry: Entry) -> bool:
@@ -24,8 +26,7 @@ def board_rows(entries: list[Entry], results: dict[str, dict]) -> list[dict]:
     runs: dict[str, dict[int, dict]] = {}
     for entry in entries:
         if entry.name in results:
-            name = f"{entry.method} {entry.variant.removesuffix('untrained').strip('-')}".strip()
-            runs.setdefault(name, {})[entry.seed] = results[entry.name]
+            runs.setdefault(entry.label, {})[entry.seed] = results[entry.name]
     if not runs:
         return []
     some = next(iter(next(iter(runs.values())).values()))
@@ -56,27 +57,46 @@ def rewards_told(entry: Entry, result: dict) -> list[str]:
     ]
 
 
+def times_of(rows: list[dict]) -> dict[str, list[str]]:
+    """Method -> its speed-ups in one interleaved run at batch sizes 32 and 1, each over dense unpadded and padded."""
+    found: dict[str, list[str]] = {}
+    for r in sorted(rows, key=lambda r: -r["batch_size"]):
+        if r["mode"] == "pruned":
+            found.setdefault(r["method"], []).append(f"{r['speedup_unpadded']:.2f}, {r['speedup_padded']:.2f}")
+    return found
+
+
 def board(task: str, entries: list[Entry], results: dict[str, dict], docs: Path) -> list[str]:
     """The leaderboards of a task as lines of ``docs/results.md``, and their pictures in ``docs/img``."""
     from thresher.figures import leaderboard
 
-    lines = []
+    lines, timed = [], results.get(board_speed(task).name, {"rows": []})["rows"]
     for kind, said in KINDS.items():
         rows = board_rows([e for e in entries if e.variant.endswith("untrained") == (kind == "untrained")], results)
         if not rows:
             continue
+        times = times_of(timed) if kind == "trained" else {}
         lines += [
             f"Every method at {BOARD:g} of the dense MACs, {said}, best first. Methods that share a letter cannot be "
             "told apart (paired bootstrap, Holm's correction, 5 %):",
             "",
-            f"| method | group | seeds | {rows[0]['metric']} | drop against dense [95 % interval] | FLOPs |",
-            "|---|---|---|---|---|---|",
+            f"| method | group | seeds | {rows[0]['metric']} | drop against dense [95 % interval] | FLOPs |"
+            + TIMES * bool(times),
+            "|---|---|---|---|---|---|" + "---|---|" * bool(times),
         ]
         for r in rows:
             drop = f"{r['quality_dense'] - r['quality']:+.2f} [{r['interval_low']:+.2f}, {r['interval_high']:+.2f}]"
             cells = (r["method"], r["group"], ", ".join(map(str, r["seeds"])), f"{r['quality']:.2f}", drop)
-            lines.append(f"| {' | '.join(cells)} | {r['flops_ratio']:.2f} |")
+            cells += (f"{r['flops_ratio']:.2f}", *times.get(r["method"], [""] * 2 * bool(times)))
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
+        if times:
+            spread = max(r["spread"] for r in timed)
+            lines += [
+                f"Times: seed 0, one interleaved run, {timed[0]['repeats']} repeats, {timed[0]['threads']} threads, "
+                f"fp32, {timed[0]['hardware']}; the spread of the totals is up to {spread:.2f}.",
+                "",
+            ]
         lines += [line for e in entries if kind == "trained" for line in rewards_told(e, results.get(e.name, {}))]
         picture = docs / "img" / f"board-{task}-{kind}.svg"
         if find_spec("matplotlib"):

@@ -71,6 +71,11 @@ class Entry:
         parts = [self.model, self.method, self.variant, "" if self.target is None else f"{self.target:g}"]
         return f"{self.task}/{'-'.join(part for part in parts if part)}-s{self.seed}"
 
+    @property
+    def label(self) -> str:
+        """What it is called on a leaderboard: the method, and its kind if there are several."""
+        return f"{self.method} {self.variant.removesuffix('untrained').strip('-')}".strip()
+
     def recipe(self, folder: Path) -> dict:
         """The arguments of ``thresher.jobs.train``; ``folder`` holds the models of other entries."""
         task = TASKS[self.task]
@@ -169,6 +174,12 @@ def board(task: str, seed: int, methods: tuple = (*UNTRAINED, *TRAINED), tier: s
         given |= {"needs": (Entry(task, "dense", seed).name,), "options": options | {"method_options": own}}
         entries.append(Entry(task, method, seed, **given))
     return entries
+
+
+def board_speed(task: str) -> Entry:
+    """Wall-clock of all methods of the trained leaderboard beside dense, seed 0."""
+    needs = (Entry(task, "dense").name, *(entry.name for entry in board(task, 0)))
+    return Entry(task, "board", target=BOARD, kind="speed", needs=needs, options={"limit": 1000, "replayed": False})
 
 
 def anytime(task: str, budgets: tuple = (0.6, BOARD, 0.3)) -> list[Entry]:
@@ -289,6 +300,7 @@ ENTRIES: list[Entry] = [
     ),
     *(entry for task in ("mrpc", "sst2", "20newsgroups") for entry in board(task, 0, UNTRAINED, prune_epochs=0)),
     *(entry for seed in range(3) for entry in board("mrpc", seed)),
+    board_speed("mrpc"),
     *anytime("mrpc"),
     *(entry for task in ("mrpc", "sst2", "20newsgroups") for entry in tuned(task)),
     *merged("mrpc"),

@@ -14,8 +14,9 @@ UNJUDGED = dict.fromkeys(("quality", "quality_dense", "interval_low", "interval_
 
 def measure_task(entry, runs: Path) -> list[dict]:
     """Wall-clock rows of the models an entry needs: the dense one first, then the pruned ones, on the
-    first texts of the test part; quality where these are all."""
-    from entries import DATA, TASKS
+    first texts of the test part; quality where these are all. They keep as many tokens as the first of the pruned ones,
+    or with "replayed" False their own."""
+    from entries import DATA, ENTRIES, TASKS
     from thresher.bench import measure
     from thresher.data import load_task, tokenize
     from thresher.jobs import load
@@ -29,12 +30,12 @@ def measure_task(entry, runs: Path) -> list[dict]:
     net = load(str(runs / others[0]))[0]
     whole = len(test) <= entry.options["limit"]
     test = test if whole else test.select(range(entry.options["limit"]))
-    kept = predict(net, test).kept
-    baselines = {}
-    for name in others[1:]:
-        model = load(str(runs / name))[0]
-        model.token_pruner.row_counts = kept
-        baselines[model.token_pruner.name] = model
+    labels = {other.name: other.label for other in ENTRIES}
+    baselines = {labels[name]: load(str(runs / name))[0] for name in others[1:]}
+    if entry.options.get("replayed", True):
+        kept = predict(net, test).kept
+        for model in baselines.values():
+            model.token_pruner.row_counts = kept
     rows = measure(
         net,
         test,

@@ -201,6 +201,8 @@ def timings(task: str, found: dict[str, dict]) -> list[str]:
     lines = []
     for entry in (e for e in ENTRIES if e.task == task and e.kind != "train" and e.name in found):
         rows = found[entry.name]["rows"]
+        if entry.method == "board":  # in its table
+            continue
         if entry.kind in TELLERS:
             lines += [*TELLERS[entry.kind](entry, rows), ""]
             continue

@@ -245,7 +245,7 @@ def test_mistakes_are_told_before_anything_runs(toy, tmp_path, mistake):
 def test_leaderboards_are_apart_from_the_other_tables(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     import tables
-    from entries import BOARD, ENTRIES
+    from entries import BOARD, ENTRIES, board_speed
 
     dense = {e.seed: e for e in ENTRIES if e.task == "mrpc" and e.method == "dense"}
     chosen = [e for e in ENTRIES if e.task == "mrpc" and e.target == BOARD and e.method in ("tofu", "topk", "ats")]
@@ -261,6 +261,11 @@ def test_leaderboards_are_apart_from_the_other_tables(tmp_path, monkeypatch):
         file = results / f"{entry.name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result | {"reached": {"flops_fraction": BOARD}}))
+    timed = {"mode": "pruned", "speedup_padded": 2.5, "repeats": 5, "threads": 1, "hardware": "one", "spread": 0.07}
+    timed = [
+        timed | {"method": "topk", "batch_size": size, "speedup_unpadded": up} for size, up in ((1, 0.9), (32, 1.5))
+    ]
+    (results / f"{board_speed('mrpc').name}.json").write_text(json.dumps({"rows": timed}))
     tables.write(results, tmp_path / "docs" / "results.md")
     before, *boards = (tmp_path / "docs" / "results.md").read_text().split("## Not run yet")[0].split("Every method at")
     assert "| dense | 0, 1, 2 |" in before and "tofu" not in before and len(boards) == 2
@@ -268,6 +273,8 @@ def test_leaderboards_are_apart_from_the_other_tables(tmp_path, monkeypatch):
     assert {line[0]: line[1:3] for line in trained}["| ats"] == ["b", "0, 1"]
     assert {line[0] for line in trained} >= {"| topk", "| tofu"} and {line[2] for line in untrained} == {"0"}
     assert [line[0] for line in untrained][-1] == "| ats"
+    assert {line[0]: line[6:] for line in trained}["| topk"] == ["1.50, 2.50", "0.90, 2.50 |"]
+    assert {len(line) for line in trained} == {8} and {len(line) for line in untrained} == {6}
     for kind in ("trained", "untrained"):
         assert f"(img/board-mrpc-{kind}.svg)" in (tmp_path / "docs" / "results.md").read_text()
         assert b"tofu" in (tmp_path / "docs" / "img" / f"board-mrpc-{kind}.svg").read_bytes()
