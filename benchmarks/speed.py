@@ -51,7 +51,7 @@ def measure_task(entry, runs: Path) -> list[dict]:
 
 def measure_efficiency(entry, runs: Path) -> list[dict]:
     """Efficiency at fixed FLOPs reductions, untrained: TopK schedules on the lengths of a task's first 256 test texts
-    ("least": of those with so many tokens)."""
+    ("least": of those with so many tokens); "timing" holds other arguments of ``measure``."""
     from entries import DATA, TASKS
     from thresher import TopK, prune, unprune
     from thresher.bench import measure
@@ -73,11 +73,9 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
             test,
             task,
             max_length=longest,
-            modes=("dense-unpadded", "pruned"),
             batch_sizes=entry.options["batch_sizes"],
-            repeats=5,
-            batches=4,
             fields={"model": entry.model, "split": "test", "recipe": f"untrained TopK(keep={keep}), {ratio}"},
+            **{"modes": ("dense-unpadded", "pruned"), "repeats": 5, "batches": 4} | entry.options.get("timing", {}),
         )
         unprune(net)
         rows += [{**row, **UNJUDGED} for row in timed]

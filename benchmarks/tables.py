@@ -210,7 +210,7 @@ def timings(task: str, found: dict[str, dict]) -> list[str]:
         if entry.kind == "efficiency":
             least = entry.options.get("least")
             what += f" of {least} tokens" if least else f", at most {rows[0]['max_length']} tokens"
-            what += ", untrained TopK"
+            what += f", untrained TopK{'' if entry.model == 'minilm-l6' else ', ' + entry.model}"
         elif entry.kind == "runtimes":
             what = f"ToP at {entry.target:g}, {rows[0]['n_examples']} texts"
         elif entry.kind == "synthetic":
