@@ -35,6 +35,7 @@ TASKS = {
     "rte": TaskSetting("glue/rte", training=recipes.TASKS["rte"]),
     "cola": TaskSetting("glue/cola", training=recipes.TASKS["cola"]),
     "stsb": TaskSetting("glue/stsb", training=recipes.TASKS["stsb"]),
+    "trecqa": TaskSetting("trecqa", training=recipes.TASKS["trecqa"]),
 }
 
 
@@ -321,7 +322,7 @@ ENTRIES: list[Entry] = [
     *(entry for task in ("mrpc", "sst2", "20newsgroups") for entry in tuned(task)),
     *merged("mrpc"),
     coverage(),
-    *(entry for seed in range(3) for task in ("rte", "stsb", "cola") for entry in glue(task, seed)),
+    *(entry for seed in range(3) for task in ("rte", "stsb", "cola", "trecqa") for entry in glue(task, seed)),
     *board("20newsgroups", 0, tier="full"),
     vision(),
 ]

@@ -80,7 +80,7 @@ def labels_of(entry: Entry) -> list:
 
     setting = TASKS[entry.task]
     task = load_task(str(DATA / setting.data), config=setting.config)
-    return [1] * len(task.test) if task.kind == "qa" else list(task.test[task.label_column])
+    return list(task.test[task.label_column])
 
 
 def run(entry: Entry) -> None:
@@ -92,6 +92,7 @@ def run(entry: Entry) -> None:
     else:
         from remembering import Remembering
         from thresher.jobs import SUMMARY, Recipe
+        from thresher.metrics import MEANS
 
         recipe = Recipe(**{"method_options": {}, **entry.recipe(RUNS)})
         rows = Remembering(recipe, RUNS / entry.name, sys.stderr.isatty()).run(fresh=False)
@@ -100,7 +101,8 @@ def run(entry: Entry) -> None:
         rows = [{**rows[-1], "model": entry.model, "method": method, "target_flops": entry.target}]
         if entry.method == "dense":
             rows[0].update(mode="dense-unpadded")
-        extra = {"labels": labels_of(entry)}
+        means = rows[0]["metric"] in MEANS
+        extra = {"labels": [1] * len(summary["predictions"]["dense"]) if means else labels_of(entry)}
         extra |= {k: summary[k] for k in ("reached", "kept", "seconds", "texts_cut", "removed", "predictions")}
         overlaps = [list(line.values()) for line in map(overlap_of, summary["history"]) if line]
         settled = overlaps[len(overlaps) // 2 :]  # each is of one batch, of one length

@@ -273,7 +273,7 @@ def test_bad_tables_are_named(kind, tmp_path):
 
 
 def test_bad_questions_are_named(tmp_path, farm):
-    with pytest.raises(DataError, match="all 4 questions are on one title"):
+    with pytest.raises(DataError, match="all 4 rows are on one title"):
         load_task(write(tmp_path / "validation.jsonl", questions(4)))
     task = load_task(farm / "farm")
     for length in (4, 6):

@@ -62,8 +62,9 @@ def audit(
 ) -> list[dict]:
     """Compare a saved pruned model with the dense one on slices of the test part.
 
-    Scores are right or wrong (accuracy, points), the F1 of an answer (points) or the absolute error (the labels' unit);
-    a drop above 0 is a loss in all of them. See ``thresher.paired`` for intervals and tests.
+    Scores are right or wrong (accuracy, points; pair by pair where a task reranks), the F1 of an answer (points) or
+    the absolute error (the labels' unit); a drop above 0 is a loss in all of them. See ``thresher.paired`` for
+    intervals and tests.
 
     Args:
         model: folder of the pruned model.
@@ -187,10 +188,10 @@ def _check_pair(net, other, name: str, tokenizer, max_length: int) -> None:
 def _answers(predictions: Predictions, test: Dataset, task: Task) -> Answers:
     """The score of each example, after the checks of ``compute_metric``."""
     quality(predictions, test, task.metric)
-    found, labels = outcome(predictions, test)
     if task.kind == "qa":
+        found, _ = outcome(predictions, test, task.metric)
         return Answers(100 * np.asarray(found), qa.answers_of(predictions.logits, test))
-    logits = np.asarray(found)
+    logits, labels = np.asarray(predictions.logits), np.asarray(test["labels"])
     wanted = len(task.labels) or 1
     if logits.shape[1] < wanted or (wanted == 1) != (logits.shape[1] == 1):
         raise ValueError(f"the model gives {logits.shape[1]} logits, {task.name} has {wanted} labels (1: a number)")
@@ -209,7 +210,8 @@ def _costs(predictions: Predictions, test: Dataset) -> np.ndarray:
     """(N, 4): tokens of each example, those left after the last site, MACs used and those of the dense model."""
     left = predictions.kept[:, -1] if predictions.kept.shape[1] else predictions.tokens
     parts = torch.stack([predictions.tokens, left, predictions.rows_used, predictions.rows_dense], 1).double().numpy()
-    owners = np.unique(qa.examples(test), return_inverse=True)[1]  # a question may have several windows
+    windows = isinstance(predictions.logits, list)  # of which a question may have several
+    owners = np.unique(qa.examples(test), return_inverse=True)[1] if windows else np.arange(len(test))
     sums = np.zeros((owners.max() + 1, 4))
     np.add.at(sums, owners, parts)
     return sums

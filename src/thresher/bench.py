@@ -258,7 +258,7 @@ def _judge(base: Predictions, own: Predictions, dataset: Dataset, metric: str) -
     """Quality, and for a model that is not the dense one the interval of the drop."""
     if not {"labels", "gold"} & {*dataset.column_names}:
         return {}
-    (a, labels), (b, _) = outcome(base, dataset), outcome(own, dataset)
+    (a, labels), (b, _) = outcome(base, dataset, metric), outcome(own, dataset, metric)
     scores = {"quality": compute_metric(metric, b, labels), "quality_dense": compute_metric(metric, a, labels)}
     if own is not base:
         scores["interval_low"], scores["interval_high"] = bootstrap_interval(metric, labels, a, b)

@@ -19,7 +19,7 @@ from .data import Task, load_task, tokenize
 from .figures import pareto
 from .groups import groups
 from .loading import clip, load
-from .metrics import pooled_interval
+from .metrics import MEANS, pooled_interval
 from .pruner import METHODS, TokenPruner
 from .report import row, whole, write_csv
 
@@ -198,7 +198,8 @@ def _times(out: Path, teacher: Run, runs: list[Run], task: Task, max_length: int
 
 def _rows(task: Task, teachers: list[Run], runs: list[Run], times: dict) -> Iterator[dict]:
     """The rows, means over the seeds; one for each batch size where times were taken."""
-    labels = [1] * len(task.test) if task.kind == "qa" else list(task.test[task.label_column])
+    means = task.metric in MEANS
+    labels = [1] * len(teachers[0].answers) if means else list(task.test[task.label_column])
     taught = {run.seed: run for run in teachers}
     for mode in ("dense-padded", "dense-unpadded") if times else ("dense-unpadded",):
         for timed in times.get(("dense", mode), [{}]):

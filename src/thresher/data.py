@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import qa
+from . import qa, reranking
 from .tasks import DataError, Task, with_columns
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ def load_task(
     of the rows. Validation is 10 % of train, at most 2,000 rows. Both cuts are stratified, with the fixed seed 0.
     Class names come from ClassLabel features, from a column `label_text` beside integers in `label`, or are the sorted
     labels. Floats mean regression, even a few whole ones (STS-B might look so): write classes as integers or strings.
-    Columns like SQuAD's make a question answering task (``qa.load_qa``).
+    Columns like SQuAD's make a question answering task (``qa.load_qa``). The metrics "map" and "mrr" rerank: of two
+    classes of pairs of a query and a candidate, class 1 is relevant; parts are then cut by query, and queries without
+    candidates of both classes leave test and validation (``reranking.judged``).
     -1 means "no label", as on the hub. Quotes are plain characters in a .tsv, and nothing but "" is missing in a .csv.
     20newsgroups is stripped (`strip_post`; train then loses its empty posts, test keeps them), the train part of imdb
     loses the texts that test has too, bbc its duplicates. Raises DataError for whatever cannot be used.
@@ -88,21 +90,28 @@ def load_task(
     parts, names = _encode_labels(parts, label, labels)
     train, removed = _clean(name, parts, columns[0])
     validation, test, selected_on = None, parts.get("test"), "nothing: there is no train part"
-    if test is None:
-        train, test = _hold_out(train, len(train) // (5 if name == "bbc" else 10), label)
-    if train is not None:
-        seen = [names[y] for y in train[label].unique()] if names and label and need_labels else ()
-        _require(len(seen) != 1, f"train has only the class {_brief(*seen)} in {label!r}: two or more are needed")
-        train, validation = _hold_out(train, min(len(train) // 10, 2000), label)
-        cap = ", at most 2000" if len(validation) == 2000 else ""
-        selected_on = f"10% of train{cap} (seed 0), {len(validation)} rows"
-        _require(limit is None or limit > 0, f"limit is {limit}, expected 1 or more training rows")
-        train = train.iloc[np.random.RandomState(seed).permutation(len(train))[:limit]]
     fits = ["pearson"] if names is None else ["accuracy", "matthews"] + ["f1"] * (len(names) == 2)
-    usual = {"mrpc": "f1", "cola": "matthews"}.get(name)
+    fits += reranking.METRICS if label and len(names or ()) == len(columns) == 2 else ()
+    usual = {"mrpc": "f1", "cola": "matthews", "trecqa": "map"}.get(name)
     metric = metric or (usual if usual in fits else fits[0])
     kind = "regression" if names is None else "classification"
     _require(metric in fits, f"{metric!r} is no metric for {kind} ({len(names or ())} classes): use {_brief(*fits)}")
+    ranked = metric in reranking.METRICS
+    if test is None:
+        tenth = len(train) // (5 if name == "bbc" else 10)
+        train, test = qa.hold_out(train, columns[0], 0.1) if ranked else _hold_out(train, tenth, label)
+    if train is not None:
+        seen = [names[y] for y in train[label].unique()] if names and label and need_labels else ()
+        _require(len(seen) != 1, f"train has only the class {_brief(*seen)} in {label!r}: two or more are needed")
+        rows = min(len(train) // 10, 2000)
+        whole = (train, columns[0], rows / len(train))
+        train, validation = qa.hold_out(*whole) if ranked else _hold_out(train, rows, label)
+        validation = reranking.judged(validation, columns[0], label) if ranked else validation
+        how = (f" by {columns[0]}" if ranked else "") + (", at most 2000" if rows == 2000 else "")
+        selected_on = f"10% of train{how} (seed 0), {len(validation)} rows"
+        _require(limit is None or limit > 0, f"limit is {limit}, expected 1 or more training rows")
+        train = train.iloc[np.random.RandomState(seed).permutation(len(train))[:limit]]
+    test = reranking.judged(test, columns[0], label) if ranked else test
     used = [*columns, label] if label else [*columns]
     test = with_columns(test, used, beside)
     used = [(train, used), (validation, used), (test, [*used, *beside])]
@@ -113,7 +122,8 @@ def load_task(
 def tokenize(dataset: Dataset, task: Task, tokenizer: Any, max_length: int | None) -> tuple[Dataset, int]:
     """Token ids of a part of `task`, without padding, and how many rows were cut.
 
-    Rows hold input_ids, attention_mask, token_type_ids and labels, the last two where there are any. What is over
+    Rows hold input_ids, attention_mask, token_type_ids and labels, the last two where there are any; of reranking also
+    ``row``, the query. What is over
     `max_length` tokens, special ones included, is cut, from the longer text of a pair first, and a warning counts the
     rows; None cuts nothing. A text without any token becomes one end-of-text (or padding) token. Paragraphs with
     questions are cut into windows instead (``qa.windows``), and those of several are counted.
@@ -140,7 +150,10 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: Any, max_length: int | Non
         chunks.append(Dataset.from_dict(chunk | ({"labels": rows[task.label_column]} if task.label_column else {})))
     if cut:
         warnings.warn(f"{cut} of {len(dataset)} texts are longer than {max_length} tokens and were cut", stacklevel=2)
-    return concatenate_datasets(chunks), cut
+    whole = concatenate_datasets(chunks)
+    if task.metric in reranking.METRICS:
+        whole = whole.add_column("row", reranking.numbered(dataset[task.text_columns[0]]))
+    return whole, cut
 
 
 def positions(model_or_config: Any) -> int | None:

@@ -214,7 +214,9 @@ class Training:
             "seconds": round(time.time() - started, 1),
             "texts_cut": cut,
             "removed": task.removed,
-            "predictions": {"dense": _answers(before, parts["test"]), "pruned": _answers(after, parts["test"])},
+            "predictions": {
+                name: _answers(p, parts["test"], task.metric) for name, p in (("dense", before), ("pruned", after))
+            },
             "kept": (after.kept.float().mean(0) / after.tokens_mean).tolist(),
             "history": [line for line in trainer.state.log_history if {*line} & {"loss", "eval_quality"}],
         }
@@ -390,9 +392,9 @@ class Training:
         shutil.rmtree(self.work, ignore_errors=True)
 
 
-def _answers(predictions: Predictions, test) -> list:
-    """Classes, values of a regression or the F1 of answers; what paired intervals need."""
-    answers = torch.as_tensor(outcome(predictions, test)[0])
+def _answers(predictions: Predictions, test, metric: str) -> list:
+    """Classes, values of a regression or what each question or query gained; what paired intervals need."""
+    answers = torch.as_tensor(outcome(predictions, test, metric)[0])
     if answers.dim() == 2 and answers.shape[1] > 1:
         return answers.argmax(1).tolist()
     return [round(x, 5) for x in answers.flatten().tolist()]

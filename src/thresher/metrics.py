@@ -8,22 +8,25 @@ from typing import Any
 
 import numpy as np
 
+from . import reranking
 from .tasks import DataError
 
 DRAWN = 200  # at a time, which bounds the memory
+MEANS = ("qa_f1", *reranking.METRICS)
 
 
 def compute_metric(task_metric: str, predictions: Any, labels: Any) -> float:
-    """Accuracy, f1 (of class 1), matthews, pearson or qa_f1, in points (100 is perfect; 0 where it is undefined).
+    """Accuracy, f1 (of class 1), matthews, pearson, qa_f1, map or mrr, in points (100 is perfect; 0 where it is
+    undefined).
 
-    predictions: (B,) classes or values, or (B, K) logits; labels: (B,). For qa_f1 predictions are the F1 of each
-    question's answer (see ``qa.judge``) and labels ones. Raises DataError if they do not fit.
+    predictions: (B,) classes or values, or (B, K) logits; labels: (B,). For ``MEANS`` predictions are what each
+    question (``qa.judge``) or query (``reranking.judge``) gained, and labels ones. Raises DataError if they do not fit.
     """
     from scipy.stats import pearsonr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     metrics = {"accuracy": accuracy_score, "f1": f1_score, "matthews": matthews_corrcoef, "pearson": pearsonr}
-    metrics["qa_f1"] = lambda labels, f1: np.mean(f1)
+    metrics |= dict.fromkeys(MEANS, lambda labels, gained: np.mean(gained))
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if not len(predictions) == len(labels) > (task_metric == "pearson"):
         what = f"{len(predictions)} predictions for {len(labels)} labels"
@@ -91,7 +94,7 @@ def points_of(metric: str, labels: np.ndarray, answers: np.ndarray, times: np.nd
     elif metric == "f1":
         true, said = labels == 1, answers == 1
         above, below = 2 * (times @ (true & said)), times @ (1.0 * true + said)
-    elif metric == "qa_f1":
+    elif metric in MEANS:
         above, below = times @ answers, times.sum(1)
     elif metric == "pearson":
         n, x, y = times.sum(1), labels - labels.mean(), answers - answers.mean()

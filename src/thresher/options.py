@@ -20,7 +20,9 @@ Data = Annotated[str, Option(metavar="PATH|ID", help="A csv, tsv, json, jsonl or
 Config = Annotated[str | None, Option(metavar="NAME", help="Configuration of a hub data set: sst2 of glue.")]
 Columns = Annotated[Any, Option(parser=listed(str.strip), metavar="A[,B]", help="Text columns, if unusual.")]
 Label = Annotated[str | None, Option(metavar="NAME", help="Label column, if unusual.")]
-Metric = Annotated[str | None, Option(metavar="NAME", help="accuracy, f1, matthews, pearson; default: what fits.")]
+Metric = Annotated[
+    str | None, Option(metavar="NAME", help="accuracy, f1, matthews, pearson, map, mrr; default: what fits.")
+]
 BatchSize = Annotated[int, Option(min=1, metavar="N", help="Texts in a batch.")]
 MaxLength = Annotated[int, Option(min=3, metavar="N", help="Tokens of a text; the rest is cut.")]
 Limit = Annotated[int | None, Option(min=1, metavar="N", help="Use that many rows only.")]

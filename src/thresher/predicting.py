@@ -20,11 +20,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import qa
+from . import qa, reranking
 from .api import MODULE, prune, unprune
 from .flops import dense_macs, macs
 from .methods.topk import REPLAY, TopK
-from .metrics import compute_metric
+from .metrics import MEANS, compute_metric
 from .pruner import METHODS
 from .stack import find_stack
 
@@ -168,18 +168,21 @@ def _logits(model: Any, output: Any, lengths: Tensor) -> list[Tensor]:
     return [row[:, :n] for row, n in zip(both, lengths.tolist(), strict=True)]
 
 
-def outcome(predictions: Predictions, dataset: Dataset) -> tuple[Any, Any]:
+def outcome(predictions: Predictions, dataset: Dataset, metric: str) -> tuple[Any, Any]:
     """(answers, labels) as ``compute_metric`` takes them: logits and the column ``labels``; of the windows of question
-    answering the F1 of each question's answer, and ones."""
-    if isinstance(predictions.logits, list):
-        found = qa.judge(predictions.logits, dataset)
+    answering the F1 of each question's answer, of reranking what each query gained, and ones."""
+    if metric in MEANS:
+        ranked = metric in reranking.METRICS
+        found = (
+            reranking.judge(predictions.logits, dataset, metric) if ranked else qa.judge(predictions.logits, dataset)
+        )
         return found, np.ones(len(found))
     return predictions.logits, np.asarray(dataset["labels"])
 
 
 def quality(predictions: Predictions, dataset: Dataset, metric: str) -> float:
     """The task's metric in points."""
-    return compute_metric(metric, *outcome(predictions, dataset))
+    return compute_metric(metric, *outcome(predictions, dataset, metric))
 
 
 def replayed(model: PreTrainedModel, method: str, counts: Tensor) -> PreTrainedModel:

@@ -63,9 +63,9 @@ def load_qa(
     if train is not None:
         groups = "title" if "title" in train else "context"
         if test is None:
-            train, test = _hold_out(train, groups, 0.25)
+            train, test = hold_out(train, groups, 0.25)
         share = min(0.1, 2000 / len(train))
-        train, validation = _hold_out(train, groups, share)
+        train, validation = hold_out(train, groups, share)
         selected_on = f"{100 * share:.2g}% of train by {groups} (seed 0), {len(validation)} rows"
         train = train.iloc[np.random.RandomState(seed).permutation(len(train))[:limit]]
     parts = [(train, COLUMNS), (validation, COLUMNS), (with_columns(test, COLUMNS, beside), [*COLUMNS, *beside])]
@@ -73,12 +73,12 @@ def load_qa(
     return Task(*sets, COLUMNS[:2], "answers", [], "qa", "qa_f1", name, selected_on, {})
 
 
-def _hold_out(frame: DataFrame, column: str, share: float) -> tuple[DataFrame, DataFrame]:
+def hold_out(frame: DataFrame, column: str, share: float) -> tuple[DataFrame, DataFrame]:
     """What is left, and whole groups of rows, equal in ``column``, that are about ``share`` of them, at least one."""
     groups = frame[column]
     names = sorted(set(groups))
     if len(names) < 2:
-        raise DataError(f"all {len(frame)} questions are on one {column}: expected two, to hold one out")
+        raise DataError(f"all {len(frame)} rows are on one {column}: expected two, to hold one out")
     counts, held, rows = Counter(groups), set(), 0
     for i in np.random.RandomState(0).permutation(len(names))[:-1]:
         if rows < share * len(frame):

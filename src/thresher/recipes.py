@@ -16,6 +16,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "cola": _SHORT | {"max_length": 64},
     "mrpc": _SHORT,
     "stsb": _SHORT,
+    "trecqa": _SHORT,
     "rte": _SHORT | {"max_length": 256, "epochs": 6, "prune_epochs": 6},
     "qnli": _SHORT | {"epochs": 2, "prune_epochs": 2},
     "20newsgroups": _LONG | {"max_length": 256, "batch_size": 32, "lr": 1e-4},

@@ -27,7 +27,7 @@ class Task:
     label_column: str | None  # None where labels were neither found nor needed
     labels: list[str]  # class names; empty for regression
     kind: str  # classification | regression | qa
-    metric: str  # accuracy | f1 | matthews | pearson | qa_f1
+    metric: str  # accuracy | f1 | matthews | pearson | qa_f1 | map | mrr
     name: str
     selected_on: str  # how the validation part came about
     removed: dict[str, int]  # rows that train lost, by reason
