@@ -209,7 +209,7 @@ def tuned(task: str, target: float = 0.5) -> list[Entry]:
 
 def coverage() -> Entry:
     """The tested bound of disagreement, on reviews that SST-2's model never saw."""
-    options = {"pool": 1500, "draws": 10_000, "limits": (0.02, 0.05), "max_length": 128}
+    options = {"pool": 1500, "draws": 10_000, "limits": (0.02, 0.05), "max_length": 64}
     return Entry("imdb", "coverage", kind="coverage", needs=(Entry("sst2", "dense").name,), options=options)
 
 
