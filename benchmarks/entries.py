@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from shorter import shorter_half
 from thresher import recipes
 from weights import pretrained
 
@@ -22,6 +23,12 @@ class TaskSetting:
     limit: int | None = None
     target: float = 0.49
     training: dict = field(default_factory=dict, hash=False)
+    shorter: bool = False  # train on the shorter half
+
+    @property
+    def path(self) -> str:
+        """Where the data are."""
+        return str(shorter_half(DATA / self.data) if self.shorter else DATA / self.data)
 
 
 TASKS = {
@@ -35,6 +42,7 @@ TASKS = {
     "rte": TaskSetting("glue/rte", training=recipes.TASKS["rte"]),
     "cola": TaskSetting("glue/cola", training=recipes.TASKS["cola"]),
     "stsb": TaskSetting("glue/stsb", training=recipes.TASKS["stsb"]),
+    "stsb-shorter": TaskSetting("glue/stsb", target=0.54, training=recipes.TASKS["stsb"], shorter=True),
     "trecqa": TaskSetting("trecqa", training=recipes.TASKS["trecqa"]),
 }
 
@@ -82,7 +90,7 @@ class Entry:
         task = TASKS[self.task]
         recipe = {
             "model": pretrained(self.model),
-            "data": str(DATA / task.data),
+            "data": task.path,
             "config": task.config,
             "limit": task.limit,
             **task.training,
@@ -207,6 +215,17 @@ def tuned(task: str, target: float = 0.5) -> list[Entry]:
     return [found, Entry(task, "audit", kind="audit", target=target, needs=(dense, found.name))]
 
 
+def lengths(task: str, methods: tuple = ("ltp", "topk", "random", "firstk")) -> list[Entry]:
+    """Trained on short texts, judged on texts of all lengths: as LTP's paper has it for LAT and itself."""
+    target, dense = TASKS[task].target, Entry(task, "dense")
+    found = [dense]
+    for method in methods:
+        pruned = Entry(task, method, target=target, needs=(dense.name,))
+        needs = (dense.name, pruned.name)
+        found += [pruned, Entry(task, "audit", kind="audit", variant=method, target=target, needs=needs)]
+    return found
+
+
 def coverage() -> Entry:
     """The tested bound of disagreement, on reviews that SST-2's model never saw."""
     options = {"pool": 1500, "draws": 10_000, "limits": (0.02, 0.05), "max_length": 64}
@@ -324,5 +343,6 @@ ENTRIES: list[Entry] = [
     coverage(),
     *(entry for seed in range(3) for task in ("rte", "stsb", "cola", "trecqa") for entry in glue(task, seed)),
     *board("20newsgroups", 0, tier="full"),
+    *lengths("stsb-shorter"),
     vision(),
 ]

@@ -75,11 +75,11 @@ def models_for(chosen: list[Entry]) -> list[Entry]:
 
 def labels_of(entry: Entry) -> list:
     """Gold labels of the task's test part, so that intervals can be computed where the data are not."""
-    from entries import DATA, TASKS
+    from entries import TASKS
     from thresher.data import load_task
 
     setting = TASKS[entry.task]
-    task = load_task(str(DATA / setting.data), config=setting.config)
+    task = load_task(setting.path, config=setting.config)
     return list(task.test[task.label_column])
 
 

@@ -51,7 +51,7 @@ def resident() -> float:
 
 def measure_soak(entry, runs: Path) -> list[dict]:
     """A row for torch and for each graph of the model, each in a process of its own."""
-    from entries import DATA, TASKS
+    from entries import TASKS
     from thresher.evaluating import export
     from thresher.exporting import FORMATS
     from thresher.machine import environment
@@ -62,7 +62,7 @@ def measure_soak(entry, runs: Path) -> list[dict]:
     for pair in ((runtime, precision) for runtime, precisions in FORMATS.items() for precision in precisions):
         places[pair] = runs / "graphs" / entry.name / "-".join(pair)
         if not (places[pair] / "thresher.json").exists():
-            given = {"data": str(DATA / setting.data), "config": setting.config}
+            given = {"data": setting.path, "config": setting.config}
             export(str(model), str(places[pair]), format=pair[0], precision=pair[1], **given)
     rows = []
     for (runtime, precision), place in places.items():

@@ -16,7 +16,7 @@ def measure_task(entry, runs: Path) -> list[dict]:
     """Wall-clock rows of the models an entry needs: the dense one first, then the pruned ones, on the
     first texts of the test part; quality where these are all. They keep as many tokens as the first of the pruned ones,
     or with "replayed" False their own."""
-    from entries import DATA, ENTRIES, TASKS
+    from entries import ENTRIES, TASKS
     from thresher.bench import measure
     from thresher.data import load_task, tokenize
     from thresher.jobs import load
@@ -25,7 +25,7 @@ def measure_task(entry, runs: Path) -> list[dict]:
     setting = TASKS[entry.task]
     first, *others = entry.needs
     dense, tokenizer = load(str(runs / first))
-    task = load_task(str(DATA / setting.data), config=setting.config, limit=setting.limit)
+    task = load_task(setting.path, config=setting.config, limit=setting.limit)
     test = tokenize(task.test, task, tokenizer, setting.training["max_length"])[0]
     net = load(str(runs / others[0]))[0]
     whole = len(test) <= entry.options["limit"]
@@ -52,7 +52,7 @@ def measure_task(entry, runs: Path) -> list[dict]:
 def measure_efficiency(entry, runs: Path) -> list[dict]:
     """Efficiency at fixed FLOPs reductions, untrained: TopK schedules on the lengths of a task's first 256 test texts
     ("least": of those with so many tokens); "timing" holds other arguments of ``measure``."""
-    from entries import DATA, TASKS
+    from entries import TASKS
     from thresher import TopK, prune, unprune
     from thresher.bench import measure
     from thresher.data import load_task, tokenize
@@ -61,7 +61,7 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
 
     rows = []
     setting = TASKS[entry.task]
-    task = load_task(str(DATA / setting.data), config=setting.config)
+    task = load_task(setting.path, config=setting.config)
     net, tokenizer = load(pretrained(entry.model), num_labels=max(2, len(task.labels)))
     longest, least = entry.options["max_length"], entry.options.get("least", 1)
     test = tokenize(task.test, task, tokenizer, longest)[0]
@@ -85,13 +85,13 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
 def measure_runtimes(entry, runs: Path) -> list[dict]:
     """A pruned model and its dense one in every runtime and precision, in one interleaved run; quality on the whole
     test part, or on so many of its texts, drawn at random."""
-    from entries import DATA, TASKS
+    from entries import TASKS
     from thresher.jobs import bench
 
     setting, (dense, pruned) = TASKS[entry.task], entry.needs
     rows = bench(
         str(runs / pruned),
-        str(DATA / setting.data),
+        setting.path,
         config=setting.config,
         against=str(runs / dense),
         runtime=entry.options.get("runtime", ("torch", "onnx", "openvino")),
@@ -109,14 +109,14 @@ def measure_runtimes(entry, runs: Path) -> list[dict]:
 
 def measure_anytime(entry, runs: Path) -> list[dict]:
     """Quality of one model on the test part at several budgets, chosen at run time."""
-    from entries import DATA, TASKS
+    from entries import TASKS
     from thresher.data import load_task, tokenize
     from thresher.loading import load
     from thresher.predicting import predict
 
     setting, (dense, pruned) = TASKS[entry.task], (str(runs / name) for name in entry.needs)
     net, tokenizer = load(pruned)
-    task = load_task(str(DATA / setting.data), config=setting.config)
+    task = load_task(setting.path, config=setting.config)
     test = tokenize(task.test, task, tokenizer, setting.training["max_length"])[0]
     before, rows = predict(load(dense)[0], test), []
     for budget in entry.options["budgets"]:

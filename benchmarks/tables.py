@@ -169,7 +169,8 @@ def tune_told(entry: Entry, rows: list[dict]) -> list[str]:
 
 def audit_told(entry: Entry, rows: list[dict]) -> list[str]:
     """What it lost where."""
-    lines = ["The same model by `thresher audit`, accuracy; p of the slices after Holm's correction:", ""]
+    pruned = entry.needs[1].partition("/")[2].removeprefix(f"{entry.model}-").removesuffix(f"-s{entry.seed}")
+    lines = [f"`thresher audit` of {pruned}, {rows[0]['metric']}; p of the slices after Holm's correction:", ""]
     lines += ["| slice | texts | dense | drop [95 % interval] | tests |", "|---|---|---|---|---|"]
     for row in rows:
         where, _, tests = row["note"].rpartition(": ")
@@ -181,7 +182,8 @@ def coverage_told(entry: Entry, rows: list[dict]) -> list[str]:
     """Draws against a tested bound."""
     draws, pool = entry.options["draws"], entry.options["pool"]
     head = (
-        f"The dense model of SST-2 on {pool:,} reviews of IMDB's test part, {draws:,} draws of those tested each time:"
+        f"The dense model of SST-2 on the first {entry.options['max_length']} tokens of {pool:,} reviews of IMDB's "
+        f"test part, {draws:,} draws of those tested each time:"
     )
     return [head, "", *(f"* {row['n_examples']} texts, {row['note']}" for row in rows)]
 

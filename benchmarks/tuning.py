@@ -27,7 +27,7 @@ def measure_tune(entry, runs: Path) -> list[dict]:
     """``thresher tune`` to a share of the MACs, then the model that it saved on the test part, beside the dense one.
 
     The model is made again where it is missing; what it took is in the note."""
-    from entries import DATA, TASKS
+    from entries import TASKS
     from thresher.api import dense
     from thresher.data import load_task, tokenize
     from thresher.frontier import kept
@@ -39,10 +39,10 @@ def measure_tune(entry, runs: Path) -> list[dict]:
     setting, out = TASKS[entry.task], runs / entry.name
     if not (out / SUMMARY).exists():
         given = {"config": setting.config, "max_length": setting.training["max_length"], **entry.options}
-        tune(str(runs / entry.needs[0]), str(DATA / setting.data), str(out), target_flops=entry.target, **given)
+        tune(str(runs / entry.needs[0]), setting.path, str(out), target_flops=entry.target, **given)
     said = json.loads((out / SUMMARY).read_text())
     net, tokenizer = load(str(out))
-    task = load_task(str(DATA / setting.data), config=setting.config)
+    task = load_task(setting.path, config=setting.config)
     test = tokenize(task.test, task, tokenizer, setting.training["max_length"])[0]
     found = predict(net, test)
     with dense(net):
@@ -56,24 +56,27 @@ def measure_tune(entry, runs: Path) -> list[dict]:
 def measure_audit(entry, runs: Path) -> list[dict]:
     """What ``thresher audit`` says of a pruned model beside its dense one: a row for the whole and one for each slice,
     the one named by ``note``."""
-    from entries import DATA, TASKS
-    from thresher.audit import audit
+    from entries import TASKS
+    from thresher.audit import SCORES, audit
     from thresher.machine import environment
     from thresher.report import row
 
     setting, (dense, pruned) = TASKS[entry.task], (str(runs / name) for name in entry.needs)
     given = {"config": setting.config, "max_length": setting.training["max_length"], "examples": 0}
     common = {"model": entry.model, "seed": entry.seed, "runtime": "torch", "precision": "fp32", "mode": "pruned"}
-    common |= {"task": entry.task, "method": entry.method, "metric": "accuracy", "split": "test"}
+    common |= {"task": entry.task, "method": entry.variant or entry.method, "split": "test"}
     rows = []
-    for found in audit(pruned, str(DATA / setting.data), against=dense, **given):
+    for found in audit(pruned, setting.path, against=dense, **given):
         low, high = found["interval"] or (None, None)
         where = "all" if found["by"] == "all" else f"{found['by']}, {found['slice']}"
         alone = found["p_more"] is None
         told = f"{where}: p {found['p' if alone else 'p_holm']:.3f}"
         told += "" if alone else f", p that it loses more {found['p_more_holm']:.3f}"
-        told += "" if found["detectable"] is None else f", detectable from {found['detectable']:.1f}"
-        judged = {"quality": found["pruned"], "quality_dense": found["dense"], "n_examples": found["n"]}
+        told += "" if found["detectable"] is None else f", detectable from {found['detectable']:.2g}"
+        error = found["score"] == SCORES["regression"]  # of which less is better
+        sign, metric = (-1, f"minus {found['score']}") if error else (1, found["score"])
+        judged = {"metric": metric, "n_examples": found["n"]}
+        judged |= {"quality": sign * found["pruned"], "quality_dense": sign * found["dense"]}
         judged |= {"interval_low": low, "interval_high": high, "flops_ratio": 1 / found["macs"], "note": told}
         rows.append(row(**common, **judged, tokens_mean=found["length"], **environment()))
     return rows
