@@ -72,3 +72,19 @@ def test_the_simulation_finds_a_test_that_is_too_mild(bench):
     assert 0.01 < violated(differs, 0.05, passed) <= 0.05
     naive = np.mean([differs[0, draw.integers(10_000, size=n)].mean() <= 0.05 for _ in range(500)])
     assert naive > 0.4
+
+
+def test_the_shorter_half_loses_the_long_rows_of_train_alone(bench, tmp_path, monkeypatch):
+    import pandas
+    import shorter
+
+    monkeypatch.setattr(shorter, "FOLDER", tmp_path / "made")
+    (tmp_path / "pairs").mkdir()
+    rows = [{"one": "a " * n, "two": "b", "label": float(n)} for n in range(1, 12)]
+    for part in ("train", "validation"):
+        pandas.DataFrame(rows).to_parquet(tmp_path / "pairs" / f"{part}.parquet")
+    made = shorter.shorter_half(tmp_path / "pairs")
+    assert made == shorter.shorter_half(tmp_path / "pairs") and made.name == "pairs-shorter"
+    assert [*pandas.read_parquet(made / "train.parquet")["label"]] == [1, 2, 3, 4, 5, 6]
+    assert len(pandas.read_parquet(made / "validation.parquet")) == 11
+    assert [p.name for p in (tmp_path / "made").iterdir()] == ["pairs-shorter"]
