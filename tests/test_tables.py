@@ -76,6 +76,7 @@ def test_the_simulation_finds_a_test_that_is_too_mild(bench):
 
 def test_the_shorter_half_loses_the_long_rows_of_train_alone(bench, tmp_path, monkeypatch):
     import pandas
+
     import shorter
 
     monkeypatch.setattr(shorter, "FOLDER", tmp_path / "made")
