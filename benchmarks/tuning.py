@@ -120,7 +120,8 @@ def measure_coverage(entry, runs: Path) -> list[dict]:
     from thresher.machine import environment
     from thresher.report import row
     from thresher.samples import Sample, tokenized
-    from thresher.tune import PROFILING, SEARCHED, TESTED, Search
+    from thresher.trials import Search
+    from thresher.tune import PROFILING, SEARCHED, TESTED
 
     options, draw = entry.options, np.random.default_rng(entry.seed)
     net, tokenizer = load(str(runs / entry.needs[0]))
@@ -132,23 +133,23 @@ def measure_coverage(entry, runs: Path) -> list[dict]:
 
     searched, profiled = sample(task.train, SEARCHED), sample(task.train, PROFILING)
     pool = sample(task.test, options["pool"])
-    search, answers, rows = Search(net, "topk", {}, searched, False, lambda *_: None), {}, []
-    search.profile(profiled)
+    search, answers, rows = Search(net, {"topk": ("topk", {})}, searched, profiled, False, lambda *_: None), {}, []
+    search.profile()
     for limit in options["limits"]:
-        n, lefts = TESTED * least(limit), []
-        for left in search.sequence("disagreement", limit):
-            lefts.append(left)
-            if left not in answers:
-                search.apply(left)
-                answers[left] = pool.compare(net)
-            if answers[left].differs.mean() > 3 * limit:  # neither it nor a later one passes in any draw
+        n, trials = TESTED * least(limit), []
+        for trial in search.sequence("disagreement", limit):
+            trials.append(trial)
+            if trial not in answers:
+                search.apply(*trial)
+                answers[trial] = pool.compare(net)
+            if answers[trial].differs.mean() > 3 * limit:  # neither it nor a later one passes in any draw
                 break
-        differs = np.stack([answers[left].differs for left in lefts])
+        differs = np.stack([answers[trial].differs for trial in trials])
         passed, true = passes(differs, limit, n, options["draws"], draw), differs.mean(1)
         taken = [count - 1 for count in passed if count]
         told = [f"asked {limit:g}: violated in {100 * violated(differs, limit, passed):.2f} % of the draws"]
         told += [f"refused in {100 * passed.count(0) / len(passed):.1f} %"]
-        ratios = sorted(1 / answers[lefts[i]].flops_fraction for i in taken)
+        ratios = sorted(1 / answers[trials[i]].flops_fraction for i in taken)
         if taken:
             told += [f"true disagreement {100 * true[taken].mean():.2f} % on average"]
             told += [f"FLOPs {ratios[0]:.2f} to {ratios[-1]:.2f} times fewer, median {ratios[len(ratios) // 2]:.2f}"]

@@ -17,7 +17,7 @@ from families import TEXT
 from files import write as write_file
 from test_qa import questions
 from test_show import save_tiny, tiny_model, tiny_tokenizer
-from thresher import TopK, bounds, cli, prune
+from thresher import TopK, bounds, cli, prune, trials, unprune
 from thresher import tune as module
 from thresher.frontier import best
 from thresher.jobs import SUMMARY, load
@@ -25,6 +25,7 @@ from thresher.latency import LatencyTable
 from thresher.loading import open_model
 from thresher.predicting import predict
 from thresher.samples import Sample, divergence, texts_of, tokenized
+from thresher.trials import SCORES
 from thresher.tune import tune
 from toy import write
 
@@ -35,8 +36,8 @@ QUICK = {"max_length": 32, "limit": 64}
 def quick():
     """Fewer schedules are run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "LOOKS", 6)
-        patch.setattr(module, "SHARES", (0.9, 0.7, 0.5, 0.3))
+        patch.setattr(trials, "LOOKS", 6)
+        patch.setattr(trials, "SHARES", (0.9, 0.7, 0.5, 0.3))
         yield
 
 
@@ -90,7 +91,10 @@ def fails(*arguments: object) -> str:
 # --- what comes of it ------------------------------------------------------------------------------------------------
 def test_the_folder_is_a_pruned_model(found):
     row, (model, tokenizer) = chosen(found.rows), load(str(found.out))
-    assert (model.token_pruner.name, model.token_pruner.sites) == ("topk", tuple(row["at"]))
+    method, options = SCORES[row["method"]]
+    assert (model.token_pruner.name, model.token_pruner.sites) == (method, tuple(row["at"]))
+    assert all(getattr(model.token_pruner, name) == value for name, value in options.items())
+    assert (found.summary["tuning"]["method"], found.summary["tuning"]["method_options"]) == (method, options)
     assert model.token_pruner.shares == tuple(row["keep"]) and tokenizer("grain")["input_ids"]
     assert {file.name for file in found.out.iterdir()} >= {"config.json", "model.safetensors", SUMMARY, "tuning.png"}
     assert not (found.out.parent / ".half.tuning").exists()
@@ -119,7 +123,7 @@ def test_the_search_beats_schedules_by_hand(farm, found):
         keep = tuple(rng.uniform(0.1, 1, 3).round(2).tolist())
         prune(model, TopK(keep=keep, at=(0, 1, 2)))
         result = sample.compare(model)
-        module.unprune(model)
+        unprune(model)
         if result.flops_fraction <= 0.5:
             by_hand.append(result.divergence)
     assert chosen(found.rows)["divergence"] < min(by_hand)
@@ -178,7 +182,7 @@ def test_a_drop_of_accuracy(farm, tmp_path):
 def test_a_budget_of_time_is_priced_by_the_table(farm, tmp_path, monkeypatch):
     line = ((1.0, 100.0), (0.1, 10.0))
     table = LatencyTable(line, line, line, rest=((1.0, 100.0), (0.01, 0.01)), batch_size=1, threads=1)
-    monkeypatch.setattr(module, "latency_table", lambda model: table)
+    monkeypatch.setattr(trials, "latency_table", lambda model: table)
     dense = 0.01 + 6 * 0.1 * 10.5  # about so many tokens
     rows = tune(farm.model, farm.plain, str(tmp_path / "out"), target_latency_ms=0.6 * dense, **QUICK)
     reached = json.loads((tmp_path / "out" / SUMMARY).read_text())["reached"]
@@ -192,6 +196,20 @@ def test_other_methods(farm, tmp_path, method, options):
     pruner = load(str(out))[0].token_pruner
     assert pruner.name == method and chosen(rows)["flops_fraction"] <= 0.6
     assert all(getattr(pruner, name) == value for name, value in options.items())
+
+
+def test_the_best_score_is_taken(farm, found):
+    """Every score is tried under one schedule; what is refined is the one that did the least there."""
+    by_schedule: dict[tuple, dict[str, float]] = {}
+    for row in found.summary["schedules"]:
+        by_schedule.setdefault((*row["at"], *row["keep"]), {})[row["method"]] = row["divergence"]
+    (tried,) = (far for far in by_schedule.values() if set(far) == set(SCORES))
+    best = min(tried, key=tried.get)
+    last = found.summary["schedules"][-1]
+    assert len({*tried.values()}) > 2 and last["method"] == best, "the refinement comes last"
+    alone = tune(farm.model, farm.plain, str(farm.folder / "alone"), target_flops=0.5, method="topk", **QUICK)
+    assert {row["method"] for row in alone} == {"topk"}
+    assert chosen(found.rows)["divergence"] <= chosen(alone)["divergence"]
 
 
 def test_answers_to_questions(tmp_path):
@@ -243,7 +261,10 @@ def test_the_command(farm, tmp_path):
         (["--target-flops", 1.5], "target_flops=1.5: expected a share between 0 and 1"),
         (["--target-latency-ms", -3], "target_latency_ms=-3.0: expected milliseconds"),
         (["--target-flops", 0.01], r"target_flops=0.01 is out of reach on these texts: expected from 0."),
-        (["--target-flops", 0.5, "--method", "ltp"], "ltp has no share to keep at each site: expected one of ats"),
+        (
+            ["--target-flops", 0.5, "--method", "ltp"],
+            "ltp has no share to keep at each site: expected auto or one of ats",
+        ),
         (["--target-flops", 0.5, "--method", "nothing"], "unknown pruning method 'nothing'"),
         (["--max-drop", 0.1], "a drop of accuracy is measured on labelled texts: no label column"),
         (
@@ -269,7 +290,9 @@ def test_models_folders_and_parts_that_do_not_fit(farm, tmp_path):
     test = f"{farm.data}/test.csv"
     assert "has a test part only" in fails(farm.model, "--data", test, "--out", tmp_path / "o", *budget)
     with pytest.raises(ValueError, match="keep is what is searched for"):
-        tune(farm.model, farm.plain, str(tmp_path / "o"), target_flops=0.5, method_options={"keep": 0.5})
+        tune(farm.model, farm.plain, str(tmp_path / "o"), target_flops=0.5, method="topk", method_options={"keep": 0.5})
+    with pytest.raises(ValueError, match="method_options criterion are of one method: name it"):
+        tune(farm.model, farm.plain, str(tmp_path / "o"), target_flops=0.5, method_options={"criterion": "column"})
 
 
 @pytest.mark.filterwarnings("ignore:.*tested texts are of the train part")

@@ -126,7 +126,7 @@ def tune(
         float | None, Option(help="Budget: share of texts with another answer than the dense model's.")
     ] = None,
     max_drop: Annotated[float | None, Option(help="Budget: drop of accuracy, as a share; needs labels.")] = None,
-    method: Annotated[str, Option(metavar="NAME", help="topk, spatten, vatp, entropy, ats, ...")] = "topk",
+    method: Annotated[str, Option(metavar="NAME", help="topk, spatten, vatp, entropy, ats; auto: the best.")] = "auto",
     seed: Annotated[int, Option(metavar="N", help="Of the order of the texts.")] = 0,
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw cost and divergence as a PNG.")] = None,
     config: Config = None,
