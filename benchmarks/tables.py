@@ -10,6 +10,7 @@ from pathlib import Path
 
 from board import board, on_board
 from entries import ENTRIES, TASKS, Entry
+from papers import beside
 
 ORDER = ("dense", "dense-continued", "top", "ltp", "topk", "firstk", "random")
 PREAMBLE = """\
@@ -317,6 +318,7 @@ def write(results: Path, target: Path) -> None:
         lines += ["## IMDB: the bound of disagreement", "", *told]
     for entry in (entry for entry in ENTRIES if entry.kind == "vision" and entry.name in found):
         lines += vision_section(found[entry.name]["rows"], target.parent / "img")
+    lines += beside(found, dropped, mean)
     if missing:
         tasks = dict.fromkeys(name.partition("/")[0] for name in missing)
         by_task = {task: [name.partition("/")[2] for name in missing if name.startswith(f"{task}/")] for task in tasks}

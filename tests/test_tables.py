@@ -89,3 +89,19 @@ def test_the_shorter_half_loses_the_long_rows_of_train_alone(bench, tmp_path, mo
     assert [*pandas.read_parquet(made / "train.parquet")["label"]] == [1, 2, 3, 4, 5, 6]
     assert len(pandas.read_parquet(made / "validation.parquet")) == 11
     assert [p.name for p in (tmp_path / "made").iterdir()] == ["pairs-shorter"]
+
+
+def test_our_drops_stand_beside_the_papers(bench):
+    from entries import Entry
+    from papers import beside
+    from tables import dropped, mean
+
+    entries = {method: Entry("mrpc", method, target=0.417) for method in ("ltp", "top", "topk")}
+    answers = {"dense": [1] * 90 + [0] * 10, "pruned": [1] * 80 + [0] * 20}
+    made = {"rows": [{"metric": "accuracy", "flops_ratio": 2.4}], "labels": [1] * 100, "predictions": answers}
+    lines = beside({entry.name: made for entry in entries.values()}, dropped, mean)
+    told = [line.split(" | ") for line in lines if line.startswith("| mrpc")]
+    assert [line[1] for line in told] == ["top", "ltp"], "of the others the papers have no figure"
+    assert all(line[2:4] == ["1", "2.40"] and line[4].startswith("+10.00 [") and line[5] == "" for line in told)
+    assert told[1][6:] == ["2.10", "+0.55", "RoBERTa-base |"]
+    assert beside({}, dropped, mean) == []
