@@ -207,6 +207,9 @@ def test_the_best_score_is_taken(farm, found):
     best = min(tried, key=tried.get)
     last = found.summary["schedules"][-1]
     assert len({*tried.values()}) > 2 and last["method"] == best, "the refinement comes last"
+    (start,) = (row for row in found.summary["schedules"] if row["method"] == best and row["divergence"] == tried[best])
+    for row in found.summary["schedules"][-3:]:
+        assert np.prod(row["keep"]) == pytest.approx(np.prod(start["keep"]), rel=0.01), "the last layer does nothing"
     alone = tune(farm.model, farm.plain, str(farm.folder / "alone"), target_flops=0.5, method="topk", **QUICK)
     assert {row["method"] for row in alone} == {"topk"}
     assert chosen(found.rows)["divergence"] <= chosen(alone)["divergence"]

@@ -24,6 +24,7 @@ PROFILED = (0.75, 0.5, 0.3, 0.15, 0.0)  # shares at which each layer is tried al
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of the dense cost, for which a schedule is looked for
 POWERS = (1.0, 0.5)  # of the divergence, in which the layers' damage is taken to add up
 LOOKS = 36  # schedules that a refinement runs
+IDLE = 1e-9  # divergence of a layer at which everything may leave
 SCORES = {  # that "auto" compares: name -> method and its options
     **{name: (name, {}) for name in ("topk", "vatp", "spatten", "entropy")},
     "entropy, column": ("entropy", {"criterion": "column"}),
@@ -101,7 +102,7 @@ class Search:
             found[layer] = {}
             for j, share in enumerate(reversed(PROFILED)):
                 self.tell("trying layers alone", i * len(PROFILED) + j, len(layers) * len(PROFILED))
-                idle = j and found[layer][PROFILED[-1]] < 1e-9
+                idle = j and found[layer][PROFILED[-1]] < IDLE
                 if not idle:
                     self.apply(self.score, (0,) * i + (LEVELS.index(share),) * (len(layers) - i))
                 found[layer][share] = 0.0 if idle else self.profiling.compare(self.net).divergence
@@ -136,9 +137,12 @@ class Search:
         return list(dict.fromkeys(found))
 
     def refine(self, left: Left, budget: float, looks: int) -> Left:
-        """The best that is found by going from neighbour to neighbour under a budget of cost."""
+        """The best that is found by going from neighbour to neighbour under a budget of cost; layers to which nothing
+        matters stay as they are."""
+        idle = [i for i, row in enumerate(self.damage) if row.max() < IDLE]
         for done in range(looks):
-            near = sorted((one for one in neighbours(left) if (self.score, one) not in self.rows), key=self._sum)
+            near = (one for one in neighbours(left) if all(one[i] == left[i] for i in idle))
+            near = sorted((one for one in near if (self.score, one) not in self.rows), key=self._sum)
             one = next((one for one in near if self.space.cost(one) <= budget), left)
             if one == left:
                 break
