@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig, BertForQuestionAnswering
 from typer.testing import CliRunner
 
-from families import TEXT
+from families import FAMILIES, TEXT
 from files import write as write_file
 from test_qa import questions
 from test_show import save_tiny, tiny_model, tiny_tokenizer
@@ -213,6 +213,15 @@ def test_the_best_score_is_taken(farm, found):
     alone = tune(farm.model, farm.plain, str(farm.folder / "alone"), target_flops=0.5, method="topk", **QUICK)
     assert {row["method"] for row in alone} == {"topk"}
     assert chosen(found.rows)["divergence"] <= chosen(alone)["divergence"]
+
+
+@pytest.mark.parametrize("family, lacks", [("mpnet", {"vatp"}), ("llama", {"entropy"}), ("bert", set())])
+def test_scores_that_a_model_refuses_are_left_out(family, lacks):
+    net = FAMILIES[family].build()
+    assert {*SCORES} - {*trials.served(net, SCORES)} == lacks and not hasattr(net, "token_pruner")
+    for name in lacks:
+        with pytest.raises(ValueError, match="is not possible"):
+            trials.served(net, {name: SCORES[name]})
 
 
 def test_answers_to_questions(tmp_path):

@@ -33,6 +33,22 @@ Trial = tuple[str, Left]  # a score and a schedule
 LIMITS = {"max_disagreement": "disagreement", "max_drop": "drop of accuracy"}
 
 
+def served(net: PreTrainedModel, scores: dict) -> dict:
+    """Those of ``scores`` that a model can serve. Raises ValueError, as the first does, where it can serve none."""
+    found, refusals = {}, []
+    for name, (method, options) in scores.items():
+        try:
+            prune(net, make_method(method, {"keep": 1.0, "at": ()} | options))
+        except ValueError as refusal:
+            refusals.append(refusal)
+        else:
+            unprune(net)
+            found[name] = method, options
+    if not found:
+        raise refusals[0]
+    return found
+
+
 class Search:
     """The schedules of one model that were run, and what they did to one sample of texts; single layers are tried on
     another one. ``scores`` as ``SCORES``; the search begins with the first."""
@@ -40,11 +56,11 @@ class Search:
     def __init__(
         self, net: PreTrainedModel, scores: dict, sample: Sample, profiling: Sample, timed: bool, tell: Callable
     ):
-        self.net, self.scores, self.sample, self.profiling, self.tell = net, scores, sample, profiling, tell
-        self.score = next(iter(scores))
+        self.net, self.scores, self.sample = net, served(net, scores), sample
+        self.profiling, self.tell, self.score = profiling, tell, next(iter(self.scores))
         info = prune(net, TopK(keep=1.0, at=())).token_pruner.info
         unprune(net)
-        kind = METHODS[scores[self.score][0]]
+        kind = METHODS[self.scores[self.score][0]]
         self.space = Space(
             *(info, Text(net, sample.rows, None).lengths, kind.needs_attention and kind.scores_all),
             table=latency_table(net) if timed else None,
