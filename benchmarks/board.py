@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from drops import drop_of, of_dense
 from entries import BOARD, Entry, board_speed
 
 KINDS = {"trained": "trained with the same steps and teacher", "untrained": "budget met without training"}
@@ -35,9 +36,7 @@ def board_rows(entries: list[Entry], results: dict[str, dict]) -> list[dict]:
     rows = []
     for name, letters in groups(metric, labels, answers).items():
         of = runs[name]
-        # against the dense model that it was made from: other machines make others from the same command
-        pairs = [(labels, own["predictions"]["dense"], own["predictions"]["pruned"]) for own in of.values()]
-        low, high = pooled_interval(metric, pairs)
+        low, high = pooled_interval(metric, of_dense(of.values(), labels))
         fields = ("quality", "quality_dense", "flops_ratio")
         means = {field: sum(own["rows"][0][field] for own in of.values()) / len(of) for field in fields}
         told = {"method": name, "mode": "pruned", "metric": metric, "target_flops": BOARD, "seeds": sorted(of)}
@@ -85,8 +84,7 @@ def board(task: str, entries: list[Entry], results: dict[str, dict], docs: Path)
             "|---|---|---|---|---|---|" + "---|---|" * bool(times),
         ]
         for r in rows:
-            drop = f"{r['quality_dense'] - r['quality']:+.2f} [{r['interval_low']:+.2f}, {r['interval_high']:+.2f}]"
-            cells = (r["method"], r["group"], ", ".join(map(str, r["seeds"])), f"{r['quality']:.2f}", drop)
+            cells = (r["method"], r["group"], ", ".join(map(str, r["seeds"])), f"{r['quality']:.2f}", drop_of(r))
             cells += (f"{r['flops_ratio']:.2f}", *times.get(r["method"], [""] * 2 * bool(times)))
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from drops import dropped, mean, of_dense, of_steps
 from entries import ENTRIES, TASKS
 
 # (task, method): (model, times fewer FLOPs than dense on the same texts without padding, drop in points).
@@ -25,41 +24,28 @@ ABOUT = """\
 Both at own length: against the dense model on the same texts without padding. The papers' models have twelve layers,
 ours six, and they give one number, without an interval.
 Their teachers differ from plain fine-tuning (ToP's BERT has 65.7 on RTE and 57.8 on CoLA), and their extra steps, which
-alone may be worth a point (the third column of drops), are in their drops too."""
+alone may be worth a point (the second column of drops), are in their drops too."""
 
 
-def beside(results: dict[str, dict], dropped: Callable, mean: Callable) -> list[str]:
-    """A line for each budget of ToP and LTP on a task that a paper has, as lines of ``docs/results.md``.
-
-    dropped: ``tables.dropped``; mean: ``tables.mean``."""
+def beside(results: dict[str, dict]) -> list[str]:
+    """A line for each budget of ToP and LTP on a task that a paper has, as lines of ``docs/results.md``."""
     lines = []
-    for task in TASKS:
-        for method in ("top", "ltp"):
-            plain = [e for e in ENTRIES if (e.task, e.method, e.variant, e.kind) == (task, method, "", "train")]
-            if (task, method) not in PAPERS:
-                continue
-            for target in sorted({e.target for e in plain}, reverse=True):
-                runs = {e.seed: results[e.name] for e in plain if e.target == target and e.name in results}
-                if not runs:
-                    continue
-                steps = {
-                    e.seed: results[e.name]
-                    for e in ENTRIES
-                    if (e.task, e.method) == (task, "dense-continued") and e.name in results and e.seed in runs
-                }
-                some = next(iter(runs.values()))
-                metric, labels = some["rows"][0]["metric"], list(some["labels"])
-                same = [(steps[seed], "pruned", runs[seed]) for seed in sorted(steps)]
-                model, flops, drop = PAPERS[task, method]
-                cells = [
-                    task,
-                    method,
-                    str(len(runs)),
-                    f"{mean(r['rows'][0]['flops_ratio'] for r in runs.values()):.2f}",
-                ]
-                cells += [dropped(metric, labels, [(r, "dense", r) for r in runs.values()])]
-                cells += [dropped(metric, labels, same) if same else "", f"{flops:.2f}", f"{drop:+.2f}", model]
-                lines.append(f"| {' | '.join(cells)} |")
+    for task, method in ((task, method) for task in TASKS for method in ("top", "ltp") if (task, method) in PAPERS):
+        landed = [e for e in ENTRIES if e.task == task and e.kind == "train" and e.name in results]
+        continued = {e.seed: results[e.name] for e in landed if e.method == "dense-continued"}
+        plain = [e for e in landed if (e.method, e.variant) == (method, "")]
+        for target in sorted({e.target for e in plain}, reverse=True):
+            runs = {e.seed: results[e.name] for e in plain if e.target == target}
+            some = next(iter(runs.values()))
+            metric, labels = some["rows"][0]["metric"], list(some["labels"])
+            fewer = mean(run["rows"][0]["flops_ratio"] for run in runs.values())
+            drops = [
+                dropped(metric, of_dense(runs.values(), labels)),
+                dropped(metric, of_steps(runs, continued, labels)),
+            ]
+            model, flops, drop = PAPERS[task, method]
+            cells = [task, method, str(len(runs)), f"{fewer:.2f}", *drops, f"{flops:.2f}", f"{drop:+.2f}", model]
+            lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return []
     head = ["task", "method", "seeds", "FLOPs", "drop against dense [95 % interval]", "against dense, same extra steps"]

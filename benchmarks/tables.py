@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from board import board, on_board
+from drops import drop_of, dropped, mean, of_dense, of_steps
 from entries import ENTRIES, TASKS, Entry
 from papers import beside
 
@@ -25,6 +26,7 @@ Intervals: paired bootstrap over examples and seeds. Drops are against the dense
 another machine makes otherwise from the same command (MRPC, seed 0: 86.4 and 85.4). Rank overlap: the share of the
 teacher's best tokens (of short texts, of their better half) that the first layers rank among their own best, by layer,
 mean over the second half of the training, of the tokens that are left; by chance it would be one half where few are.
+Drops against the same extra steps stand where both models started from one dense model.
 
 Budgets are met on the validation part, and texts of another length cost another share: SST-2's training rows, and
 so its validation part, are phrases, its test part is whole sentences. Compare rows of equal FLOPs.
@@ -69,10 +71,10 @@ def quality_table(task: str, entries: list[Entry], results: dict[str, dict]) -> 
         seeds = sorted(runs[method])
         rows = [runs[method][s]["rows"][0] for s in seeds]
         cells = [method, ", ".join(map(str, seeds)), f"{mean(r['quality'] for r in rows):.2f}"]
-        cells.append("" if method == "dense" else dropped(metric, labels, of_dense(runs[method].values())))
-        both = [s for s in seeds if s in runs["dense-continued"] and method not in ("dense", "dense-continued")]
-        pairs = [(runs["dense-continued"][s], "pruned", runs[method][s]) for s in both]
-        cells.append(dropped(metric, labels, pairs) if both else "")
+        cells.append("" if method == "dense" else dropped(metric, of_dense(runs[method].values(), labels)))
+        unpruned = method in ("dense", "dense-continued")
+        same = [] if unpruned else of_steps(runs[method], runs["dense-continued"], labels)
+        cells.append(dropped(metric, same))
         cells.append(f"{mean(r['flops_ratio'] for r in rows):.2f}")
         own = names[method].target is not None and len(names[method].needs) < 2  # and not that of replayed counts
         cells.append(", ".join(f"{runs[method][s]['reached']['flops_fraction']:.3f}" for s in seeds) if own else "")
@@ -81,21 +83,6 @@ def quality_table(task: str, entries: list[Entry], results: dict[str, dict]) -> 
             cells.append(", ".join(f"{mean(layer):.2f}" for layer in zip(*overlaps, strict=True)))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def of_dense(results) -> list[tuple]:
-    """Results beside the dense models that they started from: other machines make others from the same command."""
-    return [(result, "dense", result) for result in results]
-
-
-def dropped(metric: str, labels: list, pairs: list[tuple]) -> str:
-    """The mean drop from the answers of one kind of a result to those of another one, with its interval."""
-    from thresher.metrics import compute_metric, pooled_interval
-
-    answered = [(labels, one["predictions"][kind], answers(other)) for one, kind, other in pairs]
-    low, high = pooled_interval(metric, answered)
-    drop = mean(compute_metric(metric, a, y) - compute_metric(metric, b, y) for y, a, b in answered)
-    return f"{drop:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def place(method: str) -> tuple[int, str]:
@@ -109,27 +96,11 @@ def named(entry: Entry) -> str:
     return name if entry.target is None else f"{name}, {entry.target:g}"
 
 
-def answers(result: dict) -> list:
-    """The model's answers on the test part."""
-    return result["predictions"]["pruned"]
-
-
-def mean(values) -> float:
-    """Of an iterable."""
-    values = list(values)
-    return sum(values) / len(values)
-
-
 def speed_table(result: dict) -> list[str]:
     """Wall-clock rows of one interleaved run."""
     from thresher.report import markdown
 
     return markdown(result["rows"]).splitlines()
-
-
-def drop_of(row: dict) -> str:
-    """What a row lost, with its interval."""
-    return f"{row['quality_dense'] - row['quality']:+.2f} [{row['interval_low']:+.2f}, {row['interval_high']:+.2f}]"
 
 
 def soak_told(entry: Entry, rows: list[dict]) -> list[str]:
@@ -181,10 +152,12 @@ def audit_told(entry: Entry, rows: list[dict]) -> list[str]:
 
 def coverage_told(entry: Entry, rows: list[dict]) -> list[str]:
     """Draws against a tested bound."""
+    from tuning import WORST
+
     draws, pool = entry.options["draws"], entry.options["pool"]
     head = (
         f"The dense model of SST-2 on the first {entry.options['max_length']} tokens of {pool:,} reviews of IMDB's "
-        f"test part, {draws:,} draws of those tested each time:"
+        f"test part, {draws:,} draws of those tested each time, of the worst case {WORST:,} for each schedule:"
     )
     return [head, "", *(f"* {row['n_examples']} texts, {row['note']}" for row in rows)]
 
@@ -318,7 +291,7 @@ def write(results: Path, target: Path) -> None:
         lines += ["## IMDB: the bound of disagreement", "", *told]
     for entry in (entry for entry in ENTRIES if entry.kind == "vision" and entry.name in found):
         lines += vision_section(found[entry.name]["rows"], target.parent / "img")
-    lines += beside(found, dropped, mean)
+    lines += beside(found)
     if missing:
         tasks = dict.fromkeys(name.partition("/")[0] for name in missing)
         by_task = {task: [name.partition("/")[2] for name in missing if name.startswith(f"{task}/")] for task in tasks}

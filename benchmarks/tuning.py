@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 IMDB = "imdb"
+WORST = 1000  # draws for each schedule of the worst case
 
 
 def judged(entry, task, rows, before, found, **fields) -> dict:
@@ -53,6 +54,11 @@ def measure_tune(entry, runs: Path) -> list[dict]:
     return [judged(entry, task, test, before, found, note=told)]
 
 
+def chance(p: float) -> str:
+    """A p-value in words."""
+    return "< 0.001" if p < 0.0005 else f"{p:.3f}"
+
+
 def measure_audit(entry, runs: Path) -> list[dict]:
     """What ``thresher audit`` says of a pruned model beside its dense one: a row for the whole and one for each slice,
     the one named by ``note``."""
@@ -70,8 +76,8 @@ def measure_audit(entry, runs: Path) -> list[dict]:
         low, high = found["interval"] or (None, None)
         where = "all" if found["by"] == "all" else f"{found['by']}, {found['slice']}"
         alone = found["p_more"] is None
-        told = f"{where}: p {found['p' if alone else 'p_holm']:.3f}"
-        told += "" if alone else f", p that it loses more {found['p_more_holm']:.3f}"
+        told = f"{where}: p {chance(found['p' if alone else 'p_holm'])}"
+        told += "" if alone else f", p that it loses more {chance(found['p_more_holm'])}"
         told += "" if found["detectable"] is None else f", detectable from {found['detectable']:.2g}"
         error = found["score"] == SCORES["regression"]  # of which less is better
         sign, metric = (-1, f"minus {found['score']}") if error else (1, found["score"])
@@ -106,10 +112,10 @@ def measure_coverage(entry, runs: Path) -> list[dict]:
     """In how many draws of texts a schedule passes that disagrees with the dense model more than was asked for: by the
     bound in at most 5 %.
 
-    Schedules are searched on IMDB's train part as ``tune`` searches, one profile for all limits; each then answers so
-    many reviews of the test part ("pool"), which stand for all texts. Draws from these, with replacement, are tested as
-    ``tune`` tests, and what passes is judged by the whole pool. The worst case asks for a hair less than each
-    schedule's true rate."""
+    Schedules are searched on IMDB's train part as ``tune --method topk`` searches, one profile for all limits; each
+    then answers so many reviews of the test part ("pool"), which stand for all texts. Draws from these, with
+    replacement, are tested as ``tune`` tests, and what passes is judged by the whole pool. The worst case asks for a
+    hair less than each schedule's true rate, in ``WORST`` draws each."""
     import numpy as np
     from datasets import Dataset
 
@@ -154,7 +160,7 @@ def measure_coverage(entry, runs: Path) -> list[dict]:
             told += [f"true disagreement {100 * true[taken].mean():.2f} % on average"]
             told += [f"FLOPs {ratios[0]:.2f} to {ratios[-1]:.2f} times fewer, median {ratios[len(ratios) // 2]:.2f}"]
         hairs = [rate * (1 - 1e-9) for rate in sorted({*true.tolist()}) if 0.2 * limit < rate <= limit * 1.5]
-        worst = [violated(differs, h, passes(differs, h, TESTED * least(h), 1000, draw)) for h in hairs]
+        worst = [violated(differs, h, passes(differs, h, TESTED * least(h), WORST, draw)) for h in hairs]
         if worst:
             told += [f"asked a hair less than the rates of {len(hairs)} schedules: in {100 * max(worst):.1f} % at most"]
         common = {"task": entry.task, "model": entry.model, "method": "topk", "seed": entry.seed, "mode": "pruned"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from families import FAMILIES, difference
 from thresher import ATS, LTP, TRBERT, VATP, AdapLeR, Entropy, FirstK, SpAtten, Threshold, TopK, Transkimmer, prune
@@ -49,6 +50,33 @@ def check(family: str, method, backend: str, batches: list[dict], dynamic: bool 
 @pytest.mark.parametrize("family, method", [("bert", "threshold"), ("vit", "topk")])
 def test_one_graph(family, method):
     check(family, METHODS[method](), "eager", [FAMILIES[family].batch()])
+
+
+@pytest.mark.parametrize("at", [(0, 1), (1,), (2,)])
+def test_a_row_without_a_token_is_answered_alike_by_other_attention(at, monkeypatch):
+    """Runtimes differ in what a query gets that sees nobody; in a graph it gets zeros, in layers without score too."""
+    source, method = FAMILIES["bert"], TopK(keep=0.6, at=at)
+    batch = source.batch((12, 9, 5))
+    batch["attention_mask"][2] = 0
+    model = prune(source.build(), method, executor="padded")
+    with torch.no_grad():
+        expected = source.run(model, batch)
+    plain, blind = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def other(module, query, key, value, attention_mask, **kwargs):
+        output, weights = plain(module, query, key, value, attention_mask, **kwargs)
+        if attention_mask is None:
+            return output, weights
+        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > float("-inf")
+        blind.append(~seen.any(-1)[:, 0])
+        return output + 3.0 * blind[-1][..., None, None], weights
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", other)
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager")(**batch)
+    found = found.logits if "logits" in found else found.last_hidden_state
+    assert difference({"output": found}, {"output": expected}) <= 1e-5
+    assert any(rows.any() for rows in blind), "some query saw nobody"
 
 
 @pytest.mark.slow

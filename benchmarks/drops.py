@@ -1,0 +1,46 @@
+"""What a model loses against another one: pairs of answers to the same texts, and how a drop is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+
+def mean(values: Iterable[float]) -> float:
+    """Of an iterable."""
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def of_dense(results: Iterable[dict], labels: list) -> list[tuple]:
+    """(labels, answers of dense, answers of the pruned model) of each result, against the dense model that it started
+    from: other machines make others from the same command."""
+    return [(labels, own["predictions"]["dense"], own["predictions"]["pruned"]) for own in results]
+
+
+def of_steps(results: Mapping[int, dict], continued: Mapping[int, dict], labels: list) -> list[tuple]:
+    """The same against the dense model that was trained the same extra steps, by seed; none where one of the seeds
+    lacks it, or started from another dense model than the result did."""
+    pairs = [(continued.get(seed), own) for seed, own in results.items()]
+    if any(base is None or base["predictions"]["dense"] != own["predictions"]["dense"] for base, own in pairs):
+        return []
+    return [(labels, base["predictions"]["pruned"], own["predictions"]["pruned"]) for base, own in pairs]
+
+
+def dropped(metric: str, answered: list[tuple]) -> str:
+    """The mean drop of (labels, one's answers, another's answers), with its interval; "" of none."""
+    from thresher.metrics import compute_metric, pooled_interval
+
+    if not answered:
+        return ""
+    low, high = pooled_interval(metric, answered)
+    return told(mean(compute_metric(metric, a, y) - compute_metric(metric, b, y) for y, a, b in answered), low, high)
+
+
+def drop_of(row: dict) -> str:
+    """What a row lost, with its interval."""
+    return told(row["quality_dense"] - row["quality"], row["interval_low"], row["interval_high"])
+
+
+def told(drop: float, low: float, high: float) -> str:
+    """A drop and its 95 % interval in points."""
+    return f"{drop:+.2f} [{low:+.2f}, {high:+.2f}]"
