@@ -208,11 +208,11 @@ def merged(task: str, targets: tuple = (0.7, 0.5)) -> list[Entry]:
     return [Entry(task, method, target=t, **common) for t in targets for method in ("tome", "topk", "random")]
 
 
-def tuned(task: str, target: float = 0.5) -> list[Entry]:
+def tuned(task: str, target: float = 0.5, variant: str = "", **options: object) -> list[Entry]:
     """A schedule found without training, and what it loses where."""
     dense = Entry(task, "dense").name
-    found = Entry(task, "tuned", kind="tune", target=target, needs=(dense,))
-    return [found, Entry(task, "audit", kind="audit", target=target, needs=(dense, found.name))]
+    found = Entry(task, "tuned", kind="tune", variant=variant, target=target, needs=(dense,), options=options)
+    return [found, Entry(task, "audit", kind="audit", variant=variant, target=target, needs=(dense, found.name))]
 
 
 def lengths(task: str, methods: tuple = ("ltp", "topk", "random", "firstk")) -> list[Entry]:
@@ -339,6 +339,7 @@ ENTRIES: list[Entry] = [
     board_speed("mrpc"),
     *anytime("mrpc"),
     *(entry for task in ("mrpc", "sst2", "20newsgroups") for entry in tuned(task)),
+    *tuned("sst2", variant="long", min_length=20),  # its train part holds phrases, its test part sentences
     *merged("mrpc"),
     coverage(),
     *(entry for seed in range(3) for task in ("rte", "stsb", "cola", "trecqa") for entry in glue(task, seed)),

@@ -130,10 +130,10 @@ def anytime_told(entry: Entry, rows: list[dict]) -> list[str]:
 
 def tune_told(entry: Entry, rows: list[dict]) -> list[str]:
     """A schedule that was found without training."""
-    lines = []
+    lines, more = [], "".join(f" --{name.replace('_', '-')} {value}" for name, value in entry.options.items())
     for row in rows:
         lines.append(
-            f"`thresher tune --target-flops {entry.target:g}`, no training ({row['note']}): {row['metric']} "
+            f"`thresher tune --target-flops {entry.target:g}{more}`, no training ({row['note']}): {row['metric']} "
             f"{row['quality']:.2f}, drop {drop_of(row)}, {row['flops_ratio']:.2f}x fewer FLOPs on the test part."
         )
     return lines

@@ -50,7 +50,8 @@ def measure_tune(entry, runs: Path) -> list[dict]:
         before = predict(net, test)
     (chosen,) = (one for one in said["schedules"] if one["chosen"])
     keeps = ", ".join(f"{kept(keep)} after layer {at}" for at, keep in zip(chosen["at"], chosen["keep"], strict=True))
-    told = f"{said['tuning']['method']}, {keeps}; {said['seconds'] / 60:.1f} minutes, {said['texts']['searched']} texts"
+    texts = f"{said['texts']['searched']} texts of {said['texts']['tokens_mean']:g} tokens"
+    told = f"{said['tuning']['method']}, {keeps}; {said['seconds'] / 60:.1f} minutes, {texts}"
     return [judged(entry, task, test, before, found, note=told)]
 
 

@@ -98,14 +98,15 @@ def test_the_folder_is_a_pruned_model(found):
     assert model.token_pruner.shares == tuple(row["keep"]) and tokenizer("grain")["input_ids"]
     assert {file.name for file in found.out.iterdir()} >= {"config.json", "model.safetensors", SUMMARY, "tuning.png"}
     assert not (found.out.parent / ".half.tuning").exists()
-    assert found.summary["texts"] == {"searched": 64, "tested": 0, "max_length": 32}
+    texts = dict(found.summary["texts"])
+    assert 3 < texts.pop("tokens_mean") < 32 and texts == {"searched": 64, "tested": 0, "max_length": 32}
     assert [row["chosen"] for row in found.summary["schedules"]].count(True) == 1
 
 
 def test_the_figures_are_those_of_the_saved_model(farm, found):
     """On the texts of the search, taken and run again here."""
     model, row = open_model(farm.model).eval(), chosen(found.rows)
-    task, texts, _ = texts_of(model, farm.plain, labelled=False, seed=0, limit=64)
+    task, texts, _ = texts_of(model, tiny_tokenizer(), farm.plain, labelled=False, seed=0, limit=64)
     rows = tokenized(texts, task, tiny_tokenizer(), 32)
     plain, pruned = predict(model, rows), predict(load(str(found.out))[0], rows)
     assert row["flops_fraction"] == pytest.approx(pruned.macs_used / plain.macs_used) and row["flops_fraction"] <= 0.5
@@ -116,7 +117,7 @@ def test_the_figures_are_those_of_the_saved_model(farm, found):
 
 def test_the_search_beats_schedules_by_hand(farm, found):
     model = open_model(farm.model).eval()
-    task, texts, _ = texts_of(model, farm.plain, labelled=False, seed=0, limit=64)
+    task, texts, _ = texts_of(model, tiny_tokenizer(), farm.plain, labelled=False, seed=0, limit=64)
     sample = Sample(model, tokenized(texts, task, tiny_tokenizer(), 32), 32)
     rng, by_hand = np.random.default_rng(0), []
     while len(by_hand) < 8:
@@ -150,6 +151,21 @@ def test_the_test_part_chooses_nothing(farm, tmp_path):
         for name, data in (("a", farm.data), ("b", other))
     ]
     assert results[0] == results[1]
+
+
+def test_short_texts_are_left_out_where_asked(farm, tmp_path):
+    model, tokenizer = open_model(farm.model).eval(), tiny_tokenizer()
+    given = {"labelled": False, "seed": 0, "limit": None}
+    _, whole, fresh = texts_of(model, tokenizer, farm.plain, **given)
+    lengths = [len(tokenizer(text)["input_ids"]) for text in whole["text"]]
+    least = int(np.median(lengths))
+    long = [text for text, length in zip(whole["text"], lengths, strict=True) if length >= least]
+    _, texts, still = texts_of(model, tokenizer, farm.plain, **given, min_length=least)
+    assert texts["text"][:] == long and 0 < len(long) < len(whole)
+    assert still == sum(length >= least for length in lengths[:fresh])
+    tune(farm.model, farm.plain, str(tmp_path / "o"), target_flops=0.6, max_length=32, min_length=least, limit=40)
+    said = json.loads((tmp_path / "o" / SUMMARY).read_text())
+    assert said["tuning"]["min_length"] == least <= said["texts"]["tokens_mean"]
 
 
 def test_disagreement_is_tested_on_texts_that_chose_nothing(farm, tmp_path, monkeypatch):
@@ -284,6 +300,7 @@ def test_the_command(farm, tmp_path):
             "320 texts are too few: the search needs 32 at least, and max_dis",
         ),
         (["--target-flops", 0.5, "--limit", 9], "9 texts are too few: the search needs 32 at least"),
+        (["--target-flops", 0.5, "--min-length", 99], "0 texts of 99 tokens or more are too few: the search needs 32"),
     ],
 )
 def test_mistakes_are_told_in_one_line(farm, tmp_path, budgets, told):

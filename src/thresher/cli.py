@@ -134,6 +134,10 @@ def tune(
     label: Label = None,
     batch_size: BatchSize = 32,
     max_length: MaxLength = 256,
+    min_length: Annotated[
+        int | None,
+        Option(min=1, metavar="N", help="Leave out shorter texts: for data shorter than what will be served."),
+    ] = None,
     limit: Limit = None,
     threads: Threads = None,
     json_file: Json = None,
@@ -157,6 +161,7 @@ def tune(
             least = bounds.least(limit_of, paired=name == "max_drop")
             say(f"{name}={limit_of:g} with 95 % confidence takes {least} texts to test on, if none of them goes wrong")
     from .frontier import table
+    from .jobs import SUMMARY
     from .tune import tune as search
 
     with progress(quiet) as tell, redirect_stdout(sys.stderr):
@@ -165,6 +170,8 @@ def tune(
     if str(json_file) != "-":
         Console(width=max(160, Console().width)).print(table(rows))
     if not quiet:
+        texts = json.loads((out / SUMMARY).read_text())["texts"]
+        say(f"searched on {texts['searched']} texts of {texts['tokens_mean']:g} tokens: for others it may not hold")
         say(f"the model is in {out}")
 
 

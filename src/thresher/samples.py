@@ -77,14 +77,22 @@ class Sample:
 
 
 def texts_of(
-    net: PreTrainedModel, data: str, *, labelled: bool, seed: int, limit: int | None, **columns: Any
+    net: PreTrainedModel,
+    tokenizer: Any,
+    data: str,
+    *,
+    labelled: bool,
+    seed: int,
+    limit: int | None,
+    min_length: int | None = None,
+    **columns: Any,
 ) -> tuple[Task, Dataset, int]:
     """(task, texts, how many are of the validation part): these in a random order, then those of the train part. The
-    test part is not among them.
+    test part is not among them, nor what has less than ``min_length`` tokens, special ones included.
 
     Labels are in the model's order; data without any, or with others than the model's, is taken unless ``labelled``.
 
-    Raises DataError: no such data, only a test part, data of another kind than the model's.
+    Raises DataError: no such data, only a test part, data of another kind than the model's, a length of questions.
     """
     names = [net.config.id2label[i] for i in range(net.config.num_labels)]
     named = names if len(names) > 1 and not all(name.startswith("LABEL_") for name in names) else None
@@ -105,12 +113,22 @@ def texts_of(
         task = replace(task, label_column=None)  # they are not the labels that the model has learned
     rng = np.random.default_rng(seed)
     parts = [part.select(rng.permutation(len(part))) for part in (task.validation, task.train)]
+    if min_length is not None:
+        if asked:
+            raise DataError(
+                "min_length is for texts: a question is as long as its paragraph, which is cut into windows"
+            )
+        lengths = ([len(ids) for ids in tokenized(part, task, tokenizer, None)["input_ids"]] for part in parts)
+        parts = [
+            part.select([row for row, length in enumerate(each) if length >= min_length])
+            for part, each in zip(parts, lengths, strict=True)
+        ]
     texts = concatenate_datasets(parts)
     texts = texts.select(range(min(limit or len(texts), len(texts))))
-    return task, texts, min(len(task.validation), len(texts))
+    return task, texts, min(len(parts[0]), len(texts))
 
 
-def tokenized(texts: Dataset, task: Task, tokenizer: Any, max_length: int) -> Dataset:
+def tokenized(texts: Dataset, task: Task, tokenizer: Any, max_length: int | None) -> Dataset:
     """``tokenize`` without its notice of texts that were cut, which would come once for every sample."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -48,6 +48,7 @@ def tune(
     method_options: dict | None = None,
     batch_size: int = 32,
     max_length: int = 256,
+    min_length: int | None = None,
     limit: int | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -87,6 +88,7 @@ def tune(
             "auto", the best of ``SCORES``.
         method_options: other fields of the one method, e.g. ``{"criterion": "column"}`` of entropy.
         batch_size: of the search; limit: texts to use; seed: of their order.
+        min_length: shorter texts, in tokens, are left out: for data that are shorter than what will be served.
         plot: a PNG of cost and divergence; the same is in ``out`` where matplotlib is there.
         columns: config, text and label, as ``load_task`` has them.
 
@@ -125,12 +127,13 @@ def tune(
     if hasattr(net, "token_pruner"):
         raise ValueError(f"{model} is pruned already: tune its dense model")
     tell = progress or (lambda what, done, total: None)
-    task, texts, fresh = texts_of(net, data, labelled=name == "max_drop", seed=seed, limit=limit, **columns)
+    wanted = {"labelled": name == "max_drop", "seed": seed, "limit": limit, "min_length": min_length}
+    task, texts, fresh = texts_of(net, tokenizer, data, **wanted, **columns)
     numbers = net.config.num_labels == 1
     if name in LIMITS and (numbers or (name == "max_drop" and task.kind == "qa")):
         what = "classes" if name == "max_drop" else "classes and answers"
         raise ValueError(f"{name} is for models that give {what}: this one is for {task.kind}")
-    tested, searched = _cut(len(texts), name, value)
+    tested, searched = _cut(len(texts), name, value, min_length)
     if tested > fresh:
         warnings.warn(
             f"{tested - fresh} of the {tested} tested texts are of the train part: if the model was trained on them, "
@@ -158,6 +161,7 @@ def tune(
     if search.space.table is not None:
         reached |= _timed(net, search.sample, value)
     rows = list(search.rows.values())
+    tokens = round(sum(map(len, search.sample.rows["input_ids"])) / len(search.sample.rows), 1)
     summary = {
         "tuning": {
             "model": str(model),
@@ -166,10 +170,11 @@ def tune(
             "method_options": options,
             name: value,
             "seed": seed,
+            "min_length": min_length,
             **columns,
         },
         "reached": reached,
-        "texts": {"searched": searched, "tested": tested, "max_length": max_length},
+        "texts": {"searched": searched, "tested": tested, "max_length": max_length, "tokens_mean": tokens},
         "profile": search.profiled,
         "schedules": rows,
         "seconds": round(time.time() - started, 1),
@@ -193,12 +198,13 @@ def _budget(given: dict[str, float | None]) -> tuple[str, float]:
     return name, float(value)
 
 
-def _cut(count: int, name: str, value: float) -> tuple[int, int]:
+def _cut(count: int, name: str, value: float, min_length: int | None) -> tuple[int, int]:
     """Of so many texts how many to test on and how many to search on."""
     least = bounds.least(value, paired=name == "max_drop") if name in LIMITS else 0
     if count < least + FEWEST:
         what = f", and {name}={value:g} {least} more to test on" if least else ""
-        raise ValueError(f"{count} texts are too few: the search needs {FEWEST} at least{what}")
+        kind = f" of {min_length} tokens or more" if min_length else ""
+        raise ValueError(f"{count} texts{kind} are too few: the search needs {FEWEST} at least{what}")
     tested = min(TESTED * least, max(least, count - SEARCHED))
     return tested, min(SEARCHED, count - tested)
 
