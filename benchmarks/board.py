@@ -49,9 +49,12 @@ def rewards_told(entry: Entry, result: dict) -> list[str]:
     if entry.kind != "train" or not (rewards := result.get("rewards")):
         return []
     told = (f"{r['reward']:.2f} ({r['task_loss']:.2f}, {r['left']:.2f}, {r['alpha']:+.2f})" for r in rewards)
+    price = rewards[-1]["alpha"]
+    same = (f"{-r['task_loss'] - price * r['left']:.2f}" for r in rewards)
     return [
         f"{entry.method}, seed {entry.seed}, the reward −task − α · MACs until epoch {rewards[-1]['epoch']:.1f}, where "
-        f"its choices are sampled (task loss, MACs left, α): {', '.join(told)}.",
+        f"its choices are sampled (task loss, MACs left, α): {', '.join(told)}. "
+        f"At the last α, so at one price: {', '.join(same)}.",
         "",
     ]
 
