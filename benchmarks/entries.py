@@ -38,6 +38,7 @@ TASKS = {
     "mrpc-short": TaskSetting(
         "glue/mrpc", limit=320, training=recipes.TASKS["mrpc"] | {"epochs": 2, "prune_epochs": 2}
     ),
+    "mrpc-l3": TaskSetting("glue/mrpc", training=recipes.TASKS["mrpc"]),
     "squad": TaskSetting("squad", target=0.54, training=recipes.TASKS["squad"]),
     "rte": TaskSetting("glue/rte", training=recipes.TASKS["rte"]),
     "cola": TaskSetting("glue/cola", training=recipes.TASKS["cola"]),
@@ -53,10 +54,11 @@ class Entry:
 
     kind: "train" (quality and FLOPs on the test part), "speed" (wall-clock of all methods of a task, in one run) or
         "efficiency" (wall-clock against FLOPs of fixed schedules, untrained), "runtimes" (a pruned model in every
-        runtime and precision), "anytime" (one model at several budgets), "tune" (a schedule found without training),
-        "audit" (what that loses in slices), "coverage" (draws of texts against a tested bound), "synthetic" (fixed
-        schedules at BERT-base's size, random weights), "choice" (what choosing alone takes), "vision" (a small ViT on
-        pictures: quality and wall-clock of methods, trained or not) or "soak" (memory over thousands of calls).
+        runtime and precision), "compression" (pruned and dense models of two depths, int8 besides), "anytime" (one
+        model at several budgets), "tune" (a schedule found without training), "audit" (what that loses in slices),
+        "coverage" (draws of texts against a tested bound), "synthetic" (fixed schedules at BERT-base's size, random
+        weights), "choice" (what choosing alone takes), "vision" (a small ViT on pictures: quality and wall-clock of
+        methods, trained or not) or "soak" (memory over thousands of calls).
     method: a pruning method, "dense" (fine-tuning alone) or "dense-continued" (the same extra steps, nothing pruned).
     variant: what sets it apart from the entry of the same method and target, in its name.
     options: of ``thresher.jobs.train``, or of the timing.
@@ -268,6 +270,15 @@ def runtimes(task: str, target: float, **options) -> Entry:
     return Entry(task, "runtimes", target=target, kind="runtimes", needs=needs, options=options)
 
 
+def compression(task: str, target: float) -> list[Entry]:
+    """ToP beside half the layers and int8, and on top of both, as in ToP's fourth table; MiniLM-L3 is a distilled
+    encoder, fine-tuned and pruned like MiniLM-L6."""
+    small = constrained(f"{task}-l3", 0, target, model="minilm-l3")[0]
+    needs = (Entry(task, "dense").name, Entry(task, "top", target=target).name, small.needs[0], small.name)
+    timed = Entry(task, "compression", target=target, kind="compression", needs=needs)
+    return [Entry(small.task, "dense", model="minilm-l3"), small, timed]
+
+
 def synthetic() -> list[Entry]:
     """BERT-base's shape with random weights, 2.1x, 4x and 8x fewer FLOPs: one long text, eight short ones, and torch
     alone on 32 of 16 to 256 tokens."""
@@ -318,6 +329,7 @@ ENTRIES: list[Entry] = [
     runtimes("mrpc", 0.417),
     runtimes("sst2", 0.417, limit=600, repeats=3),
     runtimes("20newsgroups", 0.286, limit=500, repeats=3, runtime=("torch", "onnx")),
+    *compression("mrpc", 0.417),
     Entry(
         "mrpc",
         "soak",

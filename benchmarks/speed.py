@@ -107,6 +107,42 @@ def measure_runtimes(entry, runs: Path) -> list[dict]:
     return [{**row, "model": entry.model, "target_flops": entry.target, "seed": entry.seed} for row in rows]
 
 
+def measure_compression(entry, runs: Path) -> list[dict]:
+    """Token pruning beside other compression, and on top of it: a model, the same pruned, one of half the layers, and
+    that pruned as well, in torch and as int8 graphs of ONNX Runtime, in one interleaved run on the whole test part."""
+    from entries import TASKS
+    from thresher import export, load_runtime
+    from thresher.bench import measure
+    from thresher.data import load_task, tokenize
+    from thresher.exporting import fingerprint, source_of
+    from thresher.loading import load
+
+    setting = TASKS[entry.task]
+    names = ("dense", "pruned", "minilm-l3", "minilm-l3 top")
+    models = {name: load(str(runs / need))[0] for name, need in zip(names, entry.needs, strict=True)}
+    tokenizer, longest = load(str(runs / entry.needs[0]))[1], setting.training["max_length"]
+    opened = {}
+    for name, net in models.items():
+        place = runs / "graphs" / entry.name / f"{name.replace(' ', '-')}-onnx-int8"
+        if source_of(place) != (fingerprint(net), longest):
+            export(net, place, format="onnx", precision="int8", max_length=longest)
+        opened[name] = load_runtime(place)
+    task = load_task(setting.path, config=setting.config)
+    rows = measure(
+        models["pruned"],
+        tokenize(task.test, task, tokenizer, longest)[0],
+        task,
+        max_length=longest,
+        against=models["dense"],
+        baselines={name: models[name] for name in names[2:]},
+        graphs={("onnx", "int8"): opened},
+        examples=32,
+        batches=4,
+        fields={"model": entry.model, "split": "test", "seed": entry.seed},
+    )
+    return [{**row, "target_flops": entry.target} for row in rows]
+
+
 def measure_anytime(entry, runs: Path) -> list[dict]:
     """Quality of one model on the test part at several budgets, chosen at run time."""
     from entries import TASKS
@@ -224,6 +260,7 @@ KINDS = {
     "speed": measure_task,
     "efficiency": measure_efficiency,
     "runtimes": measure_runtimes,
+    "compression": measure_compression,
     "anytime": measure_anytime,
     "tune": measure_tune,
     "audit": measure_audit,

