@@ -125,7 +125,7 @@ def measure_compression(entry, runs: Path) -> list[dict]:
     for name, net in models.items():
         place = runs / "graphs" / entry.name / f"{name.replace(' ', '-')}-onnx-int8"
         if source_of(place) != (fingerprint(net), longest):
-            export(net, place, format="onnx", precision="int8", max_length=longest)
+            export(net, place, tokenizer=tokenizer, format="onnx", precision="int8", max_length=longest)
         opened[name] = load_runtime(place)
     task = load_task(setting.path, config=setting.config)
     rows = measure(

@@ -50,7 +50,9 @@ def measure_tune(entry, runs: Path) -> list[dict]:
         before = predict(net, test)
     (chosen,) = (one for one in said["schedules"] if one["chosen"])
     keeps = ", ".join(f"{kept(keep)} after layer {at}" for at, keep in zip(chosen["at"], chosen["keep"], strict=True))
-    texts = f"{said['texts']['searched']} texts of {said['texts']['tokens_mean']:g} tokens"
+    texts = f"{said['texts']['searched']} texts"
+    if "tokens_mean" in said["texts"]:
+        texts += f" of {said['texts']['tokens_mean']:g} tokens"
     told = f"{said['tuning']['method']}, {keeps}; {said['seconds'] / 60:.1f} minutes, {texts}"
     return [judged(entry, task, test, before, found, note=told)]
 
@@ -71,7 +73,7 @@ def measure_audit(entry, runs: Path) -> list[dict]:
     setting, (dense, pruned) = TASKS[entry.task], (str(runs / name) for name in entry.needs)
     given = {"config": setting.config, "max_length": setting.training["max_length"], "examples": 0}
     common = {"model": entry.model, "seed": entry.seed, "runtime": "torch", "precision": "fp32", "mode": "pruned"}
-    common |= {"task": entry.task, "method": entry.variant or entry.method, "split": "test"}
+    common |= {"task": entry.task, "method": entry.label, "split": "test"}
     rows = []
     for found in audit(pruned, setting.path, against=dense, **given):
         low, high = found["interval"] or (None, None)

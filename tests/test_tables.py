@@ -46,7 +46,15 @@ def test_every_kind_of_entry_can_be_told(bench):
     from entries import ENTRIES
     from tables import TELLERS
 
-    timed = {"train", "vision", "speed", "efficiency", "runtimes", "synthetic"}  # with tables of their own
+    timed = {
+        "train",
+        "vision",
+        "speed",
+        "efficiency",
+        "runtimes",
+        "compression",
+        "synthetic",
+    }  # with tables of their own
     assert {e.kind for e in ENTRIES} == timed | set(TELLERS)
 
 

@@ -153,7 +153,7 @@ def test_the_test_part_chooses_nothing(farm, tmp_path):
     assert results[0] == results[1]
 
 
-def test_short_texts_are_left_out_where_asked(farm, tmp_path):
+def test_short_texts_are_left_out_where_asked(farm, tmp_path, monkeypatch):
     model, tokenizer = open_model(farm.model).eval(), tiny_tokenizer()
     given = {"labelled": False, "seed": 0, "limit": None}
     _, whole, fresh = texts_of(model, tokenizer, farm.plain, **given)
@@ -163,9 +163,12 @@ def test_short_texts_are_left_out_where_asked(farm, tmp_path):
     _, texts, still = texts_of(model, tokenizer, farm.plain, **given, min_length=least)
     assert texts["text"][:] == long and 0 < len(long) < len(whole)
     assert still == sum(length >= least for length in lengths[:fresh])
+    taken = []
+    noted = lambda texts, *rest: taken.append(texts["text"][:]) or tokenized(texts, *rest)  # noqa: E731
+    monkeypatch.setattr(module, "tokenized", noted)
     tune(farm.model, farm.plain, str(tmp_path / "o"), target_flops=0.6, max_length=32, min_length=least, limit=40)
     said = json.loads((tmp_path / "o" / SUMMARY).read_text())
-    assert said["tuning"]["min_length"] == least <= said["texts"]["tokens_mean"]
+    assert said["tuning"]["min_length"] == least and taken[0] == long[:40] and {*taken[1]} <= {*long[:40]}
 
 
 def test_disagreement_is_tested_on_texts_that_chose_nothing(farm, tmp_path, monkeypatch):
@@ -249,6 +252,8 @@ def test_answers_to_questions(tmp_path):
     assert chosen(rows)["flops_fraction"] <= 0.7 and chosen(rows)["disagreement"] > 0 and chosen(rows)["drop"] is None
     with pytest.raises(ValueError, match="max_drop is for models that give classes"):
         tune(str(tmp_path / "model"), str(tmp_path / "farm"), str(tmp_path / "o"), max_drop=0.1)
+    with pytest.raises(ValueError, match="min_length is for texts: a question is as long as its paragraph"):
+        tune(str(tmp_path / "model"), str(tmp_path / "farm"), str(tmp_path / "o"), target_flops=0.7, min_length=9)
 
 
 def test_numbers(farm, tmp_path):
@@ -300,7 +305,8 @@ def test_the_command(farm, tmp_path):
             "320 texts are too few: the search needs 32 at least, and max_dis",
         ),
         (["--target-flops", 0.5, "--limit", 9], "9 texts are too few: the search needs 32 at least"),
-        (["--target-flops", 0.5, "--min-length", 99], "0 texts of 99 tokens or more are too few: the search needs 32"),
+        (["--target-flops", 0.5, "--min-length", 32], "0 texts of 32 tokens or more are too few: the search needs 32"),
+        (["--target-flops", 0.5, "--min-length", 99], "min_length=99: expected tokens of a text, 1 to max_length=32"),
     ],
 )
 def test_mistakes_are_told_in_one_line(farm, tmp_path, budgets, told):

@@ -136,7 +136,7 @@ def tune(
     max_length: MaxLength = 256,
     min_length: Annotated[
         int | None,
-        Option(min=1, metavar="N", help="Leave out shorter texts: for data shorter than what will be served."),
+        Option(min=1, metavar="N", help="Leave out texts of fewer tokens, to search on such as will be served."),
     ] = None,
     limit: Limit = None,
     threads: Threads = None,

@@ -118,6 +118,7 @@ def texts_of(
             raise DataError(
                 "min_length is for texts: a question is as long as its paragraph, which is cut into windows"
             )
+        parts = [part for part in parts if len(part)]
         lengths = ([len(ids) for ids in tokenized(part, task, tokenizer, None)["input_ids"]] for part in parts)
         parts = [
             part.select([row for row, length in enumerate(each) if length >= min_length])

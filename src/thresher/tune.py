@@ -88,7 +88,8 @@ def tune(
             "auto", the best of ``SCORES``.
         method_options: other fields of the one method, e.g. ``{"criterion": "column"}`` of entropy.
         batch_size: of the search; limit: texts to use; seed: of their order.
-        min_length: shorter texts, in tokens, are left out: for data that are shorter than what will be served.
+        min_length: texts of fewer tokens, special ones included, are left out, of the search and of the test: for data
+            that are shorter than what will be served. What is tested then says nothing of shorter ones.
         plot: a PNG of cost and divergence; the same is in ``out`` where matplotlib is there.
         columns: config, text and label, as ``load_task`` has them.
 
@@ -127,6 +128,9 @@ def tune(
     if hasattr(net, "token_pruner"):
         raise ValueError(f"{model} is pruned already: tune its dense model")
     tell = progress or (lambda what, done, total: None)
+    max_length = clip(max_length, net.config)
+    if min_length is not None and not (isinstance(min_length, int) and 1 <= min_length <= max_length):
+        raise ValueError(f"min_length={min_length!r}: expected tokens of a text, 1 to max_length={max_length}")
     wanted = {"labelled": name == "max_drop", "seed": seed, "limit": limit, "min_length": min_length}
     task, texts, fresh = texts_of(net, tokenizer, data, **wanted, **columns)
     numbers = net.config.num_labels == 1
@@ -140,7 +144,6 @@ def tune(
             "what is found holds for such texts alone",
             stacklevel=2,
         )
-    max_length = clip(max_length, net.config)
 
     def sample(start: int, count: int) -> Sample:
         return Sample(
@@ -161,7 +164,7 @@ def tune(
     if search.space.table is not None:
         reached |= _timed(net, search.sample, value)
     rows = list(search.rows.values())
-    tokens = round(sum(map(len, search.sample.rows["input_ids"])) / len(search.sample.rows), 1)
+    tokens = round(sum(map(len, search.sample.rows["input_ids"])) / searched, 1)
     summary = {
         "tuning": {
             "model": str(model),
