@@ -107,26 +107,32 @@ def measure_runtimes(entry, runs: Path) -> list[dict]:
     return [{**row, "model": entry.model, "target_flops": entry.target, "seed": entry.seed} for row in rows]
 
 
+def graph_of(net, place: Path, longest: int, *, source: str | None = None, **how):
+    """The runtime of a model's graph in ``place``, exported where another one is there or none; ``source``: the model's
+    fingerprint, where it is known."""
+    from thresher import export, load_runtime
+    from thresher.exporting import fingerprint, source_of
+
+    if source_of(place) != (source or fingerprint(net), longest):
+        export(net, place, max_length=longest, **how)
+    return load_runtime(place)
+
+
 def measure_compression(entry, runs: Path) -> list[dict]:
     """Token pruning beside other compression, and on top of it: a model, the same pruned, one of half the layers, and
     that pruned as well, in torch and as int8 graphs of ONNX Runtime, in one interleaved run on the whole test part."""
     from entries import TASKS
-    from thresher import export, load_runtime
     from thresher.bench import measure
     from thresher.data import load_task, tokenize
-    from thresher.exporting import fingerprint, source_of
     from thresher.loading import load
 
     setting = TASKS[entry.task]
     names = ("dense", "pruned", "minilm-l3", "minilm-l3 top")
     models = {name: load(str(runs / need))[0] for name, need in zip(names, entry.needs, strict=True)}
     tokenizer, longest = load(str(runs / entry.needs[0]))[1], setting.training["max_length"]
-    opened = {}
-    for name, net in models.items():
-        place = runs / "graphs" / entry.name / f"{name.replace(' ', '-')}-onnx-int8"
-        if source_of(place) != (fingerprint(net), longest):
-            export(net, place, tokenizer=tokenizer, format="onnx", precision="int8", max_length=longest)
-        opened[name] = load_runtime(place)
+    folder, how = runs / "graphs" / entry.name, {"tokenizer": tokenizer, "format": "onnx", "precision": "int8"}
+    places = {name: folder / f"{name.replace(' ', '-')}-onnx-int8" for name in names}
+    opened = {name: graph_of(net, places[name], longest, **how) for name, net in models.items()}
     task = load_task(setting.path, config=setting.config)
     rows = measure(
         models["pruned"],
@@ -206,9 +212,9 @@ def measure_synthetic(entry, runs: Path) -> list[dict]:
     from datasets import Dataset
     from transformers import BertConfig, BertForSequenceClassification
 
-    from thresher import TopK, export, load_runtime, prune, unprune
+    from thresher import TopK, prune, unprune
     from thresher.bench import measure
-    from thresher.exporting import fingerprint, source_of
+    from thresher.exporting import fingerprint
     from thresher.roofline import roofline
     from thresher.tasks import Task
 
@@ -223,12 +229,11 @@ def measure_synthetic(entry, runs: Path) -> list[dict]:
     task = Task(None, None, data, ("text",), None, [], "classification", "accuracy", "synthetic", "nothing", {})
     rows, folder = [], runs / "graphs" / "bert-base"
 
+    calibration = [{k: torch.tensor([data[i][k]]) for k in data.column_names} for i in range(min(8, len(ids)))]
+
     def graph(name: str, source: str, runtime: str, precision: str):
-        place = folder / f"{name}-{runtime}-{precision}"
-        if source_of(place) != (source, 512):
-            calibration = [{k: torch.tensor([data[i][k]]) for k in data.column_names} for i in range(min(8, len(ids)))]
-            export(net, place, format=runtime, precision=precision, calibration=calibration, max_length=512)
-        return load_runtime(place, threads=threads)
+        how = {"format": runtime, "precision": precision, "calibration": calibration}
+        return graph_of(net, folder / f"{name}-{runtime}-{precision}", 512, source=source, **how)
 
     pairs = [tuple(pair.split()) for pair in entry.options["graphs"]]
     source = fingerprint(net)

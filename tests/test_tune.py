@@ -280,6 +280,8 @@ def test_the_command(farm, tmp_path):
     assert result.exit_code == 0, result.output
     assert chosen(json.loads(result.stdout)["rows"])["bound"] <= 0.3
     assert "max_disagreement=0.3 with 95 % confidence takes 9 texts to test on" in result.stderr
+    mean = json.loads((tmp_path / "o" / SUMMARY).read_text())["texts"]["tokens_mean"]
+    assert f"texts of {mean:g} tokens: for others it may not hold" in result.stderr
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     shown = CliRunner().invoke(cli.app, [*arguments, "--limit", "120", "--out", str(tmp_path / "o2"), "-q"])
     assert shown.exit_code == 0 and "▶" in shown.stdout and not shown.stderr.strip()

@@ -118,11 +118,10 @@ def texts_of(
             raise DataError(
                 "min_length is for texts: a question is as long as its paragraph, which is cut into windows"
             )
-        parts = [part for part in parts if len(part)]
-        lengths = ([len(ids) for ids in tokenized(part, task, tokenizer, None)["input_ids"]] for part in parts)
+        given = (tokenized(part, task, tokenizer, None)["input_ids"] if len(part) else [] for part in parts)
         parts = [
-            part.select([row for row, length in enumerate(each) if length >= min_length])
-            for part, each in zip(parts, lengths, strict=True)
+            part.select([row for row, ids in enumerate(each) if len(ids) >= min_length])
+            for part, each in zip(parts, given, strict=True)
         ]
     texts = concatenate_datasets(parts)
     texts = texts.select(range(min(limit or len(texts), len(texts))))
