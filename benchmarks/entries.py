@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from shorter import shorter_half
+from cuts import shorter_half, some_of_test
 from thresher import recipes
 from weights import pretrained
 
@@ -24,17 +24,24 @@ class TaskSetting:
     target: float = 0.49
     training: dict = field(default_factory=dict, hash=False)
     shorter: bool = False  # train on the shorter half
+    test: int | None = None  # rows of the test part, where not all
 
     @property
     def path(self) -> str:
         """Where the data are."""
-        return str(shorter_half(DATA / self.data) if self.shorter else DATA / self.data)
+        whole = DATA / self.data
+        if self.shorter:
+            return str(shorter_half(whole))
+        return str(some_of_test(whole, self.test) if self.test else whole)
 
 
 TASKS = {
     "mrpc": TaskSetting("glue/mrpc", training=recipes.TASKS["mrpc"]),
     "sst2": TaskSetting("glue/sst2", limit=20_000, training=recipes.TASKS["sst2"]),
     "20newsgroups": TaskSetting("20newsgroups", target=0.39, training=recipes.TASKS["20newsgroups"]),
+    "imdb": TaskSetting(
+        "imdb", limit=3000, target=0.32, training=recipes.TASKS["imdb"] | {"max_length": 256}, test=5000
+    ),
     "mrpc-short": TaskSetting(
         "glue/mrpc", limit=320, training=recipes.TASKS["mrpc"] | {"epochs": 2, "prune_epochs": 2}
     ),
@@ -315,6 +322,16 @@ ENTRIES: list[Entry] = [
     Entry("squad", "dense"),
     *constrained("squad", 0, TASKS["squad"].target),
     *constrained("20newsgroups", 0, 0.286),
+    Entry(
+        "20newsgroups",
+        "top",
+        variant="long",
+        target=0.286,
+        needs=(Entry("20newsgroups", "dense").name,),
+        options={"prune_epochs": 4},
+    ),
+    Entry("imdb", "dense"),
+    *constrained("imdb", 0, TASKS["imdb"].target),
     changed("sst2", 0.417, "gated"),
     changed("20newsgroups", 0.286, "gated"),
     changed("20newsgroups", TASKS["20newsgroups"].target, "gated"),
