@@ -39,6 +39,9 @@ TASKS = {
     "mrpc": TaskSetting("glue/mrpc", training=recipes.TASKS["mrpc"]),
     "sst2": TaskSetting("glue/sst2", limit=20_000, training=recipes.TASKS["sst2"]),
     "20newsgroups": TaskSetting("20newsgroups", target=0.39, training=recipes.TASKS["20newsgroups"]),
+    "20newsgroups-512": TaskSetting(
+        "20newsgroups", target=0.286, training=recipes.TASKS["20newsgroups"] | {"max_length": 512}
+    ),
     "imdb": TaskSetting(
         "imdb", limit=3000, target=0.32, training=recipes.TASKS["imdb"] | {"max_length": 256}, test=5000
     ),
@@ -115,7 +118,7 @@ class Entry:
         if len(self.needs) > 1:
             recipe["replay"] = str(folder / self.needs[1])
         if self.target is not None and len(self.needs) < 2:
-            fitting = recipes.OPTIONS.get(self.method, {}).get(self.task, {})
+            fitting = recipes.OPTIONS.get(self.method, {}).get(Path(task.data).name, {})
             recipe["method_options"] = {
                 **fitting,
                 "target_flops": self.target,
@@ -330,8 +333,11 @@ ENTRIES: list[Entry] = [
         needs=(Entry("20newsgroups", "dense").name,),
         options={"prune_epochs": 4},
     ),
-    Entry("imdb", "dense"),
-    *constrained("imdb", 0, TASKS["imdb"].target),
+    *(
+        entry
+        for task in ("20newsgroups-512", "imdb")
+        for entry in (Entry(task, "dense"), *constrained(task, 0, TASKS[task].target))
+    ),
     changed("sst2", 0.417, "gated"),
     changed("20newsgroups", 0.286, "gated"),
     changed("20newsgroups", TASKS["20newsgroups"].target, "gated"),
