@@ -34,7 +34,7 @@ def beside(results: dict[str, dict]) -> list[str]:
     for task, method in ((task, method) for task in TASKS for method in ("top", "ltp") if (task, method) in PAPERS):
         landed = [e for e in ENTRIES if e.task == task and e.kind == "train" and e.name in results]
         continued = {e.seed: results[e.name] for e in landed if e.method == "dense-continued"}
-        plain = [e for e in landed if e.method == method and e.variant in ("", "long")]
+        plain = [e for e in landed if e.method == method and (not e.variant or e.variant.endswith("epochs"))]
         for target, variant in sorted({(e.target, e.variant) for e in plain}, key=lambda one: (-one[0], one[1])):
             runs = {e.seed: results[e.name] for e in plain if (e.target, e.variant) == (target, variant)}
             some = next(iter(runs.values()))
