@@ -142,3 +142,43 @@ def test_a_drop_is_against_the_dense_model_that_a_row_started_from(bench, tmp_pa
     assert table["| ltp, 0.49"][0].startswith("+5.00 [") and table["| ltp, 0.49"][1] == "", "not the same dense model"
     assert table["| top, 0.49"][0].startswith("+9.00 [") and table["| top, 0.49"][1].startswith("+11.00 [")
     assert table["| dense-continued"][0].startswith("-2.00 [") and table["| dense"] == ["", ""]
+
+
+def landed(wrong: int, fewer: float = 2.0) -> dict:
+    """A result of 100 texts, of which dense gets ten wrong and the pruned model ``wrong``."""
+    row = {"metric": "accuracy", "flops_ratio": fewer, "quality": 100 - wrong, "quality_dense": 90, "tokens_mean": 9}
+    answers = {"dense": [1] * 90 + [0] * 10, "pruned": [1] * (100 - wrong) + [0] * wrong}
+    return {"rows": [row], "labels": [1] * 100, "predictions": answers}
+
+
+def test_the_readme_shows_the_smallest_budget_that_most_seeds_have(bench):
+    from tables import headline
+
+    found = {f"mrpc/minilm-l6-top-0.417-s{seed}": landed(12 + seed, 2.4) for seed in range(3)}
+    found |= {"mrpc/minilm-l6-top-0.25-s0": landed(30, 4.0), "mrpc/minilm-l6-top-0.45-s0": landed(11, 2.2)}
+    lines = [line.split(" | ") for line in headline(found).splitlines() if line.startswith("| mrpc")]
+    assert [line[1:6] for line in lines] == [["ToP", "3", "9", "2.40", "accuracy 90.0"]]
+    assert lines[0][6].startswith("+3.00 [")
+
+
+def test_the_mean_over_glue_needs_every_task(bench):
+    from papers import GLUE, glue_mean
+
+    found = {f"{task}/minilm-l6-top-0.417-s0": landed(12) for task in GLUE}
+    assert glue_mean("top", dict(list(found.items())[1:])) == [] == glue_mean("ltp", found)
+    told = glue_mean("top", found)[0]
+    low, high = map(float, told.partition("[")[2].partition("]")[0].split(", "))
+    assert "+2.00" in told and low < 2 < high
+    assert high - low < 6, "the mean of four is known better than one"
+
+
+def test_the_picture_of_losses_shows_every_trained_method(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    from pictures import draw_losses, losses
+
+    found = {"mrpc/minilm-l6-top-0.417-s0": landed(12), "mrpc/minilm-l6-ltp-0.417-s0": landed(15)}
+    found["mrpc/minilm-l6-topk-untrained-0.45-s0"] = landed(40)
+    assert {name: points[0][:2] for name, points in losses(found)["mrpc"].items()} == {"top": (2, 2), "ltp": (2, 5)}
+    draw_losses(found, tmp_path / "losses.svg")
+    drawn = (tmp_path / "losses.svg").read_text()
+    assert all(f">{name}<" in drawn for name in ("top", "ltp", "mrpc")) and ">topk<" not in drawn
