@@ -351,6 +351,7 @@ ENTRIES: list[Entry] = [
     runtimes("mrpc", 0.417),
     runtimes("sst2", 0.417, limit=600, repeats=3),
     runtimes("20newsgroups", 0.286, limit=500, repeats=3, runtime=("torch", "onnx")),
+    runtimes("imdb", 0.32, limit=300, repeats=3, runtime=("torch", "onnx")),
     *compression("mrpc", 0.417),
     Entry(
         "mrpc",
