@@ -298,6 +298,17 @@ def headline(results: dict[str, dict]) -> str:
     return "\n".join([said, "", f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
 
 
+def hours(results: dict[str, dict]) -> list[str]:
+    """How long the trainings took, by machine; an entry's thread had a core, most often beside another entry."""
+    took: dict[str, list[float]] = defaultdict(list)
+    for result in results.values():
+        if "seconds" in result:
+            took[result["rows"][0]["hardware"]].append(result["seconds"] / 3600)
+    told = [f"* {machine}: {len(of)} entries of training, {sum(of):.1f} hours" for machine, of in sorted(took.items())]
+    said = "Trainings with their judging, one to two threads each, two at a time; entries of timing took hours besides."
+    return ["## What it took", "", said, "", *told, ""] if told else []
+
+
 def write(results: Path, target: Path) -> None:
     """Write ``target`` and the headline of the README beside it."""
     found = load(results)
@@ -329,6 +340,7 @@ def write(results: Path, target: Path) -> None:
         lines += vision_section(found[entry.name]["rows"], target.parent / "img")
     lines += beside(found)
     lines += pictures(found, target.parent)
+    lines += hours(found)
     if missing:
         tasks = dict.fromkeys(name.partition("/")[0] for name in missing)
         by_task = {task: [name.partition("/")[2] for name in missing if name.startswith(f"{task}/")] for task in tasks}
