@@ -38,12 +38,17 @@ def losses(results: dict[str, dict]) -> dict[str, dict[str, list[tuple[float, fl
     return {task: {name: sorted(points) for name, points in of.items()} for task, of in found.items()}
 
 
+def drawn_of(results: dict[str, dict]) -> dict[str, dict]:
+    """The tasks of ``losses`` that have two points and more: what a panel can compare."""
+    return {task: of for task, of in losses(results).items() if sum(map(len, of.values())) > 1}
+
+
 def draw_losses(results: dict[str, dict], target: Path) -> None:
-    """A panel for each task that has two trained points and more."""
+    """A panel for each task of ``drawn_of``, of which there has to be one."""
     from thresher.figures import drawing
     from thresher.report import COLOURS, GREYS, MARKERS
 
-    found = {task: of for task, of in losses(results).items() if sum(map(len, of.values())) > 1}
+    found = drawn_of(results)
     names = sorted({name for of in found.values() for name in of}, key=lambda n: (LINES.index(n.split()[0]), n))
     styles = {n: {"color": COLOURS[i % 7], "marker": MARKERS[i % 8], "label": n} for i, n in enumerate(names)}
     columns = 3
@@ -97,9 +102,10 @@ def draw_speeds(title: str, rows: list[dict], target: Path) -> None:
 def pictures(results: dict[str, dict], docs: Path) -> list[str]:
     """The section of ``docs/results.md`` that shows them; drawn where matplotlib is there."""
     folder = docs / "img"
-    wanted: list[tuple[str, Path, Callable]] = [
-        ("What trained methods lose, with 95 % intervals, at what they save", folder / "losses.svg", draw_losses)
-    ]
+    wanted: list[tuple[str, Path, Callable]] = []
+    if drawn_of(results):
+        said = "What trained methods lose, with 95 % intervals, at what they save"
+        wanted.append((said, folder / "losses.svg", draw_losses))
     for entry in (e for e in ENTRIES if e.kind in ("runtimes", "compression") and e.name in results):
         rows, file = results[entry.name]["rows"], folder / f"{entry.kind}-{entry.task}.svg"
         title = f"{entry.task}, ToP at {entry.target:g} of the MACs, batch 32"

@@ -174,7 +174,9 @@ def test_the_mean_over_glue_needs_every_task(bench):
 
 def test_the_picture_of_losses_shows_every_trained_method(bench, tmp_path):
     pytest.importorskip("matplotlib")
-    from pictures import draw_losses, losses
+    from pictures import draw_losses, losses, pictures
+
+    assert pictures({"mrpc/minilm-l6-top-0.417-s0": landed(12)}, tmp_path) == [], "one point compares nothing"
 
     found = {"mrpc/minilm-l6-top-0.417-s0": landed(12), "mrpc/minilm-l6-ltp-0.417-s0": landed(15)}
     found["mrpc/minilm-l6-topk-untrained-0.45-s0"] = landed(40)
