@@ -26,14 +26,17 @@ def of_steps(results: Mapping[int, dict], continued: Mapping[int, dict], labels:
     return [(labels, base["predictions"]["pruned"], own["predictions"]["pruned"]) for base, own in pairs]
 
 
-def dropped(metric: str, answered: list[tuple]) -> str:
-    """The mean drop of (labels, one's answers, another's answers), with its interval; "" of none."""
+def pooled(metric: str, answered: list[tuple]) -> tuple[float, float, float]:
+    """The mean drop of (labels, one's answers, another's answers), and its interval."""
     from thresher.metrics import compute_metric, pooled_interval
 
-    if not answered:
-        return ""
-    low, high = pooled_interval(metric, answered)
-    return told(mean(compute_metric(metric, a, y) - compute_metric(metric, b, y) for y, a, b in answered), low, high)
+    drop = mean(compute_metric(metric, a, y) - compute_metric(metric, b, y) for y, a, b in answered)
+    return drop, *pooled_interval(metric, answered)
+
+
+def dropped(metric: str, answered: list[tuple]) -> str:
+    """``pooled`` in words; "" of none."""
+    return told(*pooled(metric, answered)) if answered else ""
 
 
 def drop_of(row: dict) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from drops import dropped, mean, of_dense, of_steps, told
+from drops import dropped, mean, of_dense, of_steps, pooled, told
 from entries import ENTRIES, TASKS
 
 # (task, method): (model, times fewer FLOPs than dense on the same texts without padding, drop in points).
@@ -35,18 +35,15 @@ MEAN_OF = {"top": "its paper's is 0.26", "ltp": "its paper's, at 2.0x, is 0.7"}
 def glue_mean(method: str, results: dict[str, dict], target: float = 0.417) -> list[str]:
     """The mean drop over GLUE's tasks at one budget, with an interval that takes the tasks for independent; nothing
     where a task is missing."""
-    from thresher.metrics import compute_metric, pooled_interval
-
     drops, reaches, fewer = [], [], []
     for task in GLUE:
         found = [e.name for e in ENTRIES if (e.task, e.method, e.variant, e.target) == (task, method, "", target)]
         runs = [results[name] for name in found if name in results]
         if not runs:
             return []
-        metric, answered = runs[0]["rows"][0]["metric"], of_dense(runs, list(runs[0]["labels"]))
-        drops.append(mean(compute_metric(metric, a, y) - compute_metric(metric, b, y) for y, a, b in answered))
-        low, high = pooled_interval(metric, answered)
-        reaches.append((drops[-1] - low, high - drops[-1]))
+        drop, low, high = pooled(runs[0]["rows"][0]["metric"], of_dense(runs, list(runs[0]["labels"])))
+        drops.append(drop)
+        reaches.append((drop - low, high - drop))
         fewer.append(mean(run["rows"][0]["flops_ratio"] for run in runs))
     below, above = (sum(r**2 for r in side) ** 0.5 / len(drops) for side in zip(*reaches, strict=True))
     drop = mean(drops)
@@ -74,8 +71,16 @@ def beside(results: dict[str, dict]) -> list[str]:
                 dropped(metric, of_steps(runs, continued, labels)),
             ]
             model, flops, drop = PAPERS[task, method]
-            called = f"{method} ({variant})" if variant else method
-            cells = [task, called, str(len(runs)), f"{fewer:.2f}", *drops, f"{flops:.2f}", f"{drop:+.2f}", model]
+            cells = [
+                task,
+                f"{method} ({variant})" if variant else method,
+                str(len(runs)),
+                f"{fewer:.2f}",
+                *drops,
+                f"{flops:.2f}",
+                f"{drop:+.2f}",
+                model,
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return []

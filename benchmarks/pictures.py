@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from drops import mean, of_dense
+from drops import mean, of_dense, pooled
 from entries import ENTRIES, Entry
 
 LINES = ("top", "ltp", "topk", "random", "firstk")  # the methods that were trained on several tasks
@@ -19,8 +19,6 @@ SMALL = "minilm-l3"
 
 def losses(results: dict[str, dict]) -> dict[str, dict[str, list[tuple[float, float, float, float]]]]:
     """Task -> method -> (times fewer FLOPs, mean drop, its 95 % interval) of each trained budget, mildest first."""
-    from thresher.metrics import compute_metric, pooled_interval
-
     found: dict = defaultdict(lambda: defaultdict(list))
     groups: dict[tuple, list[Entry]] = defaultdict(list)
     for entry in ENTRIES:
@@ -30,11 +28,10 @@ def losses(results: dict[str, dict]) -> dict[str, dict[str, list[tuple[float, fl
         if variant not in VARIANTS and not variant.endswith("epochs"):
             continue
         runs = [results[entry.name] for entry in entries]
-        metric, answered = runs[0]["rows"][0]["metric"], of_dense(runs, list(runs[0]["labels"]))
-        drop = mean(compute_metric(metric, a, y) - compute_metric(metric, b, y) for y, a, b in answered)
+        lost = pooled(runs[0]["rows"][0]["metric"], of_dense(runs, list(runs[0]["labels"])))
         fewer = mean(run["rows"][0]["flops_ratio"] for run in runs)
         called = f"{method} ({variant})" if variant else method
-        found[task][called].append((fewer, drop, *pooled_interval(metric, answered)))
+        found[task][called].append((fewer, *lost))
     return {task: {name: sorted(points) for name, points in of.items()} for task, of in found.items()}
 
 
