@@ -176,8 +176,8 @@ def measure_choice(entry, runs: Path) -> list[dict]:
     from transformers import BertConfig, BertModel
 
     from thresher import Threshold, TopK, prune
-    from thresher.attention import View
-    from thresher.layouts import Padded
+    from thresher.core.attention import View
+    from thresher.core.layouts import Padded
     from thresher.machine import environment
     from thresher.report import row
 

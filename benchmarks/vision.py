@@ -169,7 +169,7 @@ def measure_vision(entry, runs: Path) -> list[dict]:
     from transformers import ViTConfig, ViTForImageClassification, set_seed
 
     from thresher import Random, prune, unprune
-    from thresher.pruner import METHODS
+    from thresher.core.pruner import METHODS
 
     own, folder, parts = entry.options, runs / entry.name, pictures(entry.seed)
 

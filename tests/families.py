@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import transformers as t
 
-from thresher.stack import find_stack
+from thresher.core.architecture import find_stack
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 97}
 VISION = {k: v for k, v in TEXT.items() if k != "vocab_size"} | {"image_size": 20, "patch_size": 4, "num_channels": 3}

@@ -11,8 +11,8 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from families import FAMILIES
 from thresher import TokenPruner, prune
-from thresher.attention import key_mask
-from thresher.layouts import LAYOUTS
+from thresher.core.attention import key_mask
+from thresher.core.layouts import LAYOUTS
 
 SEEN = ("bert", "distilbert", "albert", "mpnet", "deberta-v2", "modernbert", "vit", "whisper-encoder", "llama", "qwen3")
 AT = (0, 1, 2)
@@ -133,7 +133,7 @@ def test_keys_are_the_projections_of_the_layer(executor):
 def test_scores_do_not_depend_on_how_many_probabilities_fit_at_once(family, monkeypatch):
     batch = FAMILIES[family].batch((10, 10, 10, 6))
     expected = watch(family, "packed", batch)
-    monkeypatch.setattr("thresher.attention.CHUNK", 150)
+    monkeypatch.setattr("thresher.core.attention.CHUNK", 150)
     for executor in LAYOUTS:
         for found, wanted in zip(watch(family, executor, batch), expected, strict=True):
             torch.testing.assert_close(

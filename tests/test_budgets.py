@@ -7,7 +7,7 @@ import torch
 
 from test_training import BATCH, build, collate, rows, trainer
 from thresher import ATS, LAT, LTMP, DynamicViT, EViT, PoWERBERT, SpAtten, ToMe, TopK, Transkimmer, prune
-from thresher.pruner import TokenPruner
+from thresher.core.pruner import TokenPruner
 
 DIALS = [TopK, SpAtten, ATS, EViT, ToMe]
 TRAINED = {

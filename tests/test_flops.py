@@ -8,8 +8,8 @@ from torch import nn
 
 from families import FAMILIES
 from thresher import LTP, FirstK, TopK, dense, prune
-from thresher.flops import LayerCost, LayerCount, dense_macs, macs
-from thresher.layouts import LAYOUTS
+from thresher.core.cost import LayerCost, LayerCount, dense_macs, macs
+from thresher.core.layouts import LAYOUTS
 
 C, INNER = 32, 64  # of the tiny models
 

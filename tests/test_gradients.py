@@ -10,7 +10,7 @@ import torch
 
 from families import FAMILIES
 from thresher import LTP, TopK, prune
-from thresher.layouts import LAYOUTS
+from thresher.core.layouts import LAYOUTS
 
 TRAINED = ("bert", "distilbert", "deberta-v2", "modernbert", "vit")
 RUN = [(f, e) for f in FAMILIES for e in ("padded", "packed") if FAMILIES[f].packed or e != "packed"]

@@ -13,7 +13,7 @@ from transformers import BertModel, PreTrainedModel
 from families import FAMILIES, difference
 from methods import METHODS
 from thresher import LTP, FirstK, Random, Threshold, TopK, dense, prune, unprune
-from thresher.layouts import LAYOUTS
+from thresher.core.layouts import LAYOUTS
 
 KINDS = ("bert", "distilbert", "mpnet", "modernbert", "vit", "llama")
 everywhere = pytest.mark.parametrize("executor", LAYOUTS)

@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES, difference
 from methods import METHODS, REFUSES
 from thresher import Threshold, TopK, dense, prune
-from thresher.layouts import LAYOUTS
+from thresher.core.layouts import LAYOUTS
 
 TOLERANCE = 1e-5
 TEXT = ("bert", "distilbert", "deberta-v2", "modernbert", "llama")

@@ -10,7 +10,7 @@ import torch
 
 from families import FAMILIES, difference
 from thresher import ATS, LTMP, EViT, ToFu, ToMe, prune
-from thresher.layouts import LAYOUTS
+from thresher.core.layouts import LAYOUTS
 
 VIT, BERT = FAMILIES["vit"], FAMILIES["bert"]
 

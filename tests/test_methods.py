@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from families import FAMILIES
 from thresher import LTP, FirstK, Random, Threshold, TopK, prune
-from thresher.layouts import LAYOUTS
-from thresher.pruner import METHODS, TokenPruner, kept_count, top_k
-from thresher.search import search
+from thresher.core.bisection import search
+from thresher.core.layouts import LAYOUTS
+from thresher.core.pruner import METHODS, TokenPruner, kept_count, top_k
 
 BERT = FAMILIES["bert"]
 

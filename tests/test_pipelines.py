@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from families import FAMILIES
 from thresher import LTP, TopK, prune, unprune
-from thresher.layouts import LAYOUTS
+from thresher.core.layouts import LAYOUTS
 
 WORDS = [
     "the",

@@ -15,7 +15,7 @@ from rich.console import Console
 from families import FAMILIES
 from thresher import TopK, prune
 from thresher import roofline as module
-from thresher.flops import LayerCost, LayerCount
+from thresher.core.cost import LayerCost, LayerCount
 from thresher.roofline import Roofline, roofline, table
 
 # In fp32 a MAC takes 2 ns and a weight is read in 8 ns, in bf16 0.2 ns and 4 ns.

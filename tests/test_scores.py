@@ -9,8 +9,8 @@ import torch
 
 from families import FAMILIES
 from thresher import ATS, VATP, Entropy, SpAtten, Transkimmer, prune
-from thresher.attention import View
-from thresher.layouts import LAYOUTS
+from thresher.core.attention import View
+from thresher.core.layouts import LAYOUTS
 
 BERT, LENGTHS = FAMILIES["bert"], (24, 18, 10)
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher.layouts import LAYOUTS, Masked, Packed, Padded
-from thresher.tokens import take
+from thresher.core.layouts import LAYOUTS, Masked, Packed, Padded
+from thresher.core.tokens import take
 
 LOWEST = torch.finfo(torch.float32).min
 # Packed rows cut their masks in the attention function, one sequence at a time: test_equivalence.py.

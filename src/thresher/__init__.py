@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import dense, prune, unprune
+    from .core.pruner import TokenPruner
     from .exporting import export
     from .methods.adapler import AdapLeR
     from .methods.ats import ATS
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from .methods.transkimmer import Transkimmer
     from .methods.trbert import TRBERT
     from .methods.vatp import VATP
-    from .pruner import TokenPruner
     from .runtime import load_runtime
     from .training import PruningTrainer
 
@@ -77,7 +77,7 @@ _HOMES = {
     "methods.transkimmer": ("Transkimmer",),
     "methods.trbert": ("TRBERT",),
     "methods.vatp": ("VATP",),
-    "pruner": ("TokenPruner",),
+    "core.pruner": ("TokenPruner",),
     "runtime": ("load_runtime",),
     "training": ("PruningTrainer",),
 }

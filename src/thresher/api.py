@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from . import methods  # noqa: F401  makes the methods known by name
-from .hooks import Hooks
-from .layouts import LAYOUTS
-from .pruner import TokenPruner
+from .core.hooks import Hooks
+from .core.layouts import LAYOUTS
+from .core.pruner import TokenPruner
 
 CONFIG_KEY, MODULE = "token_pruning", "token_pruner"
 

@@ -22,13 +22,13 @@ from transformers import PreTrainedModel
 
 from . import qa
 from .api import MODULE, dense
+from .core.cost import LayerCount, dense_macs
+from .core.layouts import LAYOUTS
+from .core.pruner import TokenPruner
 from .data import Task
-from .flops import LayerCount, dense_macs
-from .layouts import LAYOUTS
 from .machine import environment
 from .metrics import bootstrap_interval, compute_metric
 from .predicting import Predictions, Text, copied, counts_of, logits_of, outcome, predict, ready
-from .pruner import TokenPruner
 from .report import row
 from .roofline import Roofline
 

@@ -15,12 +15,12 @@ import torch
 
 from . import jobs
 from .bench import measure
+from .core.pruner import METHODS, TokenPruner
 from .data import Task, load_task, tokenize
 from .figures import pareto
 from .groups import groups
 from .loading import clip, load
 from .metrics import MEANS, pooled_interval
-from .pruner import METHODS, TokenPruner
 from .report import row, whole, write_csv
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from .api import CONFIG_KEY, MODULE
+from .core.pruner import StackInfo, TokenPruner
 from .data import positions
-from .pruner import StackInfo, TokenPruner
 
 
 def describe(model: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, Tr
 
 from . import qa, recipes
 from .api import prune, unprune
+from .core.architecture import find_stack
+from .core.pruner import METHODS, TokenPruner
 from .data import DataError, Task, load_task, tokenize
 from .evaluating import bench, evaluate, export  # noqa: F401  the other jobs of the command line
 from .latency import compare
@@ -22,10 +24,8 @@ from .loading import clip, for_task, load, make_method, reading
 from .machine import environment, has_bf16
 from .methods.topk import REPLAY, TopK
 from .predicting import Predictions, outcome, predict, quality
-from .pruner import METHODS, TokenPruner
 from .report import row
 from .resuming import Interrupt, Order, last_checkpoint, step_of, writing
-from .stack import find_stack
 from .training import Collator, PruningTrainer, Ranking
 from .watching import Watch, picture, prefix_drop
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .api import MODULE, dense, prune, unprune
-from .attention import View
+from .core.architecture import find_stack
+from .core.attention import View
+from .core.pruner import StackInfo, TokenPruner
 from .machine import hardware
 from .methods.topk import TopK
-from .pruner import StackInfo, TokenPruner
-from .stack import find_stack
 
 GRID = (8, 16, 32, 64, 128, 256, 512)
 Curve = tuple[tuple[float, ...], tuple[float, ...]]  # tokens, rising, and the milliseconds they take

@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 
 from . import qa, reranking
 from .api import MODULE, prune, unprune
-from .flops import dense_macs, macs
+from .core.architecture import find_stack
+from .core.cost import dense_macs, macs
+from .core.pruner import METHODS
 from .methods.topk import REPLAY, TopK
 from .metrics import MEANS, compute_metric
-from .pruner import METHODS
-from .stack import find_stack
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .flops import LayerCost, LayerCount
+from .core.cost import LayerCost, LayerCount
 from .machine import environment, hardware
 from .report import whole
 

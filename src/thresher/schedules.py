@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .flops import LayerCount, macs
+from .core.cost import LayerCount, macs
+from .core.pruner import StackInfo, kept_count
 from .latency import LatencyTable
-from .pruner import StackInfo, kept_count
 
 STEPS = 20
 LEVELS = (

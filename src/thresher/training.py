@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
 from .api import MODULE, prune, unprune
-from .attention import View
+from .core.attention import View
+from .core.pruner import Record, StackInfo, TokenPruner
 from .distilling import LOGITS, distillation
 from .latency import latency_table
-from .pruner import Record, StackInfo, TokenPruner
 
 # columns of a data set that take a teacher's place
 TAUGHT = {f"teacher_{name}": name for name in (*LOGITS, "ranking")}

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from . import bounds, frontier
 from .api import prune, unprune
+from .core.pruner import METHODS
 from .latency import latency_table
 from .loading import make_method
 from .methods.topk import TopK
 from .predicting import Text
-from .pruner import METHODS
 from .samples import Sample
 from .schedules import LEVELS, Left, Space, curves, neighbours
 

@@ -19,13 +19,13 @@ import torch
 from transformers import PreTrainedModel
 
 from . import bounds, frontier
+from .core.pruner import METHODS
 from .jobs import SUMMARY, TIMED
 from .latency import compare
 from .loading import clip, load, make_method
 from .machine import environment
 from .methods.topk import TopK
 from .predicting import Text
-from .pruner import METHODS
 from .resuming import writing
 from .samples import Sample, texts_of, tokenized
 from .trials import LIMITS, SCORES, Search

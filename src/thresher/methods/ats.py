@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attention import View
-from ..pruner import StackInfo, kept_count
+from ..core.attention import View
+from ..core.pruner import StackInfo, kept_count
 from .topk import REPLAY, TopK
 
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import View
-from ..pruner import Record, StackInfo
+from ..core.attention import View
+from ..core.pruner import Record, StackInfo
 from ..relaxed import gumbel, log_gate
 from .topk import TopK
 

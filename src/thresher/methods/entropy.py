@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attention import View, columns
-from ..pruner import StackInfo
+from ..core.attention import View, columns
+from ..core.pruner import StackInfo
 from .topk import TopK
 
 CRITERIA = ("row", "column")

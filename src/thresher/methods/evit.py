@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attention import View
-from ..pruner import StackInfo
-from ..tokens import Tokens
+from ..core.attention import View
+from ..core.pruner import StackInfo
+from ..core.tokens import Tokens
 from .topk import TopK
 
 

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..attention import View
+from ..core.attention import View
+from ..core.pruner import Record, StackInfo, kept_count, top_k
 from ..distilling import distillation
-from ..pruner import Record, StackInfo, kept_count, top_k
 from .topk import TopK
 
 Schedule = tuple[float, ...]

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import View
-from ..pruner import Record, StackInfo
+from ..core.attention import View
+from ..core.pruner import Record, StackInfo
+from ..core.tokens import Tokens
 from ..relaxed import log_gate
-from ..tokens import Tokens
 from .ltp import LTP
 from .tome import STAYS, matching, mean_weight
 

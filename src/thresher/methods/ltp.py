@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import View
-from ..pruner import Record, StackInfo, TokenPruner, budget_penalty, falling
+from ..core.attention import View
+from ..core.pruner import Record, StackInfo, TokenPruner, budget_penalty, falling
 from ..relaxed import log_gate
 
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import View, columns
 from ..bins import bin_of
-from ..pruner import Record, StackInfo, budget_penalty, falling, ranks
-from ..tokens import CLOSED
+from ..core.attention import View, columns
+from ..core.pruner import Record, StackInfo, budget_penalty, falling, ranks
+from ..core.tokens import CLOSED
 from .topk import TopK
 
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..attention import View
-from ..pruner import StackInfo, TokenPruner
+from ..core.attention import View
+from ..core.pruner import StackInfo, TokenPruner
 
 
 @dataclass(eq=False, repr=False)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import View
-from ..pruner import StackInfo, TokenPruner, check_keep, top_k
-from ..tokens import Tokens
+from ..core.attention import View
+from ..core.pruner import StackInfo, TokenPruner, check_keep, top_k
+from ..core.tokens import Tokens
 from .topk import dial_of
 
 STAYS = 2.0  # a score above that of any token that may be merged

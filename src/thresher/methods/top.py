@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import View
 from ..bins import bin_of, first, places, within
-from ..pruner import Record, StackInfo, TokenPruner, ranks
+from ..core.attention import View
+from ..core.pruner import Record, StackInfo, TokenPruner, ranks
+from ..core.tokens import CLOSED
 from ..ranking import RANK_LOSSES, overlap, ranking_loss, taught_by
 from ..relaxed import Ascend, chance, odds, rounded, sample
-from ..tokens import CLOSED
 
 if TYPE_CHECKING:
     from ..latency import LatencyTable

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attention import View
-from ..pruner import StackInfo, TokenPruner, check_keep, kept_count, top_k
+from ..core.attention import View
+from ..core.pruner import StackInfo, TokenPruner, check_keep, kept_count, top_k
 
 REPLAY = "replay"
 

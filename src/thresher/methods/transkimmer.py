@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import View
-from ..pruner import StackInfo
+from ..core.attention import View
+from ..core.pruner import StackInfo
 from ..relaxed import gumbel
 from .ltp import LTP
 

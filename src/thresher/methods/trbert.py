@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import View
-from ..flops import dense_macs, macs
-from ..pruner import Record, StackInfo, top_k
+from ..core.attention import View
+from ..core.cost import dense_macs, macs
+from ..core.pruner import Record, StackInfo, top_k
+from ..core.tokens import take
 from ..signals import perceptron, perceptron_macs, saliency, task_losses
-from ..tokens import take
 from .ltp import LTP
 
 

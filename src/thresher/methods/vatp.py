@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..attention import View
+from ..core.attention import View
 from .topk import TopK
 
 

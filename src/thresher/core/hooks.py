@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .architecture import describe, find_stack
 from .attention import View, register
-from .flops import LayerCount
+from .cost import LayerCount
 from .layouts import LAYOUTS, Padded
 from .pruner import TokenPruner
-from .stack import describe, find_stack
 from .tokens import Tokens
 
 # The per-token arguments of layers, besides the mask, and their token dimensions; all else is passed on as it is.

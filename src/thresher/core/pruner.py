@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .attention import View, columns
-from .flops import LayerCost, LayerCount, dense_macs, macs
-from .search import search
+from .bisection import search
+from .cost import LayerCost, LayerCount, dense_macs, macs
 from .tokens import Tokens
 
 VERSION = 1

@@ -10,7 +10,7 @@ from functools import cache
 from torch import nn
 from transformers import PreTrainedModel
 
-from .flops import LayerCost
+from .cost import LayerCost
 from .pruner import StackInfo
 
 PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
