@@ -17,9 +17,9 @@ from families import FAMILIES, NO_DROPOUT, TEXT, VISION
 from methods import METHODS
 from test_show import tiny_tokenizer
 from thresher import ToP, TopK, cli, export, exporting, load_runtime, prune
-from thresher.bins import within
 from thresher.exporting import inputs_of
 from thresher.info import describe
+from thresher.methods.parts.rank_bins import within
 
 TEXTS = ["the farmer and the grain", "thresh", "the grain and the script and the farmer and the wheat", "chaff"]
 SHAPES = ((1, 1), (1, 2), (1, 7), (5, 9), (2, 33), (1, 64))

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification as Auto
 from families import FAMILIES, difference
 from test_training import losses, rows, trainer
 from thresher import TRBERT, AdapLeR, jobs, prune
-from thresher.signals import saliency
+from thresher.methods.parts.saliency import saliency
 from toy import FILLERS, OPTIONS, make_toy
 
 BERT = FAMILIES["bert"]

@@ -8,8 +8,8 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 from families import FAMILIES
 from thresher import ToP, prune
+from thresher.methods.parts.rank_distillation import overlap, ranking_loss
 from thresher.methods.top import BOUND
-from thresher.ranking import overlap, ranking_loss
 
 BERT, LENGTHS = FAMILIES["bert"], (24, 18, 10, 21)
 

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClass
 from families import FAMILIES, NO_DROPOUT, TEXT
 from test_policy import BERT, batch, learning, loss_of
 from thresher import AdapLeR
-from thresher.signals import saliency, task_losses
+from thresher.methods.parts.saliency import saliency, task_losses
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "distilbert", "albert"])

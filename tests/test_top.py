@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from families import FAMILIES
 from methods import Holes
 from thresher import ToP, jobs, prune
-from thresher.bins import bin_of, within
+from thresher.methods.parts.gates import chance, odds, sample
+from thresher.methods.parts.rank_bins import bin_of, within
 from thresher.methods.top import BOUND, rows_of
-from thresher.relaxed import chance, odds, sample
 from toy import OPTIONS, make_toy
 
 BERT = FAMILIES["bert"]

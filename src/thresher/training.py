@@ -18,8 +18,8 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 from .api import MODULE, prune, unprune
 from .core.attention import View
 from .core.pruner import Record, StackInfo, TokenPruner
-from .distilling import LOGITS, distillation
 from .latency import latency_table
+from .methods.parts.distillation import LOGITS, distillation
 
 # columns of a data set that take a teacher's place
 TAUGHT = {f"teacher_{name}": name for name in (*LOGITS, "ranking")}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.attention import View
 from ..core.pruner import Record, StackInfo
-from ..relaxed import gumbel, log_gate
+from .parts.gates import gumbel, log_gate
 from .topk import TopK
 
 

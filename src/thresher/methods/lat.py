@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.attention import View
 from ..core.pruner import Record, StackInfo, kept_count, top_k
-from ..distilling import distillation
+from .parts.distillation import distillation
 from .topk import TopK
 
 Schedule = tuple[float, ...]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..core.attention import View
 from ..core.pruner import Record, StackInfo
 from ..core.tokens import Tokens
-from ..relaxed import log_gate
 from .ltp import LTP
+from .parts.gates import log_gate
 from .tome import STAYS, matching, mean_weight
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.attention import View
 from ..core.pruner import Record, StackInfo, TokenPruner, budget_penalty, falling
-from ..relaxed import log_gate
+from .parts.gates import log_gate
 
 
 @dataclass(eq=False, repr=False)

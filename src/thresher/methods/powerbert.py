@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..bins import bin_of
 from ..core.attention import View, columns
 from ..core.pruner import Record, StackInfo, budget_penalty, falling, ranks
 from ..core.tokens import CLOSED
+from .parts.rank_bins import bin_of
 from .topk import TopK
 
 

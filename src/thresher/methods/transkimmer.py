@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..core.attention import View
 from ..core.pruner import StackInfo
-from ..relaxed import gumbel
 from .ltp import LTP
+from .parts.gates import gumbel
 
 
 @dataclass(eq=False, repr=False)

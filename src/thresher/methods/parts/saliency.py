@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core.attention import View
-from .core.pruner import TokenPruner
+from ...core.attention import View
+from ...core.pruner import TokenPruner
 
 HIDDEN = 32  # channels between the two layers of a perceptron, in both papers
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .core.tokens import CLOSED
+from ...core.tokens import CLOSED
 
 LOW, HIGH, BETA = -0.1, 1.1, 2 / 3  # the hard concrete distribution: its stretch and its temperature
 
