@@ -76,7 +76,7 @@ def models_for(chosen: list[Entry]) -> list[Entry]:
 def labels_of(entry: Entry) -> list:
     """Gold labels of the task's test part, so that intervals can be computed where the data are not."""
     from entries import TASKS
-    from thresher.data import load_task
+    from thresher.data.load import load_task
 
     setting = TASKS[entry.task]
     task = load_task(setting.path, config=setting.config)

@@ -25,7 +25,7 @@ def soak(folder: str, calls: int) -> dict[str, float]:
         graph = load_runtime(folder)
         forward, config, tokenizer = graph.forward, graph.config, graph.tokenizer
     else:
-        from thresher.loading import load
+        from thresher.data.models import load
 
         forward, tokenizer = load(folder)
         config = forward.config

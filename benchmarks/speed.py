@@ -18,7 +18,7 @@ def measure_task(entry, runs: Path) -> list[dict]:
     or with "replayed" False their own."""
     from entries import ENTRIES, TASKS
     from thresher.bench import measure
-    from thresher.data import load_task, tokenize
+    from thresher.data.load import load_task, tokenize
     from thresher.jobs import load
     from thresher.predicting import predict
 
@@ -55,8 +55,8 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
     from entries import TASKS
     from thresher import TopK, prune, unprune
     from thresher.bench import measure
-    from thresher.data import load_task, tokenize
-    from thresher.loading import load
+    from thresher.data.load import load_task, tokenize
+    from thresher.data.models import load
     from weights import pretrained
 
     rows = []
@@ -123,8 +123,8 @@ def measure_compression(entry, runs: Path) -> list[dict]:
     that pruned as well, in torch and as int8 graphs of ONNX Runtime, in one interleaved run on the whole test part."""
     from entries import TASKS
     from thresher.bench import measure
-    from thresher.data import load_task, tokenize
-    from thresher.loading import load
+    from thresher.data.load import load_task, tokenize
+    from thresher.data.models import load
 
     setting = TASKS[entry.task]
     names = ("dense", "pruned", "minilm-l3", "minilm-l3 top")
@@ -152,8 +152,8 @@ def measure_compression(entry, runs: Path) -> list[dict]:
 def measure_anytime(entry, runs: Path) -> list[dict]:
     """Quality of one model on the test part at several budgets, chosen at run time."""
     from entries import TASKS
-    from thresher.data import load_task, tokenize
-    from thresher.loading import load
+    from thresher.data.load import load_task, tokenize
+    from thresher.data.models import load
     from thresher.predicting import predict
 
     setting, (dense, pruned) = TASKS[entry.task], (str(runs / name) for name in entry.needs)
@@ -214,9 +214,9 @@ def measure_synthetic(entry, runs: Path) -> list[dict]:
 
     from thresher import TopK, prune, unprune
     from thresher.bench import measure
+    from thresher.data.task import Task
     from thresher.exporting import fingerprint
     from thresher.roofline import roofline
-    from thresher.tasks import Task
 
     torch.manual_seed(0)
     net = BertForSequenceClassification(BertConfig()).eval()

@@ -30,10 +30,10 @@ def measure_tune(entry, runs: Path) -> list[dict]:
     The model is made again where it is missing; what it took is in the note."""
     from entries import TASKS
     from thresher.api import dense
-    from thresher.data import load_task, tokenize
+    from thresher.data.load import load_task, tokenize
+    from thresher.data.models import load
     from thresher.frontier import kept
     from thresher.jobs import SUMMARY
-    from thresher.loading import load
     from thresher.predicting import predict
     from thresher.tune import tune
 
@@ -124,8 +124,8 @@ def measure_coverage(entry, runs: Path) -> list[dict]:
 
     from entries import DATA
     from thresher.bounds import least
-    from thresher.data import load_task
-    from thresher.loading import load
+    from thresher.data.load import load_task
+    from thresher.data.models import load
     from thresher.machine import environment
     from thresher.report import row
     from thresher.samples import Sample, tokenized

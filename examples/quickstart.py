@@ -66,7 +66,7 @@ def main() -> int:
     write_rows(OUT / "report.json", rows)
     console.rule("3/3  which tokens leave where")
     net, tokenizer = jobs.load(str(OUT / "model"))
-    from thresher.data import load_task
+    from thresher.data.load import load_task
 
     task = load_task(DATA)
     traces = [trace(net, tokenizer, text, max_length=MAX_LENGTH) for text in task.test[:5][task.text_columns[0]]]

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 from thresher import LTP, prune
-from thresher.data import load_task, tokenize
-from thresher.loading import for_task
+from thresher.data.load import load_task, tokenize
+from thresher.data.models import for_task
 from thresher.training import param_groups, rest
 
 

@@ -8,7 +8,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from files import reviews, write
-from thresher.data import DataError, load_task, strip_post
+from thresher.data.load import DataError, load_task, strip_post
 
 
 def texts(task):

@@ -12,9 +12,9 @@ import torch
 from families import FAMILIES
 from test_bench import one_by_one, pruned, rows, task
 from thresher import bench, evaluating, jobs, predicting
-from thresher.data import load_task, tokenize
+from thresher.data.load import load_task, tokenize
+from thresher.data.models import load
 from thresher.exporting import fingerprint
-from thresher.loading import load
 from thresher.metrics import compute_metric
 from thresher.roofline import Roofline
 from toy import OPTIONS, make_toy

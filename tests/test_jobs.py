@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from families import TEXT
 from test_show import tiny_tokenizer
 from thresher import cli, jobs
-from thresher.data import DataError
+from thresher.data.load import DataError
 from thresher.report import ROW_FIELDS
 from thresher.resuming import step_of
 from toy import OPTIONS, make_toy, write

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from families import FAMILIES
 from test_show import save_tiny
 from thresher import LTP, FirstK, Threshold, TopK, cli, prune
-from thresher.loading import load_vision
+from thresher.data.models import load_vision
 from thresher.patches import FADED, GAP, LINE, html, png, strip, terminal, trace
 
 SQUARE = {"height": 20, "width": 20}

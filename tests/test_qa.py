@@ -13,8 +13,9 @@ from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceCl
 from families import NO_DROPOUT, TEXT
 from files import write
 from test_show import tiny_tokenizer
-from thresher import ToP, dense, jobs, predicting, prune, qa
-from thresher.data import DataError, load_task, tokenize
+from thresher import ToP, dense, jobs, predicting, prune
+from thresher.data import qa
+from thresher.data.load import DataError, load_task, tokenize
 from thresher.training import Collator, distillation
 from toy import FILLERS, OPTIONS, make_toy
 

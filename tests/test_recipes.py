@@ -7,7 +7,7 @@ import json
 import pytest
 
 from thresher import jobs, recipes
-from thresher.loading import make_method
+from thresher.data.models import make_method
 from toy import OPTIONS, make_toy
 
 

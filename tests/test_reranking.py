@@ -18,9 +18,9 @@ from test_show import tiny_tokenizer
 from thresher import cli, jobs
 from thresher.audit import audit
 from thresher.compare import compare
-from thresher.data import DataError, load_task, tokenize
+from thresher.data.load import DataError, load_task, tokenize
+from thresher.data.reranking import judge
 from thresher.metrics import bootstrap_interval, compute_metric
-from thresher.reranking import judge
 from toy import FILLERS, OPTIONS, make_toy
 
 PER = 4  # candidates of a query

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from files import write
-from thresher.data import DataError, load_task, positions, tokenize
+from thresher.data.load import DataError, load_task, positions, tokenize
 from thresher.metrics import compute_metric
 
 

@@ -19,10 +19,10 @@ from test_qa import questions
 from test_show import save_tiny, tiny_model, tiny_tokenizer
 from thresher import TopK, bounds, cli, prune, trials, unprune
 from thresher import tune as module
+from thresher.data.models import open_model
 from thresher.frontier import best
 from thresher.jobs import SUMMARY, load
 from thresher.latency import LatencyTable
-from thresher.loading import open_model
 from thresher.predicting import predict
 from thresher.samples import Sample, divergence, texts_of, tokenized
 from thresher.trials import SCORES

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from thresher import ToP, jobs, prune
-from thresher.data import load_task, tokenize
+from thresher.data.load import load_task, tokenize
 from thresher.predicting import predict, quality
 from thresher.watching import picture, prefix_drop
 from toy import OPTIONS, make_toy

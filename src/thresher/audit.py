@@ -19,11 +19,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 
-from . import qa
 from .api import MODULE, dense
-from .data import DataError, Task, positions
+from .data import qa
+from .data.load import DataError, Task, positions
+from .data.models import reading
 from .evaluating import dense_of, names_of, tested
-from .loading import reading
 from .paired import detectable, excess_tests, holm, interval, paired_test
 from .predicting import Predictions, outcome, predict, quality
 from .show import trace
@@ -68,7 +68,7 @@ def audit(
 
     Args:
         model: folder of the pruned model.
-        data: see ``thresher.data.load_task``; ``columns`` are its options.
+        data: see ``thresher.data.load.load_task``; ``columns`` are its options.
         against: the dense model, by default ``dense`` in the model's folder, else the model itself without pruning.
         by: further columns. Numbers of more than 10 values are cut at their quartiles; empty values and groups of less
             than 10 examples are left out, with a warning that counts them.

@@ -20,12 +20,12 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import qa
 from .api import MODULE, dense
 from .core.cost import LayerCount, dense_macs
 from .core.layouts import LAYOUTS
 from .core.pruner import TokenPruner
-from .data import Task
+from .data import qa
+from .data.load import Task
 from .machine import environment
 from .metrics import bootstrap_interval, compute_metric
 from .predicting import Predictions, Text, copied, counts_of, logits_of, outcome, predict, ready

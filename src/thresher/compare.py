@@ -16,10 +16,10 @@ import torch
 from . import jobs
 from .bench import measure
 from .core.pruner import METHODS, TokenPruner
-from .data import Task, load_task, tokenize
+from .data.load import Task, load_task, tokenize
+from .data.models import clip, load
 from .figures import pareto
 from .groups import groups
-from .loading import clip, load
 from .metrics import MEANS, pooled_interval
 from .report import row, whole, write_csv
 

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from . import exporting, qa
+from . import exporting
 from .api import dense, unprune
 from .bench import measure
-from .data import Task, load_task, tokenize
-from .loading import clip, load, reading
+from .data import qa
+from .data.load import Task, load_task, tokenize
+from .data.models import clip, load, reading
 from .machine import environment
 from .predicting import Text, copied, predict, quality, replayed
 from .report import plot as draw

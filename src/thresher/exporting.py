@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .api import MODULE
-from .data import positions
+from .data.load import positions
 from .machine import environment
 
 HEADS = ("ForSequenceClassification", "ForQuestionAnswering")

@@ -71,7 +71,7 @@ def show(
         texts = [(line, None) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     start(verbose, quiet, json_file, html)
     from . import jobs
-    from .data import load_task
+    from .data.load import load_task
     from .show import html as page
     from .show import terminal, trace
 
@@ -91,7 +91,7 @@ def show(
 def _show_picture(model, image: Path, html, png, executor: str, json_file, quiet: bool, verbose: bool) -> None:
     start(verbose, quiet, json_file, html, png)
     from . import patches
-    from .loading import load_vision
+    from .data.models import load_vision
 
     traced = patches.trace(*load_vision(model, executor), image)
     if html:

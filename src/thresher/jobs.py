@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from . import qa, recipes
+from . import recipes
 from .api import prune, unprune
 from .core.architecture import find_stack
 from .core.pruner import METHODS, TokenPruner
-from .data import DataError, Task, load_task, tokenize
+from .data import qa
+from .data.load import DataError, Task, load_task, tokenize
+from .data.models import clip, for_task, load, make_method, reading
 from .evaluating import bench, evaluate, export  # noqa: F401  the other jobs of the command line
 from .latency import compare
-from .loading import clip, for_task, load, make_method, reading
 from .machine import environment, has_bf16
 from .methods.topk import REPLAY, TopK
 from .predicting import Predictions, outcome, predict, quality
@@ -99,7 +100,7 @@ def train(
 
     Args:
         model: folder or hub id of a pretrained or fine-tuned model.
-        data: see ``thresher.data.load_task``.
+        data: see ``thresher.data.load.load_task``.
         out: the folder for the pruned model, with the dense one in ``out/dense``, the figures in ``out/thresher.json``.
             Written aside and moved into place; interrupted, the same call goes on where it was.
         fresh: forget what an earlier call left in ``out``.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import qa
-from .loading import reading
+from .data import qa
+from .data.models import reading
 from .machine import has_bf16
 
 

@@ -15,10 +15,10 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import qa
-from .data import load_task, tokenize
+from .data import qa
+from .data.load import load_task, tokenize
+from .data.task import DataError, Task
 from .predicting import Predictions, predict
-from .tasks import DataError, Task
 
 
 def divergence(dense: Tensor | list[Tensor], pruned: Tensor | list[Tensor]) -> Tensor:

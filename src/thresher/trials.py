@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from . import bounds, frontier
 from .api import prune, unprune
 from .core.pruner import METHODS
+from .data.models import make_method
 from .latency import latency_table
-from .loading import make_method
 from .methods.topk import TopK
 from .predicting import Text
 from .samples import Sample

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from . import bounds, frontier
 from .core.pruner import METHODS
+from .data.models import clip, load, make_method
 from .jobs import SUMMARY, TIMED
 from .latency import compare
-from .loading import clip, load, make_method
 from .machine import environment
 from .methods.topk import TopK
 from .predicting import Text

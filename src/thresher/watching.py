@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
-from . import qa
+from .data import qa
 from .predicting import predict, quality
 from .report import whole
 from .training import PruningTrainer

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import qa, reranking
-from .tasks import DataError, Task, with_columns
+from .task import DataError, Task, with_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .api import CONFIG_KEY, prune
-from .core.pruner import METHODS, TokenPruner
-from .data import Task, positions
+from ..api import CONFIG_KEY, prune
+from ..core.pruner import METHODS, TokenPruner
+from .load import Task, positions
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .tasks import DataError
+from .task import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .tasks import DataError, Task, with_columns
+from .task import DataError, Task, with_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
