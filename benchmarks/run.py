@@ -92,7 +92,7 @@ def run(entry: Entry) -> None:
     else:
         from remembering import Remembering
         from thresher.jobs import SUMMARY, Recipe
-        from thresher.metrics import MEANS
+        from thresher.stats.metrics import MEANS
 
         recipe = Recipe(**{"method_options": {}, **entry.recipe(RUNS)})
         rows = Remembering(recipe, RUNS / entry.name, sys.stderr.isatty()).run(fresh=False)

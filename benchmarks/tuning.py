@@ -12,9 +12,9 @@ WORST = 1000  # draws for each schedule of the worst case
 def judged(entry, task, rows, before, found, **fields) -> dict:
     """A row of what a pruned model loses on ``rows`` against a dense one; both as ``predict`` answers."""
     from thresher.machine import environment
-    from thresher.metrics import bootstrap_interval
     from thresher.predicting import quality
     from thresher.report import row
+    from thresher.stats.metrics import bootstrap_interval
 
     low, high = bootstrap_interval(task.metric, rows["labels"], before, found)
     common = {"task": task.name, "model": entry.model, "method": entry.method, "target_flops": entry.target}
@@ -96,7 +96,7 @@ def passes(differs, limit: float, n: int, draws: int, draw) -> list[int]:
 
     differs: (S, P), whether each schedule, the mildest first, answers each text of the pool otherwise than the dense
         model."""
-    from thresher.bounds import passing, upper
+    from thresher.stats.bounds import passing, upper
 
     found = []
     for _ in range(draws):
@@ -123,12 +123,12 @@ def measure_coverage(entry, runs: Path) -> list[dict]:
     from datasets import Dataset
 
     from entries import DATA
-    from thresher.bounds import least
     from thresher.data.load import load_task
     from thresher.data.models import load
     from thresher.machine import environment
     from thresher.report import row
     from thresher.samples import Sample, tokenized
+    from thresher.stats.bounds import least
     from thresher.trials import Search
     from thresher.tune import PROFILING, SEARCHED, TESTED
 

@@ -210,8 +210,8 @@ def rows_of(entry, test: list[dict], nets: dict, found: dict) -> list[dict]:
     import torch
 
     from thresher.machine import environment
-    from thresher.metrics import bootstrap_interval, compute_metric
     from thresher.report import row
+    from thresher.stats.metrics import bootstrap_interval, compute_metric
 
     labels, base = [r["labels"] for r in test], found["dense", None]
     common = {"task": "digits", "model": entry.model, "seed": entry.seed, "runtime": "torch", "precision": "fp32"}

@@ -25,7 +25,7 @@ from test_show import save_tiny, tiny_tokenizer
 from thresher import FirstK, TopK, cli, findings, jobs, prune
 from thresher.audit import LEVEL, SMALLEST, audit, groups, quarters, worst
 from thresher.data.load import DataError
-from thresher.paired import excess_tests, holm, paired_test
+from thresher.stats.paired import excess_tests, holm, paired_test
 from toy import FILLERS, OPTIONS, make_toy
 
 KEPT = 5  # tokens that FirstK keeps: of a text with the class token, four words

@@ -9,8 +9,9 @@ import torch
 from datasets import Dataset
 
 from families import FAMILIES
-from thresher import LTP, TopK, bench, dense, metrics, predicting, prune, report
-from thresher.metrics import compute_metric
+from thresher import LTP, TopK, bench, dense, predicting, prune, report
+from thresher.stats import metrics
+from thresher.stats.metrics import compute_metric
 from thresher.training import Ranking
 
 LENGTHS = (5, 19, 3, 24, 11, 7, 16, 9, 24, 4, 13, 21, 6, 2, 18, 10)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from thresher.bounds import least, lower, paired_upper, passing, upper
+from thresher.stats.bounds import least, lower, paired_upper, passing, upper
 
 CASES = [(0, 1), (0, 149), (3, 149), (20, 300), (299, 300), (300, 300)]
 

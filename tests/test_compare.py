@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from thresher import cli, console, jobs
 from thresher.compare import BASELINES, Run, compare, table
 from thresher.figures import front, leaderboard, pareto
-from thresher.groups import groups, holm, letters, p_values
-from thresher.metrics import compute_metric, pooled_interval
 from thresher.report import read_rows, row
+from thresher.stats.letters import groups, holm, letters, p_values
+from thresher.stats.metrics import compute_metric, pooled_interval
 from toy import OPTIONS, make_toy, write
 
 SMALL = {name: OPTIONS[name] for name in ("batch_size", "max_length", "bf16")} | {"epochs": 0, "untrained": True}

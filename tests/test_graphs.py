@@ -15,8 +15,8 @@ from thresher import bench, evaluating, jobs, predicting
 from thresher.data.load import load_task, tokenize
 from thresher.data.models import load
 from thresher.exporting import fingerprint
-from thresher.metrics import compute_metric
 from thresher.roofline import Roofline
+from thresher.stats.metrics import compute_metric
 from toy import OPTIONS, make_toy
 
 FEW = {"repeats": 1, "limit": 8, "max_length": 32, "batch_size": (4,), "baselines": ()}

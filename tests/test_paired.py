@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher.metrics import bootstrap_interval
-from thresher.paired import detectable, excess_tests, holm, interval, paired_test
+from thresher.stats.metrics import bootstrap_interval
+from thresher.stats.paired import detectable, excess_tests, holm, interval, paired_test
 
 
 def changes(lost: int, gained: int, same: int, unit: float = 1.0) -> np.ndarray:

@@ -20,7 +20,7 @@ from thresher.audit import audit
 from thresher.compare import compare
 from thresher.data.load import DataError, load_task, tokenize
 from thresher.data.reranking import judge
-from thresher.metrics import bootstrap_interval, compute_metric
+from thresher.stats.metrics import bootstrap_interval, compute_metric
 from toy import FILLERS, OPTIONS, make_toy
 
 PER = 4  # candidates of a query

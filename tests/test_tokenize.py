@@ -17,7 +17,7 @@ from transformers import (
 
 from files import write
 from thresher.data.load import DataError, load_task, positions, tokenize
-from thresher.metrics import compute_metric
+from thresher.stats.metrics import compute_metric
 
 
 @pytest.fixture(scope="module")

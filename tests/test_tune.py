@@ -17,7 +17,7 @@ from families import FAMILIES, TEXT
 from files import write as write_file
 from test_qa import questions
 from test_show import save_tiny, tiny_model, tiny_tokenizer
-from thresher import TopK, bounds, cli, prune, trials, unprune
+from thresher import TopK, cli, prune, trials, unprune
 from thresher import tune as module
 from thresher.data.models import open_model
 from thresher.frontier import best
@@ -25,6 +25,7 @@ from thresher.jobs import SUMMARY, load
 from thresher.latency import LatencyTable
 from thresher.predicting import predict
 from thresher.samples import Sample, divergence, texts_of, tokenized
+from thresher.stats import bounds
 from thresher.trials import SCORES
 from thresher.tune import tune
 from toy import write

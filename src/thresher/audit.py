@@ -24,9 +24,9 @@ from .data import qa
 from .data.load import DataError, Task, positions
 from .data.models import reading
 from .evaluating import dense_of, names_of, tested
-from .paired import detectable, excess_tests, holm, interval, paired_test
 from .predicting import Predictions, outcome, predict, quality
 from .show import trace
+from .stats.paired import detectable, excess_tests, holm, interval, paired_test
 
 LEVEL = 0.05  # of all tests of a kind together
 SMALLEST = 10  # examples of a group that is looked at
@@ -63,7 +63,7 @@ def audit(
     """Compare a saved pruned model with the dense one on slices of the test part.
 
     Scores are right or wrong (accuracy, points; pair by pair where a task reranks), the F1 of an answer (points) or
-    the absolute error (the labels' unit); a drop above 0 is a loss in all of them. See ``thresher.paired`` for
+    the absolute error (the labels' unit); a drop above 0 is a loss in all of them. See ``thresher.stats.paired`` for
     intervals and tests.
 
     Args:

@@ -27,10 +27,10 @@ from .core.pruner import TokenPruner
 from .data import qa
 from .data.load import Task
 from .machine import environment
-from .metrics import bootstrap_interval, compute_metric
 from .predicting import Predictions, Text, copied, counts_of, logits_of, outcome, predict, ready
 from .report import row
 from .roofline import Roofline
+from .stats.metrics import bootstrap_interval, compute_metric
 
 MODES = ("dense-padded", "dense-unpadded", "pruned")
 ASLEEP = 0.005  # seconds after which the threads of a runtime no longer spin

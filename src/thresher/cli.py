@@ -154,7 +154,7 @@ def tune(
     """
     options = given(locals(), "model", "data", "out")
     start(verbose, quiet, json_file, plot, folder=out)
-    from . import bounds
+    from .stats import bounds
 
     for name, limit_of in (("max_disagreement", max_disagreement), ("max_drop", max_drop)):
         if limit_of is not None and 0 < limit_of < 1 and not quiet:

@@ -19,9 +19,9 @@ from .core.pruner import METHODS, TokenPruner
 from .data.load import Task, load_task, tokenize
 from .data.models import clip, load
 from .figures import pareto
-from .groups import groups
-from .metrics import MEANS, pooled_interval
 from .report import row, whole, write_csv
+from .stats.letters import groups
+from .stats.metrics import MEANS, pooled_interval
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -26,7 +26,7 @@ from .core.cost import dense_macs, macs
 from .core.pruner import METHODS
 from .data import qa, reranking
 from .methods.topk import REPLAY, TopK
-from .metrics import MEANS, compute_metric
+from .stats.metrics import MEANS, compute_metric
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from . import bounds, frontier
+from . import frontier
 from .core.pruner import METHODS
 from .data.models import clip, load, make_method
 from .jobs import SUMMARY, TIMED
@@ -28,6 +28,7 @@ from .methods.topk import TopK
 from .predicting import Text
 from .resuming import writing
 from .samples import Sample, texts_of, tokenized
+from .stats import bounds
 from .trials import LIMITS, SCORES, Search
 
 PICTURE = "tuning.png"

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .data import reranking
-from .data.task import DataError
+from ..data import reranking
+from ..data.task import DataError
 
 DRAWN = 200  # at a time, which bounds the memory
 MEANS = ("qa_f1", *reranking.METRICS)
