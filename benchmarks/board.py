@@ -20,7 +20,7 @@ def on_board(entry: Entry) -> bool:
 
 def board_rows(entries: list[Entry], results: dict[str, dict]) -> list[dict]:
     """A row for each method that has a result, best mean quality first, with the pooled drop and its group."""
-    from thresher.report import row
+    from thresher.evaluation.rows import row
     from thresher.stats.letters import groups
     from thresher.stats.metrics import pooled_interval
 

@@ -12,8 +12,8 @@ import torch
 import transformers
 
 import thresher
+from thresher.evaluation.predict import Predictions, predict
 from thresher.jobs import Training
-from thresher.predicting import Predictions, predict
 
 
 def remembered(runs: Path, net, folder: Path, part, **how) -> Predictions:

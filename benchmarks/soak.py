@@ -53,9 +53,9 @@ def measure_soak(entry, runs: Path) -> list[dict]:
     """A row for torch and for each graph of the model, each in a process of its own."""
     from entries import TASKS
     from thresher.evaluating import export
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.rows import row
     from thresher.exporting import FORMATS
-    from thresher.machine import environment
-    from thresher.report import row
 
     setting, model = TASKS[entry.task], runs / entry.needs[0]
     places = {("torch", "fp32"): model}

@@ -17,10 +17,10 @@ def measure_task(entry, runs: Path) -> list[dict]:
     first texts of the test part; quality where these are all. They keep as many tokens as the first of the pruned ones,
     or with "replayed" False their own."""
     from entries import ENTRIES, TASKS
-    from thresher.bench import measure
     from thresher.data.load import load_task, tokenize
+    from thresher.evaluation.benchmark import measure
+    from thresher.evaluation.predict import predict
     from thresher.jobs import load
-    from thresher.predicting import predict
 
     setting = TASKS[entry.task]
     first, *others = entry.needs
@@ -54,9 +54,9 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
     ("least": of those with so many tokens); "timing" holds other arguments of ``measure``."""
     from entries import TASKS
     from thresher import TopK, prune, unprune
-    from thresher.bench import measure
     from thresher.data.load import load_task, tokenize
     from thresher.data.models import load
+    from thresher.evaluation.benchmark import measure
     from weights import pretrained
 
     rows = []
@@ -122,9 +122,9 @@ def measure_compression(entry, runs: Path) -> list[dict]:
     """Token pruning beside other compression, and on top of it: a model, the same pruned, one of half the layers, and
     that pruned as well, in torch and as int8 graphs of ONNX Runtime, in one interleaved run on the whole test part."""
     from entries import TASKS
-    from thresher.bench import measure
     from thresher.data.load import load_task, tokenize
     from thresher.data.models import load
+    from thresher.evaluation.benchmark import measure
 
     setting = TASKS[entry.task]
     names = ("dense", "pruned", "minilm-l3", "minilm-l3 top")
@@ -154,7 +154,7 @@ def measure_anytime(entry, runs: Path) -> list[dict]:
     from entries import TASKS
     from thresher.data.load import load_task, tokenize
     from thresher.data.models import load
-    from thresher.predicting import predict
+    from thresher.evaluation.predict import predict
 
     setting, (dense, pruned) = TASKS[entry.task], (str(runs / name) for name in entry.needs)
     net, tokenizer = load(pruned)
@@ -178,8 +178,8 @@ def measure_choice(entry, runs: Path) -> list[dict]:
     from thresher import Threshold, TopK, prune
     from thresher.core.attention import View
     from thresher.core.layouts import Padded
-    from thresher.machine import environment
-    from thresher.report import row
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.rows import row
 
     threads, rows = torch.get_num_threads(), []
     methods = {"threshold": Threshold(1.0, at=(0,)), "topk": TopK(keep=0.5, at=(0,))}
@@ -213,10 +213,10 @@ def measure_synthetic(entry, runs: Path) -> list[dict]:
     from transformers import BertConfig, BertForSequenceClassification
 
     from thresher import TopK, prune, unprune
-    from thresher.bench import measure
     from thresher.data.task import Task
+    from thresher.evaluation.benchmark import measure
+    from thresher.evaluation.roofline import roofline
     from thresher.exporting import fingerprint
-    from thresher.roofline import roofline
 
     torch.manual_seed(0)
     net = BertForSequenceClassification(BertConfig()).eval()

@@ -11,9 +11,9 @@ WORST = 1000  # draws for each schedule of the worst case
 
 def judged(entry, task, rows, before, found, **fields) -> dict:
     """A row of what a pruned model loses on ``rows`` against a dense one; both as ``predict`` answers."""
-    from thresher.machine import environment
-    from thresher.predicting import quality
-    from thresher.report import row
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.predict import quality
+    from thresher.evaluation.rows import row
     from thresher.stats.metrics import bootstrap_interval
 
     low, high = bootstrap_interval(task.metric, rows["labels"], before, found)
@@ -32,9 +32,9 @@ def measure_tune(entry, runs: Path) -> list[dict]:
     from thresher.api import dense
     from thresher.data.load import load_task, tokenize
     from thresher.data.models import load
+    from thresher.evaluation.predict import predict
     from thresher.frontier import kept
     from thresher.jobs import SUMMARY
-    from thresher.predicting import predict
     from thresher.tune import tune
 
     setting, out = TASKS[entry.task], runs / entry.name
@@ -67,8 +67,8 @@ def measure_audit(entry, runs: Path) -> list[dict]:
     the one named by ``note``."""
     from entries import TASKS
     from thresher.audit import SCORES, audit
-    from thresher.machine import environment
-    from thresher.report import row
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.rows import row
 
     setting, (dense, pruned) = TASKS[entry.task], (str(runs / name) for name in entry.needs)
     given = {"config": setting.config, "max_length": setting.training["max_length"], "examples": 0}
@@ -125,8 +125,8 @@ def measure_coverage(entry, runs: Path) -> list[dict]:
     from entries import DATA
     from thresher.data.load import load_task
     from thresher.data.models import load
-    from thresher.machine import environment
-    from thresher.report import row
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.rows import row
     from thresher.samples import Sample, tokenized
     from thresher.stats.bounds import least
     from thresher.trials import Search

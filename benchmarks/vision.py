@@ -209,8 +209,8 @@ def rows_of(entry, test: list[dict], nets: dict, found: dict) -> list[dict]:
     import numpy as np
     import torch
 
-    from thresher.machine import environment
-    from thresher.report import row
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.rows import row
     from thresher.stats.metrics import bootstrap_interval, compute_metric
 
     labels, base = [r["labels"] for r in test], found["dense", None]
@@ -245,7 +245,7 @@ def plot(rows: list[dict], path: Path) -> None:
     in which nothing left are not in it."""
     from matplotlib.figure import Figure
 
-    from thresher.report import COLOURS, whole
+    from thresher.evaluation.rows import COLOURS, whole
 
     figure = Figure(figsize=(6.4, 4), dpi=100, layout="constrained")
     axis, lines = figure.subplots(), {}

@@ -25,7 +25,7 @@ def main() -> int:
     from rich.console import Console
 
     from thresher import jobs
-    from thresher.report import table, write_rows
+    from thresher.evaluation.rows import table, write_rows
     from thresher.show import html, terminal, trace
 
     console = Console()

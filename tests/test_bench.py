@@ -9,7 +9,10 @@ import torch
 from datasets import Dataset
 
 from families import FAMILIES
-from thresher import LTP, TopK, bench, dense, predicting, prune, report
+from thresher import LTP, TopK, dense, prune
+from thresher.evaluation import benchmark as bench
+from thresher.evaluation import predict as predicting
+from thresher.evaluation import rows as report
 from thresher.stats import metrics
 from thresher.stats.metrics import compute_metric
 from thresher.training import Ranking

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from test_training import build, inputs, losses, rows, trainer
 from thresher import LTP, ToP, prune
-from thresher.predicting import predict
+from thresher.evaluation.predict import predict
 from thresher.training import PruningTrainer
 
 BUDGETS = {"ltp": 0.5, "top": 0.75}

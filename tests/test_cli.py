@@ -18,7 +18,7 @@ import thresher
 from families import FAMILIES
 from test_show import save_tiny
 from thresher import LTP, Threshold, TopK, cli, console, inspecting, options
-from thresher.report import row
+from thresher.evaluation.rows import row
 
 COMMANDS = {
     "train": "--data --out --method --target-flops --keep --at --epochs --prune-epochs --lr --seed --max-length",

@@ -11,11 +11,13 @@ import torch
 
 from families import FAMILIES
 from test_bench import one_by_one, pruned, rows, task
-from thresher import bench, evaluating, jobs, predicting
+from thresher import evaluating, jobs
 from thresher.data.load import load_task, tokenize
 from thresher.data.models import load
+from thresher.evaluation import benchmark as bench
+from thresher.evaluation import predict as predicting
+from thresher.evaluation.roofline import Roofline
 from thresher.exporting import fingerprint
-from thresher.roofline import Roofline
 from thresher.stats.metrics import compute_metric
 from toy import OPTIONS, make_toy
 

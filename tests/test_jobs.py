@@ -23,7 +23,7 @@ from families import TEXT
 from test_show import tiny_tokenizer
 from thresher import cli, jobs
 from thresher.data.load import DataError
-from thresher.report import ROW_FIELDS
+from thresher.evaluation.rows import ROW_FIELDS
 from thresher.resuming import step_of
 from toy import OPTIONS, make_toy, write
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from families import FAMILIES
-from thresher import ToP, jobs, latency, prune
-from thresher.latency import LatencyTable, between, compare, latency_table
+from thresher import ToP, jobs, prune
+from thresher.evaluation import latency
+from thresher.evaluation.latency import LatencyTable, between, compare, latency_table
 from toy import OPTIONS, make_toy
 
 BERT = FAMILIES["bert"]

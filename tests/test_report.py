@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from thresher import report
+from thresher.evaluation import rows as report
 
 
 def rows():

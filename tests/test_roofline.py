@@ -14,9 +14,9 @@ from rich.console import Console
 
 from families import FAMILIES
 from thresher import TopK, prune
-from thresher import roofline as module
 from thresher.core.cost import LayerCost, LayerCount
-from thresher.roofline import Roofline, roofline, table
+from thresher.evaluation import roofline as module
+from thresher.evaluation.roofline import Roofline, roofline, table
 
 # In fp32 a MAC takes 2 ns and a weight is read in 8 ns, in bf16 0.2 ns and 4 ns.
 LINE = Roofline(peak={"fp32": 1.0, "bf16": 10.0}, bandwidth=0.5, threads=2, hardware="a machine")

@@ -11,8 +11,8 @@ from datasets import Dataset
 
 from families import FAMILIES
 from thresher import ATS, FirstK, TopK, prune
-from thresher.latency import LatencyTable
-from thresher.predicting import predict
+from thresher.evaluation.latency import LatencyTable
+from thresher.evaluation.predict import predict
 from thresher.schedules import LEVELS, Space, curves, neighbours
 
 LINE = ((10.0, 40.0), (1.0, 4.0))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from thresher.report import row
+from thresher.evaluation.rows import row
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from test_show import save_tiny, tiny_model, tiny_tokenizer
 from thresher import TopK, cli, prune, trials, unprune
 from thresher import tune as module
 from thresher.data.models import open_model
+from thresher.evaluation.latency import LatencyTable
+from thresher.evaluation.predict import predict
 from thresher.frontier import best
 from thresher.jobs import SUMMARY, load
-from thresher.latency import LatencyTable
-from thresher.predicting import predict
 from thresher.samples import Sample, divergence, texts_of, tokenized
 from thresher.stats import bounds
 from thresher.trials import SCORES

@@ -9,7 +9,7 @@ import torch
 
 from thresher import ToP, jobs, prune
 from thresher.data.load import load_task, tokenize
-from thresher.predicting import predict, quality
+from thresher.evaluation.predict import predict, quality
 from thresher.watching import picture, prefix_drop
 from toy import OPTIONS, make_toy
 

@@ -24,7 +24,7 @@ from .data import qa
 from .data.load import DataError, Task, positions
 from .data.models import reading
 from .evaluating import dense_of, names_of, tested
-from .predicting import Predictions, outcome, predict, quality
+from .evaluation.predict import Predictions, outcome, predict, quality
 from .show import trace
 from .stats.paired import detectable, excess_tests, holm, interval, paired_test
 

@@ -240,7 +240,7 @@ def bench(
     options = given(locals(), "model", "data", "roofline")
     start(verbose, quiet, json_file, plot)
     if roofline:
-        from .roofline import roofline, table
+        from .evaluation.roofline import roofline, table
 
         line = roofline(threads)
         write([line.to_dict()], json_file)

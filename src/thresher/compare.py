@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import jobs
-from .bench import measure
 from .core.pruner import METHODS, TokenPruner
 from .data.load import Task, load_task, tokenize
 from .data.models import clip, load
+from .evaluation.benchmark import measure
+from .evaluation.rows import row, whole, write_csv
 from .figures import pareto
-from .report import row, whole, write_csv
 from .stats.letters import groups
 from .stats.metrics import MEANS, pooled_interval
 

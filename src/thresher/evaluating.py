@@ -15,15 +15,15 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from . import exporting
 from .api import dense, unprune
-from .bench import measure
 from .data import qa
 from .data.load import Task, load_task, tokenize
 from .data.models import clip, load, reading
-from .machine import environment
-from .predicting import Text, copied, predict, quality, replayed
-from .report import plot as draw
-from .report import row
-from .roofline import roofline
+from .evaluation.benchmark import measure
+from .evaluation.hardware import environment
+from .evaluation.predict import Text, copied, predict, quality, replayed
+from .evaluation.roofline import roofline
+from .evaluation.rows import plot as draw
+from .evaluation.rows import row
 from .runtime import load_runtime
 
 PAIRS = {"torch": ("fp32", "bf16"), **exporting.FORMATS}  # the precisions of each runtime

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from .api import MODULE
 from .data.load import positions
-from .machine import environment
+from .evaluation.hardware import environment
 
 HEADS = ("ForSequenceClassification", "ForQuestionAnswering")
 FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}

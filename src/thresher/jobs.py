@@ -21,11 +21,11 @@ from .data import qa
 from .data.load import DataError, Task, load_task, tokenize
 from .data.models import clip, for_task, load, make_method, reading
 from .evaluating import bench, evaluate, export  # noqa: F401  the other jobs of the command line
-from .latency import compare
-from .machine import environment, has_bf16
+from .evaluation.hardware import environment, has_bf16
+from .evaluation.latency import compare
+from .evaluation.predict import Predictions, outcome, predict, quality
+from .evaluation.rows import row
 from .methods.topk import REPLAY, TopK
-from .predicting import Predictions, outcome, predict, quality
-from .report import row
 from .resuming import Interrupt, Order, last_checkpoint, step_of, writing
 from .training import Collator, PruningTrainer, Ranking
 from .watching import Watch, picture, prefix_drop

@@ -167,7 +167,7 @@ def terminal(trace: PatchTrace) -> Text:
 
 def png(trace: PatchTrace, path: str | os.PathLike) -> None:
     """The picture, and beside it what survives after each site; the rest is faded. Written aside and moved."""
-    from .report import whole
+    from .evaluation.rows import whole
 
     with whole(path) as temporary:
         strip(trace).save(temporary, format="PNG")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .data import qa
 from .data.models import reading
-from .machine import has_bf16
+from .evaluation.hardware import has_bf16
 
 
 class Runtime:

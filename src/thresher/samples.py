@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .data import qa
 from .data.load import load_task, tokenize
 from .data.task import DataError, Task
-from .predicting import Predictions, predict
+from .evaluation.predict import Predictions, predict
 
 
 def divergence(dense: Tensor | list[Tensor], pruned: Tensor | list[Tensor]) -> Tensor:

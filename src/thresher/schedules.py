@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .core.cost import LayerCount, macs
 from .core.pruner import StackInfo, kept_count
-from .latency import LatencyTable
+from .evaluation.latency import LatencyTable
 
 STEPS = 20
 LEVELS = (

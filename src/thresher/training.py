@@ -18,7 +18,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 from .api import MODULE, prune, unprune
 from .core.attention import View
 from .core.pruner import Record, StackInfo, TokenPruner
-from .latency import latency_table
+from .evaluation.latency import latency_table
 from .methods.parts.distillation import LOGITS, distillation
 
 # columns of a data set that take a teacher's place

@@ -14,9 +14,9 @@ from . import frontier
 from .api import prune, unprune
 from .core.pruner import METHODS
 from .data.models import make_method
-from .latency import latency_table
+from .evaluation.latency import latency_table
+from .evaluation.predict import Text
 from .methods.topk import TopK
-from .predicting import Text
 from .samples import Sample
 from .schedules import LEVELS, Left, Space, curves, neighbours
 from .stats import bounds

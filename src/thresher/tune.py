@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from . import frontier
 from .core.pruner import METHODS
 from .data.models import clip, load, make_method
+from .evaluation.hardware import environment
+from .evaluation.latency import compare
+from .evaluation.predict import Text
 from .jobs import SUMMARY, TIMED
-from .latency import compare
-from .machine import environment
 from .methods.topk import TopK
-from .predicting import Text
 from .resuming import writing
 from .samples import Sample, texts_of, tokenized
 from .stats import bounds

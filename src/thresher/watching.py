@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
 from .data import qa
-from .predicting import predict, quality
-from .report import whole
+from .evaluation.predict import predict, quality
+from .evaluation.rows import whole
 from .training import PruningTrainer
 
 WATCHED = 512  # examples of the validation part that are looked at

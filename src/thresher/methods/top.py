@@ -18,7 +18,7 @@ from .parts.rank_bins import bin_of, first, places, within
 from .parts.rank_distillation import RANK_LOSSES, overlap, ranking_loss, taught_by
 
 if TYPE_CHECKING:
-    from ..latency import LatencyTable
+    from ..evaluation.latency import LatencyTable
 
 BOUND = math.log(100)  # of the parameters, their log odds
 GATE, WORST = 0.98, 0.9  # the chance of a gate, and of the last bin of the first site, to be on at the start

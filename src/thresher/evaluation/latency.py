@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .api import MODULE, dense, prune, unprune
-from .core.architecture import find_stack
-from .core.attention import View
-from .core.pruner import StackInfo, TokenPruner
-from .machine import hardware
-from .methods.topk import TopK
+from ..api import MODULE, dense, prune, unprune
+from ..core.architecture import find_stack
+from ..core.attention import View
+from ..core.pruner import StackInfo, TokenPruner
+from ..methods.topk import TopK
+from .hardware import hardware
 
 GRID = (8, 16, 32, 64, 128, 256, 512)
 Curve = tuple[tuple[float, ...], tuple[float, ...]]  # tokens, rising, and the milliseconds they take

@@ -20,13 +20,13 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .api import MODULE, prune, unprune
-from .core.architecture import find_stack
-from .core.cost import dense_macs, macs
-from .core.pruner import METHODS
-from .data import qa, reranking
-from .methods.topk import REPLAY, TopK
-from .stats.metrics import MEANS, compute_metric
+from ..api import MODULE, prune, unprune
+from ..core.architecture import find_stack
+from ..core.cost import dense_macs, macs
+from ..core.pruner import METHODS
+from ..data import qa, reranking
+from ..methods.topk import REPLAY, TopK
+from ..stats.metrics import MEANS, compute_metric
 
 
 @dataclass

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .core.cost import LayerCost, LayerCount
-from .machine import environment, hardware
-from .report import whole
+from ..core.cost import LayerCost, LayerCount
+from .hardware import environment, hardware
+from .rows import whole
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -20,17 +20,17 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .api import MODULE, dense
-from .core.cost import LayerCount, dense_macs
-from .core.layouts import LAYOUTS
-from .core.pruner import TokenPruner
-from .data import qa
-from .data.load import Task
-from .machine import environment
-from .predicting import Predictions, Text, copied, counts_of, logits_of, outcome, predict, ready
-from .report import row
+from ..api import MODULE, dense
+from ..core.cost import LayerCount, dense_macs
+from ..core.layouts import LAYOUTS
+from ..core.pruner import TokenPruner
+from ..data import qa
+from ..data.load import Task
+from ..stats.metrics import bootstrap_interval, compute_metric
+from .hardware import environment
+from .predict import Predictions, Text, copied, counts_of, logits_of, outcome, predict, ready
 from .roofline import Roofline
-from .stats.metrics import bootstrap_interval, compute_metric
+from .rows import row
 
 MODES = ("dense-padded", "dense-unpadded", "pruned")
 ASLEEP = 0.005  # seconds after which the threads of a runtime no longer spin
