@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from thresher import LTP, prune
 from thresher.data.load import load_task, tokenize
 from thresher.data.models import for_task
-from thresher.training import param_groups, rest
+from thresher.training.trainer import param_groups, rest
 
 
 def toy():

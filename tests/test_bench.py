@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from thresher.training.trainer.trainer import Ranking
 
 from families import FAMILIES
 from thresher import LTP, TopK, dense, prune
@@ -15,7 +16,6 @@ from thresher.evaluation import predict as predicting
 from thresher.evaluation import rows as report
 from thresher.stats import metrics
 from thresher.stats.metrics import compute_metric
-from thresher.training import Ranking
 
 LENGTHS = (5, 19, 3, 24, 11, 7, 16, 9, 24, 4, 13, 21, 6, 2, 18, 10)
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from thresher.training.trainer.trainer import PruningTrainer
 from transformers import AutoModelForSequenceClassification
 
 from test_training import build, inputs, losses, rows, trainer
 from thresher import LTP, ToP, prune
 from thresher.evaluation.predict import predict
-from thresher.training import PruningTrainer
 
 BUDGETS = {"ltp": 0.5, "top": 0.75}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from thresher.training.trainer.trainer import distillation
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -14,7 +15,6 @@ from transformers import (
 
 from families import NO_DROPOUT, TEXT
 from thresher import PruningTrainer, ToP, dense, prune
-from thresher.training import distillation
 
 CONFIG = TEXT | NO_DROPOUT | {"num_hidden_layers": 3, "initializer_range": 0.2}
 LENGTHS = (20, 12, 16, 8)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from thresher.training.trainer.checkpoints import step_of
 from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
@@ -24,7 +25,6 @@ from test_show import tiny_tokenizer
 from thresher import cli, jobs
 from thresher.data.load import DataError
 from thresher.evaluation.rows import ROW_FIELDS
-from thresher.resuming import step_of
 from toy import OPTIONS, make_toy, write
 
 UNTRAINED = OPTIONS | {"epochs": 0, "prune_epochs": 0}

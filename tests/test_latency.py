@@ -102,7 +102,7 @@ def test_a_training_to_a_share_of_the_time(tmp_path, monkeypatch):
     """A tiny model has nothing to win, so its table is that of a larger one; what is measured at the end is real."""
     line = ((1.0, 100.0), (0.1, 10.0))
     table = LatencyTable(line, line, line, rest=((1.0, 100.0), (0.01, 0.01)), batch_size=1, threads=1)
-    monkeypatch.setattr("thresher.training.latency_table", lambda model: table)
+    monkeypatch.setattr("thresher.training.trainer.latency_table", lambda model: table)
     toy = make_toy(tmp_path)
     options = OPTIONS | {"method": "top", "target_flops": None, "target_latency": 0.7, "epochs": 0, "prune_epochs": 1}
     jobs.train(toy.model, toy.data, str(tmp_path / "out"), **options)

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from thresher.training.trainer.trainer import Collator, distillation
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
 from families import NO_DROPOUT, TEXT
@@ -17,7 +18,6 @@ from thresher import ToP, dense, jobs, prune
 from thresher.data import qa
 from thresher.data.load import DataError, load_task, tokenize
 from thresher.evaluation import predict as predicting
-from thresher.training import Collator, distillation
 from toy import FILLERS, OPTIONS, make_toy
 
 ANSWERS, NO_TARGET = ("wheat", "chaff"), {"target_flops": None}

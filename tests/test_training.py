@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from thresher.training.trainer.trainer import PruningTrainer, distillation, param_groups, rest
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -21,7 +22,6 @@ from transformers import (
 
 from families import FAMILIES, NO_DROPOUT, TEXT
 from thresher import LTP, ToP, TopK, prune
-from thresher.training import PruningTrainer, distillation, param_groups, rest
 
 BERT = FAMILIES["bert"]
 LENGTHS = (20, 12, 16, 8)

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
+from thresher.training.trainer.monitor import picture, prefix_drop
 
 from thresher import ToP, jobs, prune
 from thresher.data.load import load_task, tokenize
 from thresher.evaluation.predict import predict, quality
-from thresher.watching import picture, prefix_drop
 from toy import OPTIONS, make_toy
 
 HISTORY = [

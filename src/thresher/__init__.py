@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .methods.trbert import TRBERT
     from .methods.vatp import VATP
     from .runtime import load_runtime
-    from .training import PruningTrainer
+    from .training.trainer import PruningTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -79,7 +79,7 @@ _HOMES = {
     "methods.vatp": ("VATP",),
     "core.pruner": ("TokenPruner",),
     "runtime": ("load_runtime",),
-    "training": ("PruningTrainer",),
+    "training.trainer": ("PruningTrainer",),
 }
 
 

@@ -26,9 +26,9 @@ from .evaluation.latency import compare
 from .evaluation.predict import Predictions, outcome, predict, quality
 from .evaluation.rows import row
 from .methods.topk import REPLAY, TopK
-from .resuming import Interrupt, Order, last_checkpoint, step_of, writing
-from .training import Collator, PruningTrainer, Ranking
-from .watching import Watch, picture, prefix_drop
+from .training.checkpoints import Interrupt, Order, last_checkpoint, step_of, writing
+from .training.monitor import Watch, picture, prefix_drop
+from .training.trainer import Collator, PruningTrainer, Ranking
 
 SUMMARY, PICTURE = "thresher.json", "training.png"
 TIMED = 64  # texts that a target of time is measured on

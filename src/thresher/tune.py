@@ -26,9 +26,9 @@ from .evaluation.latency import compare
 from .evaluation.predict import Text
 from .jobs import SUMMARY, TIMED
 from .methods.topk import TopK
-from .resuming import writing
 from .samples import Sample, texts_of, tokenized
 from .stats import bounds
+from .training.checkpoints import writing
 from .trials import LIMITS, SCORES, Search
 
 PICTURE = "tuning.png"

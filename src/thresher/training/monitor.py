@@ -9,10 +9,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
-from .data import qa
-from .evaluation.predict import predict, quality
-from .evaluation.rows import whole
-from .training import PruningTrainer
+from ..data import qa
+from ..evaluation.predict import predict, quality
+from ..evaluation.rows import whole
+from .trainer import PruningTrainer
 
 WATCHED = 512  # examples of the validation part that are looked at
 

@@ -15,11 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
-from .api import MODULE, prune, unprune
-from .core.attention import View
-from .core.pruner import Record, StackInfo, TokenPruner
-from .evaluation.latency import latency_table
-from .methods.parts.distillation import LOGITS, distillation
+from ..api import MODULE, prune, unprune
+from ..core.attention import View
+from ..core.pruner import Record, StackInfo, TokenPruner
+from ..evaluation.latency import latency_table
+from ..methods.parts.distillation import LOGITS, distillation
 
 # columns of a data set that take a teacher's place
 TAUGHT = {f"teacher_{name}": name for name in (*LOGITS, "ranking")}
