@@ -127,9 +127,9 @@ def measure_coverage(entry, runs: Path) -> list[dict]:
     from thresher.data.models import load
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row
-    from thresher.samples import Sample, tokenized
+    from thresher.search.explore import Search
+    from thresher.search.reference import Sample, tokenized
     from thresher.stats.bounds import least
-    from thresher.trials import Search
     from thresher.tune import PROFILING, SEARCHED, TESTED
 
     options, draw = entry.options, np.random.default_rng(entry.seed)

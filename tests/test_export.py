@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from families import FAMILIES, NO_DROPOUT, TEXT, VISION
 from methods import METHODS
 from test_show import tiny_tokenizer
-from thresher import ToP, TopK, cli, export, exporting, load_runtime, prune
-from thresher.exporting import inputs_of
+from thresher import ToP, TopK, cli, export, load_runtime, prune
+from thresher.export import export as exporting
+from thresher.export.export import inputs_of
 from thresher.info import describe
 from thresher.methods.parts.rank_bins import within
 
@@ -290,7 +291,7 @@ def test_a_graph_that_answers_otherwise_is_refused(tmp_path, monkeypatch, export
             pass
 
     monkeypatch.setattr(exporting, "_exporter", lambda *_: (Exported(), None))
-    monkeypatch.setattr("thresher.runtime.load_runtime", lambda folder: Wrong())
+    monkeypatch.setattr("thresher.export.runtime.load_runtime", lambda folder: Wrong())
     with pytest.raises(RuntimeError, match=said):
         export(model, tmp_path / "graph")
     assert not os.listdir(tmp_path)

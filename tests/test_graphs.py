@@ -17,7 +17,7 @@ from thresher.data.models import load
 from thresher.evaluation import benchmark as bench
 from thresher.evaluation import predict as predicting
 from thresher.evaluation.roofline import Roofline
-from thresher.exporting import fingerprint
+from thresher.export.export import fingerprint
 from thresher.stats.metrics import compute_metric
 from toy import OPTIONS, make_toy
 

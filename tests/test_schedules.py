@@ -13,7 +13,7 @@ from families import FAMILIES
 from thresher import ATS, FirstK, TopK, prune
 from thresher.evaluation.latency import LatencyTable
 from thresher.evaluation.predict import predict
-from thresher.schedules import LEVELS, Space, curves, neighbours
+from thresher.search.schedules import LEVELS, Space, curves, neighbours
 
 LINE = ((10.0, 40.0), (1.0, 4.0))
 TABLE = LatencyTable(attention=LINE, scored=LINE, ffn=LINE, rest=((10.0, 40.0), (0.5, 0.5)), batch_size=1, threads=1)

@@ -17,16 +17,17 @@ from families import FAMILIES, TEXT
 from files import write as write_file
 from test_qa import questions
 from test_show import save_tiny, tiny_model, tiny_tokenizer
-from thresher import TopK, cli, prune, trials, unprune
+from thresher import TopK, cli, prune, unprune
 from thresher import tune as module
 from thresher.data.models import open_model
 from thresher.evaluation.latency import LatencyTable
 from thresher.evaluation.predict import predict
 from thresher.frontier import best
 from thresher.jobs import SUMMARY, load
-from thresher.samples import Sample, divergence, texts_of, tokenized
+from thresher.search import explore as trials
+from thresher.search.explore import SCORES
+from thresher.search.reference import Sample, divergence, texts_of, tokenized
 from thresher.stats import bounds
-from thresher.trials import SCORES
 from thresher.tune import tune
 from toy import write
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import dense, prune, unprune
     from .core.pruner import TokenPruner
-    from .exporting import export
+    from .export.export import export
+    from .export.runtime import load_runtime
     from .methods.adapler import AdapLeR
     from .methods.ats import ATS
     from .methods.dynamicvit import DynamicViT
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from .methods.transkimmer import Transkimmer
     from .methods.trbert import TRBERT
     from .methods.vatp import VATP
-    from .runtime import load_runtime
     from .training.trainer import PruningTrainer
 
 __version__ = "0.1.0"
@@ -59,7 +59,7 @@ __all__ = [
 ]
 _HOMES = {
     "api": ("dense", "prune", "unprune"),
-    "exporting": ("export",),
+    "export.export": ("export",),
     "methods.dynamicvit": ("DynamicViT",),
     "methods.adapler": ("AdapLeR",),
     "methods.ats": ("ATS",),
@@ -78,7 +78,7 @@ _HOMES = {
     "methods.trbert": ("TRBERT",),
     "methods.vatp": ("VATP",),
     "core.pruner": ("TokenPruner",),
-    "runtime": ("load_runtime",),
+    "export.runtime": ("load_runtime",),
     "training.trainer": ("PruningTrainer",),
 }
 

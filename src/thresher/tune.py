@@ -26,10 +26,10 @@ from .evaluation.latency import compare
 from .evaluation.predict import Text
 from .jobs import SUMMARY, TIMED
 from .methods.topk import TopK
-from .samples import Sample, texts_of, tokenized
+from .search.explore import LIMITS, SCORES, Search
+from .search.reference import Sample, texts_of, tokenized
 from .stats import bounds
 from .training.checkpoints import writing
-from .trials import LIMITS, SCORES, Search
 
 PICTURE = "tuning.png"
 SEARCHED, PROFILING, FEWEST = 256, 96, 32  # texts to search on, to try single layers on, and the fewest

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from transformers import PreTrainedModel
 
-from . import frontier
-from .api import prune, unprune
-from .core.pruner import METHODS
-from .data.models import make_method
-from .evaluation.latency import latency_table
-from .evaluation.predict import Text
-from .methods.topk import TopK
-from .samples import Sample
+from .. import frontier
+from ..api import prune, unprune
+from ..core.pruner import METHODS
+from ..data.models import make_method
+from ..evaluation.latency import latency_table
+from ..evaluation.predict import Text
+from ..methods.topk import TopK
+from ..stats import bounds
+from .reference import Sample
 from .schedules import LEVELS, Left, Space, curves, neighbours
-from .stats import bounds
 
 PROFILED = (0.75, 0.5, 0.3, 0.15, 0.0)  # shares at which each layer is tried alone
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of the dense cost, for which a schedule is looked for

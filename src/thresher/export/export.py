@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .api import MODULE
-from .data.load import positions
-from .evaluation.hardware import environment
+from ..api import MODULE
+from ..data.load import positions
+from ..evaluation.hardware import environment
 
 HEADS = ("ForSequenceClassification", "ForQuestionAnswering")
 FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import qa
-from .data.models import reading
-from .evaluation.hardware import has_bf16
+from ..data import qa
+from ..data.models import reading
+from ..evaluation.hardware import has_bf16
 
 
 class Runtime:

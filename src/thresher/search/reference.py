@@ -15,10 +15,10 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .data import qa
-from .data.load import load_task, tokenize
-from .data.task import DataError, Task
-from .evaluation.predict import Predictions, predict
+from ..data import qa
+from ..data.load import load_task, tokenize
+from ..data.task import DataError, Task
+from ..evaluation.predict import Predictions, predict
 
 
 def divergence(dense: Tensor | list[Tensor], pruned: Tensor | list[Tensor]) -> Tensor:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core.cost import LayerCount, macs
-from .core.pruner import StackInfo, kept_count
-from .evaluation.latency import LatencyTable
+from ..core.cost import LayerCount, macs
+from ..core.pruner import StackInfo, kept_count
+from ..evaluation.latency import LatencyTable
 
 STEPS = 20
 LEVELS = (
