@@ -70,7 +70,7 @@ def times_of(rows: list[dict]) -> dict[str, list[str]]:
 
 def board(task: str, entries: list[Entry], results: dict[str, dict], docs: Path) -> list[str]:
     """The leaderboards of a task as lines of ``docs/results.md``, and their pictures in ``docs/img``."""
-    from thresher.figures import leaderboard
+    from thresher.reports.plots import leaderboard
 
     lines, timed = [], results.get(board_speed(task).name, {"rows": []})["rows"]
     for kind, said in KINDS.items():

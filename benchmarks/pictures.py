@@ -43,7 +43,7 @@ def drawn_of(results: dict[str, dict]) -> dict[str, dict]:
 def draw_losses(results: dict[str, dict], target: Path) -> None:
     """A panel for each task of ``drawn_of``, of which there has to be one."""
     from thresher.evaluation.rows import COLOURS, GREYS, MARKERS
-    from thresher.figures import drawing
+    from thresher.reports.plots import drawing
 
     found = drawn_of(results)
     names = sorted({name for of in found.values() for name in of}, key=lambda n: (LINES.index(n.split()[0]), n))
@@ -74,7 +74,7 @@ def draw_losses(results: dict[str, dict], target: Path) -> None:
 def draw_speeds(title: str, rows: list[dict], target: Path) -> None:
     """Quality against speed at batch 32, over torch fp32 dense padded, of one interleaved run."""
     from thresher.evaluation.rows import COLOURS
-    from thresher.figures import drawing
+    from thresher.reports.plots import drawing
 
     marks = dict(zip(("dense-padded", "dense-unpadded", "pruned"), "so^", strict=True))
     kinds = list(dict.fromkeys((row["runtime"], row["precision"]) for row in rows))

@@ -33,8 +33,8 @@ def measure_tune(entry, runs: Path) -> list[dict]:
     from thresher.data.load import load_task, tokenize
     from thresher.data.models import load
     from thresher.evaluation.predict import predict
-    from thresher.frontier import kept
     from thresher.jobs import SUMMARY
+    from thresher.reports.frontier import kept
     from thresher.tune import tune
 
     setting, out = TASKS[entry.task], runs / entry.name

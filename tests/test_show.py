@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from families import FAMILIES
 from thresher import LTP, TopK, prune, unprune
-from thresher.show import html, pieces, ramp, terminal, trace
+from thresher.reports.trace import html, pieces, ramp, terminal, trace
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ("the", "farmer", "wheat", "chaff", "and", "grain", "script", "##ing", "##s", "thresh")

@@ -22,8 +22,8 @@ from thresher import tune as module
 from thresher.data.models import open_model
 from thresher.evaluation.latency import LatencyTable
 from thresher.evaluation.predict import predict
-from thresher.frontier import best
 from thresher.jobs import SUMMARY, load
+from thresher.reports.frontier import best
 from thresher.search import explore as trials
 from thresher.search.explore import SCORES
 from thresher.search.reference import Sample, divergence, texts_of, tokenized

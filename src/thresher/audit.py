@@ -25,7 +25,7 @@ from .data.load import DataError, Task, positions
 from .data.models import reading
 from .evaluating import dense_of, names_of, tested
 from .evaluation.predict import Predictions, outcome, predict, quality
-from .show import trace
+from .reports.trace import trace
 from .stats.paired import detectable, excess_tests, holm, interval, paired_test
 
 LEVEL = 0.05  # of all tests of a kind together

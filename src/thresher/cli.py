@@ -160,8 +160,8 @@ def tune(
         if limit_of is not None and 0 < limit_of < 1 and not quiet:
             least = bounds.least(limit_of, paired=name == "max_drop")
             say(f"{name}={limit_of:g} with 95 % confidence takes {least} texts to test on, if none of them goes wrong")
-    from .frontier import table
     from .jobs import SUMMARY
+    from .reports.frontier import table
     from .tune import tune as search
 
     with progress(quiet) as tell, redirect_stdout(sys.stderr):

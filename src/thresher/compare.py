@@ -19,7 +19,7 @@ from .data.load import Task, load_task, tokenize
 from .data.models import clip, load
 from .evaluation.benchmark import measure
 from .evaluation.rows import row, whole, write_csv
-from .figures import pareto
+from .reports.plots import pareto
 from .stats.letters import groups
 from .stats.metrics import MEANS, pooled_interval
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from . import frontier
 from .core.pruner import METHODS
 from .data.models import clip, load, make_method
 from .evaluation.hardware import environment
@@ -26,6 +25,7 @@ from .evaluation.latency import compare
 from .evaluation.predict import Text
 from .jobs import SUMMARY, TIMED
 from .methods.topk import TopK
+from .reports import frontier
 from .search.explore import LIMITS, SCORES, Search
 from .search.reference import Sample, texts_of, tokenized
 from .stats import bounds

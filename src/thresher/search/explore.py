@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from transformers import PreTrainedModel
 
-from .. import frontier
 from ..api import prune, unprune
 from ..core.pruner import METHODS
 from ..data.models import make_method
 from ..evaluation.latency import latency_table
 from ..evaluation.predict import Text
 from ..methods.topk import TopK
+from ..reports import frontier
 from ..stats import bounds
 from .reference import Sample
 from .schedules import LEVELS, Left, Space, curves, neighbours

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .evaluation.rows import COLOURS, GREYS, MARKERS, whole
+from ..evaluation.rows import COLOURS, GREYS, MARKERS, whole
 
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"svg.hashsalt": "thresher", "svg.fonttype": "none"}  # the same picture is the same, small file

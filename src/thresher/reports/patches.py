@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.text import Text
 
-from .show import departures, page, prediction, ramp, slider, told
+from .trace import departures, page, prediction, ramp, slider, told
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -167,7 +167,7 @@ def terminal(trace: PatchTrace) -> Text:
 
 def png(trace: PatchTrace, path: str | os.PathLike) -> None:
     """The picture, and beside it what survives after each site; the rest is faded. Written aside and moved."""
-    from .evaluation.rows import whole
+    from ..evaluation.rows import whole
 
     with whole(path) as temporary:
         strip(trace).save(temporary, format="PNG")

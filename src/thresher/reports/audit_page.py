@@ -8,8 +8,8 @@ from html import escape
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from .audit import ALL, LEVEL, worst
-from .show import Token, Trace, article, page, slider
+from ..audit import ALL, LEVEL, worst
+from .trace import Token, Trace, article, page, slider
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .evaluation.rows import COLOURS, whole
+from ..evaluation.rows import COLOURS, whole
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -69,7 +69,7 @@ def trace(model, tokenizer, text: str, text_pair: str | None = None, max_length:
     Raises:
         ValueError: the model is not pruned, or its tokenizer does not tell the characters of a token.
     """
-    from .data.load import positions
+    from ..data.load import positions
 
     pruner = getattr(model, "token_pruner", None)
     if pruner is None:
@@ -257,7 +257,7 @@ def page(
 ) -> str:
     """The frame of every page, with the colours of its ``layers``, and the script of the slider and of what is pointed
     at; ``intro`` and ``body`` are HTML. Written aside and moved to ``path``, if there is one."""
-    from .evaluation.rows import whole
+    from ..evaluation.rows import whole
 
     colours = "".join(f".s{i} {{ background: {b}; color: {f} }}\n" for i, (b, f) in enumerate(ramp(len(layers)), 1))
     text = f"""<!doctype html>
