@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cuts import shorter_half, some_of_test
-from thresher import recipes
+from thresher.experiments import recipes
 from weights import pretrained
 
 DATA = Path(os.environ.get("THRESHER_DATA", "data"))  # folders named as the hub's data sets, see benchmarks/README.md
@@ -71,7 +71,7 @@ class Entry:
         methods, trained or not) or "soak" (memory over thousands of calls).
     method: a pruning method, "dense" (fine-tuning alone) or "dense-continued" (the same extra steps, nothing pruned).
     variant: what sets it apart from the entry of the same method and target, in its name.
-    options: of ``thresher.jobs.train``, or of the timing.
+    options: of ``thresher.experiments.train.train``, or of the timing.
     needs: names of entries whose models it starts from: first the dense one, then the one whose counts it replays.
     """
 
@@ -98,7 +98,7 @@ class Entry:
         return f"{self.method} {self.variant.removesuffix('untrained').strip('-')}".strip()
 
     def recipe(self, folder: Path) -> dict:
-        """The arguments of ``thresher.jobs.train``; ``folder`` holds the models of other entries."""
+        """The arguments of ``thresher.experiments.train.train``; ``folder`` holds the models of other entries."""
         task = TASKS[self.task]
         recipe = {
             "model": pretrained(self.model),

@@ -13,7 +13,7 @@ import transformers
 
 import thresher
 from thresher.evaluation.predict import Predictions, predict
-from thresher.jobs import Training
+from thresher.experiments.train import Training
 
 
 def remembered(runs: Path, net, folder: Path, part, **how) -> Predictions:

@@ -91,7 +91,7 @@ def run(entry: Entry) -> None:
         rows, extra = speed.KINDS[entry.kind](entry, RUNS), {}
     else:
         from remembering import Remembering
-        from thresher.jobs import SUMMARY, Recipe
+        from thresher.experiments.train import SUMMARY, Recipe
         from thresher.stats.metrics import MEANS
 
         recipe = Recipe(**{"method_options": {}, **entry.recipe(RUNS)})

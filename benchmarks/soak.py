@@ -52,9 +52,9 @@ def resident() -> float:
 def measure_soak(entry, runs: Path) -> list[dict]:
     """A row for torch and for each graph of the model, each in a process of its own."""
     from entries import TASKS
-    from thresher.evaluating import export
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row
+    from thresher.experiments.evaluate import export
     from thresher.export.export import FORMATS
 
     setting, model = TASKS[entry.task], runs / entry.needs[0]

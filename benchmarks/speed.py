@@ -20,7 +20,7 @@ def measure_task(entry, runs: Path) -> list[dict]:
     from thresher.data.load import load_task, tokenize
     from thresher.evaluation.benchmark import measure
     from thresher.evaluation.predict import predict
-    from thresher.jobs import load
+    from thresher.experiments.train import load
 
     setting = TASKS[entry.task]
     first, *others = entry.needs
@@ -86,7 +86,7 @@ def measure_runtimes(entry, runs: Path) -> list[dict]:
     """A pruned model and its dense one in every runtime and precision, in one interleaved run; quality on the whole
     test part, or on so many of its texts, drawn at random."""
     from entries import TASKS
-    from thresher.jobs import bench
+    from thresher.experiments.train import bench
 
     setting, (dense, pruned) = TASKS[entry.task], entry.needs
     rows = bench(

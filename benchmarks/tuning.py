@@ -33,9 +33,9 @@ def measure_tune(entry, runs: Path) -> list[dict]:
     from thresher.data.load import load_task, tokenize
     from thresher.data.models import load
     from thresher.evaluation.predict import predict
-    from thresher.jobs import SUMMARY
+    from thresher.experiments.train import SUMMARY
+    from thresher.experiments.tune import tune
     from thresher.reports.frontier import kept
-    from thresher.tune import tune
 
     setting, out = TASKS[entry.task], runs / entry.name
     if not (out / SUMMARY).exists():
@@ -66,9 +66,9 @@ def measure_audit(entry, runs: Path) -> list[dict]:
     """What ``thresher audit`` says of a pruned model beside its dense one: a row for the whole and one for each slice,
     the one named by ``note``."""
     from entries import TASKS
-    from thresher.audit import SCORES, audit
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row
+    from thresher.experiments.audit import SCORES, audit
 
     setting, (dense, pruned) = TASKS[entry.task], (str(runs / name) for name in entry.needs)
     given = {"config": setting.config, "max_length": setting.training["max_length"], "examples": 0}
@@ -127,10 +127,10 @@ def measure_coverage(entry, runs: Path) -> list[dict]:
     from thresher.data.models import load
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row
+    from thresher.experiments.tune import PROFILING, SEARCHED, TESTED
     from thresher.search.explore import Search
     from thresher.search.reference import Sample, tokenized
     from thresher.stats.bounds import least
-    from thresher.tune import PROFILING, SEARCHED, TESTED
 
     options, draw = entry.options, np.random.default_rng(entry.seed)
     net, tokenizer = load(str(runs / entry.needs[0]))

@@ -24,8 +24,8 @@ def main() -> int:
     warnings.filterwarnings("ignore", message=".*tokens and were cut")
     from rich.console import Console
 
-    from thresher import jobs
     from thresher.evaluation.rows import table, write_rows
+    from thresher.experiments import train as jobs
     from thresher.reports.trace import html, terminal, trace
 
     console = Console()

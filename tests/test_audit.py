@@ -22,9 +22,10 @@ from families import FAMILIES, NO_DROPOUT, TEXT
 from files import write
 from test_qa import questions
 from test_show import save_tiny, tiny_tokenizer
-from thresher import FirstK, TopK, cli, jobs, prune
-from thresher.audit import LEVEL, SMALLEST, audit, groups, quarters, worst
+from thresher import FirstK, TopK, cli, prune
 from thresher.data.load import DataError
+from thresher.experiments import train as jobs
+from thresher.experiments.audit import LEVEL, SMALLEST, audit, groups, quarters, worst
 from thresher.reports import audit_page as findings
 from thresher.stats.paired import excess_tests, holm, paired_test
 from toy import FILLERS, OPTIONS, make_toy

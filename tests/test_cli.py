@@ -86,7 +86,7 @@ def calls(monkeypatch) -> list:
         return called
 
     jobs = SimpleNamespace(**{name: job(name) for name in ("train", "evaluate", "bench")})
-    monkeypatch.setitem(sys.modules, "thresher.jobs", jobs)
+    monkeypatch.setitem(sys.modules, "thresher.experiments.train", jobs)
     monkeypatch.setattr(thresher, "jobs", jobs, raising=False)
     return noted
 

@@ -15,9 +15,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from thresher import cli, console, jobs
-from thresher.compare import BASELINES, Run, compare, table
+from thresher import cli, console
 from thresher.evaluation.rows import read_rows, row
+from thresher.experiments import train as jobs
+from thresher.experiments.compare import BASELINES, Run, compare, table
 from thresher.reports.plots import front, leaderboard, pareto
 from thresher.stats.letters import groups, holm, letters, p_values
 from thresher.stats.metrics import compute_metric, pooled_interval

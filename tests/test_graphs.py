@@ -11,12 +11,13 @@ import torch
 
 from families import FAMILIES
 from test_bench import one_by_one, pruned, rows, task
-from thresher import evaluating, jobs
 from thresher.data.load import load_task, tokenize
 from thresher.data.models import load
 from thresher.evaluation import benchmark as bench
 from thresher.evaluation import predict as predicting
 from thresher.evaluation.roofline import Roofline
+from thresher.experiments import evaluate as evaluating
+from thresher.experiments import train as jobs
 from thresher.export.export import fingerprint
 from thresher.stats.metrics import compute_metric
 from toy import OPTIONS, make_toy

@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 
 from families import TEXT
 from test_show import tiny_tokenizer
-from thresher import cli, jobs
+from thresher import cli
 from thresher.data.load import DataError
 from thresher.evaluation.rows import ROW_FIELDS
+from thresher.experiments import train as jobs
 from toy import OPTIONS, make_toy, write
 
 UNTRAINED = OPTIONS | {"epochs": 0, "prune_epochs": 0}

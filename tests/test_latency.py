@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from families import FAMILIES
-from thresher import ToP, jobs, prune
+from thresher import ToP, prune
 from thresher.evaluation import latency
 from thresher.evaluation.latency import LatencyTable, between, compare, latency_table
+from thresher.experiments import train as jobs
 from toy import OPTIONS, make_toy
 
 BERT = FAMILIES["bert"]

@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification as Auto
 
 from families import FAMILIES, difference
 from test_training import losses, rows, trainer
-from thresher import TRBERT, AdapLeR, jobs, prune
+from thresher import TRBERT, AdapLeR, prune
+from thresher.experiments import train as jobs
 from thresher.methods.parts.saliency import saliency
 from toy import FILLERS, OPTIONS, make_toy
 

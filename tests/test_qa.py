@@ -14,10 +14,11 @@ from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceCl
 from families import NO_DROPOUT, TEXT
 from files import write
 from test_show import tiny_tokenizer
-from thresher import ToP, dense, jobs, prune
+from thresher import ToP, dense, prune
 from thresher.data import qa
 from thresher.data.load import DataError, load_task, tokenize
 from thresher.evaluation import predict as predicting
+from thresher.experiments import train as jobs
 from toy import FILLERS, OPTIONS, make_toy
 
 ANSWERS, NO_TARGET = ("wheat", "chaff"), {"target_flops": None}

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from thresher import jobs, recipes
 from thresher.data.models import make_method
+from thresher.experiments import recipes
+from thresher.experiments import train as jobs
 from toy import OPTIONS, make_toy
 
 

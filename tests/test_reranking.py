@@ -15,11 +15,12 @@ from sklearn.metrics import average_precision_score
 from typer.testing import CliRunner
 
 from test_show import tiny_tokenizer
-from thresher import cli, jobs
-from thresher.audit import audit
-from thresher.compare import compare
+from thresher import cli
 from thresher.data.load import DataError, load_task, tokenize
 from thresher.data.reranking import judge
+from thresher.experiments import train as jobs
+from thresher.experiments.audit import audit
+from thresher.experiments.compare import compare
 from thresher.stats.metrics import bootstrap_interval, compute_metric
 from toy import FILLERS, OPTIONS, make_toy
 

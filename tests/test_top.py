@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from families import FAMILIES
 from methods import Holes
-from thresher import ToP, jobs, prune
+from thresher import ToP, prune
+from thresher.experiments import train as jobs
 from thresher.methods.parts.gates import chance, odds, sample
 from thresher.methods.parts.rank_bins import bin_of, within
 from thresher.methods.top import BOUND, rows_of

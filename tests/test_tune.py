@@ -18,17 +18,17 @@ from files import write as write_file
 from test_qa import questions
 from test_show import save_tiny, tiny_model, tiny_tokenizer
 from thresher import TopK, cli, prune, unprune
-from thresher import tune as module
 from thresher.data.models import open_model
 from thresher.evaluation.latency import LatencyTable
 from thresher.evaluation.predict import predict
-from thresher.jobs import SUMMARY, load
+from thresher.experiments import tune as module
+from thresher.experiments.train import SUMMARY, load
+from thresher.experiments.tune import tune
 from thresher.reports.frontier import best
 from thresher.search import explore as trials
 from thresher.search.explore import SCORES
 from thresher.search.reference import Sample, divergence, texts_of, tokenized
 from thresher.stats import bounds
-from thresher.tune import tune
 from toy import write
 
 QUICK = {"max_length": 32, "limit": 64}

@@ -8,9 +8,10 @@ import pytest
 import torch
 from thresher.training.trainer.monitor import picture, prefix_drop
 
-from thresher import ToP, jobs, prune
+from thresher import ToP, prune
 from thresher.data.load import load_task, tokenize
 from thresher.evaluation.predict import predict, quality
+from thresher.experiments import train as jobs
 from toy import OPTIONS, make_toy
 
 HISTORY = [

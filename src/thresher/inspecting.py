@@ -70,8 +70,8 @@ def show(
     if file:
         texts = [(line, None) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     start(verbose, quiet, json_file, html)
-    from . import jobs
     from .data.load import load_task
+    from .experiments import train as jobs
     from .reports.trace import html as page
     from .reports.trace import terminal, trace
 
@@ -137,7 +137,7 @@ def audit(
     """
     options = given(locals(), "model", "data", "html")
     start(verbose, quiet, json_file, html)
-    from .audit import audit as job
+    from .experiments.audit import audit as job
     from .reports import audit_page as findings
     from .reports.trace import terminal
 

@@ -8,7 +8,7 @@ from html import escape
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ..audit import ALL, LEVEL, worst
+from ..experiments.audit import ALL, LEVEL, worst
 from .trace import Token, Trace, article, page, slider
 
 if TYPE_CHECKING:

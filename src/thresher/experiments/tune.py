@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .core.pruner import METHODS
-from .data.models import clip, load, make_method
-from .evaluation.hardware import environment
-from .evaluation.latency import compare
-from .evaluation.predict import Text
-from .jobs import SUMMARY, TIMED
-from .methods.topk import TopK
-from .reports import frontier
-from .search.explore import LIMITS, SCORES, Search
-from .search.reference import Sample, texts_of, tokenized
-from .stats import bounds
-from .training.checkpoints import writing
+from ..core.pruner import METHODS
+from ..data.models import clip, load, make_method
+from ..evaluation.hardware import environment
+from ..evaluation.latency import compare
+from ..evaluation.predict import Text
+from ..methods.topk import TopK
+from ..reports import frontier
+from ..search.explore import LIMITS, SCORES, Search
+from ..search.reference import Sample, texts_of, tokenized
+from ..stats import bounds
+from ..training.checkpoints import writing
+from .train import SUMMARY, TIMED
 
 PICTURE = "tuning.png"
 SEARCHED, PROFILING, FEWEST = 256, 96, 32  # texts to search on, to try single layers on, and the fewest

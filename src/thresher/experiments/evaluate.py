@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .api import dense, unprune
-from .data import qa
-from .data.load import Task, load_task, tokenize
-from .data.models import clip, load, reading
-from .evaluation.benchmark import measure
-from .evaluation.hardware import environment
-from .evaluation.predict import Text, copied, predict, quality, replayed
-from .evaluation.roofline import roofline
-from .evaluation.rows import plot as draw
-from .evaluation.rows import row
-from .export import export as exporting
-from .export.runtime import load_runtime
+from ..api import dense, unprune
+from ..data import qa
+from ..data.load import Task, load_task, tokenize
+from ..data.models import clip, load, reading
+from ..evaluation.benchmark import measure
+from ..evaluation.hardware import environment
+from ..evaluation.predict import Text, copied, predict, quality, replayed
+from ..evaluation.roofline import roofline
+from ..evaluation.rows import plot as draw
+from ..evaluation.rows import row
+from ..export import export as exporting
+from ..export.runtime import load_runtime
 
 PAIRS = {"torch": ("fp32", "bf16"), **exporting.FORMATS}  # the precisions of each runtime
 CALIBRATED_WITH_TEXTS = ("openvino", "int8")

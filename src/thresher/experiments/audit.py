@@ -19,14 +19,14 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .api import MODULE, dense
-from .data import qa
-from .data.load import DataError, Task, positions
-from .data.models import reading
-from .evaluating import dense_of, names_of, tested
-from .evaluation.predict import Predictions, outcome, predict, quality
-from .reports.trace import trace
-from .stats.paired import detectable, excess_tests, holm, interval, paired_test
+from ..api import MODULE, dense
+from ..data import qa
+from ..data.load import DataError, Task, positions
+from ..data.models import reading
+from ..evaluation.predict import Predictions, outcome, predict, quality
+from ..reports.trace import trace
+from ..stats.paired import detectable, excess_tests, holm, interval, paired_test
+from .evaluate import dense_of, names_of, tested
 
 LEVEL = 0.05  # of all tests of a kind together
 SMALLEST = 10  # examples of a group that is looked at

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import jobs
-from .core.pruner import METHODS, TokenPruner
-from .data.load import Task, load_task, tokenize
-from .data.models import clip, load
-from .evaluation.benchmark import measure
-from .evaluation.rows import row, whole, write_csv
-from .reports.plots import pareto
-from .stats.letters import groups
-from .stats.metrics import MEANS, pooled_interval
+from ..core.pruner import METHODS, TokenPruner
+from ..data.load import Task, load_task, tokenize
+from ..data.models import clip, load
+from ..evaluation.benchmark import measure
+from ..evaluation.rows import row, whole, write_csv
+from ..reports.plots import pareto
+from ..stats.letters import groups
+from ..stats.metrics import MEANS, pooled_interval
+from . import train as jobs
 
 if TYPE_CHECKING:
     from rich.console import Group

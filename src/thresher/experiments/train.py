@@ -13,22 +13,22 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
+from ..api import prune, unprune
+from ..core.architecture import find_stack
+from ..core.pruner import METHODS, TokenPruner
+from ..data import qa
+from ..data.load import DataError, Task, load_task, tokenize
+from ..data.models import clip, for_task, load, make_method, reading
+from ..evaluation.hardware import environment, has_bf16
+from ..evaluation.latency import compare
+from ..evaluation.predict import Predictions, outcome, predict, quality
+from ..evaluation.rows import row
+from ..methods.topk import REPLAY, TopK
+from ..training.checkpoints import Interrupt, Order, last_checkpoint, step_of, writing
+from ..training.monitor import Watch, picture, prefix_drop
+from ..training.trainer import Collator, PruningTrainer, Ranking
 from . import recipes
-from .api import prune, unprune
-from .core.architecture import find_stack
-from .core.pruner import METHODS, TokenPruner
-from .data import qa
-from .data.load import DataError, Task, load_task, tokenize
-from .data.models import clip, for_task, load, make_method, reading
-from .evaluating import bench, evaluate, export  # noqa: F401  the other jobs of the command line
-from .evaluation.hardware import environment, has_bf16
-from .evaluation.latency import compare
-from .evaluation.predict import Predictions, outcome, predict, quality
-from .evaluation.rows import row
-from .methods.topk import REPLAY, TopK
-from .training.checkpoints import Interrupt, Order, last_checkpoint, step_of, writing
-from .training.monitor import Watch, picture, prefix_drop
-from .training.trainer import Collator, PruningTrainer, Ranking
+from .evaluate import bench, evaluate, export  # noqa: F401  the other jobs of the command line
 
 SUMMARY, PICTURE = "thresher.json", "training.png"
 TIMED = 64  # texts that a target of time is measured on
@@ -106,7 +106,7 @@ def train(
         fresh: forget what an earlier call left in ``out``.
         target_flops, target_latency, target_latency_ms, keep, at: the method's options, where it has them; without
             any, a method with a target leaves 40 % of the MACs.
-        recipe: a method and a task, "top-mrpc" (see ``thresher.recipes``), whose settings stand where none is given.
+        recipe: a method and a task, "top-mrpc" (see ``thresher.experiments.recipes``), whose settings stand where none is given.
         options: see ``Recipe``.
 
     Returns:
