@@ -22,7 +22,8 @@ from families import FAMILIES, NO_DROPOUT, TEXT
 from files import write
 from test_qa import questions
 from test_show import save_tiny, tiny_tokenizer
-from thresher import FirstK, TopK, cli, prune
+from thresher import FirstK, TopK, prune
+from thresher.cli.app import app as cli
 from thresher.data.load import DataError
 from thresher.experiments import train as jobs
 from thresher.experiments.audit import LEVEL, SMALLEST, audit, groups, quarters, worst

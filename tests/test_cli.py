@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 import thresher
 from families import FAMILIES
 from test_show import save_tiny
-from thresher import LTP, Threshold, TopK, cli, console, inspecting, options
+from thresher import LTP, Threshold, TopK
+from thresher.cli.app import app as cli
+from thresher.cli.app import console, inspecting, options
 from thresher.evaluation.rows import row
 
 COMMANDS = {
@@ -337,7 +339,7 @@ def test_what_show_refuses(models, tmp_path):
 
 # --- all together ----------------------------------------------------------------------------------------------------
 def test_a_process_ends_in_code_2_without_a_traceback(tmp_path):
-    command = [sys.executable, "-c", "from thresher.cli import main; main()", "show", str(tmp_path)]
+    command = [sys.executable, "-c", "from thresher.cli.app import main; main()", "show", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and not result.stdout
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")

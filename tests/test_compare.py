@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from thresher import cli, console
+from thresher.cli.app import app as cli
+from thresher.cli.app import console
 from thresher.evaluation.rows import read_rows, row
 from thresher.experiments import train as jobs
 from thresher.experiments.compare import BASELINES, Run, compare, table

@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from thresher.cli.app.info import describe
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, ViTConfig, pipeline
 from transformers import ViTForImageClassification as ViT
 from typer.testing import CliRunner
@@ -16,10 +17,10 @@ from typer.testing import CliRunner
 from families import FAMILIES, NO_DROPOUT, TEXT, VISION
 from methods import METHODS
 from test_show import tiny_tokenizer
-from thresher import ToP, TopK, cli, export, load_runtime, prune
+from thresher import ToP, TopK, export, load_runtime, prune
+from thresher.cli.app import app as cli
 from thresher.export import export as exporting
 from thresher.export.export import inputs_of
-from thresher.info import describe
 from thresher.methods.parts.rank_bins import within
 
 TEXTS = ["the farmer and the grain", "thresh", "the grain and the script and the farmer and the wheat", "chaff"]

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from families import TEXT
 from test_show import tiny_tokenizer
-from thresher import cli
+from thresher.cli.app import app as cli
 from thresher.data.load import DataError
 from thresher.evaluation.rows import ROW_FIELDS
 from thresher.experiments import train as jobs
@@ -353,7 +353,15 @@ def test_interrupted_after_training_nothing_is_trained_again(toy, trained, tmp_p
 def test_ctrl_c_at_the_command_line(toy, trained, tmp_path):
     """A process of its own, a real signal, and the same command again."""
     out = tmp_path / "out"
-    command = [sys.executable, "-c", "from thresher.cli import main; main()", "train", toy.model, "--data", toy.data]
+    command = [
+        sys.executable,
+        "-c",
+        "from thresher.cli.app import main; main()",
+        "train",
+        toy.model,
+        "--data",
+        toy.data,
+    ]
     command += "--batch-size 16 --max-length 32 --epochs 30 --prune-epochs 2 --lr 4e-3 --no-bf16".split()  # noqa: SIM905
     command += ["--target-flops", "0.5", "--threads", "1", "--out", str(out)]
     first, text = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ), b""

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from families import FAMILIES
 from test_show import save_tiny
-from thresher import LTP, FirstK, Threshold, TopK, cli, prune
+from thresher import LTP, FirstK, Threshold, TopK, prune
+from thresher.cli.app import app as cli
 from thresher.data.models import load_vision
 from thresher.reports.patches import FADED, GAP, LINE, html, png, strip, terminal, trace
 

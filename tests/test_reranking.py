@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score
 from typer.testing import CliRunner
 
 from test_show import tiny_tokenizer
-from thresher import cli
+from thresher.cli.app import app as cli
 from thresher.data.load import DataError, load_task, tokenize
 from thresher.data.reranking import judge
 from thresher.experiments import train as jobs

@@ -17,7 +17,8 @@ from families import FAMILIES, TEXT
 from files import write as write_file
 from test_qa import questions
 from test_show import save_tiny, tiny_model, tiny_tokenizer
-from thresher import TopK, cli, prune, unprune
+from thresher import TopK, prune, unprune
+from thresher.cli.app import app as cli
 from thresher.data.models import open_model
 from thresher.evaluation.latency import LatencyTable
 from thresher.evaluation.predict import predict

@@ -46,7 +46,7 @@ app = typer.Typer(cls=Group, rich_markup_mode=None, add_completion=False, pretty
 def _main(version: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
     """Faster transformers by really removing the tokens that a model no longer needs."""
     if version:
-        from . import __version__
+        from .. import __version__
 
         print(f"thresher {__version__}")
         raise typer.Exit
@@ -101,7 +101,7 @@ def train(
     """
     options = given(locals(), "model", "data", "out")
     start(verbose, quiet, json_file, folder=out)
-    from .experiments import train as jobs
+    from ..experiments import train as jobs
 
     measure(jobs.train, json_file, model, data, str(out), **options, progress=not quiet)
     if not quiet and (target_latency or target_latency_ms):
@@ -154,15 +154,15 @@ def tune(
     """
     options = given(locals(), "model", "data", "out")
     start(verbose, quiet, json_file, plot, folder=out)
-    from .stats import bounds
+    from ..stats import bounds
 
     for name, limit_of in (("max_disagreement", max_disagreement), ("max_drop", max_drop)):
         if limit_of is not None and 0 < limit_of < 1 and not quiet:
             least = bounds.least(limit_of, paired=name == "max_drop")
             say(f"{name}={limit_of:g} with 95 % confidence takes {least} texts to test on, if none of them goes wrong")
-    from .experiments.train import SUMMARY
-    from .experiments.tune import tune as search
-    from .reports.frontier import table
+    from ..experiments.train import SUMMARY
+    from ..experiments.tune import tune as search
+    from ..reports.frontier import table
 
     with progress(quiet) as tell, redirect_stdout(sys.stderr):
         rows = search(str(model), data, str(out), **options, progress=tell)
@@ -200,7 +200,7 @@ def evaluate(
     """
     options = given(locals(), "model", "data")
     start(verbose, quiet, json_file)
-    from .experiments import train as jobs
+    from ..experiments import train as jobs
 
     measure(jobs.evaluate, json_file, model, data, **options)
 
@@ -240,7 +240,7 @@ def bench(
     options = given(locals(), "model", "data", "roofline")
     start(verbose, quiet, json_file, plot)
     if roofline:
-        from .evaluation.roofline import roofline, table
+        from ..evaluation.roofline import roofline, table
 
         line = roofline(threads)
         write([line.to_dict()], json_file)
@@ -251,7 +251,7 @@ def bench(
         raise ValueError("name the folder of a pruned model and --data, or ask for --roofline alone")
     if plot is not None and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'thresher[plot]'")
-    from .experiments import train as jobs
+    from ..experiments import train as jobs
 
     with progress(quiet) as tell:
         measure(jobs.bench, json_file, model, data, **options, progress=tell)
@@ -302,7 +302,7 @@ def compare(
     """
     options = given(locals(), "model", "data", "out")
     start(verbose, quiet, json_file, folder=out)
-    from .experiments import compare as job
+    from ..experiments import compare as job
 
     with follow(quiet) as tell:
         measure(job.compare, json_file, model, data, str(out), **options, progress=tell, show=job.table)
@@ -338,7 +338,7 @@ def export(
     """
     options = given(locals(), "model", "out")
     start(verbose, quiet, json_file, folder=out)
-    from .experiments import train as jobs
+    from ..experiments import train as jobs
 
     with progress(quiet) as tell:
         row = jobs.export(model, str(out), **options, progress=tell)

@@ -96,7 +96,7 @@ def measure(
 ) -> None:
     """Run a job and show its rows, as a table (``report.table`` unless ``show`` makes it), and as JSON where that was
     asked for."""
-    from .evaluation import rows as report
+    from ..evaluation import rows as report
 
     with redirect_stdout(sys.stderr):  # whatever transformers prints on the way is not the result
         rows = job(*arguments, **options)
@@ -167,7 +167,7 @@ def outcome(run: Any) -> str:
 
 def write(rows: list[dict], json_file: Path | None) -> None:
     """``{"rows": [...]}`` into a file, or to the screen for "-"; what is no number becomes null."""
-    from .evaluation.rows import whole
+    from ..evaluation.rows import whole
 
     if json_file is None:
         return

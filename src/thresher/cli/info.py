@@ -11,9 +11,9 @@ from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from .api import CONFIG_KEY, MODULE
-from .core.pruner import StackInfo, TokenPruner
-from .data.load import positions
+from ..api import CONFIG_KEY, MODULE
+from ..core.pruner import StackInfo, TokenPruner
+from ..data.load import positions
 
 
 def describe(model: str) -> dict[str, Any]:

@@ -70,10 +70,10 @@ def show(
     if file:
         texts = [(line, None) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     start(verbose, quiet, json_file, html)
-    from .data.load import load_task
-    from .experiments import train as jobs
-    from .reports.trace import html as page
-    from .reports.trace import terminal, trace
+    from ..data.load import load_task
+    from ..experiments import train as jobs
+    from ..reports.trace import html as page
+    from ..reports.trace import terminal, trace
 
     if data:
         task = load_task(data, config=config, text=columns, need_labels=False)
@@ -90,8 +90,8 @@ def show(
 
 def _show_picture(model, image: Path, html, png, executor: str, json_file, quiet: bool, verbose: bool) -> None:
     start(verbose, quiet, json_file, html, png)
-    from .data.models import load_vision
-    from .reports import patches
+    from ..data.models import load_vision
+    from ..reports import patches
 
     traced = patches.trace(*load_vision(model, executor), image)
     if html:
@@ -137,9 +137,9 @@ def audit(
     """
     options = given(locals(), "model", "data", "html")
     start(verbose, quiet, json_file, html)
-    from .experiments.audit import audit as job
-    from .reports import audit_page as findings
-    from .reports.trace import terminal
+    from ..experiments.audit import audit as job
+    from ..reports import audit_page as findings
+    from ..reports.trace import terminal
 
     with progress(quiet) as tell, redirect_stdout(sys.stderr):  # what transformers prints is not the result
         rows = job(model, data, **options, progress=tell)
