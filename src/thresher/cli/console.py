@@ -73,7 +73,7 @@ def start(verbose: bool, quiet: bool, *files: Path | None, folder: Path | None =
 
 def notice(message, category, filename, *_) -> None:
     """The library's own warnings in one line; those of others are meant for developers."""
-    if Path(__file__).parent in Path(filename).parents:
+    if Path(__file__).parents[1] in Path(filename).parents:
         say(f"note: {first_line(message)}", "yellow")
 
 

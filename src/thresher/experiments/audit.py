@@ -68,7 +68,7 @@ def audit(
 
     Args:
         model: folder of the pruned model.
-        data: see ``thresher.data.load.load_task``; ``columns`` are its options.
+        data: see ``thresher.data.load_task``; ``columns`` are its options.
         against: the dense model, by default ``dense`` in the model's folder, else the model itself without pruning.
         by: further columns. Numbers of more than 10 values are cut at their quartiles; empty values and groups of less
             than 10 examples are left out, with a warning that counts them.

@@ -100,13 +100,13 @@ def train(
 
     Args:
         model: folder or hub id of a pretrained or fine-tuned model.
-        data: see ``thresher.data.load.load_task``.
+        data: see ``thresher.data.load_task``.
         out: the folder for the pruned model, with the dense one in ``out/dense``, the figures in ``out/thresher.json``.
             Written aside and moved into place; interrupted, the same call goes on where it was.
         fresh: forget what an earlier call left in ``out``.
         target_flops, target_latency, target_latency_ms, keep, at: the method's options, where it has them; without
             any, a method with a target leaves 40 % of the MACs.
-        recipe: a method and a task, "top-mrpc" (see ``thresher.experiments.recipes``), whose settings stand where none is given.
+        recipe: a method and a task, "top-mrpc" (see ``recipes``), whose settings stand where none is given.
         options: see ``Recipe``.
 
     Returns:

@@ -27,7 +27,7 @@ class AdapLeR(LTP):
     ``guidance`` * KL(s || c), the mean over the sites, to the task's and the budget's; s are the shares of the
     saliencies of the live tokens.
 
-    Departures. The saliency is the derivative of the task loss by the token's gate (see ``thresher.methods.parts.saliency``) in the
+    Departures. The saliency is the derivative of the task loss by the token's gate (see ``parts.saliency``) in the
     model that is being trained, at every soft step; the paper's is gradient times state of the true class's logit in
     the fine-tuned model. A token leaves here after the attention of its layer, which therefore has no say. Gradients of
     the predictors do not go on into the states that they read. Tokens leave before the FFN, not before the layer. Gates

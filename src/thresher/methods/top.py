@@ -65,7 +65,7 @@ class ToP(TokenPruner):
         bins: of relative rank, per site. The paper: 20 to 100, more for long texts.
         topk: tokens of the teacher's ranking that are distilled.
         rank_loss: "arp2" (pairs of a best token and any other, weighted by the difference of their ranks), "ndcg"
-            (LambdaRank's weights), "arp2-topk" (the paper's) or "none"; see ``thresher.methods.parts.rank_distillation``.
+            (LambdaRank's weights), "arp2-topk" (the paper's) or "none"; see ``parts.rank_distillation``.
         rank_weight: of the ranking loss. The paper: 0.01 to 0.00001, falling to a hundredth of it over the ramp.
         gates: whether there are gates, as in the paper; without, every site prunes. A site whose gate is off, or whose
             mask lets everything stay, is not scored in evaluation.

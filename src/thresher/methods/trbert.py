@@ -33,7 +33,7 @@ class TRBERT(LTP):
     run that is drawn (theirs are frozen first); in the hard stage the policies rest. alpha is the slope of ``LTP``'s
     penalty at the MACs of these runs, so that it grows while more is left than is asked for now; the rest is
     ``LTP``'s one shift on held-out inputs. Without a target alpha is ``weight``, as theirs. MACs are counted where
-    theirs has kept tokens. The guide is the saliency of ``thresher.methods.parts.saliency`` in the model that is being trained;
+    theirs has kept tokens. The guide is the saliency of ``parts.saliency`` in the model that is being trained;
     theirs multiplies gradients with the change of states of the fine-tuned one. Tokens leave before the FFN of layers
     0 and L/2 - 1, theirs enter neither layer 1 nor L/2. A row keeps its ``min_keep`` best tokens. Classification,
     regression, labelled tokens and answers in a text are what is rewarded.

@@ -1,0 +1,327 @@
+"""A graph answers as its model at shapes that it was not traced at; tokens that leave are not in its tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from thresher.cli.app.info import describe
+from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, ViTConfig, pipeline
+from transformers import ViTForImageClassification as ViT
+from typer.testing import CliRunner
+
+from support.families import FAMILIES, NO_DROPOUT, TEXT, VISION
+from support.methods import METHODS
+from support.tiny import tiny_tokenizer
+from thresher import ToP, TopK, export, load_runtime, prune
+from thresher.cli.app import app as cli
+from thresher.export import export as exporting
+from thresher.export.export import inputs_of
+from thresher.methods.parts.rank_bins import within
+
+TEXTS = ["the farmer and the grain", "thresh", "the grain and the script and the farmer and the wheat", "chaff"]
+SHAPES = ((1, 1), (1, 2), (1, 7), (5, 9), (2, 33), (1, 64))
+
+
+def classifier(**options) -> BertForSequenceClassification:
+    """A tiny model whose scores are far apart, so that no rounding decides which token leaves."""
+    return FAMILIES["bert"].build(pad_token_id=0, **options)
+
+
+def differs(model, graph) -> float:
+    """The largest difference of logits, at several shapes and with a row that holds no token."""
+    batches = [inputs_of(model, graph.tokenizer, *shape) for shape in SHAPES]
+    batches[-1]["attention_mask"][:] = 0
+    with torch.no_grad():
+        return max(float((model(**b).logits - graph.forward(**b)["logits"]).abs().max()) for b in batches)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A pruned classifier with its tokenizer, and the folder of its ONNX graph."""
+    model = prune(classifier(num_labels=3, vocab_size=len(tiny_tokenizer())), TopK(keep=0.6))
+    folder = tmp_path_factory.mktemp("graphs") / "topk"
+    spec = export(model, folder, tokenizer=tiny_tokenizer(), max_length=64)
+    return model, folder, spec
+
+
+# --- the property ----------------------------------------------------------------------------------------------------
+def test_a_graph_answers_as_its_model_at_other_shapes(exported):
+    model, folder, spec = exported
+    assert spec["difference"] <= 1e-4
+    assert differs(model, load_runtime(folder)) <= 1e-4
+    assert not model.training and model.token_pruner.hooks.executor == "auto"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8", "bf16"])
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_in_every_format(method, format, precision, tmp_path):
+    if precision not in exporting.FORMATS[format]:
+        pytest.skip("refused, see below")
+    model = prune(classifier(), METHODS[method][1]())
+    calibration = [inputs_of(model, None, 1, n) for n in (8, 16, 40)]
+    spec = export(model, tmp_path / "graph", format=format, precision=precision, calibration=calibration)
+    if precision == "fp32":
+        assert spec["difference"] <= 1e-4
+        assert differs(model, load_runtime(tmp_path / "graph")) <= 1e-4
+    else:
+        assert 0 < spec["difference"] < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "albert", "mpnet", "modernbert", "deberta"])
+def test_every_family(family, format, tmp_path):
+    source = FAMILIES[family]
+    model = prune(source.build(), TopK(keep=0.6))
+    export(model, tmp_path / "graph", format=format, max_length=32)
+    graph = load_runtime(tmp_path / "graph")
+    for lengths in ((9,), (12, 5, 3), (20, 20)):
+        batch = source.batch(lengths)
+        with torch.no_grad():
+            assert (model(**batch).logits - graph.forward(**batch)["logits"]).abs().max() <= 1e-4
+
+
+def test_dropped_tokens_are_absent_from_the_tensors(exported):
+    import onnx
+    import onnxruntime
+
+    model, folder, _ = exported
+    graph = onnx.load(folder / "model.onnx")
+    constants = {c.name for c in graph.graph.initializer}
+    linear = [node for node in graph.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
+    graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(node.output[0]) for node in linear)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    batch = inputs_of(model, tiny_tokenizer(), 1, 40)
+    feed = {i.name: batch[i.name].numpy() for i in session.get_inputs()}
+    shapes = [x.shape[1] for x in session.run([node.output[0] for node in linear], feed) if x.ndim == 3]
+    with torch.no_grad():
+        model(**batch)
+    entering = [row["tokens_in"] for row in model.token_pruner.report]
+    passed = [row["tokens_kept"] for row in model.token_pruner.report]
+    assert sorted(set(shapes)) == sorted({*entering, *passed})
+    for there, after in zip(
+        entering, passed, strict=True
+    ):  # q, k, v at the tokens that enter; the rest where they left
+        assert there in shapes and after in shapes
+    assert shapes.count(40) < len(shapes) / 2
+
+
+def test_openvino_keeps_as_many_ranks():
+    import openvino
+
+    class Within(torch.nn.Module):
+        def forward(self, count, on):
+            return within(on, count, 32)
+
+    count, on = torch.arange(1, 8193)[:, None], torch.tensor([0, 3, 17, 31, 32])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = openvino.compile_model(openvino.convert_model(torch.export.export(Within(), (count, on))), "CPU")
+    assert torch.equal(torch.from_numpy(compiled((count.numpy(), on.numpy()))[0]).long(), within(on, count, 32))
+
+
+@pytest.mark.slow
+def test_a_site_that_lets_everything_stay_is_not_in_the_graph(tmp_path):
+    import onnx
+
+    model = prune(classifier(), ToP(bins=8))
+    model.token_pruner.mask[1, 3:] = False
+    export(model, tmp_path / "graph", max_length=64)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "graph" / "model.onnx", load_external_data=False).graph.node]
+    assert kinds.count("TopK") == 2, "one to rank and one to drop, at one site of three"
+    assert differs(model, load_runtime(tmp_path / "graph")) <= 1e-4
+    assert model.token_pruner.hooks.idle == frozenset()
+
+
+# --- what the user is given ------------------------------------------------------------------------------------------
+def test_info_of_a_graph(exported):
+    _, folder, spec = exported
+    told = describe(str(folder))
+    assert told["format"] == "onnx" and told["pruning"]["method"] == "topk" and told["difference"] == spec["difference"]
+
+
+def test_texts_in_labels_out(exported):
+    model, folder, _ = exported
+    graph = load_runtime(folder)
+    reference = pipeline("text-classification", model=model, tokenizer=tiny_tokenizer(), device="cpu")
+    for found, expected in zip(graph(TEXTS), reference(TEXTS), strict=True):
+        assert found["label"] == expected["label"]
+        assert found["score"] == pytest.approx(expected["score"], abs=1e-4)
+    assert graph(TEXTS[0]) == graph([TEXTS[0]])[0]
+    assert graph(TEXTS, batch_size=1) == [{**r, "score": pytest.approx(r["score"], abs=1e-5)} for r in graph(TEXTS)]
+    pair = reference({"text": TEXTS[0], "text_pair": TEXTS[2]})
+    assert graph(TEXTS[0], TEXTS[2])["score"] == pytest.approx(pair["score"], abs=1e-4)
+    assert graph([]) == []
+
+
+def test_few_widths_give_the_same_answers(exported):
+    _, folder, _ = exported
+    wide, plain = load_runtime(folder, lengths=(64, 16)), load_runtime(folder)
+    assert [wide.width(n) for n in (3, 16, 17, 64, 65)] == [16, 16, 64, 64, 65]
+    for a, b in zip(wide(TEXTS), plain(TEXTS), strict=True):
+        assert a["label"] == b["label"] and a["score"] == pytest.approx(b["score"], abs=1e-5)
+
+
+def test_plain_onnxruntime_runs_it(exported):
+    import onnxruntime
+
+    model, folder, _ = exported
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    inputs = tiny_tokenizer()(TEXTS, padding=True, return_tensors="np")
+    found = session.run(["logits"], {i.name: inputs[i.name] for i in session.get_inputs()})[0]
+    expected = model(**tiny_tokenizer()(TEXTS, padding=True, return_tensors="pt")).logits.detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_regression_and_answers(tmp_path):
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    sizes = TEXT | NO_DROPOUT | {"vocab_size": len(tokenizer), "initializer_range": 0.3}
+    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=1, problem_type="regression")).eval()
+    export(prune(model, TopK(keep=0.6)), tmp_path / "score", tokenizer=tokenizer)
+    inputs = tokenizer(TEXTS[0], return_tensors="pt")
+    assert load_runtime(tmp_path / "score")(TEXTS[0])["score"] == pytest.approx(model(**inputs).logits.item(), abs=1e-4)
+
+    reader = prune(BertForQuestionAnswering(BertConfig(**sizes)).eval(), TopK(keep=0.6))
+    export(reader, tmp_path / "reader", tokenizer=tokenizer, max_length=48)
+    graph, question, paragraph = load_runtime(tmp_path / "reader"), TEXTS[1], " ".join(TEXTS)
+    found = graph(question, paragraph)
+    assert found["answer"] == paragraph[found["start"] : found["end"]] != ""
+    inputs = tokenizer(question, paragraph, return_tensors="pt", return_offsets_mapping=True)
+    first, last = inputs.pop("offset_mapping")[0].T
+    inside = torch.tensor([part == 1 for part in inputs.sequence_ids(0)])
+    output = reader(**inputs)
+    start, end = (x[0].masked_fill(~inside, float("-inf")).softmax(0) for x in (output.start_logits, output.end_logits))
+    i, j = divmod(int((start[:, None] * end[None]).triu().argmax()), len(start))
+    assert (found["start"], found["end"]) == (int(first[i]), int(last[j]))
+    assert found["score"] == pytest.approx(float(start[i] * end[j]), abs=1e-4)
+    with pytest.raises(ValueError, match="needs paragraphs"):
+        graph(question)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path, exported):
+    model, _, _ = exported
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    texts = "text,label\n" + "".join(f"{text},{i % 3}\n" for i, text in enumerate(TEXTS * 30))
+    (tmp_path / "farm.csv").write_text(texts)
+    out = tmp_path / "graph"
+    line = ["export", tmp_path / "model", "--out", out, "--format", "openvino", "--max-length", "32", "--json", "-"]
+    result = CliRunner().invoke(cli.app, [*map(str, line), "--precision", "int8"])
+    assert result.exit_code == 2 and "--data" in result.output and not out.exists()
+    result = CliRunner().invoke(cli.app, [*map(str, line), "--precision", "int8", "--data", str(tmp_path / "farm.csv")])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)["rows"]
+    assert row == json.loads((out / "thresher.json").read_text())
+    assert (row["precision"], row["max_length"], row["pruning"]["method"]) == ("int8", 32, "topk")
+    assert len(load_runtime(out)(TEXTS)) == len(TEXTS)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"format": "tensorrt"}, "expected onnx or openvino"),
+        ({"precision": "bf16"}, "onnxruntime has no bf16"),
+        ({"format": "openvino", "precision": "fp16"}, "openvino takes fp32, bf16, int8"),
+        ({"format": "openvino", "precision": "int8"}, "needs inputs to calibrate on"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        export(classifier(), tmp_path / "graph", **options)
+    assert not os.listdir(tmp_path)
+
+
+def test_pictures_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="pixel_values"):
+        export(ViT(ViTConfig(**VISION)), tmp_path / "graph")
+
+
+def test_nothing_is_half_written(tmp_path, monkeypatch, exported):
+    model, _, _ = exported
+    folder = tmp_path / "graph"
+
+    class Exported:
+        def save_pretrained(self, folder):
+            (folder / "model.onnx").write_text("half")
+
+    class Exporter:
+        def export(self, *arguments, **options):
+            return Exported()
+
+    monkeypatch.setattr(exporting, "_exporter", lambda *_: (Exporter(), None))
+    monkeypatch.setattr(exporting, "_difference", lambda *_: 0.5)
+    with pytest.raises(RuntimeError, match=r"differ by 0\.5"):
+        export(model, folder)
+    assert not os.listdir(tmp_path)
+    monkeypatch.setattr(exporting, "_difference", lambda *_: 0.0)
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("of somebody")
+    with pytest.raises(ValueError, match="holds something else"):
+        export(model, folder)
+    assert os.listdir(tmp_path) == ["graph"] and os.listdir(folder) == ["thesis.txt"]
+    (folder / "thesis.txt").unlink()
+    for _ in range(2):  # a new graph takes the place of an older one
+        export(model, folder)
+        assert sorted(os.listdir(folder)) == ["model.onnx", "thresher.json"] and os.listdir(tmp_path) == ["graph"]
+
+
+@pytest.mark.parametrize(("change", "said"), [(float("nan"), "differ by nan"), (0.5, r"differ by 0\.5")])
+def test_a_graph_that_answers_otherwise_is_refused(tmp_path, monkeypatch, exported, change, said):
+    model, _, _ = exported
+
+    class Wrong:
+        def forward(self, **inputs):
+            return {"logits": model(**inputs).logits + (change if inputs["input_ids"].shape[1] == 7 else 0.0)}
+
+    class Exported:
+        def export(self, *arguments, **options):
+            return self
+
+        def save_pretrained(self, folder):
+            pass
+
+    monkeypatch.setattr(exporting, "_exporter", lambda *_: (Exported(), None))
+    monkeypatch.setattr("thresher.export.runtime.load_runtime", lambda folder: Wrong())
+    with pytest.raises(RuntimeError, match=said):
+        export(model, tmp_path / "graph")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_trained_model_is_not_written_over(tmp_path, exported):
+    model, _, _ = exported
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "thresher.json").write_text('{"recipe": {}, "rows": []}')
+    before = sorted(os.listdir(tmp_path / "model"))
+    with pytest.raises(ValueError, match="holds something else"):
+        export(model, tmp_path / "model")
+    assert sorted(os.listdir(tmp_path / "model")) == before
+
+
+def test_a_fingerprint_tells_models_apart():
+    model = classifier()
+    plain = exporting.fingerprint(model)
+    assert exporting.fingerprint(classifier()) == plain
+    pruned = exporting.fingerprint(prune(model, TopK(keep=0.6)))
+    assert len({plain, pruned, exporting.fingerprint(prune(classifier(), TopK(keep=0.5)))}) == 3
+    with torch.no_grad():
+        model.classifier.bias[0] += 1e-3
+    assert exporting.fingerprint(model) != pruned
+
+
+def test_a_folder_without_a_graph_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no exported model"):
+        load_runtime(tmp_path)
+    (tmp_path / "thresher.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="holds no exported model"):
+        load_runtime(tmp_path)

@@ -1,0 +1,103 @@
+"""What teaches policies and predictors: saliency, losses of single texts; and AdapLeR, which saliency teaches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
+
+from support.families import FAMILIES, NO_DROPOUT, TEXT
+from support.soft import BERT, batch, learning, loss_of
+from thresher import AdapLeR
+from thresher.methods.parts.saliency import saliency, task_losses
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "distilbert", "albert"])
+def test_saliency_is_what_fading_a_token_does_to_the_loss(family, monkeypatch):
+    """By differences: one gate a little less open."""
+    model, method = learning(AdapLeR(at=(0, 1)), FAMILIES[family].build().double())
+    inputs = batch() | {"labels": torch.tensor([0, 1, 1])}
+    found = saliency(method, lambda: model(**inputs))
+    assert [x.shape for x in found] == [(3, 9)] * 2
+    for site, row, slot in ((0, 0, 3), (0, 2, 6), (1, 1, 0), (1, 0, 8)):
+
+        def loss(step, at=(site, row, slot)):
+            def gate(view):
+                gates = torch.zeros(view.alive.shape, dtype=torch.float64)
+                if view.site == at[0]:
+                    gates[at[1:]] = step
+                return gates
+
+            monkeypatch.setattr(method, "soften", gate, raising=False)
+            with torch.no_grad():
+                return model(**inputs).loss.item()
+
+        slope = (loss(1e-4) - loss(-1e-4)) / 2e-4
+        monkeypatch.undo()
+        assert found[site][row, slot].item() == pytest.approx(abs(slope), rel=1e-3, abs=1e-7)
+    padding = ~inputs["attention_mask"].bool()
+    assert all((x[padding] == 0).all() and (x[~padding] > 0).any() for x in found)
+
+
+def test_the_predictors_learn_the_shares_of_saliency():
+    """The KL beside a sum in plain loops; by the KL alone the predictors come to rank as saliency does."""
+    model, method = learning(AdapLeR(weight=0.0, init=0.0, at=(0, 1)))
+    inputs = batch()
+    model(**inputs)
+    salient = saliency(method, lambda: model(**inputs))
+    for view, found in zip(method.record.views, salient, strict=True):
+        total = 0.0
+        for row, length in enumerate((9, 6, 7)):
+            share = (found[row, :length] / found[row, :length].sum()).tolist()
+            said = (view.score[row, :length] / length).tolist()
+            assert sum(said) == pytest.approx(1, abs=1e-5)
+            total += sum(s * math.log(s / p) for s, p in zip(share, said, strict=True)) / 3
+        assert method.apart(view, found).item() == pytest.approx(total, abs=1e-5)
+    optimizer, seen = torch.optim.Adam(method.parameters(), 1e-2), []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss_of(model, method, inputs).backward()
+        optimizer.step()
+        seen.append(method.metrics()["saliency_kl"])
+    assert seen[-1] < 0.5 * seen[0]
+
+
+def test_gates_become_hard_and_what_has_faded_takes_no_share():
+    model, method = learning(AdapLeR(init=0.9, soft_until=0.5, temperature=0.2), progress=0.0)
+    for predictor in method.predictors:
+        predictor[2].weight.data.mul_(30)
+    opened = []
+    for method.progress in (0.0, 0.25, 0.499):
+        model(**batch((24, 18, 10)))
+        first = method.record.views[0]
+        opened.append((method.opening(first) / (first.score - 0.9)).nanmean().item())
+    assert opened == pytest.approx([5, 5 * 10**0.5, 50], rel=0.02)
+    faded = method.record.views[1]
+    closed = faded.alive & (faded.tokens.log_gate < -6)
+    assert closed.any() and (faded.score[closed] < 0.1).all()
+    torch.testing.assert_close(faded.score.sum(1), faded.tokens.live, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("head", ["classes", "number", "tokens", "answer"])
+def test_losses_of_single_texts_average_to_the_models(head):
+    torch.manual_seed(0)
+    config = {**TEXT, **NO_DROPOUT, "num_hidden_layers": 2}
+    inputs = BERT.batch((9, 9, 9))
+    if head == "classes":
+        model, more = BERT.build(), {"labels": torch.tensor([0, 2, 1])}
+    elif head == "number":
+        model = BERT.build(num_labels=1, problem_type="regression")
+        more = {"labels": torch.tensor([0.1, 2.0, -1.0])}
+    elif head == "tokens":
+        labels = torch.randint(0, 4, (3, 9))
+        labels[:, :2] = -100
+        model, more = BertForTokenClassification(BertConfig(**config, num_labels=4)), {"labels": labels}
+    else:
+        model = BertForQuestionAnswering(BertConfig(**config))
+        more = {"start_positions": torch.tensor([1, 2, 3]), "end_positions": torch.tensor([4, 5, 6])}
+    output = model.eval()(**inputs, **more)
+    found = task_losses(output, inputs | more)
+    assert found.shape == (3,) and found.std() > 0
+    torch.testing.assert_close(found.mean(), output.loss)

@@ -1,0 +1,106 @@
+"""Schedules: what they cost is what they take, and the search finds the best of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from support.families import FAMILIES
+from thresher import ATS, FirstK, TopK, prune
+from thresher.evaluation.latency import LatencyTable
+from thresher.evaluation.predict import predict
+from thresher.search.schedules import LEVELS, Space, curves, neighbours
+
+LINE = ((10.0, 40.0), (1.0, 4.0))
+TABLE = LatencyTable(attention=LINE, scored=LINE, ffn=LINE, rest=((10.0, 40.0), (0.5, 0.5)), batch_size=1, threads=1)
+LENGTHS = (24, 17, 30, 9, 12)
+SCHEDULES = [(0, 5, 5, 12), (0, 0, 0, 20), (3, 4, 9, 15), (0, 0, 0, 0), (19, 20, 20, 20)]
+
+
+def rows() -> Dataset:
+    ids = [torch.randint(5, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
+    return Dataset.from_dict({"input_ids": ids})
+
+
+def space(family: str = "bert", kind=TopK, table=None, **options) -> tuple[Space, torch.nn.Module]:
+    model = FAMILIES[family].build(**options)
+    info = prune(model, TopK(keep=1.0, at=())).token_pruner.info
+    return Space(info, torch.tensor(LENGTHS), kind.needs_attention and kind.scores_all, table), model
+
+
+@pytest.mark.parametrize("left", SCHEDULES)
+@pytest.mark.parametrize("family, kind", [("bert", TopK), ("bert", FirstK), ("distilbert", TopK)])
+@pytest.mark.filterwarnings("ignore:the model was pruned with")
+def test_a_schedule_costs_what_it_takes(family, kind, left):
+    searched, model = space(family, kind)
+    left = left[: len(searched.layers)]
+    found = predict(prune(model, kind(**searched.fields(left))), rows())
+    assert searched.cost(left) == pytest.approx(found.macs_used / len(LENGTHS))
+    assert searched.dense == pytest.approx(found.macs_dense / len(LENGTHS))
+
+
+@pytest.mark.filterwarnings("ignore:the model was pruned with")
+def test_a_method_that_keeps_at_most_costs_at_most_that():
+    searched, model = space(kind=ATS)
+    found = predict(prune(model, ATS(**searched.fields((0, 5, 5, 12)))), rows())
+    assert found.macs_used / len(LENGTHS) <= searched.cost((0, 5, 5, 12))
+
+
+def test_the_fields_of_a_schedule():
+    searched, _ = space()
+    assert searched.fields((0, 5, 5, 10)) == {"at": (1, 3), "keep": (0.75, 0.667)}
+    assert searched.fields((0, 0, 4, 20)) == {"at": (2, 3), "keep": (0.8, 1)}, "a whole 1 is the protected token alone"
+
+
+def test_a_cost_of_time_is_that_of_the_table():
+    searched, _ = space(table=TABLE)
+    mean = sum(LENGTHS) / len(LENGTHS)
+    assert searched.dense == pytest.approx(0.5 + 4 * 2 * 0.1 * mean, rel=1e-5)
+    # the last layer's FFN sees one token, which the line makes 0.1 ms
+    assert searched.cost((0, 0, 0, 20)) == pytest.approx(0.5 + 7 * 0.1 * mean + 0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("table", [None, TABLE], ids=["macs", "time"])
+def test_the_frontier_is_as_good_as_trying_everything(family, table):
+    searched, _ = space(family, table=table, **({"num_hidden_layers": 2} if family == "bert" else {"n_layers": 3}))
+    assert len(searched.layers) == 2
+    damage = np.random.default_rng(0).random((2, len(LEVELS))).cumsum(1)
+    damage[:, 0] = 0
+
+    def harm(left):
+        return sum(row[b] - row[a] for row, a, b in zip(damage, (0, *left), left, strict=False))
+
+    pairs = [pair for pair in itertools.product(range(len(LEVELS)), repeat=2) if pair[0] <= pair[1]]
+    frontier = searched.frontier(damage)
+    costs = [searched.cost(left) for left in frontier]
+    assert searched.cost(searched.strongest) == pytest.approx(min(map(searched.cost, pairs)), rel=1e-3)
+    for share in (0.95, 0.8, 0.7, 0.6, 0.5):
+        budget = share * searched.dense
+        found = searched.within(frontier, budget)
+        # nothing that is cheaper by what rounding may take is better
+        best = min(harm(pair) for pair in pairs if searched.cost(pair) <= budget - 0.02 * searched.dense)
+        assert searched.cost(found) <= budget and harm(found) <= best + 1e-9
+    assert costs == sorted(costs) or max(np.diff(costs) * -1) < 0.02 * searched.dense
+    assert searched.within(frontier, 0.5 * min(costs)) is None
+
+
+@pytest.mark.parametrize("left", SCHEDULES)
+def test_neighbours_are_schedules_near_by(left):
+    found = neighbours(left)
+    assert left not in found and len(found) == len({*found}) > 5
+    for one in found:
+        assert list(one) == sorted(one) and len(one) == len(left)
+        assert set(one) <= set(range(len(LEVELS)))
+
+
+def test_curves_pass_through_what_was_measured_and_never_fall():
+    found = curves([{0.75: 0.1, 0.5: 0.3, 0.0: 0.2}, {0.75: -1e-9, 0.5: 0.0, 0.0: 4.0}])
+    assert found.shape == (2, len(LEVELS)) and (np.diff(found, axis=1) >= 0).all() and (found[:, 0] == 0).all()
+    at = {share: LEVELS.index(share) for share in (0.75, 0.5, 0.0)}
+    assert found[0, [at[0.75], at[0.5], at[0.0]]] == pytest.approx([0.1, 0.3, 0.3])
+    assert found[1, [at[0.75], at[0.5], at[0.0]]] == pytest.approx([0.0, 0.0, 4.0])

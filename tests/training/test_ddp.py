@@ -1,0 +1,84 @@
+"""Two processes that share a batch learn what one process learns from the whole of it, thresholds included."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__)
+STEPS, ROWS = 6, 8
+
+
+def train(folder: str, stage: str) -> None:
+    """Train on ``ROWS`` rows a step, in however many processes, and leave each one's parameters in ``folder``."""
+    from transformers import TrainerCallback
+
+    from support.training import rows, trainer
+    from thresher import LTP
+
+    torch.set_num_threads(1)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(model.token_pruner.threshold.detach().clone())
+
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    # the penalty of a budget is not linear: half a batch each has not quite the gradient of the whole
+    method = LTP(weight=1.0, soft_until=1.0) if stage == "soft" else LTP(target_flops=0.5, soft_until=0.5)
+    options = {"per_device_train_batch_size": ROWS // world, "max_steps": STEPS, "max_grad_norm": 0.0}
+    if stage == "soft":
+        options |= {"optim": "sgd", "learning_rate": 0.05, "pruner_lr": 1.0}
+    else:  # where DDP looks for parameters without a part in the forward, it must not take the resting ones for such
+        options |= {"pruner_lr": 0.05, "ddp_find_unused_parameters": True}
+    made = trainer(Path(folder) / "checkpoints", method, data=rows(ROWS * STEPS), callbacks=[Watch()], **options)
+    before = made.pruner.threshold.detach().clone()
+    made.train()
+    found = {name: p.detach() for name, p in made.model.named_parameters()}
+    torch.save({"before": before, "seen": seen, "after": found}, f"{folder}/{world}-{rank}.pt")
+
+
+def launch(folder: Path, stage: str, processes: int) -> list[dict]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), str(folder), stage]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=560)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{processes}-{rank}.pt") for rank in range(processes)]
+
+
+def assert_close(found: dict, expected: dict, within: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        torch.testing.assert_close(found[name], parameter, atol=within, rtol=within, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_soft_training_is_that_of_one_process(tmp_path):
+    (one,), both = launch(tmp_path, "soft", 1), launch(tmp_path, "soft", 2)
+    for name in ("before", "after"):
+        values = [run[name] if isinstance(run[name], dict) else {name: run[name]} for run in (*both, one)]
+        assert_close(values[1], values[0], 0)
+        assert_close(values[0], values[2], 1e-4)
+    assert ((one["after"]["token_pruner.threshold"] - one["before"]).abs() > 1e-2).all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ranks_agree_through_both_stages(tmp_path):
+    """Thresholds that rest in the hard stage do not stall the reduction, and both ranks calibrate alike."""
+    first, second = launch(tmp_path, "both", 2)
+    assert_close(first["after"], second["after"], 0)
+    assert all(torch.equal(*pair) for pair in zip(first["seen"], second["seen"], strict=True))
+    assert len(first["seen"]) == STEPS and ((first["seen"][1] - first["before"]).abs() > 1e-3).all()
+    assert all((one - first["seen"][2]).std() < 1e-6 for one in first["seen"][2:]), "one shift for all"
+
+
+if __name__ == "__main__":
+    train(*sys.argv[1:])

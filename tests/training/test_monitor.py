@@ -1,0 +1,64 @@
+"""What is logged of a training with pruning, and the picture of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from thresher.training.trainer.monitor import picture, prefix_drop
+
+from support.toy import OPTIONS, make_toy
+from thresher import ToP, prune
+from thresher.data.load import load_task, tokenize
+from thresher.evaluation.predict import predict, quality
+from thresher.experiments import train as jobs
+
+HISTORY = [
+    {"epoch": 0.5, "loss": 0.4, "flops_fraction": 0.9, "cost_target": 0.8, "cost_expected": 0.85, "cost_hard": 0.9},
+    {"epoch": 1.0, "eval_quality": 90.0, "eval_flops_fraction": 0.8, "eval_kept_0": 0.7},
+    {"epoch": 1.5, "loss": 0.3, "flops_fraction": 0.5},
+    {"epoch": 2.0, "eval_quality": 88.0, "eval_flops_fraction": 0.5, "eval_kept_0": 0.5},
+]
+
+
+def test_every_epoch_is_watched_on_the_validation_part(tmp_path):
+    toy = make_toy(tmp_path)
+    out = tmp_path / "out"
+    jobs.train(toy.model, toy.data, str(out), method="top", method_options={"holes": True}, **OPTIONS)
+    summary = json.loads((out / jobs.SUMMARY).read_text())
+    epochs = [line for line in summary["history"] if "eval_quality" in line]
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    assert epochs[-1]["eval_flops_fraction"] == pytest.approx(0.5, rel=0.1)
+    assert all(0 < line["eval_kept_0"] <= 1 for line in epochs) and 0 <= epochs[-1]["eval_quality"] <= 100
+    assert (out / jobs.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert "prefix_drop" in summary["reached"]
+
+
+def test_the_drop_of_a_prefix_is_measured_and_nothing_changes(tmp_path):
+    toy = make_toy(tmp_path)
+    model, tokenizer = jobs.load(toy.model)
+    prune(model, ToP(bins=4, holes=True))
+    task = load_task(toy.data)
+    rows, _ = tokenize(task.test, task, tokenizer, 32)
+    assert prefix_drop(model, rows, "accuracy") == {
+        "prefix_drop": 0,
+        "prefix_flops_fraction": 1,  # nothing leaves, so nothing is scored
+    }
+    model.token_pruner.mask[:, :2] = False
+    before, own = model.token_pruner.mask.clone(), quality(predict(model, rows), rows, "accuracy")
+    found = prefix_drop(model, rows, "accuracy")
+    assert model.token_pruner.mask.equal(before)
+    model.token_pruner.prefix()
+    after = predict(model, rows)
+    assert found["prefix_drop"] == own - quality(after, rows, "accuracy")
+    assert found["prefix_flops_fraction"] == after.macs_used / after.macs_dense < 1
+    model.token_pruner.mask.copy_(before)
+    assert not torch.equal(after.logits, predict(model, rows).logits)
+
+
+def test_the_picture_needs_something_to_show(tmp_path):
+    with pytest.raises(ValueError, match="there is nothing to draw: no epoch was watched"):
+        picture(HISTORY[::2], 2, tmp_path / "x.png")
+    picture(HISTORY, 2, tmp_path / "x.png", dense=91.0)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
