@@ -18,8 +18,8 @@ import thresher
 from support.families import FAMILIES
 from support.tiny import save_tiny
 from thresher import LTP, Threshold, TopK
-from thresher.cli.app import app as cli
-from thresher.cli.app import console, inspecting, options
+from thresher.cli import app as cli
+from thresher.cli import console, inspecting, options
 from thresher.evaluation.rows import row
 
 COMMANDS = {
@@ -89,7 +89,7 @@ def calls(monkeypatch) -> list:
 
     jobs = SimpleNamespace(**{name: job(name) for name in ("train", "evaluate", "bench")})
     monkeypatch.setitem(sys.modules, "thresher.experiments.train", jobs)
-    monkeypatch.setattr(thresher, "jobs", jobs, raising=False)
+    monkeypatch.setattr("thresher.experiments.train", jobs)
     return noted
 
 

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceCl
 
 from support.families import NO_DROPOUT, TEXT
 from support.files import write
-from support.questions import ANSWERS, questions
+from support.questions import questions
 from support.tiny import tiny_tokenizer
 from support.toy import OPTIONS, make_toy
 from thresher import ToP, dense, prune

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from support.tiny import tiny_tokenizer
 from support.toy import FILLERS, OPTIONS, make_toy
-from thresher.cli.app import app as cli
+from thresher.cli import app as cli
 from thresher.data.load import DataError, load_task, tokenize
 from thresher.data.reranking import judge
 from thresher.experiments import train as jobs

@@ -24,7 +24,7 @@ from support.questions import questions
 from support.tiny import save_tiny, tiny_tokenizer
 from support.toy import FILLERS, OPTIONS, make_toy
 from thresher import FirstK, TopK, prune
-from thresher.cli.app import app as cli
+from thresher.cli import app as cli
 from thresher.data.load import DataError
 from thresher.experiments import train as jobs
 from thresher.experiments.audit import LEVEL, SMALLEST, audit, groups, quarters, worst

@@ -16,8 +16,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from support.toy import OPTIONS, make_toy, write
-from thresher.cli.app import app as cli
-from thresher.cli.app import console
+from thresher.cli import app as cli
+from thresher.cli import console
 from thresher.evaluation.rows import read_rows, row
 from thresher.experiments import train as jobs
 from thresher.experiments.compare import BASELINES, Run, compare, table

@@ -16,17 +16,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from thresher.training.trainer.checkpoints import step_of
 from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
 from support.families import TEXT
 from support.tiny import tiny_tokenizer
 from support.toy import OPTIONS, make_toy, write
-from thresher.cli.app import app as cli
+from thresher.cli import app as cli
 from thresher.data.load import DataError
 from thresher.evaluation.rows import ROW_FIELDS
 from thresher.experiments import train as jobs
+from thresher.training.checkpoints import step_of
 
 UNTRAINED = OPTIONS | {"epochs": 0, "prune_epochs": 0}
 

@@ -19,7 +19,7 @@ from support.questions import questions
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from support.toy import write
 from thresher import TopK, prune, unprune
-from thresher.cli.app import app as cli
+from thresher.cli import app as cli
 from thresher.data.models import open_model
 from thresher.evaluation.latency import LatencyTable
 from thresher.evaluation.predict import predict

@@ -9,7 +9,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from thresher.cli.app.info import describe
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, ViTConfig, pipeline
 from transformers import ViTForImageClassification as ViT
 from typer.testing import CliRunner
@@ -18,7 +17,8 @@ from support.families import FAMILIES, NO_DROPOUT, TEXT, VISION
 from support.methods import METHODS
 from support.tiny import tiny_tokenizer
 from thresher import ToP, TopK, export, load_runtime, prune
-from thresher.cli.app import app as cli
+from thresher.cli import app as cli
+from thresher.cli.info import describe
 from thresher.export import export as exporting
 from thresher.export.export import inputs_of
 from thresher.methods.parts.rank_bins import within

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from support.families import FAMILIES
 from support.tiny import save_tiny
 from thresher import LTP, FirstK, Threshold, TopK, prune
-from thresher.cli.app import app as cli
+from thresher.cli import app as cli
 from thresher.data.models import load_vision
 from thresher.reports.patches import FADED, GAP, LINE, html, png, strip, terminal, trace
 

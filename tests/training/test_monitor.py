@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from thresher.training.trainer.monitor import picture, prefix_drop
 
 from support.toy import OPTIONS, make_toy
 from thresher import ToP, prune
 from thresher.data.load import load_task, tokenize
 from thresher.evaluation.predict import predict, quality
 from thresher.experiments import train as jobs
+from thresher.training.monitor import picture, prefix_drop
 
 HISTORY = [
     {"epoch": 0.5, "loss": 0.4, "flops_fraction": 0.9, "cost_target": 0.8, "cost_expected": 0.85, "cost_hard": 0.9},
