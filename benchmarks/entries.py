@@ -157,7 +157,7 @@ PARTS = {  # of ToP, by the name of the variant without them or with another one
     "unranked": {"rank_weight": 0.0},  # the ranking is watched and not distilled
     "ndcg": {"rank_loss": "ndcg"},
     "arp2-topk": {"rank_loss": "arp2-topk", "rank_weight": 0.01},  # the paper's, but for its decay
-    "gated": {"gates": True},
+    "gated": {"site_gates": True},
     "8-bins": {"bins": 8},
     "128-bins": {"bins": 128},
     "holes": {"holes": True},

@@ -215,7 +215,7 @@ def rows_of(entry, test: list[dict], nets: dict, found: dict) -> list[dict]:
 
     labels, base = [r["labels"] for r in test], found["dense", None]
     common = {"task": "digits", "model": entry.model, "seed": entry.seed, "runtime": "torch", "precision": "fp32"}
-    common |= {"executor": "padded", "threads": torch.get_num_threads(), "metric": "accuracy", "split": "test"}
+    common |= {"layout": "padded", "threads": torch.get_num_threads(), "metric": "accuracy", "split": "test"}
     common |= {"selected_on": "validation", "n_examples": len(test), "repeats": REPEATS, **environment()}
     common |= {"quality_dense": compute_metric("accuracy", base["said"], labels), "flops_dense": int(base["dense"])}
     rows = []

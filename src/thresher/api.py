@@ -19,14 +19,14 @@ from .core.pruner import TokenPruner
 CONFIG_KEY, MODULE = "token_pruning", "token_pruner"
 
 
-def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor: str = "auto") -> PreTrainedModel:
+def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, layout: str = "auto") -> PreTrainedModel:
     """Prune the tokens of ``model`` while it runs; in place, reversible by ``unprune``.
 
     Args:
         model: any transformers model with a stack of attention layers.
         method: e.g. ``LTP(target_flops=0.4)`` or ``TopK(keep=0.5)``. None: what the model's config.json says, with the
             parameters that lie in its weights.
-        executor: "mask" hides dropped tokens (reference), "padded" shortens to the widest row, "packed" has no padding
+        layout: "mask" hides dropped tokens (reference), "padded" shortens to the widest row, "packed" has no padding
             at all; "auto" takes mask while a method trains softly, else packed where the model allows, else padded.
             Not saved.
 
@@ -34,7 +34,7 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor
         The same model; the method is its submodule ``token_pruner``, which carries the ``report`` of the last forward.
 
     Raises:
-        ValueError: unknown executor or layer, a model without layers, a configuration that cannot be read.
+        ValueError: unknown layout or layer, a model without layers, a configuration that cannot be read.
         TypeError: ``model`` or ``method`` is something else.
 
     Example:
@@ -45,8 +45,8 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor
         raise TypeError(f"prune() takes a transformers model, got {type(model).__name__}")
     if isinstance(method, type) or not (method is None or isinstance(method, TokenPruner)):
         raise TypeError(f"prune() takes a method such as TopK(keep=0.5), got {method!r}")
-    if executor != "auto" and executor not in LAYOUTS:
-        raise ValueError(f"executor={executor!r}: expected auto, {', '.join(LAYOUTS)}")
+    if layout != "auto" and layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: expected auto, {', '.join(LAYOUTS)}")
     weights = None
     if method is None:
         config = getattr(model.config, CONFIG_KEY, None)
@@ -57,7 +57,7 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, executor
         method = TokenPruner.from_dict(config)
         weights = saved_weights(model)
     before = getattr(model, MODULE, None)
-    hooks = Hooks(model, method, executor, None if before is None else before.hooks.original)
+    hooks = Hooks(model, method, layout, None if before is None else before.hooks.original)
     method.bind(hooks.info)
     if weights is not None:
         found, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, method.state_dict()))
@@ -122,7 +122,7 @@ def dense(model: PreTrainedModel, *, unpadded: bool = False) -> Iterator[PreTrai
     """Within the context nothing is pruned.
 
     Args:
-        unpadded: keep the executor at work, with every token kept: under packed the dense model without its padding,
+        unpadded: keep the layout at work, with every token kept: under packed the dense model without its padding,
             which is what pruning has to be compared with.
 
     Example:

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import thresher
+import thresher.experiments.train
 from support.families import FAMILIES
 from support.tiny import save_tiny
 from thresher import LTP, Threshold, TopK
@@ -30,7 +31,7 @@ COMMANDS = {
     "compare": "--data --out --methods --targets --seeds --untrained --no-time --epochs --limit --at",
     "export": "--data --out --format --precision --max-length --threads",
     "show": "--text --file --data --image --limit --html --png",
-    "audit": "--data --against --by --examples --html --config --batch-size --max-length --limit --executor",
+    "audit": "--data --against --by --examples --html --config --batch-size --max-length --limit --layout",
     "info": "",
 }
 TRAIN = ("train", "a-model", "--data", "some.csv")
@@ -143,12 +144,12 @@ def test_keep_is_a_share_or_a_number(calls, tmp_path, given, keep):
 
 
 def test_eval_and_bench_hand_over_what_was_asked(calls):
-    assert run("eval", "a-model", "--data", "some.csv", "--executor", "padded").exit_code == 0
+    assert run("eval", "a-model", "--data", "some.csv", "--layout", "padded").exit_code == 0
     assert run("bench", "a-model", "--data", "some.csv", "--precision", "fp32,bf16", "--batch-size", "8").exit_code == 0
     assert calls[0] == (
         "evaluate",
         ("a-model", "some.csv"),
-        {"batch_size": 32, "max_length": 256, "executor": "padded"},
+        {"batch_size": 32, "max_length": 256, "layout": "padded"},
     )
     calls[1][2].pop("progress")("predicting", 1, 2)
     assert calls[1] == (
@@ -183,7 +184,7 @@ def test_mistakes_are_told_in_one_line(calls, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(thresher.jobs, "evaluate", fail)
+    monkeypatch.setattr(thresher.experiments.train, "evaluate", fail)
     expected = {ValueError: "no such", FileNotFoundError: "x: No such file", RuntimeError: "RuntimeError"}
     assert fails("eval", *TRAIN[1:]) == f"error: {expected.get(type(error), error)}"
     monkeypatch.setenv("THRESHER_DEBUG", "1")
@@ -191,7 +192,7 @@ def test_mistakes_are_told_in_one_line(calls, monkeypatch, error):
 
 
 def test_faults_of_the_library_are_not_hidden(calls, monkeypatch):
-    monkeypatch.setattr(thresher.jobs, "evaluate", lambda *_, **__: {}["missing"])
+    monkeypatch.setattr(thresher.experiments.train, "evaluate", lambda *_, **__: {}["missing"])
     assert isinstance(run("eval", *TRAIN[1:]).exception, KeyError)
 
 
@@ -207,7 +208,7 @@ def test_an_interruption_says_how_to_go_on(calls, monkeypatch, command, line):
         raise KeyboardInterrupt
 
     for job in ("train", "evaluate"):
-        monkeypatch.setattr(thresher.jobs, job, interrupt)
+        monkeypatch.setattr(thresher.experiments.train, job, interrupt)
     result = run(*command)
     assert (result.exit_code, result.stderr.strip()) == (130, line)
 
@@ -333,7 +334,7 @@ def test_what_show_refuses(models, tmp_path):
     assert "one --text" in fails("show", models.topk, "--text", "a", "--text", "b", "--pair", "c")
     assert "texts.txt" in fails("show", models.topk, "--file", tmp_path / "texts.txt")
     assert "dense" in fails("show", models.dense, "--text", "wheat")
-    assert "executor" in fails("show", models.topk, "--text", "wheat", "--executor", "fast")
+    assert "layout" in fails("show", models.topk, "--text", "wheat", "--layout", "fast")
     assert "no text" in fails("show", models.topk, "--file", os.devnull, "--html", tmp_path / "page.html")
 
 

@@ -31,12 +31,12 @@ class Watcher(TokenPruner):
 
     @staticmethod
     def look(view):
-        """Every quantity with its original positions, since slots differ between executors."""
+        """Every quantity with its original positions, since slots differ between layouts."""
         first = view.alive.int().argmax(1)
         last = view.alive.shape[1] - 1 - view.alive.int().flip(1).argmax(1)
         ready = view._seen is not None
         return {
-            "received": view.received(),
+            "received": view.attention_received(),
             "hidden": view.hidden,
             "first": view.rows(first).transpose(1, 2),
             "last": view.rows(last).transpose(1, 2),
@@ -45,9 +45,9 @@ class Watcher(TokenPruner):
         }
 
 
-def watch(family: str, executor: str, batch: dict, leave=None, **options):
+def watch(family: str, layout: str, batch: dict, leave=None, **options):
     """What the sites of a tiny model saw."""
-    model = prune(FAMILIES[family].build(**options), Watcher(at=AT), executor=executor)
+    model = prune(FAMILIES[family].build(**options), Watcher(at=AT), layout=layout)
     model.token_pruner.leave = leave
     with torch.no_grad():
         FAMILIES[family].answers(model, batch)
@@ -68,49 +68,49 @@ def mask_of(batch: dict, attentions) -> torch.Tensor:
     return torch.ones(attentions[0].shape[0], attentions[0].shape[-1]) if mask is None else mask.float()
 
 
-def executors(family: str):
+def layouts(family: str):
     return [e for e in LAYOUTS if FAMILIES[family].packed or e != "packed"]
 
 
-CASES = [(family, executor) for family in SEEN for executor in executors(family)]
+CASES = [(family, layout) for family in SEEN for layout in layouts(family)]
 
 
-@pytest.mark.parametrize("family, executor", CASES)
-def test_received_is_the_column_mean_of_the_models_own_probabilities(family, executor):
+@pytest.mark.parametrize("family, layout", CASES)
+def test_received_is_the_column_mean_of_the_models_own_probabilities(family, layout):
     batch = FAMILIES[family].batch()
     attentions = own_attention(family, batch)
     mask = mask_of(batch, attentions)
-    for site, seen in enumerate(watch(family, executor, batch)):
+    for site, seen in enumerate(watch(family, layout, batch)):
         columns = (attentions[site] * mask[:, None, :, None]).sum(2).mean(1) * mask  # only real rows vote
         torch.testing.assert_close(seen["received"][seen["alive"]], columns[mask.bool()], atol=1e-5, rtol=1e-5)
         assert (seen["received"][~seen["alive"]] == 0).all()
 
 
-@pytest.mark.parametrize("family, executor", CASES)
-def test_received_averages_one(family, executor):
-    for seen in watch(family, executor, FAMILIES[family].batch((24, 18, 10, 1)), leave=(3, 4, 8)):
+@pytest.mark.parametrize("family, layout", CASES)
+def test_received_averages_one(family, layout):
+    for seen in watch(family, layout, FAMILIES[family].batch((24, 18, 10, 1)), leave=(3, 4, 8)):
         mean = seen["received"].sum(1) / seen["alive"].sum(1)
         torch.testing.assert_close(mean, torch.ones_like(mean), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family, executor", CASES)
-def test_rows_are_the_models_own(family, executor):
+@pytest.mark.parametrize("family, layout", CASES)
+def test_rows_are_the_models_own(family, layout):
     batch = FAMILIES[family].batch()
     attentions = own_attention(family, batch)
     mask = mask_of(batch, attentions)
     last = mask.sum(1).long() - 1
-    for site, seen in enumerate(watch(family, executor, batch)):
+    for site, seen in enumerate(watch(family, layout, batch)):
         for name, row in (("first", torch.zeros_like(last)), ("last", last)):
             expected = attentions[site][torch.arange(len(row)), :, row].transpose(1, 2)[mask.bool()]
             torch.testing.assert_close(seen[name][seen["alive"]], expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family, executor", [case for case in CASES if case[1] != "mask"])
-def test_a_view_shows_the_same_whatever_the_executor(family, executor):
+@pytest.mark.parametrize("family, layout", [case for case in CASES if case[1] != "mask"])
+def test_a_view_shows_the_same_whatever_the_executor(family, layout):
     """With tokens gone: dead slots and padding neither vote nor show."""
     batch = FAMILIES[family].batch()
     pairs = zip(
-        watch(family, executor, batch, leave=(2, 5, 6, 11)),
+        watch(family, layout, batch, leave=(2, 5, 6, 11)),
         watch(family, "mask", batch, leave=(2, 5, 6, 11)),
         strict=True,
     )
@@ -121,11 +121,11 @@ def test_a_view_shows_the_same_whatever_the_executor(family, executor):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
-def test_keys_are_the_projections_of_the_layer(executor):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keys_are_the_projections_of_the_layer(layout):
     batch = FAMILIES["bert"].batch((9, 9))
     layer = FAMILIES["bert"].build().bert.encoder.layer[1].attention.self
-    seen = watch("bert", executor, batch)[1]
+    seen = watch("bert", layout, batch)[1]
     torch.testing.assert_close(seen["key"].flatten(2), layer.key(seen["hidden"]), atol=1e-5, rtol=1e-5)
 
 
@@ -134,19 +134,19 @@ def test_scores_do_not_depend_on_how_many_probabilities_fit_at_once(family, monk
     batch = FAMILIES[family].batch((10, 10, 10, 6))
     expected = watch(family, "packed", batch)
     monkeypatch.setattr("thresher.core.attention.CHUNK", 150)
-    for executor in LAYOUTS:
-        for found, wanted in zip(watch(family, executor, batch), expected, strict=True):
+    for layout in LAYOUTS:
+        for found, wanted in zip(watch(family, layout, batch), expected, strict=True):
             torch.testing.assert_close(
                 found["received"][found["alive"]], wanted["received"][wanted["alive"]], atol=1e-5, rtol=1e-5
             )
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
-def test_eager_probabilities_and_recomputed_ones_are_the_same(family, executor):
+def test_eager_probabilities_and_recomputed_ones_are_the_same(family, layout):
     batch = FAMILIES[family].batch()
     for a, b in zip(
-        watch(family, executor, batch, attn_implementation="eager"), watch(family, executor, batch), strict=True
+        watch(family, layout, batch, attn_implementation="eager"), watch(family, layout, batch), strict=True
     ):
         torch.testing.assert_close(a["received"], b["received"], atol=1e-5, rtol=1e-5)
 

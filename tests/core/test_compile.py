@@ -35,7 +35,7 @@ def fresh():
 def check(family: str, method, backend: str, batches: list[dict], dynamic: bool | None = None) -> None:
     """One graph, and the answers of the model that is not compiled."""
     source = FAMILIES[family]
-    model = prune(source.build(), method, executor="padded")
+    model = prune(source.build(), method, layout="padded")
     compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
     with torch.no_grad():
         for batch in batches:
@@ -58,7 +58,7 @@ def test_a_row_without_a_token_is_answered_alike_by_other_attention(at, monkeypa
     source, method = FAMILIES["bert"], TopK(keep=0.6, at=at)
     batch = source.batch((12, 9, 5))
     batch["attention_mask"][2] = 0
-    model = prune(source.build(), method, executor="padded")
+    model = prune(source.build(), method, layout="padded")
     with torch.no_grad():
         expected = source.run(model, batch)
     plain, blind = ALL_ATTENTION_FUNCTIONS["sdpa"], []

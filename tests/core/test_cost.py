@@ -19,10 +19,10 @@ def by_hand(n: int, n_ffn: int, scored: bool) -> int:
     return 4 * n * C * C + 2 * n * n * C + 2 * n_ffn * C * INNER + scored * n * n * C
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
-def test_bert_is_counted_as_by_hand(executor):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bert_is_counted_as_by_hand(layout):
     """Tokens leave between attention and FFN; sites 1 and 2."""
-    model = prune(FAMILIES["bert"].build(), TopK(keep=0.5, at=(1, 2)), executor=executor)
+    model = prune(FAMILIES["bert"].build(), TopK(keep=0.5, at=(1, 2)), layout=layout)
     FAMILIES["bert"].run(model, FAMILIES["bert"].batch((12, 7), width=20))
     expected = [
         by_hand(12, 12, False) + by_hand(7, 7, False),

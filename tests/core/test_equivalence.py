@@ -1,6 +1,6 @@
 """The first property: a model that hides tokens, one that shortens its tensors and one that packs them answer the same.
 
-The matrix is method x family x executor; ``python tests/test_equivalence.py`` prints what it covers.
+The matrix is method x family x layout; ``python tests/test_equivalence.py`` prints what it covers.
 """
 
 from __future__ import annotations
@@ -32,40 +32,40 @@ def dense_answers(family: str) -> dict:
 
 
 @torch.no_grad()
-def answers_of(family: str, method, executor: str, batch: dict):
+def answers_of(family: str, method, layout: str, batch: dict):
     """(answers, report) of the tiny model of a family, pruned."""
-    model = prune(copy.deepcopy(tiny(family)), method, executor=executor)
+    model = prune(copy.deepcopy(tiny(family)), method, layout=layout)
     return FAMILIES[family].answers(model, batch), model.token_pruner.report
 
 
 @cache
-def matrix(method: str, prunes: bool, family: str, executor: str):
+def matrix(method: str, prunes: bool, family: str, layout: str):
     """(answers, report) of one place in the matrix."""
-    return answers_of(family, METHODS[method][prunes](), executor, FAMILIES[family].batch())
+    return answers_of(family, METHODS[method][prunes](), layout, FAMILIES[family].batch())
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_keeping_every_token_is_dense(method, family, executor):
-    if why := refusal(method, family, executor):
+def test_keeping_every_token_is_dense(method, family, layout):
+    if why := refusal(method, family, layout):
         with pytest.raises((ValueError, RuntimeError), match=why):
-            matrix(method, False, family, executor)
+            matrix(method, False, family, layout)
         return
-    answers, report = matrix(method, False, family, executor)
+    answers, report = matrix(method, False, family, layout)
     assert {row["tokens_kept"] for row in report} == {report[0]["tokens_in"]}
-    assert difference(answers, dense_answers(family)) <= (TOLERANCE if executor == "packed" else 0)
+    assert difference(answers, dense_answers(family)) <= (TOLERANCE if layout == "packed" else 0)
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_executors_agree(method, family, executor):
-    if why := refusal(method, family, executor):
+def test_executors_agree(method, family, layout):
+    if why := refusal(method, family, layout):
         with pytest.raises((ValueError, RuntimeError), match=why):
-            matrix(method, True, family, executor)
+            matrix(method, True, family, layout)
         return
-    answers, report = matrix(method, True, family, executor)
+    answers, report = matrix(method, True, family, layout)
     assert report[-1]["tokens_kept"] < report[0]["tokens_in"]
     assert difference(answers, matrix(method, True, family, "mask")[0]) <= TOLERANCE
     assert difference(answers, dense_answers(family)) > 1e-3, "tokens left and nothing changed"
@@ -77,8 +77,8 @@ def test_executors_agree_without_padding_and_on_runs_of_equal_length(family, len
     batch = FAMILIES[family].batch(lengths)
     if len(set(lengths)) == 1:
         batch.pop("attention_mask", None)
-    executors = [e for e in LAYOUTS if not refusal("topk", family, e)]
-    answers = [answers_of(family, TopK(keep=0.5), e, batch)[0] for e in executors]
+    layouts = [e for e in LAYOUTS if not refusal("topk", family, e)]
+    answers = [answers_of(family, TopK(keep=0.5), e, batch)[0] for e in layouts]
     assert all(difference(a, answers[0]) <= TOLERANCE for a in answers)
 
 
@@ -102,8 +102,8 @@ def test_spare_rows_change_nothing(family, monkeypatch):
 )
 def test_eager_attention_agrees_with_sdpa(family, method):
     batch, expected = FAMILIES[family].batch(), matrix(method, True, family, "mask")[0]
-    for executor in LAYOUTS:
-        model = prune(FAMILIES[family].build(attn_implementation="eager"), METHODS[method][1](), executor=executor)
+    for layout in LAYOUTS:
+        model = prune(FAMILIES[family].build(attn_implementation="eager"), METHODS[method][1](), layout=layout)
         with torch.no_grad():
             assert difference(FAMILIES[family].answers(model, batch), expected) <= TOLERANCE
 
@@ -123,8 +123,8 @@ def test_the_reference_equals_layers_called_by_hand():
             x = x[:, score.topk(k).indices.sort().values]
         x = layer.output(layer.intermediate(x), x)
     expected = model.classifier(model.bert.pooler(x))
-    for executor in LAYOUTS:
-        pruned = prune(family.build(), TopK(keep=keep, at=at), executor=executor)
+    for layout in LAYOUTS:
+        pruned = prune(family.build(), TopK(keep=keep, at=at), layout=layout)
         torch.testing.assert_close(pruned(**batch).logits, expected, atol=TOLERANCE, rtol=0)
     assert x.shape[1] == pruned.token_pruner.report[-1]["tokens_kept"] == 4
 
@@ -133,9 +133,7 @@ def summary() -> str:
     """How many combinations the matrix runs and which it refuses."""
     combinations = [(m, f, e) for m in METHODS for f in FAMILIES for e in LAYOUTS]
     why = Counter((f, reason) for m, f, e in combinations if (reason := refusal(m, f, e)))
-    lines = [
-        f"{len(METHODS)} methods x {len(FAMILIES)} families x {len(LAYOUTS)} executors: {len(combinations)} places"
-    ]
+    lines = [f"{len(METHODS)} methods x {len(FAMILIES)} families x {len(LAYOUTS)} layouts: {len(combinations)} places"]
     lines += [f"{len(combinations) - why.total()} run", f"{why.total()} are refused with an error:"]
     return "\n".join(lines + [f"  {count} with {family}: {reason}" for (family, reason), count in why.items()])
 

@@ -1,4 +1,4 @@
-"""The same gradients whatever the executor, with checkpointing, and with two forwards before one backward."""
+"""The same gradients whatever the layout, with checkpointing, and with two forwards before one backward."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ RUN = [(f, e) for f in FAMILIES for e in ("padded", "packed") if FAMILIES[f].pac
 HARD, SOFT = (lambda: TopK(keep=0.6)), (lambda: LTP(target_flops=0.5, init=1.6, soft_until=0.5))
 
 
-def trained(family: str, method, executor: str = "auto", progress: float = 0.0, checkpointing: bool = False):
-    model = prune(FAMILIES[family].build(), method, executor=executor).train()
+def trained(family: str, method, layout: str = "auto", progress: float = 0.0, checkpointing: bool = False):
+    model = prune(FAMILIES[family].build(), method, layout=layout).train()
     model.token_pruner.progress = progress
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -48,28 +48,28 @@ def assert_equal(found: dict, expected: dict) -> None:
     assert abs(sum(g.double().sum() for g in found.values()) - total) <= 1e-5 * size
 
 
-@pytest.mark.parametrize("family, executor", RUN)
-def test_executors_give_the_same_gradients(family, executor):
-    expected, found = (trained(family, HARD(), e) for e in ("mask", executor))
+@pytest.mark.parametrize("family, layout", RUN)
+def test_executors_give_the_same_gradients(family, layout):
+    expected, found = (trained(family, HARD(), e) for e in ("mask", layout))
     expected, found = (gradients(model, loss_of(family, model)) for model in (expected, found))
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("method, executor", [(HARD, "mask"), (HARD, "padded"), (HARD, "packed"), (SOFT, "auto")])
+@pytest.mark.parametrize("method, layout", [(HARD, "mask"), (HARD, "padded"), (HARD, "packed"), (SOFT, "auto")])
 @pytest.mark.parametrize("family", TRAINED)
-def test_checkpointing_changes_nothing(family, method, executor):
-    executor = executor if FAMILIES[family].packed or executor != "packed" else "padded"
-    models = [trained(family, method(), executor, checkpointing=c) for c in (False, True)]
+def test_checkpointing_changes_nothing(family, method, layout):
+    layout = layout if FAMILIES[family].packed or layout != "packed" else "padded"
+    models = [trained(family, method(), layout, checkpointing=c) for c in (False, True)]
     expected, found = (gradients(model, loss_of(family, model)) for model in models)
     assert any(m.gradient_checkpointing for m in models[1].modules() if hasattr(m, "gradient_checkpointing"))
     assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method, executor", [(HARD, "padded"), (HARD, "packed"), (SOFT, "auto")])
+@pytest.mark.parametrize("method, layout", [(HARD, "padded"), (HARD, "packed"), (SOFT, "auto")])
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
-def test_two_forwards_before_one_backward(family, method, executor, checkpointing):
-    model = trained(family, method(), executor, checkpointing=checkpointing)
+def test_two_forwards_before_one_backward(family, method, layout, checkpointing):
+    model = trained(family, method(), layout, checkpointing=checkpointing)
     separate = copy.deepcopy(model)
     for seed in (1, 50):
         loss_of(family, separate, seed).backward()
@@ -125,7 +125,7 @@ def test_heads_of_every_token_see_in_the_soft_stage_what_is_left(family):
     head = source.model.replace("SequenceClassification", "TokenClassification")
     source = dataclasses.replace(source, model=head)
     method = LTP(init=1.6, temperature=1e-7, at=(2,))
-    model = prune(source.build().train(), method, executor="mask")
+    model = prune(source.build().train(), method, layout="mask")
     method.progress = 0.0
     real = batch["attention_mask"].bool()
     soft = model(**batch).logits
@@ -137,9 +137,9 @@ def test_heads_of_every_token_see_in_the_soft_stage_what_is_left(family):
     assert method.threshold.grad.abs().item() > 0
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
-def test_a_hard_stage_leaves_the_thresholds_alone(executor):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_hard_stage_leaves_the_thresholds_alone(layout):
     method = LTP(target_flops=0.5, init=1.6)
-    model = trained("bert", method, executor, progress=0.9)
+    model = trained("bert", method, layout, progress=0.9)
     (loss_of("bert", model) + method.loss(None, {}, method.record)).backward()
     assert method.threshold.grad.abs().max() == 0, "DDP needs a gradient, and none may move them"

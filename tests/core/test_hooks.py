@@ -16,7 +16,7 @@ from thresher import LTP, FirstK, Random, Threshold, TopK, dense, prune, unprune
 from thresher.core.layouts import LAYOUTS
 
 KINDS = ("bert", "distilbert", "mpnet", "modernbert", "vit", "llama")
-everywhere = pytest.mark.parametrize("executor", LAYOUTS)
+everywhere = pytest.mark.parametrize("layout", LAYOUTS)
 of_all_kinds = pytest.mark.parametrize("family", KINDS)
 
 
@@ -26,8 +26,8 @@ def answer(family: str, model, batch: dict | None = None) -> torch.Tensor:
 
 
 @everywhere
-def test_a_deep_copy_is_pruned_and_independent(executor):
-    model = prune(FAMILIES["bert"].build(), LTP(init=1.6), executor=executor)
+def test_a_deep_copy_is_pruned_and_independent(layout):
+    model = prune(FAMILIES["bert"].build(), LTP(init=1.6), layout=layout)
     expected = answer("bert", model)
     twin = copy.deepcopy(model)
     assert difference(answer("bert", twin), expected) == 0
@@ -75,15 +75,15 @@ def test_pruning_again_replaces_and_says_so():
 
 @everywhere
 @of_all_kinds
-def test_within_dense_nothing_is_pruned(family, executor):
-    executor = executor if FAMILIES[family].packed else "padded"
+def test_within_dense_nothing_is_pruned(family, layout):
+    layout = layout if FAMILIES[family].packed else "padded"
     model = FAMILIES[family].build()
     expected = answer(family, model)
-    prune(model, TopK(keep=0.3), executor=executor)
+    prune(model, TopK(keep=0.3), layout=layout)
     with dense(model) as same:
         assert same is model and difference(answer(family, model), expected) == 0
     with dense(model, unpadded=True):
-        assert difference(answer(family, model), expected) <= (1e-5 if executor == "packed" else 0)
+        assert difference(answer(family, model), expected) <= (1e-5 if layout == "packed" else 0)
         report = model.token_pruner.report
     assert report[-1]["tokens_kept"] == report[0]["tokens_in"] and sum(r["macs"] - r["dense_macs"] for r in report) == 0
     assert difference(answer(family, model), expected) > 1e-3
@@ -100,7 +100,7 @@ def test_dense_ends_when_something_goes_wrong():
 
 
 def test_unpadded_runs_without_padding():
-    model = prune(FAMILIES["bert"].build(), TopK(keep=0.3), executor="packed")
+    model = prune(FAMILIES["bert"].build(), TopK(keep=0.3), layout="packed")
     with dense(model, unpadded=True):
         assert rows_through(model, FAMILIES["bert"].batch()) == {i: (52, 52) for i in range(4)}
 
@@ -123,8 +123,8 @@ def test_what_cannot_be_pruned_is_refused():
     for wrong in (TopK, "topk", 0.5):
         with pytest.raises(TypeError, match=r"takes a method such as TopK"):
             prune(model, wrong)
-    with pytest.raises(ValueError, match="executor='fast': expected auto, mask, padded, packed"):
-        prune(model, TopK(), executor="fast")
+    with pytest.raises(ValueError, match="layout='fast': expected auto, mask, padded, packed"):
+        prune(model, TopK(), layout="fast")
     with pytest.raises(ValueError, match="no token_pruning entry"):
         prune(model)
     assert not hasattr(model, "token_pruner") and not hasattr(model.config, "token_pruning")
@@ -144,13 +144,13 @@ def test_layers_out_of_order_are_refused(at):
 
 def test_the_last_layer_can_be_a_site_where_tokens_leave_before_its_ffn():
     found = {}
-    for executor in LAYOUTS:
-        model = prune(FAMILIES["bert"].build(), TopK(keep=0.5, at=(3,)), executor=executor)
-        found[executor] = answer("bert", model)
+    for layout in LAYOUTS:
+        model = prune(FAMILIES["bert"].build(), TopK(keep=0.5, at=(3,)), layout=layout)
+        found[layout] = answer("bert", model)
         assert [row["tokens_kept"] for row in model.token_pruner.report] == [52, 52, 52, 26]
-        head = {"output": found[executor]["output"]}
+        head = {"output": found[layout]["output"]}
         assert difference(head, answer("bert", unprune(model))) <= 1e-5, "the head reads the first token alone"
-        assert difference(found[executor], found["mask"]) <= 1e-5
+        assert difference(found[layout], found["mask"]) <= 1e-5
     with pytest.raises(ValueError, match=r"can be pruned at 0\.\.2"):
         prune(FAMILIES["vit"].build(), TopK(at=(3,)))
 
@@ -166,7 +166,7 @@ def test_attention_exchanged_after_prune_is_an_error(family, method):
 
 
 def test_a_scored_layer_that_shows_nothing_is_an_error():
-    model = prune(FAMILIES["bert"].build(), TopK(keep=0.5), executor="padded")
+    model = prune(FAMILIES["bert"].build(), TopK(keep=0.5), layout="padded")
     attention = model.bert.encoder.layer[1].attention.self
     attention.config = copy.deepcopy(attention.config)
     attention.config._attn_implementation = "sdpa"
@@ -230,16 +230,16 @@ RAGGED = (
 
 
 @pytest.mark.parametrize(
-    "method, executor, lengths",
+    "method, layout, lengths",
     [
-        (method, executor, lengths)
+        (method, layout, lengths)
         for method in METHODS
-        for executor, lengths in (("padded", (20, 20, 20)), ("packed", (20, 20, 20)), ("packed", (24, 18, 10)))
-        if executor == "packed" or method not in RAGGED
+        for layout, lengths in (("padded", (20, 20, 20)), ("packed", (20, 20, 20)), ("packed", (24, 18, 10)))
+        if layout == "packed" or method not in RAGGED
     ],
 )
-def test_tensors_shrink_as_the_report_says(method, executor, lengths):
-    model = prune(FAMILIES["bert"].build(), METHODS[method][1](), executor=executor)
+def test_tensors_shrink_as_the_report_says(method, layout, lengths):
+    model = prune(FAMILIES["bert"].build(), METHODS[method][1](), layout=layout)
     rows = rows_through(model, FAMILIES["bert"].batch(lengths))
     report = model.token_pruner.report
     assert rows == {row["layer"]: (row["tokens_in"], row["tokens_kept"]) for row in report}
@@ -247,7 +247,7 @@ def test_tensors_shrink_as_the_report_says(method, executor, lengths):
 
 
 def test_masked_tensors_keep_their_shape():
-    model = prune(FAMILIES["bert"].build(), TopK(keep=0.5), executor="mask")
+    model = prune(FAMILIES["bert"].build(), TopK(keep=0.5), layout="mask")
     assert rows_through(model, FAMILIES["bert"].batch()) == {i: (72, 72) for i in range(4)}
 
 
@@ -256,9 +256,9 @@ def test_masked_tensors_keep_their_shape():
     "method", [TopK(keep=1), Random(keep=1), FirstK(keep=1), Threshold(99.0), LTP(init=99.0, min_keep=1)], ids=repr
 )
 @pytest.mark.parametrize("family, kept", [("bert", {0}), ("deit", {0, 1}), ("llama", {-1})])
-def test_special_tokens_always_stay(family, kept, method, executor):
+def test_special_tokens_always_stay(family, kept, method, layout):
     source, method = FAMILIES[family], copy.deepcopy(method)
-    model = prune(source.build(), method, executor=executor)
+    model = prune(source.build(), method, layout=layout)
     batch = source.batch((24, 18, 10))
     answer(family, model, batch)
     last = model.token_pruner.record.views[-1].after
@@ -268,8 +268,8 @@ def test_special_tokens_always_stay(family, kept, method, executor):
 
 
 @everywhere
-def test_two_threads_run_one_model(executor):
-    model = prune(FAMILIES["bert"].build(), TopK(keep=0.5), executor=executor)
+def test_two_threads_run_one_model(layout):
+    model = prune(FAMILIES["bert"].build(), TopK(keep=0.5), layout=layout)
     batches = [FAMILIES["bert"].batch((n, n - 3), seed=n) for n in range(8, 24, 2)]
     expected = [answer("bert", model, batch) for batch in batches]
     logits = lambda batch: {"output": FAMILIES["bert"].run(model, batch).detach()}  # noqa: E731
@@ -280,11 +280,11 @@ def test_two_threads_run_one_model(executor):
 
 @everywhere
 @of_all_kinds
-def test_half_precision_runs(family, executor):
-    executor = executor if FAMILIES[family].packed else "padded"
+def test_half_precision_runs(family, layout):
+    layout = layout if FAMILIES[family].packed else "padded"
     for autocast in (False, True):
         model = FAMILIES[family].build()
-        model = prune(model if autocast else model.bfloat16(), LTP(init=1.6), executor=executor)
+        model = prune(model if autocast else model.bfloat16(), LTP(init=1.6), layout=layout)
         batch = FAMILIES[family].batch()
         batch = {k: v if v.dtype == torch.long or autocast else v.bfloat16() for k, v in batch.items()}
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -16,16 +16,16 @@ TOLERANCE = 1e-5
 TEXT = ("bert", "distilbert", "deberta-v2", "modernbert", "llama")
 # Families in which a row means the same wherever it stands in the tensor.
 MOVABLE = ("bert", "distilbert", "roberta", "deberta-v2", "modernbert", "llama", "qwen2")
-everywhere = pytest.mark.parametrize("executor", LAYOUTS)
+everywhere = pytest.mark.parametrize("layout", LAYOUTS)
 of_text = pytest.mark.parametrize("family", TEXT)
 
 
 @cache
-def pruned(family: str, method: str, executor: str):
+def pruned(family: str, method: str, layout: str):
     if family in REFUSES.get(method, {}):
         pytest.skip(f"{method} refuses {family}, see test_equivalence")
-    executor = executor if FAMILIES[family].packed or executor != "packed" else "padded"
-    return prune(FAMILIES[family].build(), METHODS[method][1](), executor=executor)
+    layout = layout if FAMILIES[family].packed or layout != "packed" else "padded"
+    return prune(FAMILIES[family].build(), METHODS[method][1](), layout=layout)
 
 
 def rows(family: str, model, batch: dict) -> list[dict]:
@@ -50,16 +50,16 @@ def pick(batch: dict, index) -> dict:
 @everywhere
 @of_text
 @pytest.mark.parametrize("method", METHODS)
-def test_more_padding_changes_nothing(method, family, executor):
-    model, source = pruned(family, method, executor), FAMILIES[family]
+def test_more_padding_changes_nothing(method, family, layout):
+    model, source = pruned(family, method, layout), FAMILIES[family]
     assert same(rows(family, model, source.batch(width=24)), rows(family, model, source.batch(width=33)))
 
 
 @everywhere
 @of_text
 @pytest.mark.parametrize("method", METHODS)
-def test_the_batch_changes_nothing(method, family, executor):
-    model, batch = pruned(family, method, executor), FAMILIES[family].batch()
+def test_the_batch_changes_nothing(method, family, layout):
+    model, batch = pruned(family, method, layout), FAMILIES[family].batch()
     together = rows(family, model, batch)
     assert same(together, [rows(family, model, pick(batch, [i]))[0] for i in range(3)])
     assert same(together[:2], rows(family, model, pick(batch, [0, 1])))
@@ -70,8 +70,8 @@ def test_the_batch_changes_nothing(method, family, executor):
 @everywhere
 @pytest.mark.parametrize("method", ["topk", "random", "ltp"])
 @pytest.mark.parametrize("family", MOVABLE)
-def test_left_padding_changes_nothing(family, method, executor):
-    model, source = pruned(family, method, executor), FAMILIES[family]
+def test_left_padding_changes_nothing(family, method, layout):
+    model, source = pruned(family, method, layout), FAMILIES[family]
     right, left = source.batch(width=27), source.batch(width=27, side="left")
     if family in ("bert", "roberta", "distilbert", "llama"):  # elsewhere positions are relative, or cannot be given
         for batch in (right, left):
@@ -87,8 +87,8 @@ def test_left_padding_changes_nothing(family, method, executor):
 
 @everywhere
 @of_text
-def test_a_row_of_one_token_passes(family, executor):
-    model, batch = pruned(family, "topk", executor), FAMILIES[family].batch((7, 1, 4))
+def test_a_row_of_one_token_passes(family, layout):
+    model, batch = pruned(family, "topk", layout), FAMILIES[family].batch((7, 1, 4))
     with dense(model):
         expected = rows(family, model, batch)[1]
     assert difference(rows(family, model, batch)[1], expected) <= TOLERANCE
@@ -98,8 +98,8 @@ def test_a_row_of_one_token_passes(family, executor):
 @everywhere
 @of_text
 @pytest.mark.parametrize("method", ["topk", "threshold"])
-def test_a_row_of_padding_alone_returns_what_the_dense_model_returns(method, family, executor):
-    model, batch = pruned(family, method, executor), FAMILIES[family].batch((7, 5, 9))
+def test_a_row_of_padding_alone_returns_what_the_dense_model_returns(method, family, layout):
+    model, batch = pruned(family, method, layout), FAMILIES[family].batch((7, 5, 9))
     full = FAMILIES[family].run(model, batch)
     batch["attention_mask"] = batch["attention_mask"].clone()
     batch["attention_mask"][1] = 0
@@ -113,21 +113,21 @@ def test_a_row_of_padding_alone_returns_what_the_dense_model_returns(method, fam
 
 @everywhere
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "llama"])
-def test_inputs_without_special_tokens(family, executor):
-    executor = executor if FAMILIES[family].packed else "padded"
+def test_inputs_without_special_tokens(family, layout):
+    layout = layout if FAMILIES[family].packed else "padded"
     source = FAMILIES[family]
     for method in (lambda: TopK(keep=1, protect=()), lambda: Threshold(50.0, protect=())):
-        model = prune(source.build(), method(), executor=executor)
+        model = prune(source.build(), method(), layout=layout)
         found = source.answers(model, source.batch())
         assert model.token_pruner.report[-1]["tokens_kept"] == 3, "one token of each row is left"
-        reference = source.answers(prune(source.build(), method(), executor="mask"), source.batch())
+        reference = source.answers(prune(source.build(), method(), layout="mask"), source.batch())
         assert difference(found, reference) <= TOLERANCE
 
 
 @everywhere
 @pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
-def test_embeddings_in_place_of_ids(family, executor):
-    model, batch = pruned(family, "topk", executor), FAMILIES[family].batch()
+def test_embeddings_in_place_of_ids(family, layout):
+    model, batch = pruned(family, "topk", layout), FAMILIES[family].batch()
     expected = rows(family, model, batch)
     embedded = {
         "inputs_embeds": model.get_input_embeddings()(batch["input_ids"]),
@@ -138,8 +138,8 @@ def test_embeddings_in_place_of_ids(family, executor):
 
 @everywhere
 @of_text
-def test_padding_never_reaches_a_score(family, executor):
-    model, source = pruned(family, "threshold", executor), FAMILIES[family]
+def test_padding_never_reaches_a_score(family, layout):
+    model, source = pruned(family, "threshold", layout), FAMILIES[family]
     scores = []
     for width in (24, 40):
         rows(family, model, source.batch(width=width))

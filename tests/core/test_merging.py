@@ -56,20 +56,20 @@ def by_hand(model, pixels, r: int, sites, mlerp=()) -> torch.Tensor:
     return base.layernorm(out)
 
 
-@pytest.mark.parametrize("executor", ["mask", "padded"])
+@pytest.mark.parametrize("layout", ["mask", "padded"])
 @pytest.mark.parametrize(("method", "mlerp"), [(ToMe(r=3), ()), (ToFu(r=3, prunes=0.0), (0, 1, 2))])
-def test_merging_is_the_papers(executor, method, mlerp):
+def test_merging_is_the_papers(layout, method, mlerp):
     model, pixels = VIT.build(), VIT.batch((1,))["pixel_values"]
     with torch.no_grad():
         wanted = by_hand(model, pixels, 3, (0, 1, 2), mlerp)
-        prune(model, method, executor=executor)
+        prune(model, method, layout=layout)
         found = model.vit(pixels).last_hidden_state[0]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert len({tuple(row) for row in found.round(decimals=6).tolist()}) == len(found) - 9
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
-def test_evit_fuses_the_rest_by_the_attention_of_the_class_token(executor):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_evit_fuses_the_rest_by_the_attention_of_the_class_token(layout):
     model, batch = BERT.build(attn_implementation="eager"), BERT.batch((12,))
     with torch.no_grad():
         given = model.bert(**batch, output_attentions=True, output_hidden_states=True)
@@ -83,7 +83,7 @@ def test_evit_fuses_the_rest_by_the_attention_of_the_class_token(executor):
         x = layer.output(layer.intermediate(x), x)
         for later in model.bert.encoder.layer[2:]:
             x = later(x)[0] if isinstance(later(x), tuple) else later(x)
-        prune(model, EViT(keep=6, at=(1,)), executor=executor)
+        prune(model, EViT(keep=6, at=(1,)), layout=layout)
         found = model.bert(**batch).last_hidden_state[0]
     place = {j: i for i, j in enumerate(sorted(rows))}
     wanted = torch.stack([x[0, place[rest[0] if j in rest else j]] for j in range(12)])
@@ -155,10 +155,10 @@ def test_ltmp_merges_what_is_alike_and_drops_what_is_not():
 )
 def test_a_named_token_stands_in_for_a_class_token(name, method):
     family, answers = FAMILIES[name], {}
-    for executor in LAYOUTS if family.packed else ("mask", "padded"):
-        model = prune(family.build(), method(keep=0.6, at=(0, 1), protect=(0,)), executor=executor)
+    for layout in LAYOUTS if family.packed else ("mask", "padded"):
+        model = prune(family.build(), method(keep=0.6, at=(0, 1), protect=(0,)), layout=layout)
         with torch.no_grad():
-            answers[executor] = family.answers(model, family.batch())
+            answers[layout] = family.answers(model, family.batch())
         counts = model.token_pruner.record.counts
         assert all((b.n_attention < a.n_attention).all() for a, b in itertools.pairwise(counts[:3]))
     assert max(difference(found, answers["mask"]) for found in answers.values()) <= 1e-5
@@ -166,18 +166,18 @@ def test_a_named_token_stands_in_for_a_class_token(name, method):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_merging_takes_other_precisions(dtype):
-    model = prune(BERT.build(attn_implementation="eager").to(dtype), ToMe(r=0.3), executor="padded")
+    model = prune(BERT.build(attn_implementation="eager").to(dtype), ToMe(r=0.3), layout="padded")
     with torch.no_grad():
         assert BERT.run(model, BERT.batch((24, 13))).isfinite().all()
 
 
 @pytest.mark.parametrize("method", [ToMe(r=0.3), LTMP(init=0.8, merge_init=0.5)], ids=["tome", "ltmp"])
-@pytest.mark.parametrize("executor", [*LAYOUTS, "compiled"])
-def test_a_row_without_a_token_passes_as_in_the_dense_model(executor, method):
+@pytest.mark.parametrize("layout", [*LAYOUTS, "compiled"])
+def test_a_row_without_a_token_passes_as_in_the_dense_model(layout, method):
     model, batch = BERT.build(), BERT.batch((24, 13, 7))
     batch["attention_mask"][1] = 0
     with torch.no_grad():
         dense = BERT.run(model, batch)[1]
-        prune(model, copy.deepcopy(method), executor="padded" if executor == "compiled" else executor)
-        found = BERT.run(torch.compile(model, backend="eager") if executor == "compiled" else model, batch)
+        prune(model, copy.deepcopy(method), layout="padded" if layout == "compiled" else layout)
+        found = BERT.run(torch.compile(model, backend="eager") if layout == "compiled" else model, batch)
     assert found.isfinite().all() and (found[1] - dense).abs().max() <= 1e-5

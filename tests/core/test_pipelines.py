@@ -55,7 +55,7 @@ def bert(head: str, **options):
 
 
 @pytest.fixture(params=LAYOUTS)
-def executor(request):
+def layout(request):
     return request.param
 
 
@@ -64,32 +64,32 @@ def method(request):
     return METHODS[request.param]()
 
 
-def both(task: str, model, tokenizer, method, executor, *inputs, **options):
+def both(task: str, model, tokenizer, method, layout, *inputs, **options):
     """What a pipeline answers without and with pruning, in batches of two."""
     dense = pipeline(task, model=model, tokenizer=tokenizer, batch_size=2)(*inputs, **options)
-    run = pipeline(task, model=prune(model, method, executor=executor), tokenizer=tokenizer, batch_size=2)
+    run = pipeline(task, model=prune(model, method, layout=layout), tokenizer=tokenizer, batch_size=2)
     pruned = run(*inputs, **options)
     assert model.token_pruner.report[-1]["tokens_kept"] < model.token_pruner.report[0]["tokens_in"]
     return dense, pruned
 
 
-def test_text_classification(tokenizer, method, executor):
+def test_text_classification(tokenizer, method, layout):
     dense, pruned = both(
-        "text-classification", bert("ForSequenceClassification"), tokenizer, method, executor, TEXTS, top_k=None
+        "text-classification", bert("ForSequenceClassification"), tokenizer, method, layout, TEXTS, top_k=None
     )
     assert [{x["label"] for x in row} for row in pruned] == [{x["label"] for x in row} for row in dense]
     assert [sum(x["score"] for x in row) for row in pruned] == pytest.approx([1.0] * 3)
     assert pruned != dense
 
 
-def test_token_classification(tokenizer, method, executor):
-    dense, pruned = both("token-classification", bert("ForTokenClassification"), tokenizer, method, executor, TEXTS)
+def test_token_classification(tokenizer, method, layout):
+    dense, pruned = both("token-classification", bert("ForTokenClassification"), tokenizer, method, layout, TEXTS)
     assert [[x["word"] for x in row] for row in pruned] == [[x["word"] for x in row] for row in dense]
     assert [len(row) for row in pruned] == [5, 15, 1]
     assert pruned != dense
 
 
-def test_question_answering(tokenizer, method, executor):
+def test_question_answering(tokenizer, method, layout):
     asked = [{"question": "who made it", "context": text} for text in TEXTS[:2]]
     model = bert("ForQuestionAnswering", num_labels=2)
     encoded = tokenizer(
@@ -97,47 +97,47 @@ def test_question_answering(tokenizer, method, executor):
     )
     with torch.no_grad():
         dense = model(**encoded)
-        pruned = prune(model, method, executor=executor)(**encoded)
+        pruned = prune(model, method, layout=layout)(**encoded)
     assert (
         pruned.start_logits.shape == pruned.end_logits.shape == dense.start_logits.shape == encoded["input_ids"].shape
     )
     assert model.token_pruner.report[-1]["tokens_kept"] < model.token_pruner.report[0]["tokens_in"]
 
 
-def test_feature_extraction(tokenizer, method, executor):
-    dense, pruned = both("feature-extraction", bert("Model"), tokenizer, method, executor, TEXTS, return_tensors=True)
+def test_feature_extraction(tokenizer, method, layout):
+    dense, pruned = both("feature-extraction", bert("Model"), tokenizer, method, layout, TEXTS, return_tensors=True)
     assert [x.shape for x in pruned] == [x.shape for x in dense] and {x.shape[-1] for x in pruned} == {32}
     assert all(x.isfinite().all() for x in pruned)
 
 
-def test_image_classification_shapes(method, executor):
+def test_image_classification_shapes(method, layout):
     model, batch = FAMILIES["vit"].build(), FAMILIES["vit"].batch()
     with torch.no_grad():
         dense = model(**batch, output_hidden_states=False).logits
-        assert prune(model, method, executor=executor)(**batch).logits.shape == dense.shape
+        assert prune(model, method, layout=layout)(**batch).logits.shape == dense.shape
 
 
-def test_tuples_in_place_of_dictionaries(executor):
+def test_tuples_in_place_of_dictionaries(layout):
     model, batch = FAMILIES["bert"].build(), FAMILIES["bert"].batch()
-    prune(model, TopK(keep=0.5), executor=executor)
+    prune(model, TopK(keep=0.5), layout=layout)
     with torch.no_grad():
         (logits,) = model(**batch, return_dict=False)
         assert torch.equal(logits, model(**batch).logits)
 
 
-def test_positional_inputs(executor):
-    model, batch = prune(FAMILIES["bert"].build(), TopK(keep=0.5), executor=executor), FAMILIES["bert"].batch()
+def test_positional_inputs(layout):
+    model, batch = prune(FAMILIES["bert"].build(), TopK(keep=0.5), layout=layout), FAMILIES["bert"].batch()
     with torch.no_grad():
         assert torch.equal(model(batch["input_ids"], batch["attention_mask"]).logits, model(**batch).logits)
 
 
-def test_multiple_choice_flattens_its_inputs(executor):
+def test_multiple_choice_flattens_its_inputs(layout):
     model, batch = bert("ForMultipleChoice"), FAMILIES["bert"].batch((9, 7, 8, 5))
     batch = {k: v.view(2, 2, -1) for k, v in batch.items()}
-    reference = prune(model, TopK(keep=0.5), executor="mask")
+    reference = prune(model, TopK(keep=0.5), layout="mask")
     with torch.no_grad():
         expected = reference(**batch).logits
-        found = prune(unprune(model), TopK(keep=0.5), executor=executor)(**batch).logits
+        found = prune(unprune(model), TopK(keep=0.5), layout=layout)(**batch).logits
     assert found.shape == (2, 2)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 

@@ -28,9 +28,9 @@ def layers(length: int, row: int):
     return found
 
 
-def scores(method, executor: str) -> list[list[list[float]]]:
+def scores(method, layout: str) -> list[list[list[float]]]:
     """What a pruned model scored, per site and row."""
-    model = prune(BERT.build(), method, executor=executor)
+    model = prune(BERT.build(), method, layout=layout)
     with torch.no_grad():
         BERT.run(model, BERT.batch(LENGTHS))
     return [[s[a].tolist() for s, a in zip(v.score, v.alive, strict=True)] for v in model.token_pruner.record.views]
@@ -51,13 +51,13 @@ def by_hand(name: str, weights, value) -> list[float]:
     return [0.0] + [sum(a[h][0][j] * size[h][j] for h in range(heads)) / heads for j in range(1, n)]
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("name", "method"),
     [("row", Entropy), ("column", lambda **k: Entropy(criterion="column", **k)), ("vatp", VATP), ("ats", ATS)],
 )
-def test_scores_are_the_papers(name, method, executor):
-    (found,) = scores(method(keep=0.6, at=(1,)), executor)
+def test_scores_are_the_papers(name, method, layout):
+    (found,) = scores(method(keep=0.6, at=(1,)), layout)
     for row, length in enumerate(LENGTHS):
         torch.testing.assert_close(
             torch.tensor(found[row]), torch.tensor(by_hand(name, *layers(length, row)[1])), atol=1e-5, rtol=1e-5
@@ -74,11 +74,11 @@ def test_ats_in_a_decoder_asks_the_last_token():
     assert ((kept > 3) & (kept < live)).all()
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
-def test_spatten_adds_up_what_the_survivors_received(executor, monkeypatch):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_spatten_adds_up_what_the_survivors_received(layout, monkeypatch):
     own, received = [], View.received
     monkeypatch.setattr(View, "received", lambda view: own.append(received(view)) or own[-1])
-    model = prune(BERT.build(), SpAtten(keep=0.5, at=(0, 1, 2)), executor=executor)
+    model = prune(BERT.build(), SpAtten(keep=0.5, at=(0, 1, 2)), layout=layout)
     with torch.no_grad():
         BERT.run(model, BERT.batch(LENGTHS))
     first, *_ = views = model.token_pruner.record.views

@@ -146,9 +146,9 @@ def test_bad_input_is_named():
 
 # --- baselines -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["random", "first-k"])
-@pytest.mark.parametrize("executor", ["auto", "padded"])
-def test_counts_are_replayed_exactly(method, executor):
-    model, data = pruned(executor=executor), rows()
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+def test_counts_are_replayed_exactly(method, layout):
+    model, data = pruned(layout=layout), rows()
     with torch.no_grad():
         found = predicting.predict(model, data, batch_size=5)
     baseline = predicting.replayed(model, method, found.kept)
@@ -260,7 +260,7 @@ def test_one_row_per_mode_and_batch_size(measured):
         assert (r["split"], r["seed"], r["trained_steps"]) == ("test", 3, 7)
         assert r["peak_memory_mb"] is None and r["threads"] == 1 and r["repeats"] == 3
         assert r["n_timed"] == (8 if r["batch_size"] == 1 else 16)
-        assert r["executor"] == ("padded" if r["mode"] == "dense-padded" else "packed")
+        assert r["layout"] == ("padded" if r["mode"] == "dense-padded" else "packed")
         assert "/" not in r["command"].split()[0] and r["hardware"] and r["versions"] and r["date"]
 
 
@@ -324,7 +324,7 @@ def test_limit_threads_and_known_predictions():
 def test_where_packed_does_not_run_dense_is_sorted_by_length():
     model = pruned("mpnet", TopK(keep=0.5, at=(1, 2)))
     found = bench.measure(model, rows(labels=None), task(), max_length=24, batch_sizes=(4,), repeats=1)
-    assert [r["executor"] for r in found] == ["padded", "length-sorted", "padded"]
+    assert [r["layout"] for r in found] == ["padded", "length-sorted", "padded"]
     assert all(r["quality"] is None and r["quality_dense"] is None for r in found)
 
 
@@ -333,7 +333,7 @@ def test_against_another_dense_model():
     found = bench.measure(model, data, task(), max_length=24, batch_sizes=(4,), repeats=1, against=other)
     expected = predicting.quality(predicting.predict(other, data), data, "accuracy")
     assert {r["quality_dense"] for r in found} == {expected} and not hasattr(other, "token_pruner")
-    assert found[1]["executor"] == "packed"
+    assert found[1]["layout"] == "packed"
 
 
 def test_bf16_is_referred_to_fp32():

@@ -17,9 +17,9 @@ def rows():
     shared = {"task": "synthetic", "model": "tiny", "runtime": "torch", "precision": "fp32", "metric": "accuracy"}
     shared |= {"quality_dense": 70.0, "threads": 1}
     dense, ltp = {"method": "dense", "quality": 70.0}, {"method": "ltp", "quality": 69.25, "target_flops": 0.4}
-    ltp |= {"interval_low": -0.25, "interval_high": 1.75, "mode": "pruned", "executor": "packed"}
-    padded = dense | {"mode": "dense-padded", "executor": "padded"}
-    unpadded = dense | {"mode": "dense-unpadded", "executor": "packed"}
+    ltp |= {"interval_low": -0.25, "interval_high": 1.75, "mode": "pruned", "layout": "packed"}
+    padded = dense | {"mode": "dense-padded", "layout": "padded"}
+    unpadded = dense | {"mode": "dense-unpadded", "layout": "packed"}
     made = []
     for size, ms in ((1, 20.0), (32, 320.0)):
         for own, speed in ((padded, 0.5), (unpadded, 1.0), (ltp, 2.0)):
@@ -88,7 +88,7 @@ def test_other_files_are_refused(tmp_path, text):
 def test_tables_show_what_was_measured():
     text = report.markdown(rows())
     lines = text.splitlines()
-    assert lines[0].startswith("| method | executor | batch | quality | drop | FLOPs ÷ |") and len(lines) == 8
+    assert lines[0].startswith("| method | layout | batch | quality | drop | FLOPs ÷ |") and len(lines) == 8
     assert lines[4] == "| ltp | packed | 1 | 69.2 | 0.8 (−0.2 … 1.8) | 2.50 | 10.0 / 20.0 ms | 2.00 | 4.00 | 0.80 |"
     assert lines[7].split(" | ")[6] == "200 /s"
     assert lines[2].split(" | ")[0] == "| dense-padded" and lines[2].split(" | ")[4] == "–"

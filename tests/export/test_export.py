@@ -54,7 +54,7 @@ def test_a_graph_answers_as_its_model_at_other_shapes(exported):
     model, folder, spec = exported
     assert spec["difference"] <= 1e-4
     assert differs(model, load_runtime(folder)) <= 1e-4
-    assert not model.training and model.token_pruner.hooks.executor == "auto"
+    assert not model.training and model.token_pruner.hooks.layout == "auto"
 
 
 @pytest.mark.slow

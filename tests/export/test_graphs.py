@@ -158,7 +158,7 @@ def test_graphs_stand_beside_torch():
     options = {"max_length": 30, "batch_sizes": (1, 4), "repeats": 2, "examples": 6, "line": line}
     found = bench.measure(model, data, task(), **options, graphs=graphs)
     assert len(found) == 2 * 3 * 3
-    assert {r["executor"] for r in found if r["runtime"] == "onnx"} == {"padded", "length-sorted"}
+    assert {r["layout"] for r in found if r["runtime"] == "onnx"} == {"padded", "length-sorted"}
     assert (1, 30) in whole.shapes and (1, 30) not in cut.shapes
     for r in found:
         where = (r["runtime"], r["precision"], r["batch_size"])

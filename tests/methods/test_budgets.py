@@ -1,4 +1,4 @@
-"""Budgets: methods with one dial meet a share of the MACs, trained or not; trained ones learn, save and come back."""
+"""Budgets: methods with one knob meet a share of the MACs, trained or not; trained ones learn, save and come back."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from thresher.core.pruner import METHODS, TokenPruner, kept_count, top_k
 BERT = FAMILIES["bert"]
 
 
-def pruned(method, executor: str = "auto", family: str = "bert"):
-    return prune(FAMILIES[family].build(), method, executor=executor)
+def pruned(method, layout: str = "auto", family: str = "bert"):
+    return prune(FAMILIES[family].build(), method, layout=layout)
 
 
 def kept(model, batch: dict | None = None) -> list[list[list[int]]]:
@@ -52,20 +52,20 @@ def test_ties_keep_the_lower_position():
     assert top_k(torch.ones(1, 300), torch.tensor([7]), torch.ones(1, 300).bool())[0, :7].all()
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
-def test_fractions_compound_and_are_of_the_survivors(executor):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fractions_compound_and_are_of_the_survivors(layout):
     for method in (TopK(keep=0.5), Random(keep=0.5), FirstK(keep=0.5)):
-        assert counts(pruned(method, executor)) == [[12, 9, 5], [6, 5, 3], [3, 3, 2]]
+        assert counts(pruned(method, layout)) == [[12, 9, 5], [6, 5, 3], [3, 3, 2]]
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
-def test_one_number_per_site(executor):
-    assert counts(pruned(TopK(keep=(0.9, 12, 1)), executor)) == [[22, 17, 9], [12, 12, 9], [1, 1, 1]]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_number_per_site(layout):
+    assert counts(pruned(TopK(keep=(0.9, 12, 1)), layout)) == [[22, 17, 9], [12, 12, 9], [1, 1, 1]]
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
-def test_the_best_scored_stay(executor):
-    model = pruned(TopK(keep=5, at=(1,)), executor)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_best_scored_stay(layout):
+    model = pruned(TopK(keep=5, at=(1,)), layout)
     (rows,) = kept(model)
     (view,) = model.token_pruner.record.views
     for row, score, alive, index in zip(rows, view.score, view.alive, view.tokens.index, strict=True):
@@ -91,8 +91,8 @@ def test_chance_is_fair_and_has_a_seed():
 
 def test_chance_depends_neither_on_the_batch_nor_on_the_executor():
     together = kept(pruned(Random(keep=0.5)))
-    for executor in LAYOUTS:
-        model = pruned(Random(keep=0.5), executor)
+    for layout in LAYOUTS:
+        model = pruned(Random(keep=0.5), layout)
         assert kept(model) == together
         alone = [kept(model, {k: v[i : i + 1] for k, v in BERT.batch(width=30).items()}) for i in range(3)]
         assert [[site[0] for site in row] for row in alone] == [list(site) for site in zip(*together, strict=True)]
@@ -105,10 +105,10 @@ def test_chance_is_new_in_every_step_of_training():
 
 
 @pytest.mark.parametrize("baseline", [TopK, Random, FirstK])
-@pytest.mark.parametrize("executor", LAYOUTS)
-def test_baselines_replay_the_counts_of_another_method(baseline, executor):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_baselines_replay_the_counts_of_another_method(baseline, layout):
     wanted = counts(pruned(Threshold((0.4, 0.6, 0.8))))
-    model = pruned(baseline(keep="replay"), executor)
+    model = pruned(baseline(keep="replay"), layout)
     with pytest.raises(RuntimeError, match=r"keep='replay' needs token_pruner\.counts"):
         counts(model)
     model.token_pruner.counts = torch.tensor(wanted).T
@@ -156,20 +156,20 @@ PROTECT = [
 ]
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("protect, wanted", PROTECT, ids=str)
-def test_protected_tokens_stay(protect, wanted, executor):
+def test_protected_tokens_stay(protect, wanted, layout):
     for method in (TopK(keep=1, protect=protect), Random(keep=1, protect=protect), Threshold(99.0, protect=protect)):
-        for row, needed in zip(kept(pruned(method, executor), BATCH)[-1], wanted, strict=True):
+        for row, needed in zip(kept(pruned(method, layout), BATCH)[-1], wanted, strict=True):
             if isinstance(protect, dict):
                 assert needed <= set(row)
             else:
                 assert set(row) == needed or (not needed and len(row) == 1)
 
 
-@pytest.mark.parametrize("executor", LAYOUTS)
-def test_a_tensor_protects_token_by_token(executor):
-    model = pruned(TopK(keep=1), executor)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tensor_protects_token_by_token(layout):
+    model = pruned(TopK(keep=1), layout)
     model.token_pruner.protect = torch.zeros(2, 10).bool()
     model.token_pruner.protect[0, 7] = model.token_pruner.protect[1, 2] = model.token_pruner.protect[1, 8] = True
     assert kept(model, BATCH)[-1] == [[7], [2]], "padding is never protected"
@@ -231,7 +231,7 @@ def test_a_step_over_the_target_ends_at_the_closer_side():
 
 @pytest.mark.parametrize(("begin", "value"), [(0.2, 0.39), (0.2, 0.41), (-0.6, 0.41)])
 def test_of_a_plateau_it_takes_the_mildest_that_it_tried(begin, value):
-    """A dial turned further than it moves anything would leave the method an extreme parameter."""
+    """A knob turned further than it moves anything would leave the method an extreme parameter."""
     called = []
 
     def steps(x):
@@ -312,7 +312,7 @@ def test_fading_is_graded_and_spares_special_tokens():
     method.progress = 0.0
     BERT.run(model, BERT.batch())
     view = method.record.views[2]
-    gate = method.soften(view).exp()
+    gate = method.gates(view).exp()
     expected = torch.sigmoid((view.score - method.threshold[2]) / 0.3)
     plain = view.alive & ~view.protected
     torch.testing.assert_close(gate[plain], expected[plain])
@@ -327,7 +327,7 @@ def test_straight_through_gates_are_whole_and_learn_by_the_sigmoid():
     BERT.run(model, BERT.batch())
     view = method.record.views[2]
     free, threshold = view.open & ~view.protected, method.threshold[2]
-    gate = method.soften(view).exp()
+    gate = method.gates(view).exp()
     stays = view.score >= threshold
     torch.testing.assert_close(gate[free], stays[free].float(), atol=1e-7, rtol=0)
     assert stays[free].any() and not stays[free].all()

@@ -141,7 +141,7 @@ def test_what_runs_meanwhile_leaves_the_record_and_the_method_as_they_were(name)
     record = method.record
     method.loss(lambda: model(**inputs), inputs, record)
     assert method.record is record
-    assert not {"soften", "phase"} & set(vars(method)) and getattr(method, "guide", None) is None
+    assert not {"gates", "phase"} & set(vars(method)) and getattr(method, "guide", None) is None
 
 
 def test_the_price_of_macs_rises_until_the_budget_is_met():
@@ -215,7 +215,7 @@ def test_what_cannot_be_learned_from_is_said():
         model, method = learning(method)
         with pytest.raises(ValueError, match="give labels with every batch"):
             loss_of(model, method, bare)
-        assert not {"soften", "phase"} & set(vars(method)), "and it can go on"
+        assert not {"gates", "phase"} & set(vars(method)), "and it can go on"
     llama = FAMILIES["llama"]
     model, method = learning(TRBERT(), llama.build())
     words = llama.batch() | {"use_cache": False}

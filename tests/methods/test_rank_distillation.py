@@ -92,10 +92,10 @@ def test_rows_with_fewer_tokens_than_are_asked_for(kind):
 RANKING = torch.rand(len(LENGTHS), 24, generator=torch.Generator().manual_seed(0))
 
 
-def taught(executor: str, progress: float, checkpointing: bool = False, **options):
+def taught(layout: str, progress: float, checkpointing: bool = False, **options):
     """A model whose early layers have been taught RANKING: its method, the loss and the gradient of layer 1's keys."""
-    method = ToP(bins=4, floor=0, gates=False, topk=5, **options)
-    model = prune(BERT.build(), method, executor=executor).train()
+    method = ToP(bins=4, floor=0, site_gates=False, topk=5, **options)
+    model = prune(BERT.build(), method, layout=layout).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     method.early, method.progress = [0, 1], progress
@@ -104,7 +104,7 @@ def taught(executor: str, progress: float, checkpointing: bool = False, **option
         method.rank[0] = torch.tensor([BOUND, -BOUND, BOUND, -BOUND])
     torch.manual_seed(1)
     BERT.run(model, BERT.batch(LENGTHS))
-    loss = method.misranked(method.record, {"ranking": RANKING})
+    loss = method.ranking_loss_of(method.record, {"ranking": RANKING})
     loss.backward()
     return method, loss.item(), model.bert.encoder.layer[1].attention.self.key.weight.grad
 
@@ -119,9 +119,9 @@ def test_the_ranking_is_learned_to_the_end_alike_in_every_executor(kind):
         torch.testing.assert_close(found, gradient, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("progress, executor", [(0.0, "auto"), (1.0, "mask"), (1.0, "padded"), (1.0, "packed")])
-def test_checkpointing_teaches_the_same_ranking(progress, executor):
-    (_, loss, gradient), (_, again, found) = (taught(executor, progress, c) for c in (False, True))
+@pytest.mark.parametrize("progress, layout", [(0.0, "auto"), (1.0, "mask"), (1.0, "padded"), (1.0, "packed")])
+def test_checkpointing_teaches_the_same_ranking(progress, layout):
+    (_, loss, gradient), (_, again, found) = (taught(layout, progress, c) for c in (False, True))
     assert again == pytest.approx(loss, abs=1e-6) and gradient.abs().sum() > 0
     torch.testing.assert_close(found, gradient, atol=1e-6, rtol=0)
 
@@ -165,7 +165,7 @@ def test_a_reader_learns_the_ranking_of_the_answers_at_all_sites():
     model(**BERT.batch(LENGTHS))
     begin, end = torch.randn(2, len(LENGTHS), 24, generator=torch.Generator().manual_seed(0))
     teacher = {"start_logits": begin, "end_logits": end, "ranking": RANKING}
-    loss = method.misranked(method.record, teacher).item()
-    assert loss == method.misranked(method.record, {"ranking": torch.maximum(begin, end)}).item()
-    assert loss != method.misranked(method.record, {"ranking": RANKING}).item()
+    loss = method.ranking_loss_of(method.record, teacher).item()
+    assert loss == method.ranking_loss_of(method.record, {"ranking": torch.maximum(begin, end)}).item()
+    assert loss != method.ranking_loss_of(method.record, {"ranking": RANKING}).item()
     assert [name for name in method.metrics() if name.startswith("rank")] == [f"rank_overlap_{i}" for i in range(3)]

@@ -30,7 +30,7 @@ def test_saliency_is_what_fading_a_token_does_to_the_loss(family, monkeypatch):
                     gates[at[1:]] = step
                 return gates
 
-            monkeypatch.setattr(method, "soften", gate, raising=False)
+            monkeypatch.setattr(method, "gates", gate, raising=False)
             with torch.no_grad():
                 return model(**inputs).loss.item()
 

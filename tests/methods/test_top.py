@@ -124,7 +124,7 @@ def test_hard_concrete_variables_have_the_stated_chance():
 
 @pytest.mark.parametrize("gates", [True, False])
 def test_training_starts_from_nearly_all_tokens_with_odds_that_fall_with_rank_and_depth(gates):
-    method = ToP(bins=8, gates=gates)
+    method = ToP(bins=8, site_gates=gates)
     pruned(method)
     assert method.mask.all() and method.settled()[0].all()
     assert (chance(method.rank[0]) >= 0.9 - 1e-6).all() and (chance(method.rank).mean() > 0.8)
@@ -148,7 +148,7 @@ def test_counted_macs_are_those_of_a_forward(family, protect):
 @pytest.mark.parametrize("target", [0.6, 0.75, 0.9])
 @pytest.mark.parametrize("holes", [True, False])
 def test_calibration_meets_the_target_and_drops_the_least_odds(target, holes):
-    method = ToP(target_flops=target, bins=32, holes=holes, gates=True)
+    method = ToP(target_flops=target, bins=32, holes=holes, site_gates=True)
     model = pruned(method)
     with torch.no_grad():
         method.rank.copy_(torch.randn(3, 32, generator=torch.Generator().manual_seed(1)))
@@ -185,7 +185,7 @@ def test_a_target_out_of_reach_is_an_error_and_changes_nothing():
 
 
 def test_masks_of_zeros_and_ones_answer_the_same_in_training_and_without():
-    method = ToP(bins=8, holes=True, gates=True)
+    method = ToP(bins=8, holes=True, site_gates=True)
     model = pruned(method, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     method._bound = lambda: None  # certain masks, beyond what training allows
     with torch.no_grad():
@@ -241,7 +241,7 @@ def test_the_lagrangian_brings_the_expected_cost_to_the_target():
 
 def test_masks_are_drawn_for_each_text_and_rounded():
     torch.manual_seed(0)
-    method = ToP(bins=8, gates=False, at=(0, 1))
+    method = ToP(bins=8, site_gates=False, at=(0, 1))
     model = pruned(method).train()
     with torch.no_grad():
         method.rank.zero_()
@@ -266,7 +266,7 @@ def test_a_prefix_keeps_the_best_ranks_and_the_cost():
 
 
 def test_what_is_watched():
-    method = ToP(target_flops=0.6, bins=8, ramp=0.5, topk=4, gates=True)
+    method = ToP(target_flops=0.6, bins=8, ramp=0.5, topk=4, site_gates=True)
     model = pruned(method).train()
     assert method.metrics() == {}, "before the first step"
     method.progress = 0.25
@@ -362,7 +362,7 @@ def test_top_distils_the_ranking_and_meets_its_budget(tmp_path):
 
 
 def test_expected_counts_are_those_of_the_bins_that_short_texts_fall_into():
-    method = ToP(bins=32, gates=False)
+    method = ToP(bins=32, site_gates=False)
     pruned(method)
     with torch.no_grad():
         method.rank[:, :24], method.rank[:, 24:] = 50.0, -50.0  # three quarters stay, for certain

@@ -40,8 +40,8 @@ def picture(width: int = 20, height: int = 20) -> Image.Image:
     return Image.fromarray(values.repeat(4, 0).repeat(4, 1))
 
 
-def pruned(family: str = "vit", method=None, executor: str = "auto", **options):
-    return prune(FAMILIES[family].build(**options), method or TopK(keep=0.6), executor=executor)
+def pruned(family: str = "vit", method=None, layout: str = "auto", **options):
+    return prune(FAMILIES[family].build(**options), method or TopK(keep=0.6), layout=layout)
 
 
 def traced(family: str = "vit", method=None, **options):
@@ -95,9 +95,9 @@ def test_patches_lie_where_they_are_read():
     assert [p.row for p in shown.patches if p.layer is None] == [0] * 5
 
 
-@pytest.mark.parametrize("executor", ["mask", "padded", "packed"])
-def test_the_executor_does_not_matter(executor):
-    reference, shown = traced(), traced(executor=executor)
+@pytest.mark.parametrize("layout", ["mask", "padded", "packed"])
+def test_the_executor_does_not_matter(layout):
+    reference, shown = traced(), traced(layout=layout)
     assert [patch.layer for patch in shown.patches] == [patch.layer for patch in reference.patches]
     for patch, expected in zip(shown.patches, reference.patches, strict=True):
         assert patch.score == pytest.approx(expected.score, abs=1e-4)

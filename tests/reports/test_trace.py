@@ -35,9 +35,9 @@ def test_every_token_is_accounted_for(method):
     assert list(shown.prediction.values()) == sorted(shown.prediction.values(), reverse=True)
 
 
-@pytest.mark.parametrize("executor", ["mask", "padded", "packed"])
-def test_the_executor_does_not_matter(executor):
-    reference, shown = traced(), traced(executor=executor)
+@pytest.mark.parametrize("layout", ["mask", "padded", "packed"])
+def test_the_executor_does_not_matter(layout):
+    reference, shown = traced(), traced(layout=layout)
     assert [token.layer for token in shown.tokens] == [token.layer for token in reference.tokens]
     for token, expected in zip(shown.tokens, reference.tokens, strict=True):
         assert token.score == pytest.approx(expected.score, abs=1e-4)

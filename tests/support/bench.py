@@ -31,8 +31,8 @@ def task():
     return SimpleNamespace(name="synthetic", metric="accuracy", selected_on="nothing")  # what measure() asks of a Task
 
 
-def pruned(family="bert", method=None, executor="auto", **options):
-    return prune(FAMILIES[family].build(**options), method or TopK(keep=0.5, at=(0, 2)), executor=executor)
+def pruned(family="bert", method=None, layout="auto", **options):
+    return prune(FAMILIES[family].build(**options), method or TopK(keep=0.5, at=(0, 2)), layout=layout)
 
 
 def one_by_one(model, data):

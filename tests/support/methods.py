@@ -98,8 +98,8 @@ REFUSES["evit"] = dict.fromkeys(DECODERS, "a decoder: a merged token") | dict.fr
 REFUSES["entropy-row"] = dict.fromkeys(DECODERS, "use criterion='column'")
 
 
-def refusal(method: str, family: str, executor: str) -> str | None:
+def refusal(method: str, family: str, layout: str) -> str | None:
     """What the error says (a regular expression) where a combination cannot run."""
-    if executor == "packed" and not FAMILIES[family].packed:
-        return "executor='packed' is not possible"  # its attention shows no View, or has position biases
+    if layout == "packed" and not FAMILIES[family].packed:
+        return "layout='packed' is not possible"  # its attention shows no View, or has position biases
     return REFUSES.get(method, {}).get(family)

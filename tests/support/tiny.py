@@ -37,9 +37,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, model_input_names=inputs, **names)
 
 
-def tiny_model(method=None, executor: str = "auto", **options):
+def tiny_model(method=None, layout: str = "auto", **options):
     model = FAMILIES["bert"].build(**options)
-    return model if method is None else prune(model, method, executor=executor)
+    return model if method is None else prune(model, method, layout=layout)
 
 
 def save_tiny(folder: Path, method=None, **options) -> Path:

@@ -19,9 +19,9 @@ from .options import (
     Columns,
     Config,
     Data,
-    Executor,
     Json,
     Label,
+    Layout,
     Limit,
     MaxLength,
     Metric,
@@ -46,7 +46,7 @@ def show(
     max_length: Annotated[int | None, Option(min=3, metavar="N", help="Tokens of a text; the rest is cut.")] = None,
     html: Annotated[Path | None, Option(metavar="FILE", help="Write a page for the browser.")] = None,
     png: Annotated[Path | None, Option(metavar="FILE", help="Draw what is left of the picture as a PNG.")] = None,
-    executor: Executor = "auto",
+    layout: Layout = "auto",
     json_file: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -63,7 +63,7 @@ def show(
     if sum(map(bool, (text, file, data, image))) != 1 or (pair and len(text or ()) != 1):
         raise ValueError("give one of --text, --file, --data and --image; --pair goes with one --text")
     if image:
-        return _show_picture(model, image, html, png, executor, json_file, quiet, verbose)
+        return _show_picture(model, image, html, png, layout, json_file, quiet, verbose)
     if png:
         raise ValueError("--png draws a picture: give one with --image, or ask for --html")
     texts = [(one, pair) for one in text or ()]
@@ -79,7 +79,7 @@ def show(
         task = load_task(data, config=config, text=columns, need_labels=False)
         rows = task.test.select(range(min(limit, len(task.test))))
         texts = [tuple(row[column] for column in task.text_columns) for row in rows]
-    pruned, tokenizer = jobs.load(model, executor)
+    pruned, tokenizer = jobs.load(model, layout)
     traces = [trace(pruned, tokenizer, *row, max_length=max_length) for row in texts[:limit]]
     if html:
         page(traces, html)
@@ -88,12 +88,12 @@ def show(
         Console().print(terminal(one))
 
 
-def _show_picture(model, image: Path, html, png, executor: str, json_file, quiet: bool, verbose: bool) -> None:
+def _show_picture(model, image: Path, html, png, layout: str, json_file, quiet: bool, verbose: bool) -> None:
     start(verbose, quiet, json_file, html, png)
     from ..data.models import load_vision
     from ..reports import patches
 
-    traced = patches.trace(*load_vision(model, executor), image)
+    traced = patches.trace(*load_vision(model, layout), image)
     if html:
         patches.html([traced], html)
     if png:
@@ -119,7 +119,7 @@ def audit(
     batch_size: BatchSize = 32,
     max_length: MaxLength = 256,
     limit: Limit = None,
-    executor: Executor = "auto",
+    layout: Layout = "auto",
     threads: Threads = None,
     json_file: Json = None,
     quiet: Quiet = False,

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .cost import LayerCost
-from .pruner import StackInfo
+from .pruner import ModelInfo
 
 PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
@@ -104,7 +104,7 @@ def find_stack(model: PreTrainedModel) -> Stack:
     )
 
 
-def describe(model: PreTrainedModel, stack: Stack) -> StackInfo:
+def describe(model: PreTrainedModel, stack: Stack) -> ModelInfo:
     """What a method may know of the model."""
     if stack.text:
         protected = (-1,) if stack.causal else (0,)
@@ -113,7 +113,7 @@ def describe(model: PreTrainedModel, stack: Stack) -> StackInfo:
         protected = tuple(range(sum(p.shape[1] if p.dim() == 3 else 1 for p in prefix)))
     name = type(model).__name__
     mixes = any(getattr(m, "conv", None) is not None for m in (stack.base, getattr(stack.base, "encoder", None)))
-    return StackInfo(
+    return ModelInfo(
         name=name,
         depth=stack.depth,
         first_site=int(stack.text and mixes),  # DeBERTa may mix neighbours after its first layer: none may leave there

@@ -31,7 +31,7 @@ CACHED = 300_000  # and while attending as well, so that they do not leave a cor
 
 
 class View:
-    """What a method sees of one scored layer. Everything is (B, N, ...), whatever the executor.
+    """What a method sees of one scored layer. Everything is (B, N, ...), whatever the layout.
 
     Attributes:
         layer: 0-based number of the layer.
@@ -124,21 +124,21 @@ class View:
         return self.tokens.pad(self._seen[place].transpose(1, 2)).transpose(1, 2)
 
     @property
-    def reader(self) -> Tensor:
+    def readout(self) -> Tensor:
         """(B,) slot of the token whose own attention says what counts: the first protected one, else the first."""
         some = self.protected.any(1, keepdim=True)
         return (self.protected | self.alive & ~some).long().argmax(1)
 
-    def received(self) -> Tensor:
+    def attention_received(self) -> Tensor:
         """(B, N) fp32: the attention each token receives, relative to uniform attention (live tokens average 1).
 
         The mean over heads and live query rows of the attention probabilities before dropout (LTP eq. 1, "column
         mean"), times the number of live tokens, so that thresholds carry over lengths. Padding and dead tokens neither
         vote nor receive; in a soft stage each row votes with its gate.
         """
-        return self.over(columns)
+        return self.reduce_attention(columns)
 
-    def over(self, reduce: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def reduce_attention(self, reduce: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """(B, N) fp32: another statistic of the attention probabilities, mean over heads; 0 at dead slots.
 
         ``reduce(weights, votes)`` is given those of some heads before dropout (B, h, N, N) and the votes of the query
@@ -153,7 +153,7 @@ class View:
             found = self._over_packed(reduce)
         else:
             module, query, key, mask, _, scaling = self._seen
-            found = over_heads(query, key, additive(mask, query, module), self.tokens.votes, scaling, reduce)
+            found = reduce_over_heads(query, key, additive(mask, query, module), self.tokens.votes, scaling, reduce)
         return found.masked_fill(~self.alive, 0.0)
 
     def _over_packed(self, reduce: Callable) -> Tensor:
@@ -168,7 +168,9 @@ class View:
                 m = None if mask is None else self.tokens.sequence_mask(mask, sequence + i)
                 votes = q.new_ones(len(q[i : i + step]), length, dtype=torch.float32)
                 bias = self.tokens.biased(additive(m, q, module), sequence + i, len(votes), length)
-                parts.append(over_heads(q[i : i + step], k[i : i + step], bias, votes, scaling, reduce).flatten())
+                parts.append(
+                    reduce_over_heads(q[i : i + step], k[i : i + step], bias, votes, scaling, reduce).flatten()
+                )
         return self.tokens.pad(torch.cat(parts)[None])
 
     def rows(self, position: Tensor) -> Tensor:
@@ -217,7 +219,7 @@ def columns(weights: Tensor, votes: Tensor) -> Tensor:
     return (votes[:, None, None].float() @ weights).sum(1)[:, 0]
 
 
-def over_heads(query, key, bias: Tensor | None, votes: Tensor, scaling: float, reduce: Callable) -> Tensor:
+def reduce_over_heads(query, key, bias: Tensor | None, votes: Tensor, scaling: float, reduce: Callable) -> Tensor:
     """(B, N): ``reduce`` of the attention probabilities, averaged over heads; see ``View.over``.
 
     One chunk of heads at a time: the probabilities of all heads at once cost several times as much from N = 256 up.

@@ -43,15 +43,15 @@ class Forward:
 class Hooks:
     """The hooks of one pruned model; ``mode``: "pruned", "unpadded" (nothing leaves) or "dense" (they do nothing)."""
 
-    def __init__(self, model: PreTrainedModel, pruner: TokenPruner, executor: str, original: str | None = None):
-        self.stack, self.pruner, self.executor, self.mode = find_stack(model), pruner, executor, "pruned"
+    def __init__(self, model: PreTrainedModel, pruner: TokenPruner, layout: str, original: str | None = None):
+        self.stack, self.pruner, self.layout, self.mode = find_stack(model), pruner, layout, "pruned"
         self.info = describe(model, self.stack)
         self.packable = self.stack.shown and self.stack.carried and not self.stack.relative
-        if executor == "packed" and not self.packable:
+        if layout == "packed" and not self.packable:
             raise ValueError(
-                f"executor='packed' is not possible with {type(self.stack.base).__name__}: its attention takes "
+                f"layout='packed' is not possible with {type(self.stack.base).__name__}: its attention takes "
                 f"position biases "
-                "or does not hand its arguments to transformers' attention interface; use executor='padded' or 'auto'"
+                "or does not hand its arguments to transformers' attention interface; use layout='padded' or 'auto'"
             )
         if pruner.needs_values and not self.stack.shown:
             raise ValueError(
@@ -101,14 +101,14 @@ class Hooks:
         if self.stack.base._can_set_attn_implementation():
             self.stack.base.set_attn_implementation(self.original)
 
-    def layout(self, cached: bool) -> type[Tokens]:
-        """The executor of the forward that begins."""
-        if cached and self.executor == "packed":
+    def layout_for(self, cached: bool) -> type[Tokens]:
+        """The layout of the forward that begins."""
+        if cached and self.layout == "packed":
             raise ValueError("packed rows do not fit a KV cache: call the model with use_cache=False, or use 'padded'")
-        if self.pruner.soft and self.executor == "packed":
-            raise ValueError("packed rows have no place for soft gates: train with executor='auto', 'mask' or 'padded'")
-        if self.executor != "auto":
-            return LAYOUTS[self.executor]
+        if self.pruner.soft and self.layout == "packed":
+            raise ValueError("packed rows have no place for soft gates: train with layout='auto', 'mask' or 'padded'")
+        if self.layout != "auto":
+            return LAYOUTS[self.layout]
         if self.pruner.soft:
             return LAYOUTS["mask"]
         # the backward of one attention call per sequence costs more than the padding of batches grouped by length
@@ -145,7 +145,7 @@ class Hooks:
             self.forward = Forward(mask, given.get("input_ids"))
         elif not self._decodable(mask):
             raise ValueError(
-                "this cache cannot be decoded from: its rows have padding or kept different counts, or executor='mask' "
+                "this cache cannot be decoded from: its rows have padding or kept different counts, or layout='mask' "
                 "hid tokens that it still holds; generate within dense(model), or one prompt at a time"
             )
 
@@ -153,11 +153,11 @@ class Hooks:
         """Whether a cache that the last forward filled holds kept tokens alone: masks are read by column, it is not."""
         counts = [] if self.pruner.record is None else self.pruner.record.counts
         even = all(bool((count.n_attention == count.n_attention[0]).all()) for count in counts)
-        return even and self.executor != "mask" and (mask is None or bool(mask.all()))
+        return even and self.layout != "mask" and (mask is None or bool(mask.all()))
 
     def _start(self, forward: Forward, hidden: Tensor, cached: bool) -> Tensor:
         mask = forward.mask if forward.mask is not None and forward.mask.shape == hidden.shape[:2] else None
-        tokens = self.layout(cached).start(hidden, mask)
+        tokens = self.layout_for(cached).start(hidden, mask)
         forward.protected = self.pruner.protection(tokens.alive, forward.ids)
         if tokens.blank is not None:  # a row without one real token passes as in the dense model
             forward.protected = forward.protected | tokens.blank[:, None]
@@ -186,7 +186,7 @@ class Hooks:
         site = self.pruner.site(forward.layer) if self.mode == "pruned" else -1
         protected = forward.protected.gather(1, tokens.index) & tokens.alive
         view = View(forward.layer, site, tokens, protected, hidden)
-        view.idle = site < 0 or self._idles(site)
+        view.idle = site < 0 or self._keeps_all(site)
         view.statistic = self.pruner.statistic
         view.scored = not view.idle and self.pruner.needs_attention and self.pruner.scores_all
         forward.views.append(view)
@@ -201,11 +201,11 @@ class Hooks:
             kwargs["attention_mask"] = mask
         return (hidden,), kwargs
 
-    def _idles(self, site: int) -> bool:
+    def _keeps_all(self, site: int) -> bool:
         """Whether a site is passed by; what is known beforehand while a graph is traced, which cannot look."""
         if self.pruner.training:
             return False
-        return site in self.idle if torch.compiler.is_compiling() else self.pruner.idles(site)
+        return site in self.idle if torch.compiler.is_compiling() else self.pruner.keeps_all(site)
 
     def _narrow(self, tokens: Tokens, name: str, value, dims: tuple[int, ...]):
         if isinstance(value, (tuple, list)):  # (cos, sin)
@@ -259,7 +259,7 @@ class Hooks:
         scored = not view.idle
         if scored and self.pruner.soft:
             self._check(view)
-            forward.tokens = tokens.gate(self.pruner.soften(view))
+            forward.tokens = tokens.gate(self.pruner.gates(view))
             mask = kwargs.get("attention_mask")
             if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
                 # a 0/1 mask (DeBERTa) has no place for log(gate): there the gate scales the state, as in LTP

@@ -4,7 +4,7 @@
 
 A method is a dataclass in a file of its own. Its fields are its configuration (they are what config.json gets), its
 parameters ride in the model's weights, and it overrides what its paper changes of ``score``, ``choose``, ``reduce``,
-``soften``, ``loss``, ``phase`` and ``calibrate``. It never notices how tokens are removed.
+``gates``, ``loss``, ``phase`` and ``calibrate``. It never notices how tokens are removed.
 
 Shapes: B batch, N tokens, S sites (the layers in ``at``).
 """
@@ -31,7 +31,7 @@ METHODS: dict[str, type[TokenPruner]] = {}
 
 
 @dataclass(frozen=True)
-class StackInfo:
+class ModelInfo:
     """What a method may know of the model it serves."""
 
     name: str
@@ -112,7 +112,7 @@ class TokenPruner(nn.Module):
         if self.target_flops is not None and not 0 < self.target_flops <= 1:
             raise ValueError(f"target_flops={self.target_flops}: expected a fraction of the dense MACs in (0, 1]")
         self.at = None if self.at is None else tuple(int(i) for i in self.at)
-        self.info: StackInfo | None = None
+        self.info: ModelInfo | None = None
         self.record: Record | None = None
         self.progress = 1.0
         self.counts: Tensor | None = None
@@ -128,7 +128,7 @@ class TokenPruner(nn.Module):
     # --- what a method overrides ---------------------------------------------------------------------------------
     def score(self, view: View) -> Tensor:
         """(B, N): the importance of each token. Default: the attention it receives, relative to uniform."""
-        return view.received()
+        return view.attention_received()
 
     def choose(self, score: Tensor, view: View) -> Tensor:
         """(B, N) bool: the tokens that stay. Dead ones are removed and protected ones added afterwards."""
@@ -138,14 +138,14 @@ class TokenPruner(nn.Module):
         """The tokens after this site, ``view.keep`` being the choice. Default: drop the others."""
         return view.tokens.drop(view.keep, self.width(view.keep.shape[1], view.site))
 
-    def soften(self, view: View) -> Tensor:
+    def gates(self, view: View) -> Tensor:
         """(B, N) logarithm of the gate of each token, while ``soft``."""
         raise NotImplementedError(f"{type(self).__name__} has no soft stage")
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         """Create the parameters, once the model is known and ``at`` is settled."""
 
-    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
         """The layers to prune at when none were named."""
         quarters = (-(-info.depth * q // 4) - 1 for q in (1, 2, 3))
         return tuple(sorted({min(max(i, info.first_site), info.last_site) for i in quarters}))
@@ -154,7 +154,7 @@ class TokenPruner(nn.Module):
         """An upper bound on the tokens a row keeps of ``slots`` at a site, where it follows from the shape alone."""
         return None
 
-    def idles(self, site: int) -> bool:
+    def keeps_all(self, site: int) -> bool:
         """Whether nothing leaves at a site, whatever the input: in evaluation the site is then passed by, without
         ``score``, ``choose`` and ``reduce``; not so under torch.compile."""
         return False
@@ -170,7 +170,7 @@ class TokenPruner(nn.Module):
     def prepare(self, forward: Callable, batches: Iterable[dict]) -> None:
         """Look at inputs before a training begins or goes on; arguments as in ``calibrate``. Nothing by default."""
 
-    def dial(self) -> Callable[[float], None] | None:
+    def knob(self) -> Callable[[float], None] | None:
         """A function of one number that changes how much the method removes: 0 as it is now, more removes more. It is
         turned until ``target_flops`` is met. None: there is no such number."""
         return None
@@ -179,10 +179,10 @@ class TokenPruner(nn.Module):
     def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
         """Bring the method onto its budget on ``batches``; returns what was reached (empty: it has no budget).
 
-        Default: turn the ``dial`` until ``target_flops`` is met. ``forward(batch)`` runs the model and returns the
+        Default: turn the ``knob`` until ``target_flops`` is met. ``forward(batch)`` runs the model and returns the
         ``Record``. Raises ValueError where the target cannot be reached.
         """
-        turn = None if self.target_flops is None else self.dial()
+        turn = None if self.target_flops is None else self.knob()
         if turn is None:
             return {}
         batches, tried = list(batches), []
@@ -214,7 +214,7 @@ class TokenPruner(nn.Module):
         """Whether tokens fade (gates) instead of leaving: only in training, in a soft phase."""
         return self.training and self.phase(self.progress) == "soft"
 
-    def bind(self, info: StackInfo) -> None:
+    def bind(self, info: ModelInfo) -> None:
         """Settle ``at`` for a model and create the parameters.
 
         Raises:
@@ -265,7 +265,7 @@ class TokenPruner(nn.Module):
         only = torch.zeros_like(keep).scatter(1, best, True) & view.alive
         return keep | only & ~keep.any(1, keepdim=True)
 
-    def check_reader(self, info: StackInfo) -> None:
+    def check_readout(self, info: ModelInfo) -> None:
         """Raise ValueError where no token is protected whose attention a score could go by."""
         protect = info.protected if self.protect is None else self.protect
         if isinstance(protect, (tuple, list)) and not protect:
@@ -310,7 +310,7 @@ class TokenPruner(nn.Module):
             )
         return rows
 
-    def note(self) -> None:
+    def sync_config(self) -> None:
         """Bring the model's configuration up to date, once a field has changed."""
         if self.saved is not None:
             self.saved.update(self.to_dict())

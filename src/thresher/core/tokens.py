@@ -1,7 +1,7 @@
 """What is left of a batch of sequences: drop tokens, and put every token back at its place.
 
 Shapes: B batch, N slots now, N0 tokens at the start, T live tokens of the whole batch, C channels. Three layouts hold
-the same tokens and mean the same thing; which one runs is the executor:
+the same tokens and mean the same thing; which one runs is the layout:
 
 ========  =======================  =============================================================
 masked    hidden (B, N0, C)        dropped tokens stay and are hidden from attention: the reference

@@ -30,17 +30,17 @@ from .load import Task, positions
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout")
 
 
-def load(model: str, executor: str = "auto", **options) -> tuple[PreTrainedModel, Any]:
+def load(model: str, layout: str = "auto", **options) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer) of a saved classifier, or model that answers questions, in evaluation mode; pruned if its
     configuration says so.
 
     Raises:
         ValueError: no such model, or one that cannot be read.
     """
-    return _pruned(lambda: open_model(model, **options), executor), reading(AutoTokenizer.from_pretrained, model)
+    return _pruned(lambda: open_model(model, **options), layout), reading(AutoTokenizer.from_pretrained, model)
 
 
-def load_vision(model: str, executor: str = "auto") -> tuple[PreTrainedModel, Any]:
+def load_vision(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any]:
     """(model, image processor) of a saved model that reads pictures, in evaluation mode; pruned if its configuration
     says so.
 
@@ -51,7 +51,7 @@ def load_vision(model: str, executor: str = "auto") -> tuple[PreTrainedModel, An
     known = reading(AutoConfig.from_pretrained, model).architectures or ()
     classifies = any(name.endswith("ForImageClassification") for name in known)
     kind = AutoModelForImageClassification if classifies else AutoModel
-    net = _pruned(lambda: reading(kind.from_pretrained, model), executor)
+    net = _pruned(lambda: reading(kind.from_pretrained, model), layout)
     if net.main_input_name != "pixel_values":
         raise ValueError(f"{model} is a {type(net).__name__}, which reads {net.main_input_name} and no pictures")
     try:
@@ -61,12 +61,12 @@ def load_vision(model: str, executor: str = "auto") -> tuple[PreTrainedModel, An
         raise ValueError(f"the image processor of {model} needs a library that is missing: {needs}") from error
 
 
-def _pruned(opening: Callable[[], PreTrainedModel], executor: str) -> PreTrainedModel:
+def _pruned(opening: Callable[[], PreTrainedModel], layout: str) -> PreTrainedModel:
     """The model that ``opening`` gives, as its configuration prunes it."""
     with _without_report():
         net = opening()
     if getattr(net.config, CONFIG_KEY, None) is not None:
-        prune(net, executor=executor)
+        prune(net, layout=layout)
     return net.eval()
 
 

@@ -145,7 +145,7 @@ def measure(
 ) -> list[dict]:
     """Rows (see ``report.ROW_FIELDS``): quality on all examples, and time on the same sample of them for every mode.
 
-    dense-padded pads every row to ``max_length``; dense-unpadded is the same executor at work with every token kept
+    dense-padded pads every row to ``max_length``; dense-unpadded is the same layout at work with every token kept
     ("packed"), or plain batches padded to their longest row where packed does not run ("length-sorted"). Batches hold
     neighbours in length, of a sample spread over the lengths, in random order. ``samples_per_second`` and the speed-ups
     are made of total times over the sample; latencies are percentiles over the calls, of one batch each (medians over
@@ -188,7 +188,7 @@ def measure(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads or torch.get_num_threads())
         for m in models.values():
-            stack.enter_context(ready(m, model.token_pruner.hooks.executor if m is against else "auto"))
+            stack.enter_context(ready(m, model.token_pruner.hooks.layout if m is against else "auto"))
         for name, m in models.items():
             if name not in known:
                 with dense(m) if name == "dense" else nullcontext():
@@ -250,7 +250,7 @@ def _graphs(models, known, graphs, text, max_length, say) -> Iterator[Runner]:
             own = replace(known[name], logits=logits_of(graph.forward, text, progress=said))
             for runner in _runners(name, models[name], own, max_length, where):
                 runner.model, runner.context = graph.forward, nullcontext
-                runner.row["executor"] = "length-sorted" if runner.row["mode"] == "dense-unpadded" else "padded"
+                runner.row["layout"] = "length-sorted" if runner.row["mode"] == "dense-unpadded" else "padded"
                 yield runner
 
 
@@ -270,8 +270,8 @@ def _runners(
 ) -> Iterator[Runner]:
     """What is timed of a model: the dense one in two ways, padded first, others as they are."""
     pruner = model.token_pruner
-    executor = next(n for n, layout in LAYOUTS.items() if layout is pruner.hooks.layout(cached=False))
-    fields = {"method": pruner.name if name == "pruned" else name, "mode": "pruned", "executor": executor} | where
+    layout = next(n for n, kind in LAYOUTS.items() if kind is pruner.hooks.layout_for(cached=False))
+    fields = {"method": pruner.name if name == "pruned" else name, "mode": "pruned", "layout": layout} | where
     if name == "pruned" or (name != "dense" and pruner.sites):
         yield Runner(fields | {"target_flops": getattr(pruner, "target_flops", None)}, model, own, pruner)
         return
@@ -279,10 +279,10 @@ def _runners(
     if name != "dense":
         yield Runner(fields, model, own, pruner)
         return
-    context = partial(dense, unpadded=True) if executor == "packed" else dense
-    fields["executor"] = "packed" if executor == "packed" else "length-sorted"
+    context = partial(dense, unpadded=True) if layout == "packed" else dense
+    fields["layout"] = "packed" if layout == "packed" else "length-sorted"
     wide = replace(own, rows_used=torch.full_like(own.rows_used, dense_macs(pruner.info.costs, max_length)))
-    yield Runner({**fields, "mode": "dense-padded", "executor": "padded"}, model, wide, pruner, dense, max_length)
+    yield Runner({**fields, "mode": "dense-padded", "layout": "padded"}, model, wide, pruner, dense, max_length)
     yield Runner(fields, model, own, pruner, context)
 
 

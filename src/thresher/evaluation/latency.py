@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from ..api import MODULE, dense, prune, unprune
 from ..core.architecture import find_stack
 from ..core.attention import View
-from ..core.pruner import StackInfo, TokenPruner
+from ..core.pruner import ModelInfo, TokenPruner
 from ..methods.topk import TopK
 from .hardware import hardware
 
@@ -74,7 +74,7 @@ def between(x: Tensor, curve: Curve) -> Tensor:
 class Trim(TokenPruner):
     """Scores every layer and lets one token go at each: a site in all it does, at nearly full length."""
 
-    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
         return tuple(range(info.first_site, info.last_site + 1))
 
     def choose(self, score: Tensor, view: View) -> Tensor:

@@ -202,7 +202,7 @@ def replayed(model: PreTrainedModel, method: str, counts: Tensor) -> PreTrainedM
         raise ValueError(f"counts have shape {tuple(counts.shape)}, expected (N, {len(pruner.sites)}): one per site")
     protect = None if isinstance(pruner.protect, Tensor) else pruner.protect
     baseline, again = unprune(copied(model)), METHODS[name](keep=REPLAY, at=pruner.sites, protect=protect)
-    prune(baseline, again, executor=pruner.hooks.executor).token_pruner.row_counts = counts
+    prune(baseline, again, layout=pruner.hooks.layout).token_pruner.row_counts = counts
     return baseline
 
 
@@ -221,16 +221,16 @@ def copied(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def ready(model: PreTrainedModel, executor: str | None = None) -> Iterator[None]:
-    """Within the context: evaluation mode, and with an ``executor`` an unpruned model runs in it, dropping nothing."""
+def ready(model: PreTrainedModel, layout: str | None = None) -> Iterator[None]:
+    """Within the context: evaluation mode, and with an ``layout`` an unpruned model runs in it, dropping nothing."""
     training, bare = model.training, getattr(model, MODULE, None) is None
     model.eval()
-    if bare and executor:
-        prune(model, TopK(keep=1.0, at=()), executor=executor)
+    if bare and layout:
+        prune(model, TopK(keep=1.0, at=()), layout=layout)
     try:
         yield
     finally:
-        if bare and executor:
+        if bare and layout:
             unprune(model)
         elif not bare:
             model.token_pruner.counts = None

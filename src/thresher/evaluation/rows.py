@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ROW_FIELDS = tuple(
-    """task model method target_flops seed runtime precision mode executor batch_size threads metric quality
+    """task model method target_flops seed runtime precision mode layout batch_size threads metric quality
     quality_dense flops_ratio flops_ratio_padded latency_ms_p50 latency_ms_p95 samples_per_second speedup_unpadded
     speedup_padded speedup_reference efficiency peak_memory_mb split selected_on max_length n_examples tokens_mean
     trained_steps hardware versions command date""".split()  # noqa: SIM905
@@ -43,7 +43,7 @@ EXTRA_FIELDS = {  # what a row may hold besides
 }
 HEADER = (
     "method",
-    "executor",
+    "layout",
     "batch",
     "quality",
     "drop",
@@ -140,7 +140,7 @@ def _cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
         reference = None if plain else r["speedup_reference"]
         ratios = [_fixed(x, 2) for x in (r["speedup_unpadded"], r["speedup_padded"], reference, r["efficiency"])]
         ratios += [_fixed(r["latency_ms_p50"] / floor) if (floor := r.get("floor_ms")) else None]
-        cells = (_name(r), r["executor"], r["batch_size"], _fixed(r["quality"]), _drop(r), _fixed(r["flops_ratio"], 2))
+        cells = (_name(r), r["layout"], r["batch_size"], _fixed(r["quality"]), _drop(r), _fixed(r["flops_ratio"], 2))
         for name, cell in zip(HEADER, (*cells, pace, *ratios), strict=True):
             columns[name].append(_text(cell))
     filled = [name for name, cells in columns.items() if name == HEADER[0] or set(cells) != {NOTHING}]

@@ -54,7 +54,7 @@ def audit(
     batch_size: int = 32,
     max_length: int = 256,
     limit: int | None = None,
-    executor: str = "auto",
+    layout: str = "auto",
     threads: int | None = None,
     metric: str | None = None,
     progress: Callable[[str, int, int], Any] | None = None,
@@ -94,7 +94,7 @@ def audit(
     if threads is not None:
         torch.set_num_threads(threads)
     by = tuple(dict.fromkeys(by))
-    net, max_length, task, test = tested(model, data, max_length, executor, metric, limit, columns | {"beside": by})
+    net, max_length, task, test = tested(model, data, max_length, layout, metric, limit, columns | {"beside": by})
     if not hasattr(net, MODULE):
         raise ValueError(f"{model} is not pruned: there is nothing to audit; thresher train makes a pruned model")
     tokenizer = reading(AutoTokenizer.from_pretrained, model)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CLAIM, TABLE, PICTURE = "compare.json", "compare.csv", "compare.png"
 BASELINES = ("random", "firstk")
 TIMED = 256  # examples that the timing knows; bench.measure times a sample of them
-TIMES = """batch_size executor latency_ms_p50 latency_ms_p95 samples_per_second speedup_unpadded speedup_padded
+TIMES = """batch_size layout latency_ms_p50 latency_ms_p95 samples_per_second speedup_unpadded speedup_padded
     speedup_reference efficiency spread flops_ratio_timed n_timed repeats threads""".split()  # noqa: SIM905
 
 
@@ -79,7 +79,7 @@ def compare(
         methods: those with ``target_flops``; "random" and "firstk" always take part.
         targets: shares of the dense MACs to be left, on the validation part.
         seeds: of training; the parts of the data do not change.
-        untrained: only meet the budget, by the method's dial, without any training.
+        untrained: only meet the budget, by the method's knob, without any training.
         time: also time seed 0 (the first seed) of all, beside dense padded and unpadded, in one interleaved run.
         at: layers after which tokens leave, for all methods; default: each method's own.
         repeats: of each measurement of time.
@@ -141,7 +141,7 @@ def compare(
 def _check(methods: tuple, targets: tuple, seeds: tuple, untrained: bool) -> None:
     """Raise ValueError for what cannot be compared."""
     able = sorted(name for name, of in METHODS.items() if "target_flops" in {f.name for f in fields(of)})
-    turned = [name for name in able if METHODS[name].dial is not TokenPruner.dial]
+    turned = [name for name in able if METHODS[name].knob is not TokenPruner.knob]
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"unknown pruning method {method!r}; those with a budget: {', '.join(able)}")

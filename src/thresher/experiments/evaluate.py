@@ -38,12 +38,12 @@ def evaluate(
     batch_size: int = 32,
     max_length: int = 256,
     limit: int | None = None,
-    executor: str = "auto",
+    layout: str = "auto",
     metric: str | None = None,
     **columns,
 ) -> list[dict]:
     """Quality and MACs on the test part: a row for the model as it is and, if it is pruned, one for it unpruned."""
-    net, max_length, task, test = tested(model, data, max_length, executor, metric, limit, columns)
+    net, max_length, task, test = tested(model, data, max_length, layout, metric, limit, columns)
     modes = ["pruned", "dense-unpadded"] if hasattr(net, "token_pruner") else ["dense-unpadded"]
     results = {}
     for mode in modes:
@@ -215,10 +215,10 @@ def names_of(model: PreTrainedModel) -> list[str] | None:
     return names if len(names) > 1 and not all(name.startswith("LABEL_") for name in names) else None
 
 
-def tested(model: str, data: str, max_length: int, executor: str, metric: str | None, limit: int | None, columns: dict):
+def tested(model: str, data: str, max_length: int, layout: str, metric: str | None, limit: int | None, columns: dict):
     """(model, longest text, task with the ``limit`` examples of the test part that are asked for, these tokenized); the
     labels are in the model's order."""
-    net, tokenizer = load(model, executor)
+    net, tokenizer = load(model, layout)
     task = load_task(data, metric=metric, labels=names_of(net), **columns)
     max_length = clip(max_length, net.config)
     if (task.kind == "qa") != type(net).__name__.endswith("ForQuestionAnswering"):

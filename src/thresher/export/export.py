@@ -176,18 +176,18 @@ def _exporter(format: str, precision: str, calibration: Iterable[dict] | None) -
 def _padded(model: PreTrainedModel) -> Iterator[None]:
     """In evaluation mode, pruned, and in the one layout that a graph can hold."""
     pruner, training = getattr(model, MODULE, None), model.training
-    before = None if pruner is None else (pruner.hooks.executor, pruner.hooks.mode)
+    before = None if pruner is None else (pruner.hooks.layout, pruner.hooks.mode)
     model.eval()
     try:
         if pruner is not None:
-            pruner.hooks.executor, pruner.hooks.mode = "padded", "pruned"
-            pruner.hooks.idle = frozenset(site for site in range(len(pruner.sites)) if pruner.idles(site))
+            pruner.hooks.layout, pruner.hooks.mode = "padded", "pruned"
+            pruner.hooks.idle = frozenset(site for site in range(len(pruner.sites)) if pruner.keeps_all(site))
         with torch.no_grad():
             yield
     finally:
         model.train(training)
         if pruner is not None:
-            pruner.hooks.executor, pruner.hooks.mode, pruner.hooks.idle = *before, frozenset()
+            pruner.hooks.layout, pruner.hooks.mode, pruner.hooks.idle = *before, frozenset()
 
 
 @contextmanager

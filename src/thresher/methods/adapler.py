@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attention import View
-from ..core.pruner import Record, StackInfo
+from ..core.pruner import ModelInfo, Record
 from .ltp import LTP
 from .parts.saliency import perceptron, perceptron_macs, saliency
 
@@ -60,7 +60,7 @@ class AdapLeR(LTP):
             raise ValueError(f"sharpen={self.sharpen}: expected a number from 1 up, gates become harder")
         self.divergence = 0.0
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         draw = torch.Generator().manual_seed(0)
         self.threshold = nn.Parameter(torch.full((len(self.sites),), self.init))
         self.predictors = nn.ModuleList(perceptron(info.hidden, draw) for _ in self.sites)

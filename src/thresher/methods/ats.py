@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.attention import View
-from ..core.pruner import StackInfo, kept_count
+from ..core.pruner import ModelInfo, kept_count
 from .topk import REPLAY, TopK
 
 
@@ -44,12 +44,12 @@ class ATS(TopK):
         if self.keep == REPLAY:
             raise ValueError("ATS decides by itself how many tokens stay: keep='replay' is for topk, random and firstk")
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         super().build(info)
-        self.check_reader(info)
+        self.check_readout(info)
 
     def score(self, view: View) -> Tensor:
-        asking = view.reader
+        asking = view.readout
         size, rows = view.value.float().norm(dim=-1), view.rows(asking)  # (B, H, N), of keys and of queries
         size = size.repeat_interleave(rows.shape[1] // size.shape[1], 1)
         return (rows * size).mean(1).masked_fill(~view.alive, 0.0).scatter(1, asking[:, None], 0.0)

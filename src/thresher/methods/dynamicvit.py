@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attention import View
-from ..core.pruner import Record, StackInfo
+from ..core.pruner import ModelInfo, Record
 from .parts.gates import gumbel, log_gate
 from .topk import TopK
 
@@ -44,7 +44,7 @@ class DynamicViT(TopK):
     lr: ClassVar[float] = 1e-3
     needs_attention: ClassVar[bool] = False
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         super().build(info)
         size, draw = info.hidden, torch.Generator().manual_seed(0)
         half, quarter = size // 2, size // 4
@@ -72,7 +72,7 @@ class DynamicViT(TopK):
     def phase(self, progress: float) -> str:
         return "soft" if progress < self.soft_until else "hard"
 
-    def soften(self, view: View) -> Tensor:
+    def gates(self, view: View) -> Tensor:
         view.score = self.score(view)
         return log_gate(gumbel(view.score)).masked_fill(view.protected | ~view.alive, 0.0)
 

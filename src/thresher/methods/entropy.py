@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.attention import View, columns
-from ..core.pruner import StackInfo
+from ..core.pruner import ModelInfo
 from .topk import TopK
 
 CRITERIA = ("row", "column")
@@ -50,7 +50,7 @@ class Entropy(TopK):
         if self.criterion not in CRITERIA:
             raise ValueError(f"criterion={self.criterion!r}: expected one of {', '.join(CRITERIA)}")
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         super().build(info)
         if self.criterion == "row" and info.causal:
             raise ValueError(
@@ -63,5 +63,5 @@ class Entropy(TopK):
         return row_entropy if self.criterion == "row" else column_power
 
     def score(self, view: View) -> Tensor:
-        score = view.over(self.statistic)
+        score = view.reduce_attention(self.statistic)
         return -score if self.criterion == "row" else score

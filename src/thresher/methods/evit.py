@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.attention import View
-from ..core.pruner import StackInfo
+from ..core.pruner import ModelInfo
 from ..core.tokens import Tokens
 from .topk import TopK
 
@@ -42,12 +42,12 @@ class EViT(TopK):
         super().__post_init__()
         self.merges = self.fuse
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         super().build(info)
-        self.check_reader(info)
+        self.check_readout(info)
 
     def score(self, view: View) -> Tensor:
-        return view.rows(view.reader).mean(1).masked_fill(~view.alive, 0.0)
+        return view.rows(view.readout).mean(1).masked_fill(~view.alive, 0.0)
 
     def choose(self, score: Tensor, view: View) -> Tensor:
         keep = super().choose(score, view)

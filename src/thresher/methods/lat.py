@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.attention import View
-from ..core.pruner import Record, StackInfo, kept_count, top_k
+from ..core.pruner import ModelInfo, Record, kept_count, top_k
 from .parts.distillation import distillation
 from .topk import TopK
 
@@ -60,10 +60,10 @@ class LAT(TopK):
         self.frontier = tuple((float(share), tuple(map(float, keep))) for share, keep in self.frontier)
         self.running: Schedule | None = None  # in training
 
-    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
         return tuple(range(info.first_site, max(info.first_site, info.depth - 2) + 1))
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         super().build(info)
         self.most = self.drop or 1 - 0.8 ** (12 / info.depth)
         self.random = random.Random(self.seed)
@@ -76,7 +76,7 @@ class LAT(TopK):
         count = kept_count(share, view.alive.sum(1), view.protected.sum(1))
         return top_k(score.masked_fill(view.protected, float("inf")), count, view.alive)
 
-    def idles(self, site: int) -> bool:
+    def keeps_all(self, site: int) -> bool:
         return isinstance(self.shares[site], float) and self.shares[site] == KEEPS_ALL
 
     def width(self, slots: int, site: int) -> int | None:
@@ -102,7 +102,7 @@ class LAT(TopK):
             )
         self.keep = self.shares = self._schedule(value)
         self.target_flops = value
-        self.note()
+        self.sync_config()
 
     def _schedule(self, share: float) -> Schedule:
         """Between the two schedules of the frontier next to a share of the MACs."""
@@ -142,7 +142,7 @@ class LAT(TopK):
                 self.frontier = self._evolved(forward, batches)
             finally:
                 self.shares = before
-            self.note()
+            self.sync_config()
         if self.target_flops is not None:
             self.budget = max(self.target_flops, self.frontier[0][0])
         return super().calibrate(forward, batches)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attention import View
-from ..core.pruner import Record, StackInfo
+from ..core.pruner import ModelInfo, Record
 from ..core.tokens import Tokens
 from .ltp import LTP
 from .parts.gates import log_gate
@@ -46,13 +46,13 @@ class LTMP(LTP):
     sized: ClassVar[bool] = True
     needs_values: ClassVar[bool] = True
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         super().build(info)
         self.merge_threshold = nn.Parameter(torch.full((len(self.sites),), float(self.merge_init)))
 
     def score(self, view: View) -> Tensor:
         view.alike, view.into = matching(view)
-        return view.received()
+        return view.attention_received()
 
     def choose(self, score: Tensor, view: View) -> Tensor:
         merged = (view.alike > -STAYS) & (view.alike >= self.merge_threshold[view.site])
@@ -62,8 +62,8 @@ class LTMP(LTP):
     def reduce(self, view: View) -> Tokens:
         return view.tokens.merge(view.keep, view.into, mean_weight(view))
 
-    def soften(self, view: View) -> Tensor:
-        gates = super().soften(view)
+    def gates(self, view: View) -> Tensor:
+        gates = super().gates(view)
         apart = log_gate((self.merge_threshold[view.site] - view.alike) / self.temperature)
         spared = view.protected | self._best(view.score.detach(), view, view.open) | ~view.alive
         return gates + apart.masked_fill(spared, 0.0)
@@ -71,9 +71,9 @@ class LTMP(LTP):
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
         return super().loss(forward, batch, record, teacher) + 0.0 * self.merge_threshold.sum()
 
-    def dial(self) -> Callable[[float], None]:
+    def knob(self) -> Callable[[float], None]:
         """One shift of all thresholds, towards removing more."""
-        turn, start = super().dial(), self.merge_threshold.detach().clone()
+        turn, start = super().knob(), self.merge_threshold.detach().clone()
 
         def both(by: float) -> None:
             turn(by)

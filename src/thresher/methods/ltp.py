@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.attention import View
-from ..core.pruner import Record, StackInfo, TokenPruner, budget_penalty, falling
+from ..core.pruner import ModelInfo, Record, TokenPruner, budget_penalty, falling
 from .parts.gates import log_gate
 
 
@@ -64,13 +64,13 @@ class LTP(TokenPruner):
         if self.min_keep < 1:
             raise ValueError(f"min_keep={self.min_keep}: expected a number of tokens from 1 up")
 
-    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
         """Every layer; the last only for heads that read the first token alone, which no other token can reach any
         more."""
         last = info.last_site if info.reads_first_only else min(info.last_site, info.depth - 2)
         return tuple(range(info.first_site, last + 1))
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         rising = [self.init * layer / max(1, info.depth) for layer in self.sites]
         self.threshold = nn.Parameter(torch.tensor(rising, dtype=torch.float32))
 
@@ -82,7 +82,7 @@ class LTP(TokenPruner):
         order = score.masked_fill(view.protected, float("inf")).masked_fill(~alive, float("-inf"))
         return order >= order.topk(min(self.min_keep, order.shape[1])).values[:, -1:]
 
-    def soften(self, view: View) -> Tensor:
+    def gates(self, view: View) -> Tensor:
         view.score = self.score(view)
         open_by = self.opening(view)
         if self.straight_through:
@@ -117,7 +117,7 @@ class LTP(TokenPruner):
         over."""
         return falling(self.target_flops, self.progress / max(1e-9, self.soft_until))
 
-    def dial(self) -> Callable[[float], None]:
+    def knob(self) -> Callable[[float], None]:
         """One shift of all thresholds."""
         start = self.threshold.detach().clone()
 

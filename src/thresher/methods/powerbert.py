@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attention import View, columns
-from ..core.pruner import Record, StackInfo, budget_penalty, falling, ranks
+from ..core.pruner import ModelInfo, Record, budget_penalty, falling, ranks
 from ..core.tokens import CLOSED
 from .parts.rank_bins import bin_of
 from .topk import TopK
@@ -34,7 +34,7 @@ class PoWERBERT(TopK):
     Departures. Ranks are relative, in ``bins``, and counts are shares of a text's length (theirs are counts of a
     padded length). A retention parameter enters the attention of the following layers as its logarithm on the key,
     see ``LTP``; those of several sites add up, while the count after a site follows the least mass so far, as the
-    paper's does, so that what several sites took together falls to the last dial. The budget is a FLOPs target: its
+    paper's does, so that what several sites took together falls to the last knob. The budget is a FLOPs target: its
     penalty is ``LTP``'s and, when the shares are known, one factor of all of them meets it on held-out inputs;
     without a target the penalty is the paper's, the mass of each layer times its number, times ``weight``.
 
@@ -58,20 +58,20 @@ class PoWERBERT(TopK):
     def statistic(self) -> Callable:
         return others
 
-    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
         return tuple(range(info.first_site, max(info.first_site, info.depth - 2) + 1))
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         super().build(info)
         self.retention = nn.Parameter(torch.ones(len(self.sites), self.bins))
 
     def score(self, view: View) -> Tensor:
-        return view.over(others)
+        return view.reduce_attention(others)
 
     def phase(self, progress: float) -> str:
         return "soft" if progress < self.soft_until else "hard"
 
-    def soften(self, view: View) -> Tensor:
+    def gates(self, view: View) -> Tensor:
         view.score = self.score(view)
         free = view.alive & ~view.protected
         count = free.sum(1, keepdim=True)
@@ -100,5 +100,5 @@ class PoWERBERT(TopK):
             self.keep = self.shares = tuple(
                 min(1.0, max(0.001, round(x / max(y, 1e-3), 3))) for x, y in zip(left, before, strict=True)
             )
-            self.note()
+            self.sync_config()
         return super().calibrate(forward, batches)

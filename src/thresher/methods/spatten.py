@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..core.attention import View
-from ..core.pruner import StackInfo
+from ..core.pruner import ModelInfo
 from .topk import TopK
 
 
@@ -30,12 +30,12 @@ class SpAtten(TopK):
 
     name: ClassVar[str] = "spatten"
 
-    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
         return tuple(range(max(info.first_site, info.depth // 6), info.last_site + 1, 2))
 
     def score(self, view: View) -> Tensor:
         index, memory = view.tokens.index, view.tokens.memory
-        received = view.received()
+        received = view.attention_received()
         total = memory.get(self.name)
         if total is None:
             total = received.new_zeros(index.shape[0], view.tokens.width)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..core.attention import View
-from ..core.pruner import StackInfo, TokenPruner
+from ..core.pruner import ModelInfo, TokenPruner
 
 
 @dataclass(eq=False, repr=False)
@@ -26,7 +26,7 @@ class Threshold(TokenPruner):
 
     name: ClassVar[str] = "threshold"
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         values = self.threshold if isinstance(self.threshold, (tuple, list)) else [self.threshold] * len(self.sites)
         if len(values) != len(self.sites):
             raise ValueError(

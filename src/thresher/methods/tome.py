@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.attention import View
-from ..core.pruner import StackInfo, TokenPruner, check_keep, top_k
+from ..core.pruner import ModelInfo, TokenPruner, check_keep, top_k
 from ..core.tokens import Tokens
-from .topk import dial_of
+from .topk import share_knob
 
 STAYS = 2.0  # a score above that of any token that may be merged
 
@@ -50,10 +50,10 @@ class ToMe(TokenPruner):
     needs_values: ClassVar[bool] = True
     scores_all: ClassVar[bool] = False
 
-    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
         return tuple(range(info.first_site, info.last_site + 1))
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         shares = self.r if isinstance(self.r, (tuple, list)) else [self.r] * len(self.sites)
         for share in shares:
             if isinstance(share, bool) or share != 0:
@@ -64,9 +64,9 @@ class ToMe(TokenPruner):
             raise ValueError(f"r={self.r!r}: target_flops takes shares above 0, which it can change")
         self.shares = tuple(shares)
 
-    def dial(self) -> Callable[[float], None]:
+    def knob(self) -> Callable[[float], None]:
         """One factor of all shares."""
-        return dial_of(self, "r", 1)
+        return share_knob(self, "r", 1)
 
     def score(self, view: View) -> Tensor:
         alike, view.into = matching(view)
@@ -86,7 +86,7 @@ class ToMe(TokenPruner):
             return None
         return slots - min(_merged(self.shares[site], slots), max(0, slots - len(protect) + 1) // 2)
 
-    def idles(self, site: int) -> bool:
+    def keeps_all(self, site: int) -> bool:
         return self.shares[site] == 0
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attention import View
-from ..core.pruner import Record, StackInfo, TokenPruner, ranks
+from ..core.pruner import ModelInfo, Record, TokenPruner, ranks
 from ..core.tokens import CLOSED
 from .parts.gates import Ascend, chance, odds, rounded, sample
 from .parts.rank_bins import bin_of, first, places, within
@@ -67,7 +67,8 @@ class ToP(TokenPruner):
         rank_loss: "arp2" (pairs of a best token and any other, weighted by the difference of their ranks), "ndcg"
             (LambdaRank's weights), "arp2-topk" (the paper's) or "none"; see ``parts.rank_distillation``.
         rank_weight: of the ranking loss. The paper: 0.01 to 0.00001, falling to a hundredth of it over the ramp.
-        gates: whether there are gates, as in the paper; without, every site prunes. A site whose gate is off, or whose
+        site_gates: whether there are gates, as in the paper; without, every site prunes. A site whose gate is off, or
+            whose
             mask lets everything stay, is not scored in evaluation.
         holes: whether masks may have holes, as the paper's; without, a site keeps its best ranks, in as many bins as
             the odds of all its bins say, in the hard stage and in evaluation.
@@ -82,7 +83,7 @@ class ToP(TokenPruner):
     topk: int = 20
     rank_loss: str = "arp2"
     rank_weight: float = 1.0
-    gates: bool = False
+    site_gates: bool = False
     holes: bool = False
     floor: int = 2
     ramp: float = 0.2
@@ -118,15 +119,15 @@ class ToP(TokenPruner):
         """Whether ``loss`` wants the teacher's ranking."""
         return self.rank_loss != "none"
 
-    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
         """Every layer but the last."""
         return tuple(range(info.first_site, max(info.first_site, info.depth - 2) + 1))
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         sites = len(self.sites)
         deeper = DEEPER * torch.linspace(0, 1, sites)[:, None]
         self.rank = nn.Parameter(torch.linspace(BOUND, odds(WORST), self.bins) - deeper)
-        self.gate = nn.Parameter(torch.full((sites,), odds(GATE))) if self.gates else None
+        self.gate = nn.Parameter(torch.full((sites,), odds(GATE))) if self.site_gates else None
         self.begin = [p.detach().clone() for p in (self.rank, self.gate) if p is not None]
         self.multiplier = nn.Parameter(torch.tensor([0.0, STIFF]))
         self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
@@ -144,7 +145,7 @@ class ToP(TokenPruner):
         most = within(mask.sum(), free.sum(1, keepdim=True), self.bins).clamp(min=self.floor * self.bins)
         return ranks(score, free) * self.bins < most
 
-    def idles(self, site: int) -> bool:
+    def keeps_all(self, site: int) -> bool:
         return bool(self.current[site].all())
 
     @property
@@ -177,7 +178,7 @@ class ToP(TokenPruner):
             return torch.zeros(len(self.sites), 1, dtype=torch.bool, device=self.rank.device)
         return (chance(self.gate.detach()) < 0.5)[:, None]
 
-    def soften(self, view: View) -> Tensor:
+    def gates(self, view: View) -> Tensor:
         view.score = self.score(view)
         free = view.open & ~view.protected
         if view.site == 0:
@@ -274,9 +275,9 @@ class ToP(TokenPruner):
             total = first * over + second * over**2
         else:
             total = sum(0.0 * parameter.sum() for parameter in self.parameters())
-        return total + self.rank_weight * self.misranked(record, teacher) if self.ranks_teacher else total
+        return total + self.rank_weight * self.ranking_loss_of(record, teacher) if self.ranks_teacher else total
 
-    def misranked(self, record: Record, teacher: Any) -> Tensor:
+    def ranking_loss_of(self, record: Record, teacher: Any) -> Tensor:
         """Scalar: the ranking loss, summed over the early sites; of the tokens that are still there."""
         if teacher is None or "ranking" not in teacher:
             raise ValueError("ToP distils its teacher's ranking: train with a teacher, or with rank_loss='none'")

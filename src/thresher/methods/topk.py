@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.attention import View
-from ..core.pruner import StackInfo, TokenPruner, check_keep, kept_count, top_k
+from ..core.pruner import ModelInfo, TokenPruner, check_keep, kept_count, top_k
 
 REPLAY = "replay"
 
@@ -37,7 +37,7 @@ class TopK(TokenPruner):
 
     name: ClassVar[str] = "topk"
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         if self.keep == REPLAY:
             return
         shares = self.keep if isinstance(self.keep, (tuple, list)) else [self.keep] * len(self.sites)
@@ -51,9 +51,9 @@ class TopK(TokenPruner):
             raise ValueError(f"keep={self.keep!r} is a count: target_flops takes shares, which it can change")
         self.shares = tuple(shares)
 
-    def dial(self) -> Callable[[float], None] | None:
+    def knob(self) -> Callable[[float], None] | None:
         """One factor of all shares."""
-        return None if self.keep == REPLAY else dial_of(self, "keep", -1)
+        return None if self.keep == REPLAY else share_knob(self, "keep", -1)
 
     def choose(self, score: Tensor, view: View) -> Tensor:
         live, protected = view.alive.sum(1), view.protected.sum(1)
@@ -74,14 +74,14 @@ class TopK(TokenPruner):
         return max(count, len(protect), 1)
 
 
-def dial_of(method: TokenPruner, name: str, sign: int) -> Callable[[float], None]:
+def share_knob(method: TokenPruner, name: str, sign: int) -> Callable[[float], None]:
     """Multiplies the shares of a method, its field ``name``, by exp(``sign`` * by), in thousandths."""
     start = method.shares
 
     def turn(by: float) -> None:
         method.shares = tuple(min(1.0, max(0.001, round(share * math.exp(sign * by), 3))) for share in start)
         setattr(method, name, method.shares)
-        method.note()
+        method.sync_config()
 
     return turn
 
@@ -91,7 +91,7 @@ class Random(TopK):
     """Baseline: which tokens stay is a coin's choice. Arguments as ``TopK``.
 
     The coin is a hash of a token's rank among the survivors, their number, the layer and ``seed``, so that a prediction
-    depends neither on the batch nor on padding nor on the executor; in training a fresh number is mixed in at every
+    depends neither on the batch nor on padding nor on the layout; in training a fresh number is mixed in at every
     forward.
     """
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attention import View
-from ..core.pruner import StackInfo
+from ..core.pruner import ModelInfo
 from .ltp import LTP
 from .parts.gates import gumbel
 
@@ -45,7 +45,7 @@ class Transkimmer(LTP):
     lr: ClassVar[float] = 1e-3
     needs_attention: ClassVar[bool] = False
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         super().build(info)
         size, draw = info.hidden, torch.Generator().manual_seed(0)
         self.predictor_macs = size * size + 2 * size

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.attention import View
 from ..core.cost import dense_macs, macs
-from ..core.pruner import Record, StackInfo, top_k
+from ..core.pruner import ModelInfo, Record, top_k
 from ..core.tokens import take
 from .ltp import LTP
 from .parts.saliency import perceptron, perceptron_macs, saliency, task_losses
@@ -71,11 +71,11 @@ class TRBERT(LTP):
         self.guide: list[Tensor] | None = None  # per site (B, N0), while one follows it
         self.seen: dict[str, float] = {}
 
-    def default_at(self, info: StackInfo) -> tuple[int, ...]:
+    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
         """After the attention of the first layer and of the last one of the first half."""
         return tuple(sorted({min(max(i, info.first_site), info.last_site) for i in (0, info.depth // 2 - 1)}))
 
-    def build(self, info: StackInfo) -> None:
+    def build(self, info: ModelInfo) -> None:
         super().build(info)
         draw = torch.Generator().manual_seed(0)
         self.policies = nn.ModuleList(perceptron(info.hidden, draw) for _ in self.sites)

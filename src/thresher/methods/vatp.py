@@ -27,4 +27,4 @@ class VATP(TopK):
     needs_values: ClassVar[bool] = True
 
     def score(self, view: View) -> Tensor:
-        return view.received() * view.value.float().abs().sum(-1).mean(1)
+        return view.attention_received() * view.value.float().abs().sum(-1).mean(1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.cost import LayerCount, macs
-from ..core.pruner import StackInfo, kept_count
+from ..core.pruner import ModelInfo, kept_count
 from ..evaluation.latency import LatencyTable
 
 STEPS = 20
@@ -38,7 +38,7 @@ class Space:
         table: measured times, one text at a time.
     """
 
-    info: StackInfo
+    info: ModelInfo
     lengths: Tensor
     charged: bool = True
     table: LatencyTable | None = None

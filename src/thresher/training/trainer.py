@@ -17,7 +17,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
 from ..api import MODULE, prune, unprune
 from ..core.attention import View
-from ..core.pruner import Record, StackInfo, TokenPruner
+from ..core.pruner import ModelInfo, Record, TokenPruner
 from ..evaluation.latency import latency_table
 from ..methods.parts.distillation import LOGITS, distillation
 
@@ -55,7 +55,7 @@ def rest(optimizer: torch.optim.Optimizer, *_) -> None:
                 parameter.grad = None
 
 
-def take_part(model: nn.Module, args: Any, outputs: Any) -> Any:
+def join_backward(model: nn.Module, args: Any, outputs: Any) -> Any:
     """Forward hook for DDP: the method's parameters take part in every answer, in a hard stage with weight zero.
 
     DDP waits for a gradient of each parameter, and looks for unused ones in the answers; one that is in the loss alone
@@ -72,7 +72,7 @@ def take_part(model: nn.Module, args: Any, outputs: Any) -> Any:
 class Ranking(TokenPruner):
     """Scores the last layer and lets nothing leave: a teacher's view of which tokens matter."""
 
-    def bind(self, info: StackInfo) -> None:
+    def bind(self, info: ModelInfo) -> None:
         self.info, self.sites = info, (info.depth - 1,)
 
     def choose(self, score: Tensor, view: View) -> Tensor:
@@ -139,7 +139,7 @@ class PruningTrainer(Trainer):
         self.reached: dict[str, float] = {}
         self.add_callback(_Stages(self))
         if self.args.world_size > 1:
-            self.model.register_forward_hook(take_part)
+            self.model.register_forward_hook(join_backward)
 
     @property
     def pruner(self) -> TokenPruner:
@@ -206,7 +206,7 @@ class PruningTrainer(Trainer):
         """As in ``transformers.Trainer``; a teacher whose ranking is wanted scores its last layer meanwhile."""
         ranks = self.teacher is not None and self.pruner.ranks_teacher
         if ranks:
-            prune(self.teacher, Ranking(), executor="mask")
+            prune(self.teacher, Ranking(), layout="mask")
         try:
             return super().train(*args, **kwargs)
         finally:

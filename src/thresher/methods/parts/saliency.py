@@ -47,7 +47,7 @@ def saliency(pruner: TokenPruner, forward: Callable) -> list[Tensor]:
         return gates[-1]
 
     record = pruner.record
-    pruner.soften, pruner.phase = open_all, lambda progress: "soft"  # hide the method's own
+    pruner.gates, pruner.phase = open_all, lambda progress: "soft"  # hide the method's own
     try:
         with torch.enable_grad():
             loss = forward().get("loss")
@@ -55,7 +55,7 @@ def saliency(pruner: TokenPruner, forward: Callable) -> list[Tensor]:
                 raise ValueError(f"{pruner.name} learns from gradients of the task loss: give labels with every batch")
             found = torch.autograd.grad(loss, gates, allow_unused=True)
     finally:
-        del pruner.soften, pruner.phase
+        del pruner.gates, pruner.phase
         pruner.record = record
     return [torch.zeros_like(gate) if g is None else g.abs() for gate, g in zip(gates, found, strict=True)]
 
