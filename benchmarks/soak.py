@@ -55,7 +55,7 @@ def measure_soak(entry, runs: Path) -> list[dict]:
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row
     from thresher.experiments.evaluate import export
-    from thresher.export.export import FORMATS
+    from thresher.exporting.export import FORMATS
 
     setting, model = TASKS[entry.task], runs / entry.needs[0]
     places = {("torch", "fp32"): model}

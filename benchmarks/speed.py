@@ -111,7 +111,7 @@ def graph_of(net, place: Path, longest: int, *, source: str | None = None, **how
     """The runtime of a model's graph in ``place``, exported where another one is there or none; ``source``: the model's
     fingerprint, where it is known."""
     from thresher import export, load_runtime
-    from thresher.export.export import fingerprint, source_of
+    from thresher.exporting.export import fingerprint, source_of
 
     if source_of(place) != (source or fingerprint(net), longest):
         export(net, place, max_length=longest, **how)
@@ -216,7 +216,7 @@ def measure_synthetic(entry, runs: Path) -> list[dict]:
     from thresher.data.task import Task
     from thresher.evaluation.benchmark import measure
     from thresher.evaluation.roofline import roofline
-    from thresher.export.export import fingerprint
+    from thresher.exporting.export import fingerprint
 
     torch.manual_seed(0)
     net = BertForSequenceClassification(BertConfig()).eval()

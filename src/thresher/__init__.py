@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import dense, prune, unprune
     from .core.pruner import TokenPruner
-    from .export.export import export
-    from .export.runtime import load_runtime
+    from .exporting.export import export
+    from .exporting.runtime import load_runtime
     from .methods.adapler import AdapLeR
     from .methods.ats import ATS
     from .methods.dynamicvit import DynamicViT
@@ -59,7 +59,7 @@ __all__ = [
 ]
 _HOMES = {
     "api": ("dense", "prune", "unprune"),
-    "export.export": ("export",),
+    "exporting.export": ("export",),
     "methods.dynamicvit": ("DynamicViT",),
     "methods.adapler": ("AdapLeR",),
     "methods.ats": ("ATS",),
@@ -78,7 +78,7 @@ _HOMES = {
     "methods.trbert": ("TRBERT",),
     "methods.vatp": ("VATP",),
     "core.pruner": ("TokenPruner",),
-    "export.runtime": ("load_runtime",),
+    "exporting.runtime": ("load_runtime",),
     "training.trainer": ("PruningTrainer",),
 }
 

@@ -23,8 +23,8 @@ from ..evaluation.predict import Text, copied, predict, quality, replayed
 from ..evaluation.roofline import roofline
 from ..evaluation.rows import plot as draw
 from ..evaluation.rows import row
-from ..export import export as exporting
-from ..export.runtime import load_runtime
+from ..exporting import export as exporting
+from ..exporting.runtime import load_runtime
 
 PAIRS = {"torch": ("fp32", "bf16"), **exporting.FORMATS}  # the precisions of each runtime
 CALIBRATED_WITH_TEXTS = ("openvino", "int8")

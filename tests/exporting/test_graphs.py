@@ -19,7 +19,7 @@ from thresher.evaluation import predict as predicting
 from thresher.evaluation.roofline import Roofline
 from thresher.experiments import evaluate as evaluating
 from thresher.experiments import train as jobs
-from thresher.export.export import fingerprint
+from thresher.exporting.export import fingerprint
 from thresher.stats.metrics import compute_metric
 
 FEW = {"repeats": 1, "limit": 8, "max_length": 32, "batch_size": (4,), "baselines": ()}

@@ -19,8 +19,8 @@ from support.tiny import tiny_tokenizer
 from thresher import ToP, TopK, export, load_runtime, prune
 from thresher.cli import app as cli
 from thresher.cli.info import describe
-from thresher.export import export as exporting
-from thresher.export.export import inputs_of
+from thresher.exporting import export as exporting
+from thresher.exporting.export import inputs_of
 from thresher.methods.parts.rank_bins import within
 
 TEXTS = ["the farmer and the grain", "thresh", "the grain and the script and the farmer and the wheat", "chaff"]
@@ -292,7 +292,7 @@ def test_a_graph_that_answers_otherwise_is_refused(tmp_path, monkeypatch, export
             pass
 
     monkeypatch.setattr(exporting, "_exporter", lambda *_: (Exported(), None))
-    monkeypatch.setattr("thresher.export.runtime.load_runtime", lambda folder: Wrong())
+    monkeypatch.setattr("thresher.exporting.runtime.load_runtime", lambda folder: Wrong())
     with pytest.raises(RuntimeError, match=said):
         export(model, tmp_path / "graph")
     assert not os.listdir(tmp_path)
