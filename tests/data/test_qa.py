@@ -228,7 +228,7 @@ def test_parts_are_chosen_as_for_other_data(tmp_path):
         load_task(tmp_path / "parts", train_split="nope")
     for options, problem in (
         ({"metric": "accuracy"}, "'accuracy' is no metric for question answering"),
-        ({"limit": 0}, "limit is 0, expected 1 or more training rows"),
+        ({"limit": 0}, "limit is 0, expected 1 or more rows"),
     ):
         with pytest.raises(DataError, match=problem):
             load_task(tmp_path / "parts", **options)

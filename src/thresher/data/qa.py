@@ -51,8 +51,6 @@ def load_qa(
 
     if metric not in (None, "qa_f1"):
         raise DataError(f"{metric!r} is no metric for question answering: use qa_f1")
-    if limit is not None and limit < 1:
-        raise DataError(f"limit is {limit}, expected 1 or more training rows")
     answers = {where: _answers(where, part) for where, part in parts.items()}
     shown = {where: part.assign(answers=answers[where]) for where, part in parts.items()}
     if {"test", "validation"} <= {*shown} and not any(found["text"] for found in answers["test"]):
