@@ -8,8 +8,9 @@ from torch import nn
 
 from support.families import FAMILIES
 from thresher import LTP, FirstK, TopK, dense, prune
-from thresher.core.cost import LayerCost, LayerCount, dense_macs, macs
+from thresher.core.cost import LatencyTable, LayerCost, LayerCount, between, dense_macs, macs, tokens_by_layer
 from thresher.core.layouts import LAYOUTS
+from thresher.core.pruner import kept_count
 
 C, INNER = 32, 64  # of the tiny models
 
@@ -86,3 +87,51 @@ def test_numbers_and_tensors_alike():
     assert macs([cost], [LayerCount(n, n, False)]).tolist() == [by_hand(12, 12, False), by_hand(7, 7, False)]
     with pytest.raises(ValueError):
         macs([cost, cost], [LayerCount(n, n)])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_tokens_are_counted_layer_by_layer(inside):
+    tokens = torch.tensor([12, 7])
+    after = {1: lambda n: (n + 1) // 2, 2: lambda n: n.clamp(max=2)}
+    counts = tokens_by_layer(tokens, after, range(4), inside=inside, unscored=(2,))
+    assert [c.n_attention.tolist() for c in counts] == [[12, 7], [12, 7], [6, 4], [2, 2]]
+    passed = [[12, 7], [6, 4], [2, 2], [2, 2]] if inside else [[12, 7], [12, 7], [6, 4], [2, 2]]
+    assert [c.n_ffn.tolist() for c in counts] == passed
+    assert [c.scored for c in counts] == [False, True, False, False]
+    assert tokens_by_layer(tokens, {}, range(0), inside=inside) == []
+    part = tokens_by_layer(tokens, after, range(2, 4), inside=inside)  # of the layers that are counted alone
+    assert [c.n_attention.tolist() for c in part] == [[12, 7], [2, 2]] and part[0].scored
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_a_schedule_is_counted_as_it_runs(family):
+    """The counts of a forward, of the same tokens without a model."""
+    model = prune(FAMILIES[family].build(), TopK(keep=0.5, at=(1, 2)))
+    FAMILIES[family].run(model, FAMILIES[family].batch((12, 7), width=20))
+    pruner, half = model.token_pruner, lambda n: kept_count(0.5, n)
+    info, record = pruner.info, pruner.record
+    counts = tokens_by_layer(
+        torch.tensor([12, 7]), dict.fromkeys(pruner.sites, half), range(info.depth), inside=info.inside
+    )
+    assert torch.equal(macs(record.costs, counts), macs(record.costs, record.counts))
+
+
+def test_between_interpolates_and_continues_at_the_ends():
+    x = torch.tensor([10.0, 15.0, 30.0, 50.0, 5.0, -90.0], requires_grad=True)
+    found = between(x, ((10.0, 20.0, 40.0), (1.0, 2.0, 8.0)))
+    torch.testing.assert_close(found, torch.tensor([1.0, 1.5, 5.0, 11.0, 0.5, 0.0]))
+    found.sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([0.1, 0.1, 0.3, 0.3, 0.1, 0.0]))
+
+
+def test_a_table_prices_counts_in_time():
+    flat = {
+        "attention": ((1.0, 9.0), (1.0, 9.0)),
+        "scored": ((1.0, 9.0), (2.0, 18.0)),
+        "ffn": ((1.0, 9.0), (4.0, 36.0)),
+    }
+    table = LatencyTable(**flat, rest=((1.0, 9.0), (0.5, 0.5)), batch_size=1, threads=1)
+    n = torch.tensor([8.0, 4.0])
+    counts = [LayerCount(n, n), LayerCount(n, n / 2, scored=True)]
+    assert table.time(counts).tolist() == [8 + 32 + 16 + 16, 4 + 16 + 8 + 8]
+    assert table.fixed(n).tolist() == [0.5, 0.5]

@@ -10,21 +10,14 @@ import torch
 from support.families import FAMILIES
 from support.toy import OPTIONS, make_toy
 from thresher import ToP, prune
+from thresher.core.cost import LatencyTable
 from thresher.evaluation import latency
-from thresher.evaluation.latency import LatencyTable, between, compare, latency_table
+from thresher.evaluation.latency import compare, latency_table
 from thresher.experiments import train as jobs
 
 BERT = FAMILIES["bert"]
 LINE = ((10.0, 20.0, 40.0), (1.0, 2.0, 8.0))
 TABLE = LatencyTable(attention=LINE, scored=LINE, ffn=LINE, rest=((10.0, 40.0), (0.5, 0.5)), batch_size=1, threads=1)
-
-
-def test_between_interpolates_and_continues_at_the_ends():
-    x = torch.tensor([10.0, 15.0, 30.0, 50.0, 5.0, -90.0], requires_grad=True)
-    found = between(x, LINE)
-    torch.testing.assert_close(found, torch.tensor([1.0, 1.5, 5.0, 11.0, 0.5, 0.0]))
-    found.sum().backward()
-    torch.testing.assert_close(x.grad, torch.tensor([0.1, 0.1, 0.3, 0.3, 0.1, 0.0]))
 
 
 @pytest.fixture(scope="module")

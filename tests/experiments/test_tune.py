@@ -20,8 +20,8 @@ from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from support.toy import write
 from thresher import TopK, prune, unprune
 from thresher.cli import app as cli
+from thresher.core.cost import LatencyTable
 from thresher.data.models import open_model
-from thresher.evaluation.latency import LatencyTable
 from thresher.evaluation.predict import predict
 from thresher.experiments import tune as module
 from thresher.experiments.train import SUMMARY, load

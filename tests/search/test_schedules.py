@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from support.families import FAMILIES
 from thresher import ATS, FirstK, TopK, prune
-from thresher.evaluation.latency import LatencyTable
+from thresher.core.cost import LatencyTable
 from thresher.evaluation.predict import predict
 from thresher.search.schedules import LEVELS, Space, curves, neighbours
 

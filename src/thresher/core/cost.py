@@ -1,13 +1,20 @@
-"""Counting multiply-accumulates (MACs) from the tokens that were really there. Pure arithmetic.
+"""Price a schedule: the tokens of every layer, in multiply-accumulates (MACs) or in measured time. Pure arithmetic.
 
-Encoder layers only, live tokens only, each sub-block charged at the tokens that passed it. For a standard layer of n
-tokens, C channels and I intermediate channels that is 4nC^2 + 2nCI + 2n^2C, and n^2C more for a column-mean score.
+    counts = tokens_by_layer(tokens, after, range(depth), inside=True)    what is left, layer by layer
+    macs(costs, counts)        table.time(counts)        roofline.floor(costs, counts)
+
+MACs are those of the layers alone, of live tokens alone, each block at the tokens that pass it. A standard layer of n
+tokens, C channels and I intermediate channels takes 4nC^2 + 2nCI + 2n^2C, and n^2C more for a column-mean score.
+
+Shapes: B texts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -53,3 +60,70 @@ def macs(costs: list[LayerCost], counts: list[LayerCount]) -> Tensor:
 def dense_macs(costs: list[LayerCost], tokens):
     """MACs of the unpruned model on rows of ``tokens`` tokens (number or tensor), without padding."""
     return sum(cost.macs(tokens, tokens) for cost in costs)
+
+
+def tokens_by_layer(
+    tokens: Tensor,
+    after: Mapping[int, Callable[[Tensor], Tensor]],
+    layers: Iterable[int],
+    *,
+    inside: bool,
+    unscored: Collection[int] = (),
+) -> list[LayerCount]:
+    """Count the tokens of a schedule, layer by layer (differentiable).
+
+    Args:
+        tokens: (B,) tokens that enter the first layer.
+        after: for each site the function from the tokens (B,) that enter it to those that go on, (B,).
+        layers: those that are counted, in their order.
+        inside: whether tokens leave before the FFN of their layer, or after it.
+        unscored: sites that take no score.
+    """
+    counts = []
+    for layer in layers:
+        left = after[layer](tokens) if layer in after else tokens
+        counts.append(LayerCount(tokens, left if inside else tokens, layer in after and layer not in unscored))
+        tokens = left
+    return counts
+
+
+Curve = tuple[tuple[float, ...], tuple[float, ...]]  # tokens, rising, and the milliseconds that they take
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured time(tokens) of the parts of one layer, and of all that is not a layer, in ms per text.
+
+    Attributes:
+        attention, scored: the attention block of a layer that is not a site, and of one that is, with its hooks,
+            scoring and removal.
+        ffn: the rest of the layer.
+        rest: embeddings, head and Python, once per forward.
+        batch_size, threads: what was measured.
+    """
+
+    attention: Curve
+    scored: Curve
+    ffn: Curve
+    rest: Curve
+    batch_size: int
+    threads: int
+
+    def time(self, counts: Iterable[LayerCount]) -> Tensor:
+        """(B,) ms of the layers that ``counts`` are of (differentiable)."""
+        parts = ((c.n_attention, self.scored if c.scored else self.attention, c.n_ffn) for c in counts)
+        return sum(between(n, curve) + between(n_ffn, self.ffn) for n, curve, n_ffn in parts)
+
+    def fixed(self, tokens: Tensor) -> Tensor:
+        """(B,) ms of everything but the layers."""
+        return between(tokens, self.rest)
+
+
+def between(x: Tensor, curve: Curve) -> Tensor:
+    """Interpolate ``curve`` at ``x`` on straight lines, continued at its ends; differentiable in ``x``."""
+    at, value = (torch.tensor(part, dtype=torch.float32, device=x.device) for part in curve)
+    x = x.float()
+    right = torch.searchsorted(at, x.detach().contiguous()).clamp(1, len(at) - 1)
+    left = right - 1
+    slope = (value[right] - value[left]) / (at[right] - at[left])
+    return (value[left] + (x - at[left]) * slope).clamp(min=0)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..api import MODULE, dense
-from ..core.cost import LayerCount, dense_macs
+from ..core.cost import dense_macs, tokens_by_layer
 from ..core.layouts import LAYOUTS
 from ..core.pruner import TokenPruner
 from ..data import qa
@@ -73,14 +73,11 @@ class Runner:
 
     def floor(self, line: Roofline, rows: list[int]) -> float:
         """The least ms of a forward of some rows on this machine."""
-        left, kept, counts = self.predictions.tokens[rows], self.predictions.kept[rows], []
-        left = left if self.pad_to is None else torch.full_like(left, self.pad_to)
-        for layer in range(len(self.pruner.info.costs)):
-            site = self.pruner.site(layer) if kept.shape[1] else -1
-            after = left if site < 0 else kept[:, site]
-            counts.append(LayerCount(left, after if self.pruner.info.inside else left))
-            left = after
-        return line.floor(self.pruner.info.costs, counts, self.row["precision"])
+        info, kept, tokens = self.pruner.info, self.predictions.kept[rows], self.predictions.tokens[rows]
+        tokens = tokens if self.pad_to is None else torch.full_like(tokens, self.pad_to)
+        after = {layer: lambda _, i=i: kept[:, i] for i, layer in enumerate(self.pruner.sites) if kept.shape[1]}
+        counts = tokens_by_layer(tokens, after, range(info.depth), inside=info.inside)
+        return line.floor(info.costs, counts, self.row["precision"])
 
     @property
     def seconds(self) -> float:

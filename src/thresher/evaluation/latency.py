@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 
@@ -25,50 +25,12 @@ from transformers import PreTrainedModel
 from ..api import MODULE, dense, prune, unprune
 from ..core.architecture import find_stack
 from ..core.attention import View
+from ..core.cost import Curve, LatencyTable
 from ..core.pruner import ModelInfo, TokenPruner
 from ..methods.topk import TopK
 from .hardware import hardware
 
 GRID = (8, 16, 32, 64, 128, 256, 512)
-Curve = tuple[tuple[float, ...], tuple[float, ...]]  # tokens, rising, and the milliseconds they take
-
-
-@dataclass(frozen=True)
-class LatencyTable:
-    """Measured time(tokens) of the parts of one layer, and of all that is not a layer.
-
-    Attributes:
-        attention, scored: the attention block of a layer that is not a site, and of one that is, with its hooks,
-            scoring and removal.
-        ffn: the rest of the layer.
-        rest: embeddings, head and Python, once per forward.
-        batch_size, threads: what was measured.
-    """
-
-    attention: Curve
-    scored: Curve
-    ffn: Curve
-    rest: Curve
-    batch_size: int
-    threads: int
-
-    def layer(self, n_attention: Tensor, n_ffn: Tensor, scored: bool = False) -> Tensor:
-        """(B,) ms of a layer with so many tokens in its attention block and in its FFN (differentiable)."""
-        return between(n_attention, self.scored if scored else self.attention) + between(n_ffn, self.ffn)
-
-    def fixed(self, tokens: Tensor) -> Tensor:
-        """(B,) ms of everything but the layers."""
-        return between(tokens, self.rest)
-
-
-def between(x: Tensor, curve: Curve) -> Tensor:
-    """``curve`` at ``x`` by linear interpolation, continued at its ends; differentiable in ``x``."""
-    at, value = (torch.tensor(part, dtype=torch.float32, device=x.device) for part in curve)
-    x = x.float()
-    right = torch.searchsorted(at, x.detach().contiguous()).clamp(1, len(at) - 1)
-    left = right - 1
-    slope = (value[right] - value[left]) / (at[right] - at[left])
-    return (value[left] + (x - at[left]) * slope).clamp(min=0)
 
 
 class Trim(TokenPruner):

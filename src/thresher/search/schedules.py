@@ -6,17 +6,16 @@ index, never falling. Shapes: N texts, L layers that can be sites, V levels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.cost import LayerCount, macs
+from ..core.cost import LatencyTable, LayerCount, macs, tokens_by_layer
 from ..core.pruner import ModelInfo, kept_count
-from ..evaluation.latency import LatencyTable
 
 STEPS = 20
 LEVELS = (
@@ -65,12 +64,9 @@ class Space:
 
     def _cost(self, left: Left) -> float:
         schedule = self.fields(left)
-        shares, n, counts = dict(zip(schedule["at"], schedule["keep"], strict=True)), self.lengths, []
-        for layer in range(self.info.depth):
-            kept = kept_count(shares[layer], n, self._protected) if layer in shares else n
-            counts.append(LayerCount(n, kept if self.info.inside else n, layer in shares))
-            n = kept
-        return self._fixed + self._price(counts)
+        shares = dict(zip(schedule["at"], schedule["keep"], strict=True))
+        after = {layer: partial(kept_count, share, protected=self._protected) for layer, share in shares.items()}
+        return self._fixed + self._price(self._counts(self.lengths, after, range(self.info.depth)))
 
     @cached_property
     def dense(self) -> float:
@@ -130,30 +126,32 @@ class Space:
     def _fixed(self) -> float:
         return 0.0 if self.table is None else self.table.fixed(self.lengths).mean().item()
 
+    def _counts(self, tokens: Tensor, after: dict[int, Callable], layers: range) -> list[LayerCount]:
+        free = self.table is None and not self.charged  # in MACs; the table has the time of every site
+        unscored = layers if free else ()
+        return tokens_by_layer(tokens, after, layers, inside=self.info.inside, unscored=unscored)
+
     def _price(self, counts: list[LayerCount], first: int = 0) -> float:
         """Mean cost of some layers, from ``first`` on."""
         if not counts:
             return 0.0
-        if self.table is not None:
-            return sum(self.table.layer(c.n_attention, c.n_ffn, c.scored) for c in counts).mean().item()
         costs = list(self.info.costs[first : first + len(counts)])
-        counts = [LayerCount(c.n_attention.double(), c.n_ffn.double(), c.scored and self.charged) for c in counts]
-        return macs(costs, counts).mean().item()
+        return (macs(costs, counts) if self.table is None else self.table.time(counts)).double().mean().item()
 
     @cached_property
     def _steps(self) -> tuple[float, np.ndarray]:
         """The cost of what comes before the first layer that can be a site, and (L, V, V) that of each such layer
         between two levels. The last one bears what comes after it."""
-        n, levels = self.lengths, range(len(LEVELS))
+        n, levels, depth = self.lengths, range(len(LEVELS)), self.info.depth
         kept = [torch.maximum((share * n - 1e-6).ceil().long(), self._protected.clamp(min=1)) for share in LEVELS]
         steps = np.full((len(self.layers), len(LEVELS), len(LEVELS)), np.inf)
         for i, layer in enumerate(self.layers):
-            after = self.info.depth - layer - 1 if layer == self.info.last_site else 0
+            bears = range(layer, depth if layer == self.info.last_site else layer + 1)
             for a in levels:
                 for b in levels[a:]:
-                    here = LayerCount(kept[a], kept[b] if self.info.inside else kept[a], a != b)
-                    steps[i, a, b] = self._price([here] + [LayerCount(kept[b], kept[b])] * after, layer)
-        return self._fixed + self._price([LayerCount(n, n)] * self.info.first_site), steps
+                    after = {layer: lambda _, left=kept[b]: left} if a != b else {}
+                    steps[i, a, b] = self._price(self._counts(kept[a], after, bears), layer)
+        return self._fixed + self._price(self._counts(n, {}, range(self.info.first_site))), steps
 
 
 def _walk(trail: list[np.ndarray], level: int, cost: int) -> Left:
