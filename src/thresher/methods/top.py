@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..core.attention import View
+from ..core.cost import LatencyTable, LayerCount, macs, tokens_by_layer
 from ..core.pruner import ModelInfo, Record, TokenPruner, ranks
 from ..core.tokens import CLOSED
 from .parts.gates import Ascend, chance, odds, rounded, sample
 from .parts.rank_bins import bin_of, first, places, within
 from .parts.rank_distillation import RANK_LOSSES, overlap, ranking_loss, taught_by
-
-if TYPE_CHECKING:
-    from ..evaluation.latency import LatencyTable
 
 BOUND = math.log(100)  # of the parameters, their log odds
 GATE, WORST = 0.98, 0.9  # the chance of a gate, and of the last bin of the first site, to be on at the start
@@ -218,26 +216,32 @@ class ToP(TokenPruner):
         """Scalar: the cost as a fraction of the dense model's, in MACs or in time, on rows of ``tokens`` (B,) tokens of
         which ``protected`` (B,) cannot leave; ``stay(site, n)`` says how many of n others stay. A row keeps one.
         ``idle`` sites are not scored."""
-        if self.needs_table and self.table is None:
+        after = {
+            layer: lambda n, site=site: (protected + stay(site, n - protected)).clamp(min=1)
+            for site, layer in enumerate(self.sites)
+        }
+        unscored = [self.sites[site] for site in idle]
+        layers = range(self.info.depth)
+        counts = tokens_by_layer(tokens, after, layers, inside=self.info.inside, unscored=unscored)
+        return self.price(counts).sum() / self.dense(tokens).sum()
+
+    def price(self, counts: list[LayerCount]) -> Tensor:
+        """(B,) the cost of a forward: MACs, or ms where the budget is one of time."""
+        if not self.needs_table:
+            return macs(self.info.costs, counts)
+        if self.table is None:
             raise RuntimeError("a target of time needs measured times: set pruner.table = latency_table(model)")
-        used = dense = self.table.fixed(tokens) if self.needs_table else torch.zeros(())
-        left = tokens
-        for layer, macs in enumerate(self.info.costs):
-            price = self.table.layer if self.needs_table else macs.macs
-            site = self.site(layer)
-            after = left if site < 0 else (protected + stay(site, left - protected)).clamp(min=1)
-            used = used + price(left, after if self.info.inside else left, site >= 0 and site not in idle)
-            left, dense = after, dense + price(tokens, tokens)
-        return used.sum() / dense.sum()
+        return self.table.fixed(counts[0].n_attention) + self.table.time(counts)
+
+    def dense(self, tokens: Tensor) -> Tensor:
+        """(B,) the cost of the dense model on rows of ``tokens`` (B,) tokens."""
+        return self.price(tokens_by_layer(tokens, {}, range(self.info.depth), inside=self.info.inside))
 
     def target(self, tokens: Tensor) -> float:
         """The target as a fraction of the dense cost on rows of ``tokens`` (B,) tokens."""
         if self.target_latency_ms is None:
             return self.target_latency if self.target_flops is None else self.target_flops
-        if self.table is None:
-            return self.cost(tokens, tokens, lambda site, n: n)  # which says what is missing
-        dense = self.table.fixed(tokens) + len(self.info.costs) * self.table.layer(tokens, tokens)
-        return self.target_latency_ms / dense.mean().item()
+        return self.target_latency_ms / self.dense(tokens).mean().item()
 
     def asked(self, tokens: Tensor, protected: Tensor) -> float:
         """The target now: on its way from the cost where the training starts to ``target``; shapes as in ``cost``."""
