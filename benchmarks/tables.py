@@ -99,7 +99,7 @@ def named(entry: Entry) -> str:
 
 def speed_table(result: dict) -> list[str]:
     """Wall-clock rows of one interleaved run."""
-    from thresher.evaluation.rows import markdown
+    from thresher.reports.tables import markdown
 
     return markdown(result["rows"]).splitlines()
 

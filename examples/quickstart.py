@@ -24,8 +24,9 @@ def main() -> int:
     warnings.filterwarnings("ignore", message=".*tokens and were cut")
     from rich.console import Console
 
-    from thresher.evaluation.rows import table, write_rows
+    from thresher.evaluation.rows import write_rows
     from thresher.experiments import train as jobs
+    from thresher.reports.tables import table
     from thresher.reports.trace import html, terminal, trace
 
     console = Console()
@@ -72,7 +73,7 @@ def main() -> int:
     traces = [trace(net, tokenizer, text, max_length=MAX_LENGTH) for text in task.test[:5][task.text_columns[0]]]
     html(traces, OUT / "tokens.html")
     console.print(terminal(traces[0]))
-    console.print(table(rows))
+    console.print(table(rows, console.width))
     dense, pruned = trained
     console.print(
         f"[bold]{pruned['metric']} {pruned['quality']:.1f} against {dense['quality']:.1f} of the dense model, "

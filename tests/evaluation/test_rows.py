@@ -1,6 +1,5 @@
-"""Rows: every public field and no other, files that are whole or not there, tables and a figure."""
+"""Rows: every public field and no other, files that are whole or not there, and a figure."""
 
-import io
 import json
 import math
 import sys
@@ -8,26 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
+from support.rows import rows
 from thresher.evaluation import rows as report
-
-
-def rows():
-    shared = {"task": "synthetic", "model": "tiny", "runtime": "torch", "precision": "fp32", "metric": "accuracy"}
-    shared |= {"quality_dense": 70.0, "threads": 1}
-    dense, ltp = {"method": "dense", "quality": 70.0}, {"method": "ltp", "quality": 69.25, "target_flops": 0.4}
-    ltp |= {"interval_low": -0.25, "interval_high": 1.75, "mode": "pruned", "layout": "packed"}
-    padded = dense | {"mode": "dense-padded", "layout": "padded"}
-    unpadded = dense | {"mode": "dense-unpadded", "layout": "packed"}
-    made = []
-    for size, ms in ((1, 20.0), (32, 320.0)):
-        for own, speed in ((padded, 0.5), (unpadded, 1.0), (ltp, 2.0)):
-            own = own | {"latency_ms_p50": ms / speed, "latency_ms_p95": 2 * ms / speed}
-            own |= {"batch_size": size, "samples_per_second": 1000 * size * speed / ms}
-            own |= {"speedup_unpadded": speed, "speedup_padded": 2 * speed, "flops_ratio": 1.25 * speed}
-            made.append(report.row(**shared, **own, efficiency=0.8))
-    return made
 
 
 def test_a_row_has_every_field_in_order():
@@ -83,35 +65,6 @@ def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(ValueError, match="does not hold"):
         report.read_rows(tmp_path / "rows.json")
-
-
-def test_tables_show_what_was_measured():
-    text = report.markdown(rows())
-    lines = text.splitlines()
-    assert lines[0].startswith("| method | layout | batch | quality | drop | FLOPs ÷ |") and len(lines) == 8
-    assert lines[4] == "| ltp | packed | 1 | 69.2 | 0.8 (−0.2 … 1.8) | 2.50 | 10.0 / 20.0 ms | 2.00 | 4.00 | 0.80 |"
-    assert lines[7].split(" | ")[6] == "200 /s"
-    assert lines[2].split(" | ")[0] == "| dense-padded" and lines[2].split(" | ")[4] == "–"
-    console = Console(width=120, file=io.StringIO())
-    console.print(report.table(rows(), "title"))
-    shown = console.file.getvalue()
-    for word in ("title", "dense-unpadded", "200 /s", "10.0 / 20.0 ms", "efficiency", "0.8 (−0.2 … 1.8)"):
-        assert word in shown
-
-
-def test_columns_that_vary_are_shown_and_empty_ones_are_not():
-    untimed = {"samples_per_second": None, "latency_ms_p50": None}
-    two = [{**r, **untimed, "task": task} for r in rows() for task in ("a|b", "c")]
-    lines = report.markdown(two).splitlines()
-    assert lines[0].startswith("| task | method |") and "p50" not in lines[0]
-    assert lines[2].startswith("| a/b | dense-padded |")
-    bare = report.markdown([report.row(method="ltp", quality=50.0)])
-    assert bare.splitlines()[0] == "| method | quality |"
-
-
-def test_a_smaller_dense_model_keeps_its_name():
-    smaller = {**rows()[1], "method": "L3", "quality": 68.0}
-    assert "| L3 | packed | 1 | 68.0 | 2.0 |" in report.markdown([*rows(), smaller])
 
 
 def test_figure(tmp_path):

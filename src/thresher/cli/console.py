@@ -94,9 +94,10 @@ def measure(
     show: Callable | None = None,
     **options: Any,
 ) -> None:
-    """Run a job and show its rows, as a table (``report.table`` unless ``show`` makes it), and as JSON where that was
+    """Run a job and show its rows, as a table (``tables.table`` unless ``show`` makes it), and as JSON where that was
     asked for."""
     from ..evaluation import rows as report
+    from ..reports.tables import table
 
     with redirect_stdout(sys.stderr):  # whatever transformers prints on the way is not the result
         rows = job(*arguments, **options)
@@ -104,9 +105,8 @@ def measure(
         return write(rows, json_file)
     if json_file is not None:
         report.write_rows(json_file, rows)
-    Console(width=max(160, Console().width)).print(
-        (show or report.table)(rows)
-    )  # figures are never cut; a terminal may wrap
+    screen = Console(width=max(160, Console().width) if show else None)
+    screen.print(show(rows) if show else table(rows, screen.width))
 
 
 @contextmanager

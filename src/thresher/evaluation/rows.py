@@ -1,4 +1,4 @@
-"""Rows of measurements: the one form in which they are written, and tables and a figure to look at.
+"""Rows of measurements: the one form in which they are written, and a figure to look at.
 
 A row is a dictionary with every name in ``ROW_FIELDS``; what was not measured is None. The figure needs matplotlib.
 """
@@ -13,10 +13,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from typing import Any
 
 ROW_FIELDS = tuple(
     """task model method target_flops seed runtime precision mode layout batch_size threads metric quality
@@ -41,20 +38,6 @@ EXTRA_FIELDS = {  # what a row may hold besides
     "group": "letters; methods of a task and target that share one cannot be told apart",
     "note": "anything else",
 }
-HEADER = (
-    "method",
-    "layout",
-    "batch",
-    "quality",
-    "drop",
-    "FLOPs ÷",
-    "p50 / p95, rate",
-    "× unpadded",
-    "× padded",
-    "\N{MULTIPLICATION SIGN} torch fp32 padded",
-    "efficiency",
-    "\N{MULTIPLICATION SIGN} floor",
-)
 IDENTITY = ("task", "model", "target_flops", "seed", "runtime", "precision", "threads")  # shown where they vary
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#000000")  # Okabe and Ito's palette
 GREYS = {"dense-padded": "#B8B8B8", "dense-unpadded": "#6E6E6E"}
@@ -104,47 +87,6 @@ def write_csv(path: str | Path, rows: Iterable[dict]) -> None:
         writer.writeheader()
         for r in rows:
             writer.writerow({k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in r.items()})
-
-
-def table(rows: list[dict], title: str | None = None) -> Table:
-    """The rows for the screen."""
-    from rich import box
-    from rich.table import Table
-
-    header, body = _cells(rows)
-    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in header:
-        shown.add_column(name, justify="right" if name in HEADER[2:] else "left", no_wrap=name in HEADER)
-    for cells in body:
-        shown.add_row(*cells)
-    return shown
-
-
-def markdown(rows: list[dict]) -> str:
-    """The rows as a table for GitHub; ends in a line break."""
-    header, body = _cells(rows)
-    rule = ["---:" if name in HEADER[2:] else "---" for name in header]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n" for cells in (header, rule, *body))
-
-
-def _cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: the fields of ``IDENTITY`` that vary and the columns of ``HEADER`` that hold anything."""
-    columns = {name.replace("_", " "): [_text(r[name]) for r in rows] for name in _varying(rows)}
-    columns |= {name: [] for name in HEADER}
-    for r in rows:
-        if r["batch_size"] == 1 and r["latency_ms_p50"] is not None:
-            pace = f"{_number(r['latency_ms_p50'])} / {_number(r['latency_ms_p95'])} ms"
-        else:
-            pace = None if r["samples_per_second"] is None else f"{_number(r['samples_per_second'])} /s"
-        plain = (r["runtime"], r["precision"]) in (("torch", "fp32"), (None, None))  # where it is the column before
-        reference = None if plain else r["speedup_reference"]
-        ratios = [_fixed(x, 2) for x in (r["speedup_unpadded"], r["speedup_padded"], reference, r["efficiency"])]
-        ratios += [_fixed(r["latency_ms_p50"] / floor) if (floor := r.get("floor_ms")) else None]
-        cells = (_name(r), r["layout"], r["batch_size"], _fixed(r["quality"]), _drop(r), _fixed(r["flops_ratio"], 2))
-        for name, cell in zip(HEADER, (*cells, pace, *ratios), strict=True):
-            columns[name].append(_text(cell))
-    filled = [name for name, cells in columns.items() if name == HEADER[0] or set(cells) != {NOTHING}]
-    return filled, [list(cells) for cells in zip(*(columns[name] for name in filled), strict=True)]
 
 
 def plot(rows: list[dict], path: str | Path, title: str | None = None) -> None:
@@ -256,18 +198,6 @@ def _name(r: dict) -> str:
 
 def _label(r: dict, varying: list[str], *without: str) -> str:
     return " ".join([_name(r), *(_text(r[n]) for n in varying if n not in without and r[n] is not None)])
-
-
-def _drop(r: dict) -> str | None:
-    if _is_dense(r) or r["quality"] is None or r["quality_dense"] is None:
-        return None
-    low, high = r.get("interval_low"), r.get("interval_high")
-    interval = "" if low is None or high is None else f" ({_fixed(low)} … {_fixed(high)})"
-    return _fixed(r["quality_dense"] - r["quality"]) + interval
-
-
-def _fixed(value: float | None, digits: int = 1) -> str | None:
-    return None if value is None else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,255 @@
+"""Tables of measurements: for a terminal of any width, and for a Markdown page.
+
+A terminal shows every cell whole. Columns have a rank; where they do not fit, the last in rank is shortened or left out
+and named below the table. What is the same in every row stands in a line above it.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.rows import GREYS
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+NOTHING = "\N{EN DASH}"
+GAP = 2  # blanks between two columns
+NARROW = 14  # least width of a cell of several words
+KEYS = 3  # up to this rank columns stay as long as joining the keys makes room
+IDENTITY = ("task", "model", "target_flops", "seed", "runtime", "precision", "threads")  # shown where they vary
+NUMBERS = ("target_flops", "seed", "threads")  # of them
+FIELD = {"layout": "layout", "batch": "batch_size"}  # columns that a terminal shows only where they vary
+REFERENCE = "\N{MULTIPLICATION SIGN} torch fp32 padded"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its heading, a text for each row, and when it leaves.
+
+    Attributes:
+        rank: 0 stays; of the others the highest leaves first.
+        short: what takes its place when its turn comes, instead of nothing.
+        key: tells rows apart: it never leaves, but joins the other keys in one column of several lines.
+        wrap: its cells may go on in a second line.
+    """
+
+    heading: str
+    cells: Sequence[str]
+    rank: float = 0
+    short: Column | None = None
+    key: bool = False
+    wrap: bool = False
+    left: bool = False
+
+    @property
+    def width(self) -> int:
+        """Least width at which nothing is cut."""
+        from rich.cells import cell_len
+
+        words = [cell_len(word) for text in (self.heading, *(self.cells if self.wrap else ())) for word in text.split()]
+        return max(*words, min(NARROW, self.longest) if self.wrap else self.longest, 1)
+
+    @property
+    def longest(self) -> int:
+        """Width of the longest cell in one line."""
+        from rich.cells import cell_len
+
+        return max(map(cell_len, self.cells), default=0)
+
+
+def fit(columns: Iterable[Column], width: int) -> tuple[list[Column], list[str]]:
+    """The columns that a terminal of ``width`` has room for, and the headings of those that were left out."""
+    shown, gone = filled(columns), []
+    while _needed(shown) > width:
+        keys = [column for column in shown if column.key]
+        last = max(shown, key=lambda column: column.rank)
+        if len(keys) > 1 and last.rank <= KEYS:
+            shown = [_joined(keys), *(column for column in shown if not column.key)]
+        elif last.rank == 0:
+            break
+        else:
+            place = shown.index(last)
+            shown[place : place + 1] = [last.short] if last.short else []
+            gone += [] if last.short else [last.heading]
+    return shown, gone
+
+
+def filled(columns: Iterable[Column]) -> list[Column]:
+    """The columns that hold anything."""
+    return [column for column in columns if set(column.cells) - {NOTHING, ""}]
+
+
+def _needed(columns: Sequence[Column]) -> int:
+    """Least width of a table."""
+    return sum(column.width + GAP for column in columns) - GAP
+
+
+def _joined(keys: list[Column]) -> Column:
+    """One column of all keys; a number goes with its heading."""
+    named = [[NOTHING if c == NOTHING else c if k.left else f"{k.heading}={c}" for c in k.cells] for k in keys]
+    cells = [", ".join(cell for cell in line if cell != NOTHING) for line in zip(*named, strict=True)]
+    return Column([k.heading for k in keys if k.left][-1], cells, key=True, wrap=True, left=True)
+
+
+def drawn(
+    columns: Iterable[Column], width: int, title: str | None = None, above: str = "", styles: Sequence[str] = ()
+) -> Group:
+    """A table for a terminal of ``width``: title, a line of what all rows share, the columns, what was left out.
+
+    Args:
+        styles: one of rich's for each row.
+    """
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    shown, gone = fit(columns, width)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
+    spare = width - _needed(shown)
+    for column in shown:
+        least = column.width
+        spare -= (more := max(0, min(spare, column.longest - least)) if column.wrap else 0)
+        table.add_column(
+            Text(textwrap.fill(column.heading, least)),
+            justify="left" if column.left else "right",
+            no_wrap=not column.wrap,
+            width=least + more,
+            overflow="fold",
+        )
+    rows = list(zip(*(column.cells for column in shown), strict=True))
+    for cells, style in zip(rows, styles or [""] * len(rows), strict=True):
+        table.add_row(*map(Text, cells), style=style)
+    below = f"not shown in {width} columns: {', '.join(gone)}" if gone else ""
+    said = ((title or "", "bold"), (above, "dim"), (below, "dim"))
+    *head, foot = (Text(textwrap.fill(words, width), style=style) for words, style in said)
+    return Group(*filter(None, head), table, *filter(None, [foot]))
+
+
+def table(rows: list[dict], width: int, title: str | None = None) -> Group:
+    """Rows of measurements for a terminal of ``width``."""
+    constants = {name for name in ("layout", "batch_size") if len({r[name] for r in rows} - {None}) < 2}
+    columns = [column for column in _columns(rows) if FIELD.get(column.heading) not in constants]
+    return drawn(columns, width, title, _shared(rows))
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows of measurements as a table of a Markdown page; ends in a line break."""
+    columns = filled(_columns(rows))
+    body = list(zip(*(column.cells for column in columns), strict=True))
+    lines = [[c.heading for c in columns], ["---" if c.left else "---:" for c in columns], *body]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def _columns(rows: list[dict]) -> list[Column]:
+    """The columns of measurements, in the order in which they stand."""
+
+    def column(heading: str, cell: Callable[[dict], Any], **how: Any) -> Column:
+        return Column(heading, [text(cell(r)) for r in rows], **how)
+
+    metrics = {r["metric"] for r in rows} - {None}
+    keys = [
+        column(name.replace("_", " "), lambda r, name=name: r[name], key=True, left=name not in NUMBERS)
+        for name in varying(rows)
+    ]
+    keys += [column("metric", lambda r: r["metric"], key=True, left=True)] if len(metrics) > 1 else []
+    brief = Column("drop", [text(drop(r, interval=False)) for r in rows])
+    median = column("p50, rate", lambda r: _pace(r, tail=False), rank=5)
+    return [
+        *keys,
+        column("method", name_of, key=True, left=True),
+        column("layout", lambda r: r["layout"], left=True, rank=8),
+        column("batch", lambda r: r["batch_size"], key=True),
+        column("quality", lambda r: fixed(r["quality"])),
+        column("drop [95 %]", drop, rank=2, short=brief),
+        column("FLOPs ÷", lambda r: fixed(r["flops_ratio"], 2), rank=0.5),
+        column("p50 / p95, rate", _pace, rank=7, short=median),
+        column("× unpadded", lambda r: fixed(r["speedup_unpadded"], 2), rank=1),
+        column("× padded", lambda r: fixed(r["speedup_padded"], 2), rank=9),
+        column(REFERENCE, _against_reference, rank=10),
+        column("efficiency", lambda r: fixed(r["efficiency"], 2), rank=6),
+        column("× floor", lambda r: fixed(r["latency_ms_p50"] / r["floor_ms"]) if r.get("floor_ms") else None, rank=11),
+    ]
+
+
+def _shared(rows: list[dict]) -> str:
+    """What is the same in all rows, in words."""
+
+    def one(name: str, form: str = "{}") -> list[str]:
+        values = {r.get(name) for r in rows} - {None}
+        return [form.format(*values)] if len(values) == 1 else []
+
+    count = one("threads")
+    return ", ".join(
+        [
+            *one("task"),
+            *one("model"),
+            *one("metric"),
+            *one("n_examples", "{} texts"),
+            *one("max_length", "at most {} tokens"),
+            *one("runtime"),
+            *one("precision"),
+            *one("layout"),
+            *([f"{count[0]} thread{'s' * (count != ['1'])}"] if count else []),
+            *one("batch_size", "batch size {}"),
+            *one("target_flops", "target {:g}"),
+            *one("seed", "seed {}"),
+        ]
+    )
+
+
+def varying(rows: list[dict]) -> list[str]:
+    """The fields of ``IDENTITY`` in which the rows differ; None (a dense row has no target) does not count."""
+    return [name for name in IDENTITY if len({text(r[name]) for r in rows if r[name] is not None}) > 1]
+
+
+def is_dense(row: dict) -> bool:
+    """Whether a row is the dense model itself; a smaller dense one has a name as its method."""
+    return row["mode"] in GREYS and row["method"] in (None, "dense")
+
+
+def name_of(row: dict) -> str:
+    """The name of a row: its method, or its mode where it is the dense model."""
+    return text(row["mode"] if is_dense(row) else row["method"] or row["mode"])
+
+
+def drop(row: dict, interval: bool = True) -> str | None:
+    """Points that a row lost against the dense model, with the 95 % interval."""
+    if is_dense(row) or row["quality"] is None or row["quality_dense"] is None:
+        return None
+    low, high = row.get("interval_low"), row.get("interval_high")
+    known = interval and low is not None and high is not None
+    return fixed(row["quality_dense"] - row["quality"]) + (f" [{fixed(low)}, {fixed(high)}]" if known else "")
+
+
+def _pace(row: dict, tail: bool = True) -> str | None:
+    """Milliseconds of a call at batch size 1, examples in a second at others."""
+    if row["batch_size"] == 1 and row["latency_ms_p50"] is not None:
+        return number(row["latency_ms_p50"]) + (f" / {number(row['latency_ms_p95'])}" if tail else "") + " ms"
+    return None if row["samples_per_second"] is None else f"{number(row['samples_per_second'])} /s"
+
+
+def _against_reference(row: dict) -> str | None:
+    """The speed-up over torch, fp32 and padded; nothing where it is that over padding itself."""
+    plain = (row["runtime"], row["precision"]) in (("torch", "fp32"), (None, None))
+    return None if plain else fixed(row["speedup_reference"], 2)
+
+
+def fixed(value: float | None, digits: int = 1) -> str | None:
+    """A number of so many digits after the point."""
+    return None if value is None else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def number(value: float | None) -> str:
+    """A number of three significant digits, never in powers of ten."""
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if value else text(value)
+
+
+def text(value: Any) -> str:
+    """A value as a cell."""
+    return NOTHING if value is None else str(value)
