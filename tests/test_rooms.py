@@ -16,7 +16,8 @@ ROWS = (  # from the top down; a room may import what stands in a lower row, and
     ("evaluation",),
     ("data", "stats"),
     ("caches", "multimodal", "streaming"),
-    ("api", "checkpoint"),
+    ("api",),
+    ("checkpoint",),
     ("methods",),
     ("core",),
 )

@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from . import methods  # noqa: F401  makes the methods known by name
+from .checkpoint import CONFIG_KEY, EXTRA, MODULE, Entry
 from .core.hooks import Hooks
 from .core.layouts import LAYOUTS
 from .core.pruner import TokenPruner
-
-CONFIG_KEY, MODULE = "token_pruning", "token_pruner"
 
 
 def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, layout: str = "auto") -> PreTrainedModel:
@@ -60,12 +59,14 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, layout: 
     hooks = Hooks(model, method, layout, None if before is None else before.hooks.original)
     method.bind(hooks.info)
     if weights is not None:
-        found, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, method.state_dict()))
+        found, expected = (
+            {k: tuple(v.shape) for k, v in d.items() if k != EXTRA} for d in (weights, method.state_dict())
+        )
         if found != expected:
             raise ValueError(
                 f"corrupted checkpoint: it holds {found} of the pruner's weights, {method.name} needs {expected}"
             )
-        method.load_state_dict(weights)
+        method.load_state_dict(weights, strict=False)
     if before is not None:  # only now, when nothing can be refused any more
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
         unprune(model)
@@ -74,8 +75,7 @@ def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, layout: 
     method.train(model.training)
     method.hooks = hooks
     hooks.attach()
-    method.saved = method.to_dict()
-    setattr(model.config, CONFIG_KEY, method.saved)
+    setattr(model.config, CONFIG_KEY, Entry(model))
     return model
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -100,6 +101,7 @@ class TokenPruner(nn.Module):
     merges: ClassVar[bool] = False  # whether tokens are merged into others
     sized: ClassVar[bool] = False  # whether keys then weigh by the number of tokens that they stand for
     ranks_teacher: ClassVar[bool] = False  # whether ``loss`` wants the teacher's ranking
+    learned: ClassVar[tuple[str, ...]] = ()  # fields that training or calibration changes; the state dict has them
     needs_table: ClassVar[bool] = False  # whether the budget is one of time, priced by ``table``, a LatencyTable
 
     def __init_subclass__(cls, **kwargs):
@@ -116,7 +118,6 @@ class TokenPruner(nn.Module):
         self.record: Record | None = None
         self.progress = 1.0
         self.counts: Tensor | None = None
-        self.saved: dict | None = None  # what the model's configuration says of the method
         self.predictor_macs = 0  # that a score of its own takes, for each token at a site
 
     @property
@@ -310,11 +311,6 @@ class TokenPruner(nn.Module):
             )
         return rows
 
-    def sync_config(self) -> None:
-        """Bring the model's configuration up to date, once a field has changed."""
-        if self.saved is not None:
-            self.saved.update(self.to_dict())
-
     def to_dict(self) -> dict:
         """What config.json gets; ``from_dict`` takes it back."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -324,14 +320,14 @@ class TokenPruner(nn.Module):
         return {"method": self.name, "version": VERSION, **fields}
 
     @staticmethod
-    def from_dict(config: dict) -> TokenPruner:
+    def from_dict(config: Mapping) -> TokenPruner:
         """The method a configuration describes; keys it does not know are ignored.
 
         Raises:
             ValueError: unknown method, a newer version or values that the method cannot take.
         """
         entry = "the token_pruning entry of config.json"
-        if not isinstance(config, dict):
+        if not isinstance(config, Mapping):
             raise ValueError(f"{entry} is {config!r}: expected an object with the method's name and values")
         version = config.get("version", VERSION)
         if not isinstance(version, int) or version > VERSION:
@@ -345,12 +341,45 @@ class TokenPruner(nn.Module):
         except (TypeError, ValueError) as error:
             raise ValueError(f"{entry} is nothing that {method.__name__} can take: {error}") from error
 
+    def get_extra_state(self) -> Tensor:
+        """``to_dict`` as JSON, (bytes,) uint8: weight files hold tensors alone."""
+        return torch.frombuffer(bytearray(json.dumps(self.to_dict()).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the fields in ``learned``; what else a user chose stays as it is.
+
+        Raises:
+            ValueError: the state is of another method, or cannot be read.
+        """
+        method = TokenPruner.from_dict(read_state(state))
+        if method.name != self.name:
+            raise ValueError(f"the state is of {method.name}, the model is pruned with {self.name}")
+        for field in self.learned:
+            setattr(self, field, getattr(method, field))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> TokenPruner:
+        """Move to another device, never to another precision: a threshold rounded to bfloat16 is another threshold."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)
+
     def __getstate__(self) -> dict:
         """What a copy takes along: not the record of the last forward, whose tensors belong to a graph."""
         return {**self.__dict__, "record": None, "counts": None}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("method", "version"))
+
+
+def read_state(state: Tensor) -> dict:
+    """What ``TokenPruner.get_extra_state`` wrote."""
+    try:
+        return json.loads(bytes(state.tolist()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"the state of the token pruner is no JSON ({error})") from error
 
 
 def falling(target: float, share: float) -> float:

@@ -52,6 +52,7 @@ class LAT(TopK):
     frontier: tuple = ()
 
     name: ClassVar[str] = "lat"
+    learned: ClassVar[tuple[str, ...]] = ("keep", "frontier")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +67,6 @@ class LAT(TopK):
     def build(self, info: ModelInfo) -> None:
         super().build(info)
         self.most = self.drop or 1 - 0.8 ** (12 / info.depth)
-        self.random = random.Random(self.seed)
         if any(len(keep) != len(self.sites) for _, keep in self.frontier):
             raise ValueError(f"frontier holds schedules of another number of sites than at={list(self.sites)}")
 
@@ -100,9 +100,8 @@ class LAT(TopK):
             raise ValueError(
                 f"budget={value}: the schedules that were found leave between {low:.3f} and {high} of the MACs"
             )
-        self.keep = self.shares = self._schedule(value)
+        self.keep = self._schedule(value)
         self.target_flops = value
-        self.sync_config()
 
     def _schedule(self, share: float) -> Schedule:
         """Between the two schedules of the frontier next to a share of the MACs."""
@@ -115,7 +114,7 @@ class LAT(TopK):
     # --- training ------------------------------------------------------------------------------------------------
     def draw(self) -> Schedule:
         """A random schedule: at each site a share that is left of those before."""
-        return tuple(round(1 - self.most * self.random.random(), 3) for _ in self.sites)
+        return tuple(round(1 - self.most * share, 3) for share in torch.rand(len(self.sites)).tolist())
 
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
         with torch.no_grad():
@@ -137,12 +136,11 @@ class LAT(TopK):
             return {}
         batches = list(batches)
         if not self.frontier:
-            before = self.shares
+            before = self.keep
             try:
                 self.frontier = self._evolved(forward, batches)
             finally:
-                self.shares = before
-            self.sync_config()
+                self.keep = before
         if self.target_flops is not None:
             self.budget = max(self.target_flops, self.frontier[0][0])
         return super().calibrate(forward, batches)
@@ -150,11 +148,11 @@ class LAT(TopK):
     @torch.no_grad()
     def _evolved(self, forward: Callable, batches: list[dict]) -> tuple:
         """The schedules that no other one beats in both MACs and answers."""
-        self.shares = (KEEPS_ALL,) * len(self.sites)
+        self.keep, draw = KEEPS_ALL, random.Random(self.seed)
         whole = [forward(batch).answers for batch in batches]
 
         def judged(schedule: Schedule) -> tuple[float, float, Schedule]:
-            self.shares, far, used, dense = schedule, 0.0, 0.0, 0.0
+            self.keep, far, used, dense = schedule, 0.0, 0.0, 0.0
             for batch, answers in zip(batches, whole, strict=True):
                 record = forward(batch)
                 far += float(distillation(record.answers, answers, 1.0, batch.get("attention_mask")))
@@ -167,8 +165,8 @@ class LAT(TopK):
         for _ in range(self.generations):
             best = front(known.values())
             for _ in range(15):
-                one, other = (self.random.choice(best)[2] for _ in range(2))
-                mutated = [x if self.random.random() < 0.5 else self.random.uniform(0.3, 1) for x in one]
+                one, other = (draw.choice(best)[2] for _ in range(2))
+                mutated = [x if draw.random() < 0.5 else draw.uniform(0.3, 1) for x in one]
                 mean = [(a + b) / 2 for a, b in zip(one, other, strict=True)]
                 for new in (mutated, mean):
                     schedule = tuple(round(x, 3) for x in new)

@@ -97,8 +97,7 @@ class PoWERBERT(TopK):
             left = self.retention.clamp(0, 1).mean(1).cummin(0).values.tolist()  # of all tokens, after each site
         if left[-1] < 1:
             before = [1.0, *left[:-1]]
-            self.keep = self.shares = tuple(
+            self.keep = tuple(
                 min(1.0, max(0.001, round(x / max(y, 1e-3), 3))) for x, y in zip(left, before, strict=True)
             )
-            self.sync_config()
         return super().calibrate(forward, batches)

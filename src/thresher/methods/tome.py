@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.attention import View
 from ..core.pruner import ModelInfo, TokenPruner, check_keep, top_k
 from ..core.tokens import Tokens
-from .topk import share_knob
+from .topk import per_site, share_knob
 
 STAYS = 2.0  # a score above that of any token that may be merged
 
@@ -49,20 +49,24 @@ class ToMe(TokenPruner):
     sized: ClassVar[bool] = True
     needs_values: ClassVar[bool] = True
     scores_all: ClassVar[bool] = False
+    learned: ClassVar[tuple[str, ...]] = ("r",)
+
+    @property
+    def shares(self) -> tuple[float | int, ...]:
+        """``r`` at each site."""
+        return per_site(self.r, self.sites)
 
     def default_at(self, info: ModelInfo) -> tuple[int, ...]:
         return tuple(range(info.first_site, info.last_site + 1))
 
     def build(self, info: ModelInfo) -> None:
-        shares = self.r if isinstance(self.r, (tuple, list)) else [self.r] * len(self.sites)
-        for share in shares:
+        for share in self.shares:
             if isinstance(share, bool) or share != 0:
                 check_keep(share, "r")
-        if len(shares) != len(self.sites):
-            raise ValueError(f"r has {len(shares)} entries for the {len(self.sites)} sites at={list(self.sites)}")
-        if self.target_flops is not None and not all(isinstance(share, float) and share for share in shares):
+        if len(self.shares) != len(self.sites):
+            raise ValueError(f"r has {len(self.shares)} entries for the {len(self.sites)} sites at={list(self.sites)}")
+        if self.target_flops is not None and not all(isinstance(share, float) and share for share in self.shares):
             raise ValueError(f"r={self.r!r}: target_flops takes shares above 0, which it can change")
-        self.shares = tuple(shares)
 
     def knob(self) -> Callable[[float], None]:
         """One factor of all shares."""

@@ -36,20 +36,26 @@ class TopK(TokenPruner):
     target_flops: float | None = field(default=None, kw_only=True)
 
     name: ClassVar[str] = "topk"
+    learned: ClassVar[tuple[str, ...]] = ("keep",)
+
+    @property
+    def shares(self) -> tuple[float | int, ...]:
+        """``keep`` at each site."""
+        return per_site(self.keep, self.sites)
 
     def build(self, info: ModelInfo) -> None:
         if self.keep == REPLAY:
             return
-        shares = self.keep if isinstance(self.keep, (tuple, list)) else [self.keep] * len(self.sites)
-        for share in shares:
+        for share in self.shares:
             check_keep(share)
             if isinstance(share, int) and info.max_tokens is not None and share > info.max_tokens:
                 raise ValueError(f"keep={share}: the model takes {info.max_tokens} tokens at most")
-        if len(shares) != len(self.sites):
-            raise ValueError(f"keep has {len(shares)} entries for the {len(self.sites)} sites at={list(self.sites)}")
-        if self.target_flops is not None and not all(isinstance(share, float) for share in shares):
+        if len(self.shares) != len(self.sites):
+            raise ValueError(
+                f"keep has {len(self.shares)} entries for the {len(self.sites)} sites at={list(self.sites)}"
+            )
+        if self.target_flops is not None and not all(isinstance(share, float) for share in self.shares):
             raise ValueError(f"keep={self.keep!r} is a count: target_flops takes shares, which it can change")
-        self.shares = tuple(shares)
 
     def knob(self) -> Callable[[float], None] | None:
         """One factor of all shares."""
@@ -74,14 +80,18 @@ class TopK(TokenPruner):
         return max(count, len(protect), 1)
 
 
+def per_site(value: float | int | tuple, sites: tuple[int, ...]) -> tuple:
+    """One value for each site: those of a tuple, or the same for all."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(sites)
+
+
 def share_knob(method: TokenPruner, name: str, sign: int) -> Callable[[float], None]:
     """Multiplies the shares of a method, its field ``name``, by exp(``sign`` * by), in thousandths."""
     start = method.shares
 
     def turn(by: float) -> None:
-        method.shares = tuple(min(1.0, max(0.001, round(share * math.exp(sign * by), 3))) for share in start)
-        setattr(method, name, method.shares)
-        method.sync_config()
+        shares = tuple(min(1.0, max(0.001, round(share * math.exp(sign * by), 3))) for share in start)
+        setattr(method, name, shares)
 
     return turn
 
