@@ -42,8 +42,7 @@ def drawn_of(results: dict[str, dict]) -> dict[str, dict]:
 
 def draw_losses(results: dict[str, dict], target: Path) -> None:
     """A panel for each task of ``drawn_of``, of which there has to be one."""
-    from thresher.evaluation.rows import COLOURS, GREYS, MARKERS
-    from thresher.reports.plots import drawing
+    from thresher.reports.style import COLOURS, DENSE, MARKERS, drawing, legend_below
 
     found = drawn_of(results)
     names = sorted({name for of in found.values() for name in of}, key=lambda n: (LINES.index(n.split()[0]), n))
@@ -59,28 +58,21 @@ def draw_losses(results: dict[str, dict], target: Path) -> None:
                 fewer, drops, low, high = (np.array(column) for column in zip(*points, strict=True))
                 bars = np.maximum(0, [drops - low, high - drops])
                 panel.errorbar(fewer, drops, yerr=bars, linewidth=1, capsize=2, markersize=5, **styles[name])
-            panel.axhline(0, color=GREYS["dense-unpadded"], linestyle="--", linewidth=1)
+            panel.axhline(0, **DENSE)
             panel.invert_yaxis()
             panel.set_xlim(1)
             panel.set(title=task, xlabel="× fewer FLOPs than dense, own length", ylabel="drop, points")
-        known = {}
-        for panel in panels[: len(found)]:
-            handles, labels = panel.get_legend_handles_labels()
-            known |= dict(zip(labels, handles, strict=True))
-        shown = [name for name in names if name in known]
-        figure.legend([known[n] for n in shown], shown, loc="outside lower center", ncols=8, frameon=False, fontsize=8)
+        legend_below(figure, 8)
 
 
 def draw_speeds(title: str, rows: list[dict], target: Path) -> None:
     """Quality against speed at batch 32, over torch fp32 dense padded, of one interleaved run."""
-    from thresher.evaluation.rows import COLOURS
-    from thresher.reports.plots import drawing
+    from thresher.reports.style import COLOURS, drawing
 
     marks = dict(zip(("dense-padded", "dense-unpadded", "pruned"), "so^", strict=True))
     kinds = list(dict.fromkeys((row["runtime"], row["precision"]) for row in rows))
     with drawing(target, 7, 4.2) as figure:
         panel = figure.subplots()
-        panel.grid(color="#E4E4E4", linewidth=0.7)
         for row in (row for row in rows if row["batch_size"] == 32):
             colour = COLOURS[kinds.index((row["runtime"], row["precision"]))]
             filling = "none" if row["method"].startswith(SMALL) else "full"
@@ -93,7 +85,7 @@ def draw_speeds(title: str, rows: list[dict], target: Path) -> None:
         for kind, colour in zip(kinds, COLOURS, strict=False):
             panel.plot([], [], "-", color=colour, label=" ".join(kind))
         panel.set(title=title, xlabel="× as fast as torch fp32 dense padded", ylabel=f"{rows[0]['metric']}, points")
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        figure.legend(loc="outside right upper")
 
 
 def pictures(results: dict[str, dict], docs: Path) -> list[str]:

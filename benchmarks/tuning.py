@@ -35,7 +35,7 @@ def measure_tune(entry, runs: Path) -> list[dict]:
     from thresher.evaluation.predict import predict
     from thresher.experiments.train import SUMMARY
     from thresher.experiments.tune import tune
-    from thresher.reports.frontier import kept
+    from thresher.reports.tables import kept
 
     setting, out = TASKS[entry.task], runs / entry.name
     if not (out / SUMMARY).exists():

@@ -243,29 +243,25 @@ def rows_of(entry, test: list[dict], nets: dict, found: dict) -> list[dict]:
 def plot(rows: list[dict], path: Path) -> None:
     """One PNG: accuracy against the mean number of tokens that enter a layer, with the 95 % intervals of the drop; rows
     in which nothing left are not in it."""
-    from matplotlib.figure import Figure
+    from thresher.reports.style import COLOURS, DENSE, drawing, legend_below
 
-    from thresher.evaluation.rows import COLOURS, whole
-
-    figure = Figure(figsize=(6.4, 4), dpi=100, layout="constrained")
-    axis, lines = figure.subplots(), {}
+    lines: dict[str, list[tuple]] = {}
     for row in (row for row in rows if row["batch_size"] == 1 and row["flops_ratio"] > 1):
         entering = [float(n) for n in row["note"].partition(": ")[2].split(", ")]
         drop = row["quality_dense"] - row["quality"]
         ends = row["interval_high"] - drop, drop - row["interval_low"]
         lines.setdefault(row["method"], []).append((sum(entering) / len(entering), row["quality"], *ends))
     names = sorted({name.removesuffix("-untrained") for name in lines})
-    axis.axhline(rows[0]["quality_dense"], color="#6E6E6E", linestyle="--", linewidth=1, label="dense")
-    for i, name in enumerate(names):
-        for kind, style in (("-untrained", "o-"), ("", "*")):
-            if points := lines.get(name + kind):
-                label, size = name + (kind and ", untrained"), 5 if kind else 12
-                x, y, below, above = zip(*points, strict=True)
-                look = {"color": COLOURS[i], "markersize": size, "elinewidth": 0.6, "label": label}
-                axis.errorbar(x, y, (below, above), fmt=style, **look)
-    axis.set_xlabel("tokens entering a layer, mean (dense: 65)")
-    axis.set_ylabel("accuracy on the test part, points")
-    axis.grid(color="#E4E4E4", linewidth=0.7)
-    figure.legend(loc="outside lower center", fontsize=7, ncols=4, frameon=False)
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with drawing(path, 6.4, 4) as figure:
+        axis = figure.subplots()
+        axis.axhline(rows[0]["quality_dense"], label="dense", **DENSE)
+        for i, name in enumerate(names):
+            for kind, style in (("-untrained", "o-"), ("", "*")):
+                if points := lines.get(name + kind):
+                    label, size = name + (kind and ", untrained"), 5 if kind else 12
+                    x, y, below, above = zip(*points, strict=True)
+                    look = {"color": COLOURS[i], "markersize": size, "elinewidth": 0.6, "label": label}
+                    axis.errorbar(x, y, (below, above), fmt=style, **look)
+        axis.set_xlabel("tokens entering a layer, mean (dense: 65)")
+        axis.set_ylabel("accuracy on the test part, points")
+        legend_below(figure, 4)

@@ -1,8 +1,7 @@
-"""Rows: every public field and no other, files that are whole or not there, and a figure."""
+"""Rows: every public field and no other, files that are whole or not there."""
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -65,20 +64,3 @@ def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(ValueError, match="does not hold"):
         report.read_rows(tmp_path / "rows.json")
-
-
-def test_figure(tmp_path):
-    file = tmp_path / "plots" / "speed.png"
-    unmeasured = [{**r, "quality": None, "flops_ratio": None, "latency_ms_p95": None} for r in rows()]
-    for given in (rows()[3:5], unmeasured, [*rows(), {**rows()[1], "method": "L3", "task": "other"}]):
-        report.plot(given, file, "title")
-        assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000
-    assert [p.name for p in file.parent.iterdir()] == ["speed.png"]
-    with pytest.raises(ValueError, match="nothing to plot"):
-        report.plot([report.row(task="sst2")], file)
-
-
-def test_the_figure_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"pip install 'thresher\[plot\]'"):
-        report.plot(rows(), tmp_path / "speed.png")

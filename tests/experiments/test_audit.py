@@ -181,10 +181,10 @@ def test_the_rows_are_in_order_and_go_into_json(farm, rows):
     assert findings.html(again) == findings.html(rows) and findings.verdict(again) == findings.verdict(rows)
 
 
-def printed(rows: list[dict]) -> str:
+def printed(rows: list[dict], width: int = 200) -> str:
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(findings.table(rows))
+        console.print(findings.table(rows, width))
     return captured.get()
 
 
@@ -192,13 +192,17 @@ def printed(rows: list[dict]) -> str:
 def test_the_table_and_the_page(rows, tmp_path):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
-        console.print(findings.table(rows))
+        console.print(findings.table(rows, 200))
     shown = console.export_text()
     assert (
         "*place: late" in shown
         and "class: chaff" in shown
         and shown.count("*") <= 1 + sum(bool(row["worse"]) for row in rows)
     )
+    for width in (60, 80, 100, 120, 160):
+        narrow = printed(rows, width)
+        assert max(len(line.rstrip()) for line in narrow.splitlines()) <= width and "…" not in narrow
+        assert "late" in narrow and "drop" in narrow and "p more" in narrow.replace("\n", " ").replace("  ", " ")
     page = findings.html(rows, tmp_path / "new" / "audit.html")
     assert (tmp_path / "new" / "audit.html").read_text(encoding="utf-8") == page
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["audit.html"]

@@ -20,8 +20,9 @@ from thresher.cli import app as cli
 from thresher.cli import console
 from thresher.evaluation.rows import read_rows, row
 from thresher.experiments import train as jobs
-from thresher.experiments.compare import BASELINES, Run, compare, table
-from thresher.reports.plots import front, leaderboard, pareto
+from thresher.experiments.compare import BASELINES, Run, compare
+from thresher.reports.plots import leaderboard, pareto
+from thresher.reports.tables import comparison
 from thresher.stats.letters import groups, holm, letters, p_values
 from thresher.stats.metrics import compute_metric, pooled_interval
 
@@ -125,10 +126,6 @@ def test_holm_and_letters_by_hand():
             assert bool(set(found[pair[0]]) & set(found[pair[1]])) == (pair not in apart)
 
 
-def test_the_front_is_what_nothing_beats():
-    assert front([(1, 5), (2, 4), (3, 4.5), (2.5, 1), (3, 2)]) == [(1, 5), (3, 4.5)]
-
-
 # --- the comparison --------------------------------------------------------------------------------------------------
 def test_rows_are_those_of_the_runs(toy, compared):
     modes = {(r["method"], r["mode"], r["batch_size"]) for r in compared.rows}
@@ -156,9 +153,12 @@ def test_a_run_that_fails_is_noted_and_stops_no_other(compared):
     (failed,) = (r for r in compared.rows if r["method"] == "tome")
     assert failed["quality"] is None and "group" not in failed
     assert failed["note"].startswith("failed with seed 0, 1: target_flops=0.5 cannot be reached at=[0, 1]")
-    text = printed(table(compared.rows))
+    text = printed(comparison(compared.rows, 120))
     assert "tome, 0.5: failed with seed 0, 1: target_flops=0.5 cannot be reached" in text
     assert len([line for line in text.splitlines() if " firstk " in line]) == 1, "both batch sizes on one line"
+    for width in (60, 80, 100, 120, 160):
+        narrow = printed(comparison(compared.rows, width))
+        assert max(len(line.rstrip()) for line in narrow.splitlines()) <= width and "…" not in narrow
 
 
 def test_files_hold_the_rows(compared):

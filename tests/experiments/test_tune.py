@@ -25,8 +25,7 @@ from thresher.data.models import open_model
 from thresher.evaluation.predict import predict
 from thresher.experiments import tune as module
 from thresher.experiments.train import SUMMARY, load
-from thresher.experiments.tune import tune
-from thresher.reports.frontier import best
+from thresher.experiments.tune import best, tune
 from thresher.search import explore as trials
 from thresher.search.explore import SCORES
 from thresher.search.reference import Sample, divergence, texts_of, tokenized

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from support.rows import rows
 from thresher.evaluation.rows import row
-from thresher.reports.tables import Column, fit, fixed, markdown, table
+from thresher.reports.tables import Column, fit, fixed, markdown, schedules, table
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 MEASURED = {str(file.relative_to(RESULTS)): json.loads(file.read_text())["rows"] for file in RESULTS.rglob("*.json")}
@@ -98,6 +98,16 @@ def test_columns_are_shortened_before_they_leave_and_keys_are_joined():
     (joined, *others), gone = fit(columns, 26)
     assert joined.cells == ["one, batch=1", "two, batch=32"] and joined.heading == "task"
     assert others == [brief] and gone == ["pace"]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_schedules_of_many_layers_are_whole(width):
+    run = {"at": tuple(range(11)), "keep": (0.9, 0.85, 0.8, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2, 4), "latency_ms": 3.25}
+    run |= {"flops_fraction": 0.5, "divergence": 0.01234, "disagreement": 0.021, "drop": None}
+    run |= {"tested": 0.02, "bound": 0.034, "chosen": True}
+    shown = printed(schedules([run, run | {"chosen": False, "tested": None, "bound": None}], width), width)
+    assert max(map(cell_len, shown)) <= width and "…" not in "".join(shown)
+    assert len([line for line in shown if "▶" in line]) == 1 and {"50.0%", "3.4%"} <= {*" ".join(shown).split()}
 
 
 def test_numbers_never_show_a_negative_nothing():

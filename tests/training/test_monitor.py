@@ -1,4 +1,4 @@
-"""What is logged of a training with pruning, and the picture of it."""
+"""What is logged of a training with pruning, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,7 @@ from thresher import ToP, prune
 from thresher.data.load import load_task, tokenize
 from thresher.evaluation.predict import predict, quality
 from thresher.experiments import train as jobs
-from thresher.training.monitor import picture, prefix_drop
-
-HISTORY = [
-    {"epoch": 0.5, "loss": 0.4, "flops_fraction": 0.9, "cost_target": 0.8, "cost_expected": 0.85, "cost_hard": 0.9},
-    {"epoch": 1.0, "eval_quality": 90.0, "eval_flops_fraction": 0.8, "eval_kept_0": 0.7},
-    {"epoch": 1.5, "loss": 0.3, "flops_fraction": 0.5},
-    {"epoch": 2.0, "eval_quality": 88.0, "eval_flops_fraction": 0.5, "eval_kept_0": 0.5},
-]
+from thresher.training.monitor import prefix_drop
 
 
 def test_every_epoch_is_watched_on_the_validation_part(tmp_path):
@@ -55,10 +48,3 @@ def test_the_drop_of_a_prefix_is_measured_and_nothing_changes(tmp_path):
     assert found["prefix_flops_fraction"] == after.macs_used / after.macs_dense < 1
     model.token_pruner.mask.copy_(before)
     assert not torch.equal(after.logits, predict(model, rows).logits)
-
-
-def test_the_picture_needs_something_to_show(tmp_path):
-    with pytest.raises(ValueError, match="there is nothing to draw: no epoch was watched"):
-        picture(HISTORY[::2], 2, tmp_path / "x.png")
-    picture(HISTORY, 2, tmp_path / "x.png", dense=91.0)
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -162,13 +162,14 @@ def tune(
             say(f"{name}={limit_of:g} with 95 % confidence takes {least} texts to test on, if none of them goes wrong")
     from ..experiments.train import SUMMARY
     from ..experiments.tune import tune as search
-    from ..reports.frontier import table
+    from ..reports.tables import schedules
 
     with progress(quiet) as tell, redirect_stdout(sys.stderr):
         rows = search(str(model), data, str(out), **options, progress=tell)
     write(rows, json_file)
     if str(json_file) != "-":
-        Console(width=max(160, Console().width)).print(table(rows))
+        screen = Console()
+        screen.print(schedules(rows, screen.width))
     if not quiet:
         texts = json.loads((out / SUMMARY).read_text())["texts"]
         say(f"searched on {texts['searched']} texts of {texts['tokens_mean']:g} tokens: for others it may not hold")
@@ -303,9 +304,10 @@ def compare(
     options = given(locals(), "model", "data", "out")
     start(verbose, quiet, json_file, folder=out)
     from ..experiments import compare as job
+    from ..reports.tables import comparison
 
     with follow(quiet) as tell:
-        measure(job.compare, json_file, model, data, str(out), **options, progress=tell, show=job.table)
+        measure(job.compare, json_file, model, data, str(out), **options, progress=tell, show=comparison)
     if not quiet:
         say(f"all runs are in {out}, the figures in {out / job.TABLE}")
 

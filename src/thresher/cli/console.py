@@ -105,8 +105,8 @@ def measure(
         return write(rows, json_file)
     if json_file is not None:
         report.write_rows(json_file, rows)
-    screen = Console(width=max(160, Console().width) if show else None)
-    screen.print(show(rows) if show else table(rows, screen.width))
+    screen = Console()
+    screen.print((show or table)(rows, screen.width))
 
 
 @contextmanager

@@ -148,8 +148,8 @@ def audit(
     write(rows, json_file)
     if str(json_file) == "-":
         return
-    screen = Console(width=max(160, Console().width))  # figures are never cut; a terminal may wrap
-    screen.print(findings.table(rows))
+    screen = Console()
+    screen.print(findings.table(rows, screen.width))
     for sentence in findings.verdict(rows):
         screen.print(sentence, markup=False, highlight=False, soft_wrap=True)
     for heading, cases in findings.cases(rows):

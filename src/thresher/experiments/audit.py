@@ -24,15 +24,14 @@ from ..data import qa
 from ..data.load import DataError, Task, positions
 from ..data.models import reading
 from ..evaluation.predict import Predictions, outcome, predict, quality
+from ..reports.audit_page import ALL, LEVEL, WORST, worst
 from ..reports.trace import trace
 from ..stats.paired import detectable, excess_tests, holm, interval, paired_test
 from .evaluate import dense_of, names_of, tested
 
-LEVEL = 0.05  # of all tests of a kind together
 SMALLEST = 10  # examples of a group that is looked at
 FEW, MANY = 10, 50  # numbers of more values are cut at their quartiles; other columns may have so many values
-WORST = 3  # slices of which examples are shown
-LENGTH, CLASS, ALL = "input length", "class", "all"
+LENGTH, CLASS = "input length", "class"
 SCORES = {"classification": "accuracy", "qa": "F1 of the answer", "regression": "absolute error"}
 
 
@@ -124,12 +123,6 @@ def audit(
         picked = _picked(members[rows.index(row)], said, lengths, examples)
         row["examples"] = [_example(i, net, tokenizer, task, said, max_length) for i in picked]
     return rows
-
-
-def worst(rows: Sequence[dict]) -> list[dict]:
-    """The slices that lose something, the ones that chance explains least first."""
-    losing = [row for row in rows if row["by"] != ALL and row["drop"] > 0]
-    return sorted(losing, key=lambda row: (row["p_more"], -row["drop"]))
 
 
 def quarters(values: np.ndarray) -> list[str | None]:

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,9 +22,6 @@ from ..reports.plots import pareto
 from ..stats.letters import groups
 from ..stats.metrics import MEANS, pooled_interval
 from . import train as jobs
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 CLAIM, TABLE, PICTURE = "compare.json", "compare.csv", "compare.png"
 BASELINES = ("random", "firstk")
@@ -237,44 +234,3 @@ def _mean(runs: list[Run]) -> dict:
     }
     seeds = [run.seed for run in runs]
     return runs[0].row | means | {"seed": seeds[0] if len(seeds) == 1 else None, "seeds": seeds}
-
-
-def table(rows: list[dict], title: str | None = None) -> Group:
-    """The rows for the screen: a line for each method and target, with the times of both batch sizes, then what
-    failed."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    sizes = sorted({r["batch_size"] for r in rows if r["batch_size"]})
-    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    head = ["target", "method", "group", "seeds", rows[0]["metric"], "drop [95 %]", "FLOPs ÷"]
-    for size in sizes:
-        head += [f"ms, batch {size}", "× unpadded", "× padded"]
-    for name in head:
-        shown.add_column(name, justify="left" if name in ("method", "group") else "right", no_wrap=True)
-    lines: dict[tuple, list[dict]] = {}
-    for r in rows:
-        lines.setdefault((r["target_flops"], r["method"], r["mode"]), []).append(r)
-    for (target, method, mode), of in lines.items():
-        r, by_size = of[0], {r["batch_size"]: r for r in of}
-        cells = [target, mode if method == "dense" else method, r.get("group"), ", ".join(map(str, r.get("seeds", ())))]
-        cells += [_fixed(r["quality"]), drop(r), _fixed(r["flops_ratio"])]
-        for size in sizes:
-            timed = by_size.get(size, {})
-            cells += [_fixed(timed.get(name)) for name in ("latency_ms_p50", "speedup_unpadded", "speedup_padded")]
-        shown.add_row(*("–" if cell is None else str(cell) for cell in cells))
-    notes = {f"{r['method']}, {r['target_flops']:g}: {r['note']}" for r in rows if r.get("note")}
-    return Group(shown, *(Text(note) for note in sorted(notes)))
-
-
-def drop(r: dict) -> str | None:
-    """The drop against the dense model with its interval."""
-    if r.get("interval_low") is None:
-        return None
-    return f"{r['quality_dense'] - r['quality']:+.2f} [{r['interval_low']:+.2f}, {r['interval_high']:+.2f}]"
-
-
-def _fixed(value: float | None) -> str | None:
-    return None if value is None else f"{value:.2f}"

@@ -21,10 +21,10 @@ from ..evaluation.benchmark import measure
 from ..evaluation.hardware import environment
 from ..evaluation.predict import Text, copied, predict, quality, replayed
 from ..evaluation.roofline import roofline
-from ..evaluation.rows import plot as draw
 from ..evaluation.rows import row
 from ..exporting import export as exporting
 from ..exporting.runtime import load_runtime
+from ..reports import plots
 
 PAIRS = {"torch": ("fp32", "bf16"), **exporting.FORMATS}  # the precisions of each runtime
 CALIBRATED_WITH_TEXTS = ("openvino", "int8")
@@ -151,7 +151,7 @@ def bench(
             progress=progress,
         )
     if plot:
-        draw(rows, plot)
+        plots.bench(rows, plot)
     return rows
 
 

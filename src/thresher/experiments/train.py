@@ -24,8 +24,9 @@ from ..evaluation.latency import compare
 from ..evaluation.predict import Predictions, outcome, predict, quality
 from ..evaluation.rows import row
 from ..methods.topk import REPLAY, TopK
+from ..reports import plots
 from ..training.checkpoints import Interrupt, Order, last_checkpoint, step_of, writing
-from ..training.monitor import Watch, picture, prefix_drop
+from ..training.monitor import Watch, prefix_drop
 from ..training.trainer import Collator, PruningTrainer, Ranking
 from . import recipes
 from .evaluate import bench, evaluate, export  # noqa: F401  the other jobs of the command line
@@ -386,7 +387,7 @@ class Training:
                 shutil.copytree(dense_folder, result / "dense")
             (result / SUMMARY).write_text(json.dumps(summary, indent=1))
             if find_spec("matplotlib") and any("eval_quality" in line for line in summary["history"]):
-                picture(summary["history"], len(find_stack(net).costs), result / PICTURE)
+                plots.training(summary["history"], len(find_stack(net).costs), result / PICTURE)
         if self.out.exists():
             self.out.rmdir()
         result.rename(self.out)

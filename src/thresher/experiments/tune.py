@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..core.pareto import pareto_front
 from ..core.pruner import METHODS
 from ..data.models import clip, load, make_method
 from ..evaluation.hardware import environment
 from ..evaluation.latency import compare
 from ..evaluation.predict import Text
 from ..methods.topk import TopK
-from ..reports import frontier
+from ..reports import plots
 from ..search.explore import LIMITS, SCORES, Search
 from ..search.reference import Sample, texts_of, tokenized
 from ..stats import bounds
@@ -186,8 +187,15 @@ def tune(
     }
     _finish(net, tokenizer, folder, summary, value if name in LIMITS else None)
     if plot is not None:
-        frontier.picture(rows, search.profiled, plot, value if name in LIMITS else None)
-    return frontier.best(rows, search.cost)
+        plots.search(rows, search.profiled, plot, value if name in LIMITS else None)
+    return best(rows, search.cost)
+
+
+def best(rows: list[dict], cost: str = "flops_fraction") -> list[dict]:
+    """The rows on the Pareto front of cost and divergence, the dearest first; tested and chosen ones stay."""
+    front = pareto_front(rows, lambda row: row[cost], lambda row: row["divergence"])
+    shown = [row for row in rows if row in front or row["chosen"] or row["bound"] is not None]
+    return sorted(shown, key=lambda row: (row[cost], row["divergence"]), reverse=True)
 
 
 def _budget(given: dict[str, float | None]) -> tuple[str, float]:
@@ -233,7 +241,7 @@ def _finish(net: PreTrainedModel, tokenizer: Any, out: Path, summary: dict, limi
         tokenizer.save_pretrained(aside)
         (aside / SUMMARY).write_text(json.dumps(summary, indent=1))
         if find_spec("matplotlib"):
-            frontier.picture(summary["schedules"], summary["profile"], aside / PICTURE, limit)
+            plots.search(summary["schedules"], summary["profile"], aside / PICTURE, limit)
     if out.exists():
         out.rmdir()
     aside.rename(out)

@@ -8,15 +8,21 @@ from html import escape
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ..experiments.audit import ALL, LEVEL, worst
+from .tables import Column, drawn
 from .trace import Token, Trace, article, page, slider
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
+ALL = "all"  # the row of the whole
+LEVEL = 0.05  # of all tests of a kind together
+WORST = 3  # slices of which examples are shown
 NAMED = 5  # slices of a kind that a verdict names
-HEADER = ("slice", "examples", "tokens", "dense", "pruned", "drop (95 %)", "lost / gained", "p", "p more", "detectable")
+DROP = "drop [95 %]"
+HEADER = ("slice", "examples", "tokens", "dense", "pruned", DROP, "lost / gained", "p", "p more", "detectable")
 HEADER += ("tokens left", "MACs left")
+RANKS = {"examples": 2, "tokens": 8, "dense": 4, "pruned": 5, DROP: 3, "lost / gained": 6, "p": 7}
+RANKS |= {"detectable": 9, "tokens left": 11, "MACs left": 10}
 NOTES = (
     "drop: dense less pruned, above 0 a loss; lost / gained: examples that pruning made worse / better. p: whether the "
     "slice changes at all (exact sign test, McNemar's for right and wrong); p more: whether it loses more than the "
@@ -86,31 +92,32 @@ def _least(slices: Sequence[dict]) -> str:
     return f"To be told from chance, a slice would have had to lose between {ends[0]} and {ends[1]}."
 
 
-def table(rows: Sequence[dict]) -> Table:
-    """A rich table; slices that lose significantly more are bold and starred."""
-    from rich.table import Table
+def worst(rows: Sequence[dict]) -> list[dict]:
+    """The slices that lose something, the ones that chance explains least first."""
+    losing = [row for row in rows if row["by"] != ALL and row["drop"] > 0]
+    return sorted(losing, key=lambda row: (row["p_more"], -row["drop"]))
 
-    shown = Table(
-        *HEADER, caption=f"* loses significantly more than the other examples. {NOTES}", caption_justify="left"
+
+def table(rows: Sequence[dict], width: int) -> Group:
+    """Draw the rows for a terminal of ``width``; slices that lose significantly more are bold and starred."""
+    names = [row["slice"] if row["by"] == ALL else f"{row['by']}: {row['slice']}" for row in rows]
+    names = ["*" * bool(row["worse"]) + name for name, row in zip(names, rows, strict=True)]
+    brief = Column("drop", [_fixed(row["drop"], row) for row in rows])
+    columns = [Column(HEADER[0], names, key=True, wrap=True, left=True)]
+    for heading, cells in zip(HEADER[1:], zip(*map(_cells, rows), strict=True), strict=True):
+        short = brief if heading == DROP else None
+        columns.append(Column(heading, cells, rank=RANKS.get(heading, 0), short=short))
+    return drawn(
+        columns,
+        width,
+        below=("* loses significantly more than the other examples.", NOTES),
+        styles=["bold" if row["worse"] else "" for row in rows],
+        ends=[i for i, row in enumerate(rows[:-1]) if rows[i + 1]["by"] != row["by"]],
     )
-    for column in shown.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    for i, row in enumerate(rows):
-        name = row["slice"] if row["by"] == ALL else f"{row['by']}: {row['slice']}"
-        last = i + 1 == len(rows) or rows[i + 1]["by"] != row["by"]
-        star = "*" if row["worse"] else ""
-        shown.add_row(_plain(star + name), *_cells(row), style="bold" if star else None, end_section=last)
-    return shown
-
-
-def _plain(text: str):
-    from rich.text import Text
-
-    return Text(text)  # a value of the data is no markup
 
 
 def _cells(row: dict) -> tuple[str, ...]:
-    interval = "" if row["interval"] is None else f" ({_interval(row)})"
+    interval = "" if row["interval"] is None else f" [{_interval(row)}]"
     return (
         f"{row['n']:,}",
         f"{row['length']:.1f}",
@@ -200,7 +207,7 @@ def _unit(row: dict) -> str:
 def _interval(row: dict) -> str:
     if row["interval"] is None:
         return "no interval"
-    return f"{_fixed(row['interval'][0], row)} … {_fixed(row['interval'][1], row)}"
+    return f"{_fixed(row['interval'][0], row)} to {_fixed(row['interval'][1], row)}"
 
 
 def _p(value: float | None) -> str:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.rows import GREYS
+from .style import GREYS
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 NOTHING = "\N{EN DASH}"
+CHOSEN = "\N{BLACK RIGHT-POINTING TRIANGLE}"
 GAP = 2  # blanks between two columns
 NARROW = 14  # least width of a cell of several words
 KEYS = 3  # up to this rank columns stay as long as joining the keys makes room
@@ -51,8 +52,9 @@ class Column:
         """Least width at which nothing is cut."""
         from rich.cells import cell_len
 
-        words = [cell_len(word) for text in (self.heading, *(self.cells if self.wrap else ())) for word in text.split()]
-        return max(*words, min(NARROW, self.longest) if self.wrap else self.longest, 1)
+        texts = (self.heading, *(self.cells if self.wrap else ()))
+        longest_word = max((cell_len(word) for text in texts for word in text.split()), default=1)
+        return max(longest_word, min(NARROW, self.longest) if self.wrap else self.longest)
 
     @property
     def longest(self) -> int:
@@ -97,12 +99,19 @@ def _joined(keys: list[Column]) -> Column:
 
 
 def drawn(
-    columns: Iterable[Column], width: int, title: str | None = None, above: str = "", styles: Sequence[str] = ()
+    columns: Iterable[Column],
+    width: int,
+    title: str | None = None,
+    above: str = "",
+    below: Sequence[str] = (),
+    styles: Sequence[str] = (),
+    ends: Sequence[int] = (),
 ) -> Group:
-    """A table for a terminal of ``width``: title, a line of what all rows share, the columns, what was left out.
+    """Draw a table for a terminal of ``width``: a title, a line above, the columns, what was left out, lines below.
 
     Args:
         styles: one of rich's for each row.
+        ends: the rows below which a rule is drawn.
     """
     from rich import box
     from rich.console import Group
@@ -116,19 +125,18 @@ def drawn(
         least = column.width
         spare -= (more := max(0, min(spare, column.longest - least)) if column.wrap else 0)
         table.add_column(
-            Text(textwrap.fill(column.heading, least)),
+            Text(textwrap.fill(column.heading, least + more)),
             justify="left" if column.left else "right",
             no_wrap=not column.wrap,
             width=least + more,
             overflow="fold",
         )
     rows = list(zip(*(column.cells for column in shown), strict=True))
-    for cells, style in zip(rows, styles or [""] * len(rows), strict=True):
-        table.add_row(*map(Text, cells), style=style)
-    below = f"not shown in {width} columns: {', '.join(gone)}" if gone else ""
-    said = ((title or "", "bold"), (above, "dim"), (below, "dim"))
-    *head, foot = (Text(textwrap.fill(words, width), style=style) for words, style in said)
-    return Group(*filter(None, head), table, *filter(None, [foot]))
+    for i, (cells, style) in enumerate(zip(rows, styles or [""] * len(rows), strict=True)):
+        table.add_row(*map(Text, cells), style=style, end_section=i in ends)
+    note = f"not shown in {width} columns: {', '.join(gone)}" if gone else ""
+    head = [Text(textwrap.fill(line, width), style) for line, style in ((title, "bold"), (above, "dim")) if line]
+    return Group(*head, table, *(Text(textwrap.fill(line, width), "dim") for line in (note, *below) if line))
 
 
 def table(rows: list[dict], width: int, title: str | None = None) -> Group:
@@ -144,6 +152,63 @@ def markdown(rows: list[dict]) -> str:
     body = list(zip(*(column.cells for column in columns), strict=True))
     lines = [[c.heading for c in columns], ["---" if c.left else "---:" for c in columns], *body]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def comparison(rows: list[dict], width: int, title: str | None = None) -> Group:
+    """Draw the rows of ``compare``: a line for each method and target with the times of all batch sizes, and notes."""
+    sizes = sorted({r["batch_size"] for r in rows if r["batch_size"]})
+    lines: dict[tuple, dict] = {}  # of each, its rows by batch size
+    for r in rows:
+        lines.setdefault((r["target_flops"], r["method"], r["mode"]), {})[r["batch_size"]] = r
+    firsts = [next(iter(of.values())) for of in lines.values()]
+
+    def column(heading: str, cell: Callable[[dict], Any], **how: Any) -> Column:
+        return Column(heading, [text(cell(r)) for r in firsts], **how)
+
+    def timed(heading: str, field: str, size: int, rank: float) -> Column:
+        return Column(heading, [text(fixed(of.get(size, {}).get(field), 2)) for of in lines.values()], rank)
+
+    columns = [
+        column("target", lambda r: r["target_flops"], key=True),
+        column("method", name_of, key=True, left=True),
+        column("group", lambda r: r.get("group"), left=True, rank=4),
+        column("seeds", lambda r: ", ".join(map(str, r.get("seeds") or ())) or None, rank=7),
+        column(firsts[0]["metric"] or "quality", lambda r: fixed(r["quality"], 2)),
+        column("drop [95 %]", drop, rank=2, short=column("drop", lambda r: drop(r, interval=False))),
+        column("FLOPs ÷", lambda r: fixed(r["flops_ratio"], 2), rank=0.5),
+    ]
+    for size in sizes:
+        columns += [
+            timed(f"ms, batch {size}", "latency_ms_p50", size, 8),
+            timed(f"× unpadded, batch {size}", "speedup_unpadded", size, 1),
+            timed(f"× padded, batch {size}", "speedup_padded", size, 9),
+        ]
+    notes = sorted({f"{r['method']}, {r['target_flops']:g}: {r['note']}" for r in rows if r.get("note")})
+    return drawn(columns, width, title, below=notes)
+
+
+def schedules(rows: list[dict], width: int) -> Group:
+    """Draw the schedules that a search ran; the chosen one is marked."""
+    forms: dict[str, tuple[str, Callable[[Any], str], dict[str, Any]]] = {
+        "at": ("after layers", lambda at: ", ".join(map(str, at)), {"key": True, "left": True, "wrap": True}),
+        "keep": ("keep", lambda keep: ", ".join(map(kept, keep)), {"key": True, "left": True, "wrap": True}),
+        "flops_fraction": ("MACs", "{:.1%}".format, {}),
+        "latency_ms": ("ms", "{:.2f}".format, {}),
+        "divergence": ("divergence", "{:.4f}".format, {"rank": 5}),
+        "disagreement": ("disagree", "{:.1%}".format, {"rank": 2}),
+        "drop": ("drop", "{:.1%}".format, {"rank": 1}),
+        "tested": ("tested", "{:.1%}".format, {"rank": 4}),
+        "bound": ("bound", "{:.1%}".format, {}),
+    }
+    columns = [Column("", [CHOSEN if row["chosen"] else "" for row in rows], left=True)]
+    for name, (heading, form, how) in forms.items():
+        columns.append(Column(heading, [NOTHING if row[name] is None else form(row[name]) for row in rows], **how))
+    return drawn(columns, width, styles=["bold" if row["chosen"] else "" for row in rows])
+
+
+def kept(share: float | int) -> str:
+    """A ``keep`` in words: a whole number counts tokens."""
+    return f"{share} token{'s' * (share > 1)}" if isinstance(share, int) else f"{share:g}"
 
 
 def _columns(rows: list[dict]) -> list[Column]:

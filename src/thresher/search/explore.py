@@ -11,12 +11,12 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..api import prune, unprune
+from ..core.pareto import pareto_front
 from ..core.pruner import METHODS
 from ..data.models import make_method
 from ..evaluation.latency import latency_table
 from ..evaluation.predict import Text
 from ..methods.topk import TopK
-from ..reports import frontier
 from ..stats import bounds
 from .reference import Sample
 from .schedules import LEVELS, Left, Space, curves, neighbours
@@ -194,7 +194,8 @@ class Search:
             for left in self.survey([edge + share * (max(after, default=edge / 2) - edge)]):
                 self.refine(left, self.space.cost(left), LOOKS // 3)
         trials = {id(row): trial for trial, row in self.rows.items()}
-        return [trials[id(row)] for row in frontier.best([*self.rows.values()])]
+        front = pareto_front(self.rows.values(), lambda row: row["flops_fraction"], lambda row: row["divergence"])
+        return [trials[id(row)] for row in reversed(front)]
 
     def test(self, name: str, limit: float, sample: Sample) -> Trial:
         """The strongest schedule in a row of passes; the sequence is fixed by the sample of the search."""
