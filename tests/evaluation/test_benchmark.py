@@ -260,7 +260,10 @@ def test_one_row_per_mode_and_batch_size(measured):
         assert (r["split"], r["seed"], r["trained_steps"]) == ("test", 3, 7)
         assert r["peak_memory_mb"] is None and r["threads"] == 1 and r["repeats"] == 3
         assert r["n_timed"] == (8 if r["batch_size"] == 1 else 16)
-        assert r["layout"] == ("padded" if r["mode"] == "dense-padded" else "packed")
+        layouts = {"dense-padded": {"padded"}, "pruned": {"packed"}, "dense-unpadded": {"length-sorted", "packed"}}
+        assert r["layout"] in layouts[r["mode"]]
+        if r["mode"] == "dense-unpadded":
+            assert r["layout"] == "length-sorted" or r["batch_size"] > 1
         assert "/" not in r["command"].split()[0] and r["hardware"] and r["versions"] and r["date"]
 
 
@@ -330,10 +333,86 @@ def test_where_packed_does_not_run_dense_is_sorted_by_length():
 
 def test_against_another_dense_model():
     model, data, other = pruned(), rows(), FAMILIES["bert"].build(seed=1)
+    weight = other.state_dict()["classifier.weight"].clone()
     found = bench.measure(model, data, task(), max_length=24, batch_sizes=(4,), repeats=1, against=other)
     expected = predicting.quality(predicting.predict(other, data), data, "accuracy")
     assert {r["quality_dense"] for r in found} == {expected} and not hasattr(other, "token_pruner")
-    assert found[1]["layout"] == "packed"
+    assert found[1]["mode"] == "dense-unpadded" and torch.equal(other.state_dict()["classifier.weight"], weight)
+
+
+# --- the dense baseline ----------------------------------------------------------------------------------------------
+def hooks_of(net) -> int:
+    """Hooks on the modules of a model, and attention functions of ours."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    hooks = sum(len(getattr(module, kind)) for module in net.modules() for kind in kinds)
+    return hooks + (net.config._attn_implementation != FAMILIES["bert"].build().config._attn_implementation)
+
+
+def test_the_plain_model_has_no_hook_and_shares_the_weights():
+    model, data = pruned().train(), rows()
+    bare, net, dense_rows = FAMILIES["bert"].build().eval(), predicting.plain(model), predicting.packed(model)
+    assert hooks_of(bare) == hooks_of(net) == 0 < hooks_of(model) and not hasattr(net, "token_pruner")
+    assert not net.training and model.training and model.token_pruner.name == "topk"
+    places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    for other in (net, dense_rows):
+        assert {name: tensor.data_ptr() for name, tensor in other.state_dict().items()} == places
+    batch = FAMILIES["bert"].batch()
+    assert torch.equal(net(**batch).logits, bare(**batch).logits), "bit for bit"
+    expected = predicting.predict(bare, data)
+    for other in (net, dense_rows):
+        found = predicting.predict(other, data)
+        assert torch.allclose(found.logits, expected.logits, atol=1e-5) and found.macs_used == expected.macs_used
+    assert torch.equal(predicting.plain(bare)(**batch).logits, bare(**batch).logits)
+    assert not torch.allclose(predicting.predict(model, data).logits, expected.logits, atol=1e-3), "still pruned"
+
+
+def test_rows_that_cannot_be_packed_are_none():
+    assert predicting.packed(pruned("mpnet", TopK(keep=0.5, at=(1, 2)))) is None
+
+
+@pytest.mark.parametrize("kind", ["own", "against", "bf16"])
+def test_the_dense_model_is_timed_without_hooks(kind, monkeypatch):
+    ran = set()
+
+    def run(self, rows, inputs):
+        net = self.forward
+        ran.add((self.row["mode"], self.row["layout"], len(rows) > 1, hooks_of(net) > 0, net.training, str(net.dtype)))
+        return 1.0
+
+    monkeypatch.setattr(bench.Runner, "run", run)
+    model = pruned()
+    options = {"against": FAMILIES["bert"].build(seed=1)} if kind == "against" else {}
+    options |= {"precisions": ("bf16",)} if kind == "bf16" else {}
+    bench.measure(model, rows(), task(), max_length=24, batch_sizes=(1, 4), repeats=1, **options)
+    own = "torch.bfloat16" if kind == "bf16" else "torch.float32"
+    expected = {("dense-padded", "padded", batch, False, False, own) for batch in (False, True)}
+    expected |= {("dense-unpadded", "length-sorted", batch, False, False, own) for batch in (False, True)}
+    expected |= {("pruned", "packed", batch, True, False, own) for batch in (False, True)}
+    expected.add(("dense-unpadded", "packed", True, True, False, own))  # at batch size 1 the plain model alone
+    expected |= {("dense-padded", "padded", batch, False, False, "torch.float32") for batch in (False, True)}
+    assert ran == expected
+
+
+@pytest.mark.parametrize("slow, wins", [("packed", "length-sorted"), ("length-sorted", "packed")])
+def test_the_faster_way_is_the_baseline(slow, wins, monkeypatch):
+    def run(self, rows, inputs):
+        return {"pruned": 1.0, "dense-padded": 9.0}.get(self.row["mode"], 3.0 if self.row["layout"] == slow else 2.0)
+
+    monkeypatch.setattr(bench.Runner, "run", run)
+    baselines = {"smaller": FAMILIES["bert"].build(num_hidden_layers=2)}
+    options = {"max_length": 24, "batch_sizes": (1, 4), "repeats": 3, "baselines": baselines}
+    found = bench.measure(pruned(), rows(), task(), **options)
+    assert len(found) == 2 * 4
+    for r in found:
+        if r["mode"] != "dense-unpadded":
+            assert "slower" not in r
+        elif r["batch_size"] == 1:
+            assert r["layout"] == "length-sorted" and "slower" not in r
+        else:
+            assert r["layout"] == wins and r["slower"] == f"{slow}: 1.50 times as long"
+    by_mode = {r["mode"]: r for r in found if r["batch_size"] == 4 and r["method"] != "smaller"}
+    assert by_mode["pruned"]["speedup_unpadded"] == 2 and by_mode["pruned"]["speedup_padded"] == 9
+    assert by_mode["dense-unpadded"]["speedup_unpadded"] == 1
 
 
 def test_bf16_is_referred_to_fp32():

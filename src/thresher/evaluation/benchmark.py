@@ -1,4 +1,4 @@
-"""Measure a pruned model on labelled text: quality, MACs and time, beside the same model without pruning.
+"""Measure a pruned model on labelled text: quality, MACs and time, beside the fastest way to run the dense model.
 
 Shapes: N examples, B of them in a batch, K logits, S sites (the layers at which tokens leave). Data sets are tokenized
 rows without padding, as ``data.tokenize`` makes them.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,64 +20,82 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..api import MODULE, dense
-from ..core.cost import dense_macs, tokens_by_layer
+from ..api import MODULE
+from ..core.architecture import find_stack
+from ..core.cost import LayerCost, dense_macs, tokens_by_layer
 from ..core.layouts import LAYOUTS
 from ..core.pruner import TokenPruner
 from ..data import qa
 from ..data.load import Task
 from ..stats.metrics import bootstrap_interval, compute_metric
-from .hardware import environment
-from .predict import Predictions, Text, copied, counts_of, logits_of, outcome, predict, ready
+from .hardware import environment, torch_threads
+from .predict import Predictions, Text, copied, counts_of, logits_of, outcome, packed, plain, predict, ready
 from .roofline import Roofline
 from .rows import row
 
 MODES = ("dense-padded", "dense-unpadded", "pruned")
 ASLEEP = 0.005  # seconds after which the threads of a runtime no longer spin
-TORCH = {"runtime": "torch", "precision": "fp32"}
+TORCH_FP32 = ("torch", "fp32")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
 class Runner:
-    """One of the things that are timed in turn: what its rows say already, and a model in a context.
+    """One of the things that are timed in turn: what its row says already, and how it runs.
 
-    ``model`` is a transformers model, or the ``forward`` of a ``Runtime``.
+    Attributes:
+        row: the fields of its row that are known before the timing.
+        forward: a transformers model, or the ``forward`` of a ``Runtime``.
+        predictions: its answers on all examples, and their MACs.
+        costs: MACs of its layers.
+        pruner: the method; None for a dense model.
+        pad_to: the width of every batch; None: that of its longest row.
+        counts: (N, S) tokens to keep, of a method that replays them.
+        batched: timed at batch sizes above 1 alone.
+        times: (repeats, batches) seconds.
     """
 
     row: dict
-    model: Callable
+    forward: Callable
     predictions: Predictions
-    pruner: TokenPruner
-    context: Callable = nullcontext
+    costs: list[LayerCost] | None = None
+    pruner: TokenPruner | None = None
     pad_to: int | None = None
     counts: Tensor | None = None
-    times: np.ndarray | None = None  # (repeats, batches) seconds
+    batched: bool = False
+    times: np.ndarray | None = None
 
     def run(self, rows: list[int], inputs: dict[str, Tensor]) -> float:
         """Seconds of one forward."""
         if self.counts is not None:
-            self.model.token_pruner.counts = self.counts[rows]
+            self.pruner.counts = self.counts[rows]
         wait = torch.cuda.synchronize if inputs["input_ids"].is_cuda else nullcontext
-        with torch.inference_mode(), self.context(self.model):
+        with torch.inference_mode():
             wait()
             start = time.perf_counter()
-            self.model(**inputs)
+            self.forward(**inputs)
             wait()
             return time.perf_counter() - start
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """Runtime, precision and mode."""
-        return self.row["runtime"], self.row["precision"], self.row["mode"]
+    def where(self) -> tuple[str, str]:
+        """Runtime and precision."""
+        return self.row["runtime"], self.row["precision"]
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """Runtime, precision, method and mode: of those with one key the fastest counts."""
+        return (*self.where, self.row["method"], self.row["mode"])
 
     def floor(self, line: Roofline, rows: list[int]) -> float:
         """The least ms of a forward of some rows on this machine."""
-        info, kept, tokens = self.pruner.info, self.predictions.kept[rows], self.predictions.tokens[rows]
+        kept, tokens = self.predictions.kept[rows], self.predictions.tokens[rows]
         tokens = tokens if self.pad_to is None else torch.full_like(tokens, self.pad_to)
-        after = {layer: lambda _, i=i: kept[:, i] for i, layer in enumerate(self.pruner.sites) if kept.shape[1]}
-        counts = tokens_by_layer(tokens, after, range(info.depth), inside=info.inside)
-        return line.floor(info.costs, counts, self.row["precision"])
+        sites, inside = ((), True) if self.pruner is None else (self.pruner.sites, self.pruner.info.inside)
+        after = {layer: lambda _, left=left: left for layer, left in zip(sites, kept.T, strict=True)}
+        return line.floor(
+            self.costs, tokens_by_layer(tokens, after, range(len(self.costs)), inside=inside), self.where[1]
+        )
 
     @property
     def seconds(self) -> float:
@@ -118,40 +136,243 @@ def time_all(
         runner.times = taken[1:]
 
 
-def measure(
-    model: PreTrainedModel,
-    dataset: Dataset,
-    task: Task,
-    *,
-    max_length: int,
-    modes: Iterable[str] = MODES,
-    batch_sizes: Iterable[int] = (1, 32),
-    repeats: int = 5,
-    threads: int | None = None,
-    limit: int | None = None,
-    baselines: Mapping[str, PreTrainedModel] | None = None,
-    against: PreTrainedModel | None = None,
-    precisions: Iterable[str] = ("fp32",),
-    graphs: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
-    line: Roofline | None = None,
-    examples: int = 64,
-    batches: int = 8,
-    predictions: dict[str, Predictions] | None = None,
-    fields: Mapping[str, Any] | None = None,
-    progress: Callable[[str, int, int], Any] | None = None,
-) -> list[dict]:
-    """Rows (see ``report.ROW_FIELDS``): quality on all examples, and time on the same sample of them for every mode.
+def fastest(runners: list[Runner]) -> list[Runner]:
+    """Of the ways to run one model, the one that took the least time; its row says what the others took."""
+    ways: dict[tuple, list[Runner]] = {}
+    for runner in runners:
+        ways.setdefault(runner.key, []).append(runner)
+    chosen = []
+    for first, *others in (sorted(same, key=lambda runner: runner.seconds) for same in ways.values()):
+        said = [f"{one.row['layout']}: {one.seconds / first.seconds:.2f} times as long" for one in others]
+        chosen.append(replace(first, row=first.row | {"slower": "; ".join(said)}) if said else first)
+    return chosen
 
-    dense-padded pads every row to ``max_length``; dense-unpadded is the same layout at work with every token kept
-    ("packed"), or plain batches padded to their longest row where packed does not run ("length-sorted"). Batches hold
-    neighbours in length, of a sample spread over the lengths, in random order. ``samples_per_second`` and the speed-ups
-    are made of total times over the sample; latencies are percentiles over the calls, of one batch each (medians over
-    the repeats). Speed-ups are over the dense model of the same runtime and precision, ``speedup_reference`` is over
-    torch, fp32, dense-padded. Quality is compared with the dense model in torch and fp32. MACs of graphs are those of
-    the model in torch and fp32: with thresholds an int8 graph may keep a few tokens more or less. Memory is None: all
-    modes share one process.
+
+@dataclass
+class Benchmark:
+    """The arguments of ``measure``, and what follows from them."""
+
+    model: PreTrainedModel
+    dataset: Dataset
+    task: Task
+    _: KW_ONLY
+    max_length: int
+    modes: Iterable[str] = MODES
+    batch_sizes: Iterable[int] = (1, 32)
+    repeats: int = 5
+    threads: int | None = None
+    limit: int | None = None
+    baselines: Mapping[str, PreTrainedModel] | None = None
+    against: PreTrainedModel | None = None
+    precisions: Iterable[str] = ("fp32",)
+    graphs: Mapping[tuple[str, str], Mapping[str, Any]] | None = None
+    line: Roofline | None = None
+    examples: int = 64
+    batches: int = 8
+    predictions: dict[str, Predictions] | None = None
+    fields: Mapping[str, Any] | None = None
+    progress: Callable[[str, int, int], Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.modes, self.precisions = tuple(self.modes), tuple(self.precisions)
+        self.baselines, self.graphs = dict(self.baselines or {}), dict(self.graphs or {})
+        for given, there in ((self.modes, MODES), (self.precisions, PRECISIONS)):
+            if unknown := [value for value in given if value not in there]:
+                raise ValueError(f"{unknown[0]!r} is not measured here; there is {', '.join(there)}")
+        if getattr(self.model, MODULE, None) is None or {"dense", "pruned"} & {*self.baselines}:
+            raise ValueError('measure() needs a pruned model, and baselines that are not called "dense" or "pruned"')
+        self.known = {} if self.predictions is None else self.predictions
+        self.say = self.progress or (lambda *_: None)
+        self.total = len(set(qa.examples(self.dataset)))
+        chosen = qa.rows_of(self.dataset, np.random.default_rng(0).permutation(self.total)[: self.limit])
+        self.given = {"dense": self.against or self.model, "pruned": self.model, **self.baselines}
+        given = {name: counts_of(net, len(self.dataset)) for name, net in self.given.items() if name != "dense"}
+        self.counts = {name: counts[chosen] for name, counts in given.items() if counts is not None}
+        self.dataset = self.dataset.select(chosen)
+        self.text = Text(self.model, self.dataset, self.max_length)
+
+    def models(self, precision: str) -> dict[str, PreTrainedModel]:
+        """The models by name; other precisions than fp32 are copies, and dense models are without a hook of ours."""
+        made = {id(net): net for net in self.given.values()}
+        if precision != "fp32":
+            made = {key: copied(net).to(PRECISIONS[precision]) for key, net in made.items()}
+        nets = {name: made[id(net)] for name, net in self.given.items()}
+        dense = [name for name in nets if name == "dense" or (name != "pruned" and not _sites(nets[name]))]
+        return nets | {name: plain(nets[name]) for name in dense}
+
+    def rows(self) -> list[dict]:
+        """Take the answers and the times."""
+        with ExitStack() as stack:
+            stack.enter_context(torch_threads(self.threads))
+            for net in (self.model, *self.baselines.values()):
+                stack.enter_context(ready(net))
+            nets = self.models("fp32")
+            for name, net in nets.items():
+                self.answer(name, net, self.known)
+                if len(self.known[name].logits) != len(self.dataset):
+                    what = f"these {len(self.dataset)} examples"
+                    raise ValueError(f"the predictions of {name!r} are not those of {what}")
+            runners = [runner for runner in self.runners(nets) if self.wanted(runner)]
+            for runner in runners:
+                runner.row |= self.judge(runner.predictions)
+            reference = next(self.ways("dense", nets["dense"], self.known["dense"], TORCH_FP32))
+            others = [] if any(runner.key == reference.key for runner in runners) else [reference]
+            sizes = dict.fromkeys(min(size, len(self.dataset)) for size in self.batch_sizes)
+            return [row for size in sizes for row in self.time(size, runners, others, reference.key)]
+
+    def wanted(self, runner: Runner) -> bool:
+        return runner.row["mode"] in self.modes or runner.row["method"] in self.baselines
+
+    def answer(self, name: str, net: PreTrainedModel, known: dict[str, Predictions], what: str = "") -> None:
+        """Ask a model for what is not ``known`` of it."""
+        if name not in known:
+            said = partial(self.say, f"evaluating {name}{what}")
+            known[name] = predict(net, self.dataset, counts=self.counts.get(name), progress=said)
+
+    def runners(self, nets: Mapping[str, PreTrainedModel]) -> Iterator[Runner]:
+        """What is timed: all models in torch, then their graphs, with own answers and the MACs of the models."""
+        for precision in self.precisions:
+            here, known = nets, self.known
+            if precision != "fp32":
+                here, known = self.models(precision), {}
+            for name, net in here.items():
+                self.answer(name, net, known, f", {precision}")
+                yield from self.ways(name, net, known[name], ("torch", precision))
+        for where, pair in self.graphs.items():
+            for name, graph in pair.items():
+                said = partial(self.say, f"evaluating {name}, {' '.join(where)}")
+                own = replace(self.known[name], logits=logits_of(graph.forward, self.text, progress=said))
+                yield from self.ways(name, nets[name], own, where, graph.forward)
+
+    def ways(
+        self,
+        name: str,
+        net: PreTrainedModel,
+        own: Predictions,
+        where: tuple[str, str],
+        graph: Callable | None = None,
+    ) -> Iterator[Runner]:
+        """How a model is run, or its ``graph``: a pruned one as it is, the dense one padded, and all dense ones in
+        batches of neighbours in length and, in torch, packed."""
+        pruner, costs = getattr(net, MODULE, None), find_stack(net).costs
+        fields = dict(zip(("runtime", "precision"), where, strict=True)) | {"method": name}
+        way = partial(Runner, forward=graph or net, predictions=own, costs=costs, pruner=pruner)
+        if pruner is not None:
+            kind = pruner.hooks.layout_for(cached=False)
+            fields["layout"] = "padded" if graph else next(n for n, layout in LAYOUTS.items() if layout is kind)
+            fields["method"] = pruner.name if name == "pruned" else name
+            fields |= {"mode": "pruned", "target_flops": getattr(pruner, "target_flops", None)}
+            yield way(fields, counts=None if graph else self.counts.get(name))
+            return
+        if name == "dense":
+            wide = replace(own, rows_used=torch.full_like(own.rows_used, dense_macs(costs, self.max_length)))
+            padded = fields | {"mode": "dense-padded", "layout": "padded"}
+            yield way(padded, predictions=wide, pad_to=self.max_length)
+        fields["mode"] = "dense-unpadded"
+        yield way(fields | {"layout": "length-sorted"})
+        if graph is None and (net := packed(net)) is not None:
+            yield way(fields | {"layout": "packed"}, forward=net, batched=True)
+
+    def judge(self, own: Predictions) -> dict:
+        """Quality, and for a model that is not the dense one the interval of the drop."""
+        base, metric = self.known["dense"], self.task.metric
+        if not {"labels", "gold"} & {*self.dataset.column_names}:
+            return {}
+        (a, labels), (b, _) = outcome(base, self.dataset, metric), outcome(own, self.dataset, metric)
+        scores = {"quality": compute_metric(metric, b, labels), "quality_dense": compute_metric(metric, a, labels)}
+        if own.logits is not base.logits:
+            scores["interval_low"], scores["interval_high"] = bootstrap_interval(metric, labels, a, b)
+        return scores
+
+    def time(self, size: int, runners: list[Runner], others: list[Runner], reference: tuple) -> Iterator[dict]:
+        """The rows of one batch size; ``others`` are timed beside them and not shown."""
+        order = self.text.lengths.argsort(stable=True)
+        count = min(self.examples, len(order)) if size == 1 else min(self.batches, len(order) // size) * size
+        sample = order[(2 * torch.arange(count) + 1) * len(order) // (2 * count)].tolist()
+        cut = self.text.batches(sample, size)
+        np.random.default_rng(0).shuffle(cut)
+        timed = [runner for runner in (*runners, *others) if size > 1 or not runner.batched]
+        said = partial(self.say, f"timing batch size {size}")
+        time_all(timed, cut, self.text, self.model.device, self.repeats, said)
+        timed = fastest(timed)
+        seconds = {runner.key: runner.seconds for runner in timed}
+        hidden = {runner.key for runner in others}
+        for runner in timed:
+            if runner.key in hidden:
+                continue
+            values = {"batch_size": size} | runner.row | self.figures(runner, seconds, reference, sample)
+            if self.line is not None and values["precision"] in self.line.peak:
+                values["floor_ms"] = float(np.median([runner.floor(self.line, batch) for batch in cut]))
+            yield row(**self.common | values | dict(self.fields or {}))
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """What all rows say."""
+        return {
+            "task": self.task.name,
+            "model": Path(self.model.config.name_or_path).name or None,
+            "metric": self.task.metric,
+            "selected_on": self.task.selected_on,
+            "repeats": self.repeats,
+            "max_length": self.max_length,
+            "n_examples": min(self.total, self.limit or self.total),
+            "tokens_mean": self.known["dense"].tokens_mean,
+            "threads": torch.get_num_threads(),
+            **environment(),
+        }
+
+    def figures(self, runner: Runner, seconds: dict[tuple, float], reference: tuple, sample: list[int]) -> dict:
+        """Ratios of MACs and of times, after ``time_all``."""
+        used, base = runner.predictions.rows_used, self.known["dense"].rows_dense
+        widest = dense_macs(find_stack(self.against or self.model).costs, self.max_length)
+        calls = 1000 * np.median(runner.times, axis=0)
+        low, middle, high = np.percentile(runner.times.sum(1), (25, 50, 75))
+        there = {mode: seconds.get((*runner.where, "dense", mode)) for mode in MODES}
+        speed = {mode: None if total is None else total / runner.seconds for mode, total in there.items()}
+        ratio, unpadded = int(base.sum()) / int(used.sum()), speed["dense-unpadded"]
+        return {
+            "flops_ratio": ratio,
+            "flops_ratio_padded": widest * len(base) / int(used.sum()),
+            "latency_ms_p50": float(np.percentile(calls, 50)),
+            "latency_ms_p95": float(np.percentile(calls, 95)),
+            "samples_per_second": len(sample) / runner.seconds,
+            "speedup_unpadded": unpadded,
+            "speedup_padded": speed["dense-padded"],
+            "speedup_reference": seconds[reference] / runner.seconds,
+            "efficiency": None if unpadded is None else unpadded / ratio,
+            "spread": float((high - low) / middle) if len(runner.times) > 1 else None,
+            "flops_used": int(used.sum()),
+            "flops_dense": int(base.sum()),
+            "flops_ratio_timed": int(base[sample].sum()) / int(used[sample].sum()),
+            "n_timed": len(sample),
+        }
+
+
+def _sites(net: PreTrainedModel) -> tuple[int, ...]:
+    """The layers at which a model's tokens leave."""
+    pruner = getattr(net, MODULE, None)
+    return () if pruner is None else pruner.sites
+
+
+def measure(model: PreTrainedModel, dataset: Dataset, task: Task, **options: Any) -> list[dict]:
+    """Rows (see ``rows.ROW_FIELDS``): quality on all examples, and time on the same sample of them for every mode.
+
+    Dense models run without any hook of ours. dense-padded pads every row to ``max_length``. dense-unpadded is the
+    fastest way to run the dense model on these texts: at batch size 1 on the text alone, else on batches of neighbours
+    in length padded to their longest row ("length-sorted") or packed (our layout with every token kept); both are
+    timed, ``layout`` names the faster one and ``slower`` says what the other took. Graphs have no packed rows.
+
+    Batches hold neighbours in length, of a sample spread over the lengths, in random order. ``samples_per_second`` and
+    the speed-ups are made of total times over the sample; latencies are percentiles over the calls, of one batch each
+    (medians over the repeats). Speed-ups are over the dense model of the same runtime and precision,
+    ``speedup_reference`` is over torch, fp32, dense-padded. Quality is compared with the dense model in torch and fp32.
+    MACs of graphs are those of the model in torch and fp32: with thresholds an int8 graph may keep a few tokens more or
+    less. Memory is None: all modes share one process.
 
     Args:
+        max_length: tokens of the longest row.
+        modes: those of ``MODES`` to show.
+        batch_sizes, repeats, threads: of the timing.
         limit: use so many examples only, the same for all models.
         baselines: more models by the name that becomes their ``method``: pruned ones, or dense ones (a smaller model).
         against: the dense model to compare with; default: ``model`` without its pruning.
@@ -167,144 +388,4 @@ def measure(
     Raises:
         ValueError: an unknown mode or precision; a row over ``max_length``; a model that is not pruned.
     """
-    known, say = {} if predictions is None else predictions, progress or (lambda *_: None)
-    modes, precisions, graphs = tuple(modes), tuple(precisions), dict(graphs or {})
-    for given, there in ((modes, MODES), (precisions, PRECISIONS)):
-        if unknown := [value for value in given if value not in there]:
-            raise ValueError(f"{unknown[0]!r} is not measured here; there is {', '.join(there)}")
-    if getattr(model, MODULE, None) is None or {"dense", "pruned"} & set(baselines or ()):
-        raise ValueError('measure() needs a pruned model, and baselines that are not called "dense" or "pruned"')
-    models = {"dense": against or model, "pruned": model, **(baselines or {})}
-    total = len(set(qa.examples(dataset)))
-    chosen = qa.rows_of(dataset, np.random.default_rng(0).permutation(total)[:limit])
-    counts = {name: given[chosen] for name, m in models.items() if (given := counts_of(m, len(dataset))) is not None}
-    dataset, runners, rows = dataset.select(chosen), [], []
-    text = Text(model, dataset, max_length)
-    order = text.lengths.argsort(stable=True)
-    with ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(threads or torch.get_num_threads())
-        for m in models.values():
-            stack.enter_context(ready(m, model.token_pruner.hooks.layout if m is against else "auto"))
-        for name, m in models.items():
-            if name not in known:
-                with dense(m) if name == "dense" else nullcontext():
-                    said = partial(say, f"evaluating {name}")
-                    known[name] = predict(m, dataset, counts=counts.get(name), progress=said)
-            if len(known[name].logits) != len(dataset):
-                raise ValueError(f"the predictions of {name!r} are not those of these {len(dataset)} examples")
-        runners = list(_torch(models, known, dataset, max_length, precisions, counts, say))
-        runners += _graphs(models, known, graphs, text, max_length, say)
-        runners = [r for r in runners if r.row["mode"] in modes or r.row["method"] in (baselines or ())]
-        for runner in runners:
-            runner.row |= _judge(known["dense"], runner.predictions, dataset, task.metric)
-        shown, reference = len(runners), next(_runners("dense", models["dense"], known["dense"], max_length, TORCH))
-        if all(runner.key != reference.key for runner in runners):
-            runners.append(reference)
-        common = {"task": task.name, "model": Path(model.config._name_or_path).name or None}
-        common |= {"metric": task.metric, "selected_on": task.selected_on, "repeats": repeats}
-        common |= {"max_length": max_length, "n_examples": min(total, limit or total)}
-        common |= {"tokens_mean": known["dense"].tokens_mean}
-        common |= {"threads": torch.get_num_threads(), **environment()}
-        widest = dense_macs(models["dense"].token_pruner.info.costs, max_length)
-        for size in dict.fromkeys(min(size, len(dataset)) for size in batch_sizes):
-            count = min(examples, len(order)) if size == 1 else min(batches, len(order) // size) * size
-            sample = order[(2 * torch.arange(count) + 1) * len(order) // (2 * count)].tolist()
-            cut = text.batches(sample, size)
-            np.random.default_rng(0).shuffle(cut)
-            time_all(runners, cut, text, model.device, repeats, partial(say, f"timing batch size {size}"))
-            timed = _times(runners, reference.key, known["dense"].rows_dense, widest, sample)
-            for runner, values in list(zip(runners, timed, strict=True))[:shown]:
-                if line is not None and values["precision"] in line.peak:
-                    values["floor_ms"] = float(np.median([runner.floor(line, batch) for batch in cut]))
-                rows.append(row(**common | {"batch_size": size} | values | dict(fields or {})))
-    return rows
-
-
-def _torch(models, known, dataset, max_length, precisions, counts, say) -> Iterator[Runner]:
-    """The runners of all models in torch."""
-    for precision in precisions:
-        here, own = models, known
-        if precision != "fp32":
-            made = {id(m): copied(m).to(PRECISIONS[precision]) for m in models.values()}
-            here, own = {name: made[id(m)] for name, m in models.items()}, {}
-        for name, m in here.items():
-            if name not in own:
-                with dense(m) if name == "dense" else nullcontext():
-                    said = partial(say, f"evaluating {name}, {precision}")
-                    own[name] = predict(m, dataset, counts=counts.get(name), progress=said)
-            for runner in _runners(name, m, own[name], max_length, {"runtime": "torch", "precision": precision}):
-                runner.counts = counts.get(name)
-                yield runner
-
-
-def _graphs(models, known, graphs, text, max_length, say) -> Iterator[Runner]:
-    """The runners of exported models: their own answers, and the MACs of the models that they were made from."""
-    for (runtime, precision), pair in graphs.items():
-        where = {"runtime": runtime, "precision": precision}
-        for name, graph in pair.items():
-            said = partial(say, f"evaluating {name}, {runtime} {precision}")
-            own = replace(known[name], logits=logits_of(graph.forward, text, progress=said))
-            for runner in _runners(name, models[name], own, max_length, where):
-                runner.model, runner.context = graph.forward, nullcontext
-                runner.row["layout"] = "length-sorted" if runner.row["mode"] == "dense-unpadded" else "padded"
-                yield runner
-
-
-def _judge(base: Predictions, own: Predictions, dataset: Dataset, metric: str) -> dict:
-    """Quality, and for a model that is not the dense one the interval of the drop."""
-    if not {"labels", "gold"} & {*dataset.column_names}:
-        return {}
-    (a, labels), (b, _) = outcome(base, dataset, metric), outcome(own, dataset, metric)
-    scores = {"quality": compute_metric(metric, b, labels), "quality_dense": compute_metric(metric, a, labels)}
-    if own is not base:
-        scores["interval_low"], scores["interval_high"] = bootstrap_interval(metric, labels, a, b)
-    return scores
-
-
-def _runners(
-    name: str, model: PreTrainedModel, own: Predictions, max_length: int, where: dict[str, str]
-) -> Iterator[Runner]:
-    """What is timed of a model: the dense one in two ways, padded first, others as they are."""
-    pruner = model.token_pruner
-    layout = next(n for n, kind in LAYOUTS.items() if kind is pruner.hooks.layout_for(cached=False))
-    fields = {"method": pruner.name if name == "pruned" else name, "mode": "pruned", "layout": layout} | where
-    if name == "pruned" or (name != "dense" and pruner.sites):
-        yield Runner(fields | {"target_flops": getattr(pruner, "target_flops", None)}, model, own, pruner)
-        return
-    fields["mode"] = "dense-unpadded"
-    if name != "dense":
-        yield Runner(fields, model, own, pruner)
-        return
-    context = partial(dense, unpadded=True) if layout == "packed" else dense
-    fields["layout"] = "packed" if layout == "packed" else "length-sorted"
-    wide = replace(own, rows_used=torch.full_like(own.rows_used, dense_macs(pruner.info.costs, max_length)))
-    yield Runner({**fields, "mode": "dense-padded", "layout": "padded"}, model, wide, pruner, dense, max_length)
-    yield Runner(fields, model, own, pruner, context)
-
-
-def _times(runners: list[Runner], reference: tuple, base: Tensor, padded: int, sample: list[int]) -> Iterator[dict]:
-    """What is known after ``time_all``; ``base`` (N,) and ``padded`` are the dense model's MACs of each example."""
-    seconds = {r.key: r.seconds for r in runners if r.row["method"] == "dense"}
-    for runner in runners:
-        used, calls = runner.predictions.rows_used, 1000 * np.median(runner.times, axis=0)
-        low, middle, high = np.percentile(runner.times.sum(1), (25, 50, 75))
-        there = {mode: seconds.get((*runner.key[:2], mode)) for mode in MODES}
-        speed = {mode: None if total is None else total / runner.seconds for mode, total in there.items()}
-        ratio, unpadded = int(base.sum()) / int(used.sum()), speed["dense-unpadded"]
-        yield runner.row | {
-            "flops_ratio": ratio,
-            "flops_ratio_padded": padded * len(base) / int(used.sum()),
-            "latency_ms_p50": float(np.percentile(calls, 50)),
-            "latency_ms_p95": float(np.percentile(calls, 95)),
-            "samples_per_second": len(sample) / runner.seconds,
-            "speedup_unpadded": unpadded,
-            "speedup_padded": speed["dense-padded"],
-            "speedup_reference": seconds[reference] / runner.seconds,
-            "efficiency": None if unpadded is None else unpadded / ratio,
-            "spread": float((high - low) / middle) if len(runner.times) > 1 else None,
-            "flops_used": int(used.sum()),
-            "flops_dense": int(base.sum()),
-            "flops_ratio_timed": int(base[sample].sum()) / int(used[sample].sum()),
-            "n_timed": len(sample),
-        }
+    return Benchmark(model, dataset, task, **options).rows()

@@ -6,6 +6,8 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 
@@ -19,6 +21,23 @@ def has_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Within the context torch computes with ``count`` threads, None: with as many as now; then they are set back.
+
+    Raises:
+        ValueError: ``count`` is below 1.
+    """
+    before = torch.get_num_threads()
+    if count is not None and count < 1:
+        raise ValueError(f"threads={count}: at least one is needed")
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def hardware() -> str:

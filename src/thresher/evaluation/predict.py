@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from ..api import MODULE, prune, unprune
 from ..core.architecture import find_stack
 from ..core.cost import dense_macs, macs
+from ..core.layouts import LAYOUTS
 from ..core.pruner import METHODS
 from ..data import qa, reranking
 from ..methods.topk import REPLAY, TopK
@@ -215,23 +216,36 @@ def counts_of(model: PreTrainedModel, total: int, counts: Tensor | None = None) 
 
 
 def copied(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with weights of its own."""
+    return _copy(model, {})
+
+
+def plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The dense model without any hook of ours, in evaluation mode: a copy that shares the weights of ``model``."""
+    net = _copy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    return (net if getattr(net, MODULE, None) is None else unprune(net)).eval()
+
+
+def packed(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The dense model in packed rows, which have no padding; a copy as ``plain`` makes. None where they cannot be."""
+    net = prune(plain(model), TopK(keep=1.0, at=()))
+    return net if net.token_pruner.hooks.layout_for(cached=False) is LAYOUTS["packed"] else None
+
+
+def _copy(model: PreTrainedModel, shared: dict[int, Tensor]) -> PreTrainedModel:
     if getattr(model, MODULE, None) is not None:
         model.token_pruner.record = None  # it may hang on a graph, which cannot be copied
-    return copy.deepcopy(model)
+    return copy.deepcopy(model, shared)
 
 
 @contextmanager
-def ready(model: PreTrainedModel, layout: str | None = None) -> Iterator[None]:
-    """Within the context: evaluation mode, and with an ``layout`` an unpruned model runs in it, dropping nothing."""
-    training, bare = model.training, getattr(model, MODULE, None) is None
+def ready(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context: evaluation mode; afterwards a pruned model has no ``counts`` to replay."""
+    training = model.training
     model.eval()
-    if bare and layout:
-        prune(model, TopK(keep=1.0, at=()), layout=layout)
     try:
         yield
     finally:
-        if bare and layout:
-            unprune(model)
-        elif not bare:
+        if getattr(model, MODULE, None) is not None:
             model.token_pruner.counts = None
         model.train(training)

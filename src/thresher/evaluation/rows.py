@@ -29,6 +29,7 @@ EXTRA_FIELDS = {  # what a row may hold besides
     "flops_ratio_timed": "flops_ratio on the timed examples only",
     "floor_ms": "least ms of a call on this machine, by its peak and its memory (median over the calls)",
     "memory_start_mb": "resident memory of a process after its first hundred calls; peak_memory_mb after the last",
+    "slower": "the other ways to run this dense model, and how many times longer they took",
     "n_timed": "examples whose time was taken",
     "repeats": "times each of them ran",
     "tried": "configurations tried before this one was chosen",
