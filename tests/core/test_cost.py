@@ -125,12 +125,9 @@ def test_between_interpolates_and_continues_at_the_ends():
 
 
 def test_a_table_prices_counts_in_time():
-    flat = {
-        "attention": ((1.0, 9.0), (1.0, 9.0)),
-        "scored": ((1.0, 9.0), (2.0, 18.0)),
-        "ffn": ((1.0, 9.0), (4.0, 36.0)),
-    }
-    table = LatencyTable(**flat, rest=((1.0, 9.0), (0.5, 0.5)), batch_size=1, threads=1)
+    one, two, four = (((1.0, 9.0), (ms, 9 * ms)) for ms in (1.0, 2.0, 4.0))
+    fixed = ((1.0, 9.0), (0.5, 0.5))
+    table = LatencyTable(attention=one, scored=two, ffn=four, rest=fixed, dense=four, batch_size=1, threads=1)
     n = torch.tensor([8.0, 4.0])
     counts = [LayerCount(n, n), LayerCount(n, n / 2, scored=True)]
     assert table.time(counts).tolist() == [8 + 32 + 16 + 16, 4 + 16 + 8 + 8]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from support.bench import LENGTHS, one_by_one, pruned, rows, task
+from support.bench import LENGTHS, hooks_of, one_by_one, pruned, rows, task
 from support.families import FAMILIES
 from thresher import LTP, TopK, dense, prune
 from thresher.evaluation import benchmark as bench
@@ -341,13 +341,6 @@ def test_against_another_dense_model():
 
 
 # --- the dense baseline ----------------------------------------------------------------------------------------------
-def hooks_of(net) -> int:
-    """Hooks on the modules of a model, and attention functions of ours."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    hooks = sum(len(getattr(module, kind)) for module in net.modules() for kind in kinds)
-    return hooks + (net.config._attn_implementation != FAMILIES["bert"].build().config._attn_implementation)
-
-
 def test_the_plain_model_has_no_hook_and_shares_the_weights():
     model, data = pruned().train(), rows()
     bare, net, dense_rows = FAMILIES["bert"].build().eval(), predicting.plain(model), predicting.packed(model)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from support.bench import hooks_of
 from support.families import FAMILIES
 from support.toy import OPTIONS, make_toy
 from thresher import ToP, prune
@@ -17,7 +18,8 @@ from thresher.experiments import train as jobs
 
 BERT = FAMILIES["bert"]
 LINE = ((10.0, 20.0, 40.0), (1.0, 2.0, 8.0))
-TABLE = LatencyTable(attention=LINE, scored=LINE, ffn=LINE, rest=((10.0, 40.0), (0.5, 0.5)), batch_size=1, threads=1)
+PARTS = {"attention": LINE, "scored": LINE, "ffn": LINE, "rest": ((10.0, 40.0), (0.5, 0.5))}
+TABLE = LatencyTable(**PARTS, dense=((10.0, 20.0, 40.0), (8.5, 16.5, 64.5)), batch_size=1, threads=1)  # of 4 layers
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def measured(tmp_path_factory):
 def test_a_table_is_of_positive_times_that_never_fall(measured):
     _, model, table = measured
     assert not hasattr(model, "token_pruner"), "the model itself is left alone"
-    for curve in (table.attention, table.scored, table.ffn, table.rest):
+    for curve in (table.attention, table.scored, table.ffn, table.rest, table.dense):
         tokens, times = curve
         assert list(tokens) == sorted(set(tokens)) and min(times) > 0 and list(times) == sorted(times)
     assert (table.batch_size, table.threads) == (1, torch.get_num_threads())
@@ -45,6 +47,29 @@ def test_a_table_is_measured_once_per_machine_and_model(measured, monkeypatch):
         latency_table(model, batch_size=2, cache=folder)
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b'{"ffn": {}}', b"\xff\xfe", "old", "empty"])
+def test_a_broken_file_is_measured_again(measured, content, monkeypatch, tmp_path):
+    folder, model, table = measured
+    (file,) = folder.iterdir()
+    known = json.loads(file.read_text())
+    if content == "old":  # of a version that did not measure the dense model
+        del known["dense"]
+    elif content == "empty":
+        known["ffn"] = [[], []]
+    (tmp_path / file.name).write_bytes(content if isinstance(content, bytes) else json.dumps(known).encode())
+    monkeypatch.setattr(latency, "_measure", lambda *_: table)
+    assert latency_table(model, repeats=3, cache=tmp_path) == table
+    assert [json.loads(one.read_text()) for one in tmp_path.iterdir()] == [json.loads(file.read_text())]
+
+
+def test_the_dense_curve_is_of_a_model_without_hooks(monkeypatch, tmp_path):
+    counts, model = [], prune(BERT.build(), ToP())
+    monkeypatch.setattr(latency, "_whole", lambda net, ids: counts.append(hooks_of(net)) or float(ids.shape[1]))
+    found = latency_table(model, repeats=1, cache=tmp_path)
+    assert set(counts) == {0} and hooks_of(model) > 0
+    assert found.dense[0] == found.dense[1] == found.attention[0]
+
+
 def test_a_model_that_reads_no_ids_is_refused():
     with pytest.raises(ValueError, match="does not read token ids"):
         latency_table(FAMILIES["vit"].build())
@@ -55,6 +80,13 @@ def test_comparing_runs_both_and_leaves_the_method_in_place():
     batches = [{k: v for k, v in BERT.batch().items() if k in ("input_ids", "attention_mask")}]
     dense, pruned = compare(model, batches, repeats=1)
     assert dense > 0 and pruned > 0 and model.token_pruner.hooks.mode == "pruned"
+
+
+def test_what_is_compared_is_the_plain_model_and_the_pruned_one(monkeypatch):
+    ran, model, times = [], prune(BERT.build(), ToP()), iter([9.0, 9.0, 0.3, 0.1, 0.2, 0.1] * 2)
+    monkeypatch.setattr(latency, "timed", lambda net, batch: ran.append(hooks_of(net) > 0) or next(times))
+    dense, pruned = compare(model, [{"input_ids": torch.ones(1, n)} for n in (3, 5)], repeats=2)
+    assert ran == [False, True] * 6 and (dense, pruned) == pytest.approx((200, 100)), "ms, the fastest of each"
 
 
 def test_a_budget_of_time_is_priced_by_the_table():
@@ -95,7 +127,8 @@ def test_budgets_that_cannot_be(wrong, told):
 def test_a_training_to_a_share_of_the_time(tmp_path, monkeypatch):
     """A tiny model has nothing to win, so its table is that of a larger one; what is measured at the end is real."""
     line = ((1.0, 100.0), (0.1, 10.0))
-    table = LatencyTable(line, line, line, rest=((1.0, 100.0), (0.01, 0.01)), batch_size=1, threads=1)
+    dense = ((1.0, 100.0), (0.41, 40.01))  # of two layers
+    table = LatencyTable(line, line, line, ((1.0, 100.0), (0.01, 0.01)), dense, batch_size=1, threads=1)
     monkeypatch.setattr("thresher.training.trainer.latency_table", lambda model: table)
     toy = make_toy(tmp_path)
     options = OPTIONS | {"method": "top", "target_flops": None, "target_latency": 0.7, "epochs": 0, "prune_epochs": 1}

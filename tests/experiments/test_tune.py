@@ -202,7 +202,8 @@ def test_a_drop_of_accuracy(farm, tmp_path):
 @pytest.mark.filterwarnings("ignore:measured")
 def test_a_budget_of_time_is_priced_by_the_table(farm, tmp_path, monkeypatch):
     line = ((1.0, 100.0), (0.1, 10.0))
-    table = LatencyTable(line, line, line, rest=((1.0, 100.0), (0.01, 0.01)), batch_size=1, threads=1)
+    whole = ((1.0, 100.0), (0.61, 60.01))  # of three layers
+    table = LatencyTable(line, line, line, ((1.0, 100.0), (0.01, 0.01)), whole, batch_size=1, threads=1)
     monkeypatch.setattr(trials, "latency_table", lambda model: table)
     dense = 0.01 + 6 * 0.1 * 10.5  # about so many tokens
     rows = tune(farm.model, farm.plain, str(tmp_path / "out"), target_latency_ms=0.6 * dense, **QUICK)

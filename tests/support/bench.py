@@ -38,3 +38,10 @@ def pruned(family="bert", method=None, layout="auto", **options):
 def one_by_one(model, data):
     with torch.no_grad():
         return torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in data["input_ids"]])
+
+
+def hooks_of(net) -> int:
+    """Hooks on the modules of a model, and attention functions of ours."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    hooks = sum(len(getattr(module, kind)) for module in net.modules() for kind in kinds)
+    return hooks + (net.config._attn_implementation != FAMILIES["bert"].build().config._attn_implementation)

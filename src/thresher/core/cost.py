@@ -92,13 +92,14 @@ Curve = tuple[tuple[float, ...], tuple[float, ...]]  # tokens, rising, and the m
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Measured time(tokens) of the parts of one layer, and of all that is not a layer, in ms per text.
+    """Measured time(tokens) of a pruned model's parts, and of the dense model, in ms per text.
 
     Attributes:
         attention, scored: the attention block of a layer that is not a site, and of one that is, with its hooks,
             scoring and removal.
         ffn: the rest of the layer.
         rest: embeddings, head and Python, once per forward.
+        dense: the whole dense model without hooks, which shares of the time refer to.
         batch_size, threads: what was measured.
     """
 
@@ -106,6 +107,7 @@ class LatencyTable:
     scored: Curve
     ffn: Curve
     rest: Curve
+    dense: Curve
     batch_size: int
     threads: int
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from ..data import qa
 from ..data.load import Task
 from ..stats.metrics import bootstrap_interval, compute_metric
 from .hardware import environment, torch_threads
+from .latency import timed
 from .predict import Predictions, Text, copied, counts_of, logits_of, outcome, packed, plain, predict, ready
 from .roofline import Roofline
 from .rows import row
@@ -69,13 +70,7 @@ class Runner:
         """Seconds of one forward."""
         if self.counts is not None:
             self.pruner.counts = self.counts[rows]
-        wait = torch.cuda.synchronize if inputs["input_ids"].is_cuda else nullcontext
-        with torch.inference_mode():
-            wait()
-            start = time.perf_counter()
-            self.forward(**inputs)
-            wait()
-            return time.perf_counter() - start
+        return timed(self.forward, inputs)
 
     @property
     def where(self) -> tuple[str, str]:
@@ -291,13 +286,12 @@ class Benchmark:
         sample = order[(2 * torch.arange(count) + 1) * len(order) // (2 * count)].tolist()
         cut = self.text.batches(sample, size)
         np.random.default_rng(0).shuffle(cut)
-        timed = [runner for runner in (*runners, *others) if size > 1 or not runner.batched]
+        taking = [runner for runner in (*runners, *others) if size > 1 or not runner.batched]
         said = partial(self.say, f"timing batch size {size}")
-        time_all(timed, cut, self.text, self.model.device, self.repeats, said)
-        timed = fastest(timed)
-        seconds = {runner.key: runner.seconds for runner in timed}
-        hidden = {runner.key for runner in others}
-        for runner in timed:
+        time_all(taking, cut, self.text, self.model.device, self.repeats, said)
+        chosen, hidden = fastest(taking), {runner.key for runner in others}
+        seconds = {runner.key: runner.seconds for runner in chosen}
+        for runner in chosen:
             if runner.key in hidden:
                 continue
             values = {"batch_size": size} | runner.row | self.figures(runner, seconds, reference, sample)

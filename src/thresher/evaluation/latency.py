@@ -5,15 +5,14 @@ Shapes: n tokens per example. Times are milliseconds per example.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -22,14 +21,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..api import MODULE, dense, prune, unprune
+from ..api import prune, unprune
 from ..core.architecture import find_stack
 from ..core.attention import View
 from ..core.cost import Curve, LatencyTable
 from ..core.pruner import ModelInfo, TokenPruner
 from ..methods.topk import TopK
 from .hardware import hardware
+from .predict import plain
+from .rows import whole
 
+CURVES = ("attention", "scored", "ffn", "rest", "dense")
 GRID = (8, 16, 32, 64, 128, 256, 512)
 
 
@@ -60,19 +62,19 @@ def latency_table(
         raise ValueError(f"{type(model).__name__} does not read token ids: its time over lengths cannot be measured")
     folder = Path(cache or os.environ.get("THRESHER_CACHE") or Path.home() / ".cache" / "thresher")
     file = folder / f"latency-{_key(model, batch_size)}.json"
-    if file.exists():
+    with suppress(OSError, ValueError, TypeError, KeyError):  # none yet, or broken
         return _read(file)
     table = _measure(model, batch_size, repeats)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps(asdict(table)))
-    os.replace(aside, file)
+    with suppress(OSError), whole(file) as aside:  # not remembered where nothing can be written
+        aside.write_text(json.dumps(asdict(table)))
     return table
 
 
 def _read(file: Path) -> LatencyTable:
     made = json.loads(file.read_text())
-    curves = {n: tuple(map(tuple, made[n])) for n in ("attention", "scored", "ffn", "rest")}
+    curves = {name: tuple(tuple(map(float, part)) for part in made[name]) for name in CURVES}
+    if any(len(curve) != 2 or len(curve[0]) != len(curve[1]) or len(curve[0]) < 2 for curve in curves.values()):
+        raise ValueError(f"{file} holds curves without points")
     return LatencyTable(**made | curves)
 
 
@@ -84,12 +86,13 @@ def _key(model: PreTrainedModel, batch_size: int) -> str:
 
 
 def _measure(model: PreTrainedModel, batch_size: int, repeats: int) -> LatencyTable:
-    net = copy.deepcopy(model).eval()
-    if hasattr(net, MODULE):
-        unprune(net)
+    net = plain(model)
     longest = getattr(net.config, "max_position_embeddings", None) or GRID[-1]
     grid = [n for n in GRID if n <= longest]
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for n in grid:  # before any hook is there
+        ids = torch.randint(5, net.config.vocab_size, (batch_size, n), device=net.device)
+        points["dense"].append((n, min([_whole(net, ids) for _ in range(repeats + 1)][1:]) / batch_size))
     for kind, method in (("attention", TopK(keep=1.0, at=())), ("scored", Trim())):
         prune(net, method)
         for n in grid:
@@ -106,7 +109,7 @@ def _measure(model: PreTrainedModel, batch_size: int, repeats: int) -> LatencyTa
                 points[kind].append((statistics.mean(left), statistics.median(times) / batch_size))
         unprune(net)
     return LatencyTable(
-        **{name: _curve(points[name]) for name in ("attention", "scored", "ffn", "rest")},
+        **{name: _curve(points[name]) for name in CURVES},
         batch_size=batch_size,
         threads=torch.get_num_threads(),
     )
@@ -147,33 +150,31 @@ def _forward(net: PreTrainedModel, ids: Tensor) -> dict[str, list[float]]:
     return {"attention": attention, "ffn": ffn, "rest": [end - begin - sum(attention) - sum(ffn)]}
 
 
+def _whole(net: PreTrainedModel, ids: Tensor) -> float:
+    """ms of one forward."""
+    return 1000 * timed(net, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
 def compare(model: PreTrainedModel, batches: Iterable[dict], repeats: int = 3) -> tuple[float, float]:
-    """Mean ms per example of ``model`` without pruning and with it, both without padding, interleaved.
+    """Mean ms per text of the plain dense model, without any hook, and of ``model`` as it is, interleaved.
 
-    The fastest of ``repeats`` of each batch counts: what else the machine does only ever adds.
+    ``batches`` are inputs of single texts, as they come in service: the dense model has no padding either. The fastest
+    of ``repeats`` of each counts, since what else the machine does only ever adds.
     """
-    totals, examples = [0.0, 0.0], 0
-    net = model.eval()
+    totals, texts, nets = [0.0, 0.0], 0, (plain(model), model.eval())
+    for batch in batches:
+        texts += len(batch["input_ids"])
+        times = [[timed(net, batch) for net in nets] for _ in range(repeats + 1)]
+        totals = [total + 1000 * min(best) for total, best in zip(totals, zip(*times, strict=True), strict=True)]
+    return totals[0] / texts, totals[1] / texts
+
+
+def timed(forward: Callable, inputs: dict[str, Tensor]) -> float:
+    """Seconds of one forward, in inference mode."""
+    wait = torch.cuda.synchronize if inputs["input_ids"].is_cuda else nullcontext
     with torch.inference_mode():
-        for batch in batches:
-            examples += len(batch["input_ids"])
-            best = [float("inf"), float("inf")]
-            for _ in range(repeats + 1):
-                for i, mode in enumerate((_unpruned, _as_it_is)):
-                    with mode(net):
-                        started = time.perf_counter()
-                        net(**batch)
-                        if batch["input_ids"].is_cuda:
-                            torch.cuda.synchronize()
-                        best[i] = min(best[i], time.perf_counter() - started)
-            totals = [total + 1000 * b for total, b in zip(totals, best, strict=True)]
-    return totals[0] / examples, totals[1] / examples
-
-
-def _unpruned(net: PreTrainedModel):
-    return dense(net, unpadded=True)
-
-
-@contextmanager
-def _as_it_is(net: PreTrainedModel):
-    yield net
+        wait()
+        start = time.perf_counter()
+        forward(**inputs)
+        wait()
+        return time.perf_counter() - start

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..api import dense, unprune
+from ..api import dense
 from ..data import qa
 from ..data.load import Task, load_task, tokenize
 from ..data.models import clip, load, reading
 from ..evaluation.benchmark import measure
 from ..evaluation.hardware import environment
-from ..evaluation.predict import Text, copied, predict, quality, replayed
+from ..evaluation.predict import Text, plain, predict, quality, replayed
 from ..evaluation.roofline import roofline
 from ..evaluation.rows import row
 from ..exporting import export as exporting
@@ -120,7 +120,7 @@ def bench(
     copies = {name: replayed(net, name, kept) for name in baselines}
     with tempfile.TemporaryDirectory() as temporary:
         folder, opened = Path(graphs or temporary), {}
-        both = {"dense": other or unprune(copied(net)), "pruned": net} if {*runtime} != {"torch"} else {}
+        both = {"dense": other or plain(net), "pruned": net} if {*runtime} != {"torch"} else {}
         sources = {name: exporting.fingerprint(m) for name, m in both.items()}
         for one, kind in pairs:
             if one == "torch":

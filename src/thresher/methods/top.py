@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attention import View
-from ..core.cost import LatencyTable, LayerCount, macs, tokens_by_layer
+from ..core.cost import LatencyTable, LayerCount, between, dense_macs, macs, tokens_by_layer
 from ..core.pruner import ModelInfo, Record, TokenPruner, ranks
 from ..core.tokens import CLOSED
 from .parts.gates import Ascend, chance, odds, rounded, sample
@@ -229,13 +229,17 @@ class ToP(TokenPruner):
         """(B,) the cost of a forward: MACs, or ms where the budget is one of time."""
         if not self.needs_table:
             return macs(self.info.costs, counts)
-        if self.table is None:
-            raise RuntimeError("a target of time needs measured times: set pruner.table = latency_table(model)")
-        return self.table.fixed(counts[0].n_attention) + self.table.time(counts)
+        return self.measured.fixed(counts[0].n_attention) + self.measured.time(counts)
 
     def dense(self, tokens: Tensor) -> Tensor:
-        """(B,) the cost of the dense model on rows of ``tokens`` (B,) tokens."""
-        return self.price(tokens_by_layer(tokens, {}, range(self.info.depth), inside=self.info.inside))
+        """(B,) the cost of the dense model, without any hook, on rows of ``tokens`` (B,) tokens."""
+        return between(tokens, self.measured.dense) if self.needs_table else dense_macs(self.info.costs, tokens)
+
+    @property
+    def measured(self) -> LatencyTable:
+        if self.table is None:
+            raise RuntimeError("a target of time needs measured times: set pruner.table = latency_table(model)")
+        return self.table
 
     def target(self, tokens: Tensor) -> float:
         """The target as a fraction of the dense cost on rows of ``tokens`` (B,) tokens."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.cost import LatencyTable, LayerCount, macs, tokens_by_layer
+from ..core.cost import LatencyTable, LayerCount, between, dense_macs, macs, tokens_by_layer
 from ..core.pruner import ModelInfo, kept_count
 
 STEPS = 20
@@ -22,7 +22,7 @@ LEVELS = (
     *(round(1 - i / STEPS, 2) for i in range(STEPS)),
     0.0,
 )  # shares of a text's own tokens; 0: the protected ones alone
-BINS = 2000  # of the dense cost, in which the search counts
+BINS = 2000  # of the cost with every token kept, in which the search counts
 Left = tuple[int, ...]
 
 
@@ -70,8 +70,10 @@ class Space:
 
     @cached_property
     def dense(self) -> float:
-        """Mean cost of a text with every token kept."""
-        return self.cost((0,) * len(self.layers))
+        """Mean cost of a text in the dense model: in time, of the model without any hook."""
+        if self.table is None:
+            return dense_macs(self.info.costs, self.lengths).double().mean().item()
+        return between(self.lengths, self.table.dense).mean().item()
 
     @cached_property
     def strongest(self) -> Left:
@@ -80,12 +82,12 @@ class Space:
 
     def frontier(self, damage: np.ndarray) -> list[Left]:
         """The schedules that no cheaper one equals in damage, by rising cost: dynamic programming over layers, the
-        level after them, and the cost in parts of the dense model's.
+        level after them, and the cost in parts of that with every token kept.
 
         damage: (L, V), what it does to let the other tokens leave at one layer alone, falling in no row. In a schedule
         it adds up: a layer that goes from level a to b is charged ``damage[layer, b] - damage[layer, a]``.
         """
-        unit, width = self.dense / BINS, BINS + len(self.layers) + 1
+        unit, width = self.cost((0,) * len(self.layers)) / BINS, BINS + len(self.layers) + 1
         before, steps = self._steps
         best = np.full((len(LEVELS), width), np.inf)
         best[0, round(before / unit) :] = 0.0
