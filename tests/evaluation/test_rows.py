@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from support.rows import rows
 from thresher.evaluation import rows as report
@@ -57,6 +58,41 @@ def test_an_older_file_survives_a_failure(tmp_path, monkeypatch):
     assert file.read_text() == before and [p.name for p in tmp_path.iterdir()] == ["rows.json"]
     with pytest.raises(OSError):
         report.write_rows(file / "below" / "rows.json", rows())  # a file where a folder is needed
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "deep" / "result"
+    for _ in range(2):
+        with report.folder_written_whole(folder) as aside:
+            (aside / "a").write_text("a")
+            assert not (folder / "a").exists() and aside.parent == folder.parent
+        assert [p.name for p in folder.iterdir()] == ["a"] and [*folder.parent.iterdir()] == [folder]
+        (folder / "a").unlink()  # an empty folder gives way
+    (folder / "old").write_text("old")
+    with pytest.raises(KeyboardInterrupt), report.folder_written_whole(folder, replace=True) as aside:
+        (aside / "a").write_text("a")
+        raise KeyboardInterrupt
+    with pytest.raises(OSError, match="not empty"), report.folder_written_whole(folder) as aside:
+        (aside / "a").write_text("a")
+    assert [p.name for p in folder.iterdir()] == ["old"] and [*folder.parent.iterdir()] == [folder]
+    with report.folder_written_whole(folder, replace=True) as aside:
+        (aside / "a").write_text("a")
+        assert [p.name for p in folder.iterdir()] == ["old"]
+    assert [p.name for p in folder.iterdir()] == ["a"] and [*folder.parent.iterdir()] == [folder]
+    assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777, "as any new folder"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space"), SafetensorError("I/O error"), RuntimeError("inline_container")]
+)
+def test_a_failure_says_where_it_was(tmp_path, error):
+    place = f"cannot write in {tmp_path}, is the disk full"
+    with pytest.raises(OSError, match=place), report.folder_written_whole(tmp_path / "result"):
+        raise error
+    for own in (RuntimeError("the model"), FileNotFoundError(2, "no", "there")):
+        with pytest.raises(type(own), match=r"^(?!cannot write)"), report.folder_written_whole(tmp_path / "result"):
+            raise own
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "{", '{"rows": [{"speed": 1}]}', '{"rows": 3}'])

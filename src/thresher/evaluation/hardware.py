@@ -25,15 +25,12 @@ def has_bf16() -> bool:
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Within the context torch computes with ``count`` threads, None: with as many as now; then they are set back.
-
-    Raises:
-        ValueError: ``count`` is below 1.
-    """
+    """Let torch compute with ``count`` threads within the context (None: with as many as now), then with as many as
+    before. Raises ValueError: ``count`` is below 1."""
     before = torch.get_num_threads()
     if count is not None and count < 1:
         raise ValueError(f"threads={count}: at least one is needed")
-    torch.set_num_threads(before if count is None else count)
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:

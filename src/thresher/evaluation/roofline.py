@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..core.cost import LayerCost, LayerCount
-from .hardware import environment, hardware
+from .hardware import environment, hardware, torch_threads
 from .rows import whole
 
 if TYPE_CHECKING:
@@ -119,10 +119,7 @@ def roofline(
     Raises:
         ValueError: ``threads`` is below 1, or ``device`` is something else.
     """
-    before = torch.get_num_threads()
-    threads = before if threads is None else threads
-    if threads < 1:
-        raise ValueError(f"threads={threads}: at least one is needed")
+    threads = torch.get_num_threads() if threads is None else threads
     if device not in PIECES:
         raise ValueError(f"device={device!r}: expected {' or '.join(PIECES)}")
     folder = Path(cache or os.environ.get("THRESHER_CACHE") or Path.home() / ".cache" / "thresher")
@@ -130,11 +127,8 @@ def roofline(
     file = folder / f"roofline-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
     with suppress(OSError, ValueError, TypeError):  # none yet, or broken
         return Roofline(**json.loads(file.read_text()))
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         found = _measure(threads, seconds, device)
-    finally:
-        torch.set_num_threads(before)
     with suppress(OSError), whole(file) as aside:  # not remembered where nothing can be written
         aside.write_text(json.dumps(asdict(found)))
     return found

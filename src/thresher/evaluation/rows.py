@@ -9,10 +9,13 @@ import csv
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 ROW_FIELDS = tuple(
     """task model method target_flops seed runtime precision mode layout batch_size threads metric quality
@@ -101,9 +104,51 @@ def whole(path: str | Path) -> Iterator[Path]:
     """A temporary file in the folder of ``path``, moved there at the end or removed if anything went wrong."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_whole(folder: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``folder``, moved there at the end or removed if anything went wrong.
+
+    An empty folder gives way to it; with ``replace`` one that holds something, too.
+
+    Raises:
+        OSError: it cannot be written, or what is there is not empty.
+    """
+    folder = Path(folder)
+    temporary, before = _beside(folder), _beside(folder, "before")
+    with writing(folder.parent):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a process of the same number
+            temporary.mkdir(parents=True)
+            yield temporary
+            if replace and folder.exists():
+                os.replace(folder, before)
+            elif folder.exists():
+                folder.rmdir()
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(before, ignore_errors=True)
+
+
+def _beside(path: Path, kind: str = "tmp") -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[None]:
+    """Say where writing failed: libraries name neither the file nor, in torch.save, the reason."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        told = isinstance(error, OSError) and error.filename is not None
+        if told or (isinstance(error, RuntimeError) and "inline_container" not in str(error)):
+            raise
+        raise OSError(f"cannot write in {folder}, is the disk full? ({str(error).splitlines()[0]})") from error

@@ -11,9 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -28,6 +25,7 @@ from transformers import PreTrainedModel
 from ..api import MODULE
 from ..data.load import positions
 from ..evaluation.hardware import environment
+from ..evaluation.rows import folder_written_whole
 
 HEADS = ("ForSequenceClassification", "ForQuestionAnswering")
 FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
@@ -103,9 +101,7 @@ def export(
         sample = inputs_of(model, tokenizer, 2, min(16, longest))
         with _quiet():
             exported = exporter.export(model, sample, config=config)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
+        with folder_written_whole(folder, replace=True) as aside:
             exported.save_pretrained(aside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(aside)
@@ -118,9 +114,7 @@ def export(
                     f"expected {CLOSE} at most; it was not written"
                 )
             (aside / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
-            _replace(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            _check(folder)  # what came there meanwhile is not ours to replace
     return spec
 
 
@@ -225,16 +219,3 @@ def _check(folder: Path) -> None:
             return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something else than an exported model: name an empty or new folder")
-
-
-def _replace(aside: Path, folder: Path) -> None:
-    """Move a finished folder to its place, and only then remove what an earlier export left there."""
-    _check(folder)
-    os.chmod(aside, 0o755)
-    if not folder.exists():
-        os.replace(aside, folder)
-        return
-    before = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    os.replace(folder, before)
-    os.replace(aside, folder)
-    shutil.rmtree(before)
