@@ -2,123 +2,219 @@
 
 from __future__ import annotations
 
-import os
+import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import methods  # noqa: F401  makes the methods known by name
-from .checkpoint import CONFIG_KEY, EXTRA, MODULE, Entry
+from .checkpoint import CONFIG_KEY, Entry, Stored, load_into, stored_at, stored_with, tensors_of
 from .core.hooks import Hooks
 from .core.layouts import LAYOUTS
-from .core.pruner import TokenPruner
+from .core.pruner import MODULE, ModelInfo, TokenPruner, pruner_of
 
 
-def prune(model: PreTrainedModel, method: TokenPruner | None = None, *, layout: str = "auto") -> PreTrainedModel:
+def prune(
+    model: nn.Module,
+    method: TokenPruner | None = None,
+    *,
+    layout: str = "auto",
+    checkpoint: str | Path | None = None,
+) -> nn.Module:
     """Prune the tokens of ``model`` while it runs; in place, reversible by ``unprune``.
 
     Args:
-        model: any transformers model with a stack of attention layers.
-        method: e.g. ``LTP(target_flops=0.4)`` or ``TopK(keep=0.5)``. None: what the model's config.json says, with the
-            parameters that lie in its weights.
+        model: any transformers model with a stack of attention layers, or a PEFT model around one. The method is then
+            trained, saved and loaded with the active adapter.
+        method: e.g. ``LTP(target_flops=0.4)`` or ``TopK(keep=0.5)``; it prunes one model. None: what the model's
+            config.json says, with the parameters that lie in its weights.
         layout: "mask" hides dropped tokens (reference), "padded" shortens to the widest row, "packed" has no padding
             at all; "auto" takes mask while a method trains softly, else packed where the model allows, else padded.
             Not saved.
+        checkpoint: the folder with the pruner's weights, where these did not come with ``model``: a part of a model is
+            pruned, or an adapter was loaded into a model that was not pruned.
 
     Returns:
         The same model; the method is its submodule ``token_pruner``, which carries the ``report`` of the last forward.
 
     Raises:
-        ValueError: unknown layout or layer, a model without layers, a configuration that cannot be read.
+        ValueError: unknown layout or layer, a model without layers, a method in use, a checkpoint that cannot be read
+            or that is not clear. The model is as it was before.
         TypeError: ``model`` or ``method`` is something else.
 
     Example:
         >>> model = AutoModelForSequenceClassification.from_pretrained("my-classifier")
         >>> prune(model, TopK(keep=0.5))
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"prune() takes a transformers model, got {type(model).__name__}")
+    target = inner_model(model)
     if isinstance(method, type) or not (method is None or isinstance(method, TokenPruner)):
         raise TypeError(f"prune() takes a method such as TopK(keep=0.5), got {method!r}")
     if layout != "auto" and layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: expected auto, {', '.join(LAYOUTS)}")
-    weights = None
+    before, entry = pruner_of(target), None
+    stored = None if checkpoint is None else stored_at(checkpoint, _weights_of(target))
     if method is None:
-        config = getattr(model.config, CONFIG_KEY, None)
-        if config is None:
-            raise ValueError(
-                f"{type(model).__name__} has no {CONFIG_KEY} entry in its config.json: name a method to prune() with"
-            )
-        method = TokenPruner.from_dict(config)
-        weights = saved_weights(model)
-    before = getattr(model, MODULE, None)
-    hooks = Hooks(model, method, layout, None if before is None else before.hooks.original)
-    method.bind(hooks.info)
-    if weights is not None:
-        found, expected = (
-            {k: tuple(v.shape) for k, v in d.items() if k != EXTRA} for d in (weights, method.state_dict())
+        entry = _saved_entry(model, target, stored)
+        method = TokenPruner.from_dict(entry)
+    if method.hooks is not None and method.hooks.model is not target and pruner_of(method.hooks.model) is method:
+        raise ValueError(
+            f"this {type(method).__name__} prunes another model, a {type(method.hooks.model).__name__}: "
+            "prune with copy.deepcopy of it"
         )
-        if found != expected:
-            raise ValueError(
-                f"corrupted checkpoint: it holds {found} of the pruner's weights, {method.name} needs {expected}"
-            )
-        method.load_state_dict(weights, strict=False)
-    if before is not None:  # only now, when nothing can be refused any more
+    for kind in {type(c).__name__ for c in _adapters(model).values() if not hasattr(c, "modules_to_save")}:
+        raise ValueError(f"an adapter of {kind} saves no module beside its own: prune the model without it")
+    hooks = Hooks(target, method, layout, None if before is None else before.hooks.original)
+    if method is not before:
+        _bind(method, hooks.info)
+    if entry is not None and stored is None and tensors_of(method):
+        stored = stored_with(target, _weights_of(target))
+    if stored is not None:
+        load_into(method, stored)
+    if before not in (None, method):
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
-        unprune(model)
-    parameter = next(model.parameters())
-    model.token_pruner = method.to(parameter.device)
-    method.train(model.training)
+    own_configuration(model)
+    _exchange(hooks, None if before is None else before.hooks)
+    if before is not None:
+        before.hooks = None
     method.hooks = hooks
-    hooks.attach()
-    setattr(model.config, CONFIG_KEY, Entry(model))
+    _place(model, target, method)
     return model
 
 
-def saved_weights(model: PreTrainedModel) -> dict:
-    """The pruner's tensors in the checkpoint that ``model`` was loaded from; safetensors only."""
-    source = model.config._name_or_path
-    found = {}
-    for name in _weight_files(source):
-        try:
-            with safe_open(name, framework="pt") as file:
-                own = [key for key in file.keys() if key.startswith(f"{MODULE}.")]  # noqa: SIM118  it is no dictionary
-                found.update({key.removeprefix(f"{MODULE}."): file.get_tensor(key) for key in own})
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"corrupted checkpoint: {name} cannot be read ({error})") from error
-    return found
+def inner_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside what was given: the model itself, or the one that a PEFT model adapts.
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"prune() takes a transformers model or a PEFT model around one, got {type(model).__name__}")
+    return inner
 
 
-def _weight_files(source: str) -> list[str]:
-    if not source:  # built from a configuration
-        return []
-    if os.path.isdir(source):
-        names = sorted(n for n in os.listdir(source) if n.endswith(".safetensors"))
-        return [os.path.join(source, n) for n in names]
-    if cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False):
-        raise ValueError(f"{source} is sharded on the hub: download it first and load it from the folder")
-    file = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-    return [file] if file else []
+def _weights_of(target: PreTrainedModel) -> str | None:
+    """The digest of the pruner's tensors, by the model's configuration."""
+    entry = getattr(target.config, CONFIG_KEY, None)
+    return entry.get("weights") if isinstance(entry, Mapping) else None
 
 
-def unprune(model: PreTrainedModel) -> PreTrainedModel:
+def _saved_entry(model: nn.Module, target: PreTrainedModel, stored: Stored | None) -> Mapping:
+    """What a checkpoint says of the method: the one that was named, or the model's own."""
+    if stored is not None and stored.entry is not None:
+        return stored.entry
+    brought = [name for adapter in _adapters(model).values() for name in adapter.modules_to_save or ()]
+    if MODULE in brought and stored is None and pruner_of(target) is None:
+        raise ValueError(
+            f"the adapter brings a {MODULE} of its own, which was not loaded: prune() the model before "
+            "PeftModel.from_pretrained, or pass checkpoint=, the adapter's folder"
+        )
+    if not hasattr(target.config, CONFIG_KEY):
+        raise ValueError(
+            f"{type(target).__name__} has no {CONFIG_KEY} entry in its config.json: name a method to prune() with, or "
+            "pass checkpoint=, the folder of a pruned model"
+        )
+    return getattr(target.config, CONFIG_KEY)
+
+
+def _bind(method: TokenPruner, info: ModelInfo) -> None:
+    """Fit a method to a model; what one that is fitted has learned is kept where it fits this model, too."""
+    if method.info is None or not tensors_of(method):
+        method.bind(info)
+    elif method.info != info:
+        raise ValueError(
+            f"this {type(method).__name__} has learned for another model, a {method.info.name} with "
+            f"{method.info.depth} layers: make a new one for this {info.name}"
+        )
+
+
+def _exchange(hooks: Hooks, before: Hooks | None) -> None:
+    """Attach ``hooks`` in place of those ``before``; where that is refused, these are attached again."""
+    if before is not None:
+        before.detach()
+    try:
+        hooks.attach()
+    except Exception:
+        hooks.detach()
+        if before is not None:
+            before.attach()
+        raise
+
+
+def own_configuration(model: nn.Module) -> None:
+    """Give a model configurations of its own, since others may have been built from the same object."""
+    memo: dict = {}
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = copy.deepcopy(module.config, memo)
+
+
+def _place(model: nn.Module, target: PreTrainedModel, method: TokenPruner) -> None:
+    """Make a method a submodule of its model, on the device that this runs on, and name it in the configuration."""
+    if pruner_of(target) is not method:
+        method.to(_device(target))
+        method.train(target.training)
+        setattr(target, MODULE, method)
+    if _adapters(model) and getattr(target, MODULE) is method:
+        _save_with_adapters(model, target, method)
+    setattr(target.config, CONFIG_KEY, Entry(target))
+
+
+def _device(model: PreTrainedModel) -> torch.device | str | int:
+    """The device that ``model`` runs on; one whose weights accelerate has put away says so in its hooks."""
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            return parameter.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), "cpu")
+
+
+def _save_with_adapters(model: nn.Module, target: PreTrainedModel, method: TokenPruner) -> None:
+    """Have peft train and save the method with the adapters of ``model``, as ``modules_to_save`` does."""
+    from peft.utils import ModulesToSaveWrapper
+
+    names = list(model.peft_config)
+    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+    wrapper = ModulesToSaveWrapper(copy.deepcopy(method), names[0])
+    for name in names:
+        config = model.peft_config[name]
+        wrapper.update(name)
+        config.modules_to_save = [*dict.fromkeys((*(config.modules_to_save or ()), MODULE))]
+    wrapper.modules_to_save[active[0]] = method
+    wrapper.set_adapter(active[0], inference_mode=model.peft_config[active[0]].inference_mode)
+    setattr(target, MODULE, wrapper)
+
+
+def _adapters(model: nn.Module) -> dict:
+    """peft's configurations of the adapters of ``model`` by their names; empty where it has none."""
+    return getattr(model, "peft_config", None) or {}
+
+
+def unprune(model: nn.Module) -> nn.Module:
     """Take the pruning off again: the model is what it was. Raises ValueError if it is not pruned."""
-    pruner = getattr(model, MODULE, None)
+    target = inner_model(model)
+    pruner = pruner_of(target)
     if pruner is None:
         raise ValueError(f"{type(model).__name__} is not pruned")
     pruner.hooks.detach()
-    del model.token_pruner
-    if hasattr(model.config, CONFIG_KEY):
-        delattr(model.config, CONFIG_KEY)
+    pruner.hooks = None
+    delattr(target, MODULE)
+    for adapter in _adapters(model).values():
+        if MODULE in (getattr(adapter, "modules_to_save", None) or ()):
+            adapter.modules_to_save.remove(MODULE)
+    if hasattr(target.config, CONFIG_KEY):
+        delattr(target.config, CONFIG_KEY)
     return model
 
 
 @contextmanager
-def dense(model: PreTrainedModel, *, unpadded: bool = False) -> Iterator[PreTrainedModel]:
+def dense(model: nn.Module, *, unpadded: bool = False) -> Iterator[nn.Module]:
     """Within the context nothing is pruned.
 
     Args:
@@ -129,7 +225,7 @@ def dense(model: PreTrainedModel, *, unpadded: bool = False) -> Iterator[PreTrai
         >>> with dense(model):
         ...     reference = model(**batch).logits
     """
-    pruner = getattr(model, MODULE, None)
+    pruner = pruner_of(inner_model(model))
     if pruner is None:
         raise ValueError(f"{type(model).__name__} is not pruned: it is dense already")
     before, pruner.hooks.mode = pruner.hooks.mode, "unpadded" if unpadded else "dense"

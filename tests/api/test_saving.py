@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification as Auto
 
 from support.families import FAMILIES, difference
 from thresher import LTP, FirstK, Random, Threshold, TopK, prune
+from thresher.checkpoint import digest
 
 BERT = FAMILIES["bert"]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -70,6 +71,7 @@ def test_the_configuration_says_what_prunes(saved):
     assert config["token_pruning"] == {
         "method": "ltp",
         "version": 1,
+        "weights": digest({"threshold": torch.tensor([0.3, 0.5, 0.6, 0.9])}),
         "at": [0, 1, 2, 3],
         "protect": None,
         "target_flops": 0.4,
@@ -107,7 +109,9 @@ def test_a_model_built_from_a_configuration_has_no_weights_to_look_for():
     config = prune(BERT.build(), TopK(keep=0.5)).config
     assert prune(Auto.from_config(config)).token_pruner.keep == 0.5
     config = prune(BERT.build(), LTP()).config
-    with pytest.raises(ValueError, match=r"it holds \{\} of the pruner's weights"):
+    with pytest.raises(
+        ValueError, match="BertForSequenceClassification does not know its checkpoint, .*: pass checkpoint="
+    ):
         prune(Auto.from_config(config))
 
 
@@ -207,26 +211,43 @@ def rewrite(folder, change):
 
 
 def test_missing_thresholds_are_refused(saved):
+    """As after from_pretrained and save_pretrained without prune between them."""
     folder, _ = saved
-    rewrite(folder, lambda state: state.pop("token_pruner.threshold"))
-    with pytest.raises(ValueError, match=r"it holds \{\} of the pruner's weights, ltp needs \{'threshold': \(4,\)\}"):
+    rewrite(folder, lambda state: [state.pop(key) for key in list(state) if key.startswith("token_pruner.")])
+    with pytest.raises(
+        ValueError, match=r"holds no weights of the pruner that its config.json names: a model that was"
+    ):
         prune(Auto.from_pretrained(folder))
 
 
 def test_foreign_weights_are_refused(saved):
     folder, _ = saved
     rewrite(folder, lambda state: state.update({"token_pruner.other": torch.ones(1)}))
-    with pytest.raises(ValueError, match=r"corrupted checkpoint: it holds \{'other': \(1,\), 'threshold': \(4,\)\}"):
+    with pytest.raises(ValueError, match=r"corrupted checkpoint: .* holds \{'other': \(1,\), 'threshold': \(4,\)\}"):
         prune(Auto.from_pretrained(folder))
 
 
-def test_thresholds_of_another_shape_are_refused(saved):
+@pytest.mark.parametrize("named", [True, False], ids=["named", "not named"])
+def test_thresholds_of_another_shape_are_refused(saved, named):
     folder, _ = saved
     rewrite(folder, lambda state: state.update({"token_pruner.threshold": torch.ones(7)}))
+    if not named:
+        change_config(folder, weights=None)
     with pytest.raises(
-        ValueError, match=r"it holds \{'threshold': \(7,\)\} of the pruner's weights, ltp needs \{'threshold': \(4,\)\}"
+        ValueError,
+        match=r"corrupted checkpoint: .*model.safetensors holds \{'threshold': \(7,\)\} of the pruner's weights, "
+        + (r"which are not" if named else r"ltp needs \{'threshold': \(4,\)\}"),
     ):
         prune(Auto.from_pretrained(folder))
+
+
+def test_other_values_than_config_json_names_are_refused(saved):
+    folder, expected = saved
+    rewrite(folder, lambda state: state.update({"token_pruner.threshold": torch.ones(4)}))
+    with pytest.raises(ValueError, match="which are not those that config.json names"):
+        prune(Auto.from_pretrained(folder))
+    model = prune(Auto.from_pretrained(folder), checkpoint=folder)  # said by hand
+    assert model.token_pruner.threshold.tolist() == [1.0] * 4
 
 
 def test_a_refusal_leaves_the_model_as_it_was(saved):

@@ -19,7 +19,7 @@ from .architecture import describe, find_stack
 from .attention import View, register
 from .cost import LayerCount
 from .layouts import LAYOUTS, Padded
-from .pruner import TokenPruner
+from .pruner import TokenPruner, pruner_of
 from .tokens import Tokens
 
 # The per-token arguments of layers, besides the mask, and their token dimensions; all else is passed on as it is.
@@ -44,7 +44,8 @@ class Hooks:
     """The hooks of one pruned model; ``mode``: "pruned", "unpadded" (nothing leaves) or "dense" (they do nothing)."""
 
     def __init__(self, model: PreTrainedModel, pruner: TokenPruner, layout: str, original: str | None = None):
-        self.stack, self.pruner, self.layout, self.mode = find_stack(model), pruner, layout, "pruned"
+        self.model, self.method = model, pruner
+        self.stack, self.layout, self.mode = find_stack(model), layout, "pruned"
         self.info = describe(model, self.stack)
         self.packable = self.stack.shown and self.stack.carried and not self.stack.relative
         if layout == "packed" and not self.packable:
@@ -76,6 +77,11 @@ class Hooks:
         self.handles: list = []
         self.forwards: dict[int, Forward] = {}
         self.idle: frozenset[int] = frozenset()
+
+    @property
+    def pruner(self) -> TokenPruner:
+        """The method at work: the one that was attached, or its copy for the active adapter of peft."""
+        return pruner_of(self.model) or self.method
 
     def attach(self) -> None:
         """Register the hooks and the attention function."""
@@ -131,6 +137,7 @@ class Hooks:
         self.forward = None
         if self.mode == "dense":
             return
+        self.pruner.load_offloaded()
         if self.stack.base.config._attn_implementation != self.implementation:
             raise RuntimeError(
                 f"the attention implementation of {self.info.name} was changed after prune(), to "

@@ -11,6 +11,7 @@ Shapes: B batch, N tokens, S sites (the layers in ``at``).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -27,6 +28,7 @@ from .cost import LayerCost, LayerCount, dense_macs, macs
 from .tokens import Tokens
 
 VERSION = 1
+MODULE = "token_pruner"  # the name of the method among the modules of the model that it prunes
 MISSED = 0.1  # of a target: so far from it what was found is no budget met
 METHODS: dict[str, type[TokenPruner]] = {}
 
@@ -116,6 +118,7 @@ class TokenPruner(nn.Module):
         self.at = None if self.at is None else tuple(int(i) for i in self.at)
         self.info: ModelInfo | None = None
         self.record: Record | None = None
+        self.hooks: Any = None  # while it prunes a model
         self.progress = 1.0
         self.counts: Tensor | None = None
         self.predictor_macs = 0  # that a score of its own takes, for each token at a site
@@ -366,12 +369,51 @@ class TokenPruner(nn.Module):
 
         return super()._apply(moved, recurse)
 
+    def load_offloaded(self) -> None:
+        """Load what accelerate has put away: its hooks do that before a module's forward, and a method has none."""
+        for module in self.modules():
+            if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
+                module._hf_hook.pre_forward(module)
+
+    def train(self, mode: bool = True) -> TokenPruner:
+        """As in torch; raises RuntimeError where peft has frozen the method and trains the rest of the model."""
+        model = self.hooks.model if mode and self.hooks is not None else None
+        if model is not None and pruner_of(model) is self and not all(p.requires_grad for p in self.parameters()):
+            adapted = any(hasattr(module, "adapter_layer_names") for module in model.modules())
+            if adapted and any(parameter.requires_grad for parameter in model.parameters()):
+                raise RuntimeError(
+                    f"peft has frozen the parameters of {self.name} and would not save them: prune after get_peft_model, "
+                    "or give its configuration modules_to_save=['token_pruner']"
+                )
+        return super().train(mode)
+
+    def __deepcopy__(self, memo: dict) -> TokenPruner:
+        """Copy the method with the model that it prunes, or alone: its copy is then free for another model."""
+        state = self.__getstate__()
+        alone = self.hooks is not None and id(self.hooks.model) not in memo
+        shared = {"hooks": state.pop("hooks")} if alone else {}
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(state, memo), **shared)
+        return copied
+
     def __getstate__(self) -> dict:
         """What a copy takes along: not the record of the last forward, whose tensors belong to a graph."""
         return {**self.__dict__, "record": None, "counts": None}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("method", "version"))
+
+
+def pruner_of(model: nn.Module) -> TokenPruner | None:
+    """The method that prunes ``model``, None where nothing does.
+
+    peft's ``modules_to_save`` puts a wrapper with a copy for each adapter in its place: that of the active adapter acts.
+    """
+    module = getattr(model, MODULE, None)
+    if module is None or isinstance(module, TokenPruner):
+        return module
+    active = [] if module.disable_adapters else [n for n in module.active_adapters if n in module.modules_to_save]
+    return module.modules_to_save[active[0]] if active else module.original_module
 
 
 def read_state(state: Tensor) -> dict:
