@@ -118,7 +118,7 @@ def read_folder(folder: Path) -> list[Stored]:
 
 
 def stored_at(folder: str | Path, wanted: str | None) -> Stored:
-    """The pruner that a folder named by the user holds; ``wanted``: the digest that tells which, where it has several.
+    """The pruner that a folder named by the user holds; ``wanted``: the digest that says which of several.
 
     Raises:
         ValueError: the folder holds none, or several.

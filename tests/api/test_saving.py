@@ -109,9 +109,7 @@ def test_a_model_built_from_a_configuration_has_no_weights_to_look_for():
     config = prune(BERT.build(), TopK(keep=0.5)).config
     assert prune(Auto.from_config(config)).token_pruner.keep == 0.5
     config = prune(BERT.build(), LTP()).config
-    with pytest.raises(
-        ValueError, match="BertForSequenceClassification does not know its checkpoint, .*: pass checkpoint="
-    ):
+    with pytest.raises(ValueError, match=r"BertForSequenceC.* does not know its checkpoint, .*: pass checkpoint="):
         prune(Auto.from_config(config))
 
 
@@ -214,9 +212,7 @@ def test_missing_thresholds_are_refused(saved):
     """As after from_pretrained and save_pretrained without prune between them."""
     folder, _ = saved
     rewrite(folder, lambda state: [state.pop(key) for key in list(state) if key.startswith("token_pruner.")])
-    with pytest.raises(
-        ValueError, match=r"holds no weights of the pruner that its config.json names: a model that was"
-    ):
+    with pytest.raises(ValueError, match=r"holds no weights of the pruner that its config.json names: a model"):
         prune(Auto.from_pretrained(folder))
 
 
@@ -242,9 +238,9 @@ def test_thresholds_of_another_shape_are_refused(saved, named):
 
 
 def test_other_values_than_config_json_names_are_refused(saved):
-    folder, expected = saved
+    folder, _ = saved
     rewrite(folder, lambda state: state.update({"token_pruner.threshold": torch.ones(4)}))
-    with pytest.raises(ValueError, match="which are not those that config.json names"):
+    with pytest.raises(ValueError, match=r"which are not those that config\.json names"):
         prune(Auto.from_pretrained(folder))
     model = prune(Auto.from_pretrained(folder), checkpoint=folder)  # said by hand
     assert model.token_pruner.threshold.tolist() == [1.0] * 4

@@ -1,4 +1,4 @@
-"""What calibration and training find out is part of the state dict and of config.json, wherever it lies in the method."""
+"""What calibration and training find is part of the state dict and of config.json."""
 
 from __future__ import annotations
 

@@ -382,8 +382,8 @@ class TokenPruner(nn.Module):
             adapted = any(hasattr(module, "adapter_layer_names") for module in model.modules())
             if adapted and any(parameter.requires_grad for parameter in model.parameters()):
                 raise RuntimeError(
-                    f"peft has frozen the parameters of {self.name} and would not save them: prune after get_peft_model, "
-                    "or give its configuration modules_to_save=['token_pruner']"
+                    f"peft has frozen the parameters of {self.name} and would not save them: prune() after "
+                    "get_peft_model, or give its configuration modules_to_save=['token_pruner']"
                 )
         return super().train(mode)
 
@@ -407,7 +407,7 @@ class TokenPruner(nn.Module):
 def pruner_of(model: nn.Module) -> TokenPruner | None:
     """The method that prunes ``model``, None where nothing does.
 
-    peft's ``modules_to_save`` puts a wrapper with a copy for each adapter in its place: that of the active adapter acts.
+    peft's ``modules_to_save`` puts a wrapper in its place, with a copy for each adapter: the active one's acts.
     """
     module = getattr(model, MODULE, None)
     if module is None or isinstance(module, TokenPruner):
