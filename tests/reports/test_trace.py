@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
 from html import unescape
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
@@ -57,10 +59,40 @@ def test_tokens_tell_their_characters():
 @pytest.mark.parametrize("pair", [None, "Threshing  the chaff!"])
 def test_the_text_reads_as_it_was_written(pair, max_length):
     shown = traced(pair=pair, max_length=max_length)
-    parts = [string for string, token in pieces(shown) if token is None or token.part is not None]
+    parts = [string for string, token, _ in pieces(shown) if token is None or token.part is not None]
     assert "".join(parts) == TEXT + (pair or "")
-    assert [token for _, token in pieces(shown) if token] == list(shown.tokens)
+    assert [token for _, token, _ in pieces(shown) if token] == list(shown.tokens)
     assert max_length is None or len(shown.tokens) == max_length
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_was_cut_does_not_look_like_what_survives(side):
+    tokenizer = tiny_tokenizer()
+    tokenizer.truncation_side = side
+    shown = trace(tiny_model(TopK(keep=0.6)), tokenizer, f"  {TEXT}  ", max_length=9)
+    (cut,) = (piece.string for piece in pieces(shown) if not piece.read)
+    kept = [token for token in shown.tokens if token.part == 0]
+    assert cut.strip() and len(kept) == 7
+    whole = shown.texts[0]
+    assert whole == (cut + whole[kept[0].start :] if side == "left" else whole[: kept[-1].end] + cut)
+    page, text = html([shown]), terminal(shown)
+    (grey,) = re.findall(r'<span class="cut" data-tip="[^"]*">(.*?)</span>', page, re.DOTALL)
+    assert unescape(grey) == cut and f"{len(cut)} characters were cut" in page
+    (dim,) = (text.plain[span.start : span.end] for span in text.spans if text.plain[span.start : span.end] == cut)
+    assert dim == cut and "dim" in {str(span.style) for span in text.spans if text.plain[span.start : span.end] == cut}
+    assert 'class="cut"' not in html([traced()]) and "were cut" not in html([traced()])
+
+
+@pytest.mark.parametrize("columns, lines", [(60, 20), (80, 24), (120, 40)])
+def test_a_long_text_fills_one_screen(columns, lines):
+    shown = traced(text="\n".join([TEXT * 40] * 3), max_length=64)
+    console = Console(width=columns, height=lines, file=io.StringIO())
+    console.print(terminal(shown, console.size))
+    printed = console.file.getvalue()
+    assert len(printed.splitlines()) < lines and re.search(r"… [\d,]+ more lines", printed)
+    assert "prediction" in printed and "layer  2" in printed
+    short = [terminal(traced(), screen).plain.partition("\n\n")[0] for screen in (None, (columns, lines))]
+    assert short[0] == short[1]
 
 
 def test_a_character_of_several_tokens_is_shown_once():
@@ -70,7 +102,7 @@ def test_a_character_of_several_tokens_is_shown_once():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64)
     shown = trace(model, tokenizer, "a 😀 b")
     assert len(shown.tokens) == 8
-    assert "".join(string for string, _ in pieces(shown)) == "a 😀 b"
+    assert "".join(string for string, _, _ in pieces(shown)) == "a 😀 b"
 
 
 def test_the_page_is_self_contained_and_escapes_the_text(tmp_path):

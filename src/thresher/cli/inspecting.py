@@ -84,8 +84,9 @@ def show(
     if html:
         page(traces, html)
     write([asdict(one) for one in traces], json_file)
+    screen = Console()
     for one in traces if str(json_file) != "-" else ():
-        Console().print(terminal(one))
+        screen.print(terminal(one, screen.size))
 
 
 def _show_picture(model, image: Path, html, png, layout: str, json_file, quiet: bool, verbose: bool) -> None:
@@ -156,7 +157,7 @@ def audit(
         screen.print(f"\n{heading}", style="bold", markup=False, highlight=False)
         for line, traced in cases:
             screen.print(f"\n{line}", markup=False, highlight=False)
-            screen.print(terminal(traced))
+            screen.print(terminal(traced, screen.size))
 
 
 def info(model: Model, json_file: Json = None, verbose: Verbose = False) -> None:

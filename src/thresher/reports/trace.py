@@ -8,13 +8,15 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 from rich.text import Text
 
 # viridis: even steps of lightness, told apart by the colour-blind as well (Smith and van der Walt, 2015)
 VIRIDIS = ("440154", "482475", "414487", "355f8d", "2a788e", "21918c", "22a884", "44bf70", "7ad151", "bddf26")
+BELOW = 8  # lines of a screen that are not the text: summary, prediction, blank ones, what is more, the prompt
 
 
 @dataclass(frozen=True)
@@ -132,23 +134,37 @@ def _predict(config, logits: torch.Tensor | None) -> tuple[dict[str, float], boo
     return dict(sorted(labels.items(), key=lambda item: -item[1])), not regression
 
 
-def pieces(trace: Trace) -> Iterator[tuple[str, Token | None]]:
-    """The input as it reads, cut at the tokens: (string, token); None for what lies between them or was not read."""
-    part, at = None, 0
+class Piece(NamedTuple):
+    """A stretch of the input: its token, or None; ``read``: False for what was cut and the model never saw."""
+
+    string: str
+    token: Token | None
+    read: bool = True
+
+
+def pieces(trace: Trace) -> Iterator[Piece]:
+    """Cut the input at its tokens, as it reads: tokens, what lies between them, and what was not read."""
+    part, at, started = None, 0, True
     for token in trace.tokens:
         if token.part != part:
             if part is not None:
-                yield trace.texts[part][at:], None
-            part, at = token.part, 0
+                yield _rest(trace.texts[part][at:])
+            part, at, started = token.part, 0, False
         if part is None:
-            yield token.text, token
+            yield Piece(token.text, token)
         else:
             start, end = max(at, token.start), max(at, token.end)
-            yield trace.texts[part][at:start], None
-            yield trace.texts[part][start:end], token  # empty for the further bytes of one character
-            at = end
+            before = trace.texts[part][at:start]
+            yield Piece(before, None) if started else _rest(before)  # a tokenizer may cut the start as well
+            yield Piece(trace.texts[part][start:end], token)  # empty for the further bytes of one character
+            at, started = end, True
     if part is not None:
-        yield trace.texts[part][at:], None
+        yield _rest(trace.texts[part][at:])
+
+
+def _rest(string: str) -> Piece:
+    """What no token covers at an end of a text: blanks, or what was cut."""
+    return Piece(string, None, read=not string.strip())
 
 
 def ramp(steps: int) -> list[tuple[str, str]]:
@@ -166,7 +182,9 @@ def ramp(steps: int) -> list[tuple[str, str]]:
 
 def _summary(trace: Trace) -> str:
     left = sum(token.layer is None for token in trace.tokens)
-    return f"{left} of {len(trace.tokens)} tokens survive, at {trace.macs:.0%} of the dense model's MACs"
+    unread = sum(len(piece.string) for piece in pieces(trace) if not piece.read)
+    cut = f"; {unread:,} characters were cut and not read" if unread else ""
+    return f"{left} of {len(trace.tokens)} tokens survive, at {trace.macs:.0%} of the dense model's MACs{cut}"
 
 
 def prediction(trace: Any) -> str:
@@ -175,23 +193,39 @@ def prediction(trace: Any) -> str:
     return ", ".join(form.format(*item) for item in list(trace.prediction.items())[:5]) or "none"
 
 
-def terminal(trace: Trace) -> Text:
-    """The text, each token coloured by the layer at which it leaves, survivors bold; legend and prediction below."""
-    colours = dict(zip(trace.left, ramp(len(trace.left)), strict=True))
+def terminal(trace: Trace, screen: tuple[int, int] | None = None) -> Text:
+    """The text, each token coloured by the layer at which it leaves, survivors bold, what was not read dim; the legend
+    and the prediction below.
+
+    Args:
+        screen: columns and lines of a terminal; a longer text is cut so that all of it is on one screen.
+    """
+    colours, listed = dict(zip(trace.left, ramp(len(trace.left)), strict=True)), screen[0] - 37 if screen else 40
     result = Text()
-    for string, token in pieces(trace):
+    for string, token, read in pieces(trace):
         gone = token is not None and token.layer is not None
-        style = "{1} on {0}".format(*colours[token.layer]) if gone else "bold" if token else ""
+        style = "{1} on {0}".format(*colours[token.layer]) if gone else "bold" if token else "" if read else "dim"
         result.append(f" {string} " if token and token.part is None else string, style)
+    if screen:
+        result = _first_lines(result, screen[0], screen[1] - len(trace.left) - BELOW)
     result.append("\n\n")
     for layer, left in trace.left.items():
         gone = " ".join(token.text for token in trace.tokens if token.layer == layer)
         result.append("    ", f"on {colours[layer][0]}")
         result.append(f" layer {layer:>2}: {left:>4} left, {trace.layer_macs[layer]:>4.0%} MACs  ")
-        result.append((gone if len(gone) < 40 else gone[:39] + "…") + "\n", "dim")
+        result.append((gone if len(gone) < listed else gone[: listed - 1] + "…") + "\n", "dim")
     return result.append("bold", "bold").append(f" {_summary(trace)}\nprediction: {prediction(trace)}\n")
 
 
+def _first_lines(text: Text, columns: int, lines: int) -> Text:
+    """The beginning of a text that takes so many lines, and how many more there are."""
+    wrapped = text.wrap(Console(width=columns), columns)
+    if len(wrapped) <= (lines := max(3, lines)):
+        return text
+    return Text("\n").join(wrapped[:lines]).append(f"\n… {len(wrapped) - lines:,} more lines", "dim")
+
+
+CUT = "cut: the model did not read this"
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --soft: #595959; --line: #ccc; --card: #f7f7f5 }
 @media (prefers-color-scheme: dark) {
@@ -206,6 +240,7 @@ article, p .special { border: 1px solid var(--line) }
 p { font-size: 1.1rem; line-height: 2; margin: 0 0 .6rem; white-space: pre-wrap; overflow-wrap: anywhere }
 p span { padding: .12em 0; border-radius: .2em; font-weight: 700 } p [data-step] { font-weight: 400 }
 p .special { font-size: .75em; padding: .2em .4em; margin: 0 .2em } p span:hover { outline: 2px solid var(--ink) }
+p .cut { font-weight: 400; color: color-mix(in srgb, var(--soft) 60%, var(--card)); font-style: italic }
 p .gone { background: none; color: color-mix(in srgb, var(--soft) 85%, var(--card)) }
 ul { display: flex; flex-wrap: wrap; gap: .35rem; list-style: none; margin: .7rem 0 .4rem; padding: 0 }
 li, #tip { padding: .1rem .5rem; border-radius: .3rem; font-size: .82rem }
@@ -242,7 +277,10 @@ def html(traces: Sequence[Trace], path: str | os.PathLike | None = None) -> str:
     intro = (
         f"{escape(traces[0].model)}, pruned by {escape(traces[0].method)}. A coloured token leaves after the layer of "
     )
-    intro += "its colour, a <b>bold</b> one survives. Point at a token for its layer and score."
+    intro += (
+        "its colour, a <b>bold</b> one survives; what is grey was cut and never read. Point at a token for its layer "
+    )
+    intro += "and score."
     body = slider(layers) + "".join(article(trace, layers) for trace in traces)
     return page("Which token leaves where", intro, body, layers, path)
 
@@ -285,9 +323,9 @@ def slider(layers: Sequence[int]) -> str:
 def article(trace: Trace, layers: Sequence[int]) -> str:
     """A text of ``slider(layers)``, coloured, with its prediction and legend."""
     spans = []
-    for string, token in pieces(trace):
+    for string, token, read in pieces(trace):
         if token is None:
-            spans.append(escape(string))
+            spans.append(escape(string) if read else f'<span class="cut" data-tip="{CUT}">{escape(string)}</span>')
             continue
         kind, where = "special" if token.part is None else "", "survives"
         if token.layer is not None:
