@@ -138,8 +138,8 @@ def fastest(runners: list[Runner]) -> list[Runner]:
         ways.setdefault(runner.key, []).append(runner)
     chosen = []
     for first, *others in (sorted(same, key=lambda runner: runner.seconds) for same in ways.values()):
-        said = [f"{one.row['layout']}: {one.seconds / first.seconds:.2f} times as long" for one in others]
-        chosen.append(replace(first, row=first.row | {"slower": "; ".join(said)}) if said else first)
+        slower = [f"{one.row['layout']}: {one.seconds / first.seconds:.2f} times as long" for one in others]
+        chosen.append(replace(first, row=first.row | {"slower": "; ".join(slower)}) if slower else first)
     return chosen
 
 
@@ -221,8 +221,8 @@ class Benchmark:
     def answer(self, name: str, net: PreTrainedModel, known: dict[str, Predictions], what: str = "") -> None:
         """Ask a model for what is not ``known`` of it."""
         if name not in known:
-            said = partial(self.say, f"evaluating {name}{what}")
-            known[name] = predict(net, self.dataset, counts=self.counts.get(name), progress=said)
+            step = partial(self.say, f"evaluating {name}{what}")
+            known[name] = predict(net, self.dataset, counts=self.counts.get(name), progress=step)
 
     def runners(self, nets: Mapping[str, PreTrainedModel]) -> Iterator[Runner]:
         """What is timed: all models in torch, then their graphs, with own answers and the MACs of the models."""
@@ -235,8 +235,8 @@ class Benchmark:
                 yield from self.ways(name, net, known[name], ("torch", precision))
         for where, pair in self.graphs.items():
             for name, graph in pair.items():
-                said = partial(self.say, f"evaluating {name}, {' '.join(where)}")
-                own = replace(self.known[name], logits=logits_of(graph.forward, self.text, progress=said))
+                step = partial(self.say, f"evaluating {name}, {' '.join(where)}")
+                own = replace(self.known[name], logits=logits_of(graph.forward, self.text, progress=step))
                 yield from self.ways(name, nets[name], own, where, graph.forward)
 
     def ways(
@@ -287,8 +287,8 @@ class Benchmark:
         cut = self.text.batches(sample, size)
         np.random.default_rng(0).shuffle(cut)
         taking = [runner for runner in (*runners, *others) if size > 1 or not runner.batched]
-        said = partial(self.say, f"timing batch size {size}")
-        time_all(taking, cut, self.text, self.model.device, self.repeats, said)
+        step = partial(self.say, f"timing batch size {size}")
+        time_all(taking, cut, self.text, self.model.device, self.repeats, step)
         chosen, hidden = fastest(taking), {runner.key for runner in others}
         seconds = {runner.key: runner.seconds for runner in chosen}
         for runner in chosen:

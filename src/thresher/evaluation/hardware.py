@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from .rows import whole
+
+Measured = TypeVar("Measured")
 VERSIONS = ("torch", "transformers", "thresher")
 
 
@@ -74,3 +82,29 @@ def environment() -> dict[str, str]:
             continue
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"hardware": hardware(), "versions": ", ".join(known), "command": command(), "date": date}
+
+
+def remembered(
+    kind: str,
+    about: list,
+    read: Callable[[dict], Measured],
+    measure: Callable[[], Measured],
+    cache: str | Path | None = None,
+) -> Measured:
+    """What was measured before, or is measured now and remembered where a file can be written.
+
+    Args:
+        kind: what it is; begins the name of the file.
+        about: all that the measurement hangs on, for JSON.
+        read: makes it from its fields; an error in it, as of a broken file, measures anew.
+        measure: returns a dataclass.
+        cache: folder, default ``$THRESHER_CACHE`` or ~/.cache/thresher.
+    """
+    folder = Path(cache or os.environ.get("THRESHER_CACHE") or Path.home() / ".cache" / "thresher")
+    file = folder / f"{kind}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.json"
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return read(json.loads(file.read_text(encoding="utf-8")))
+    measured = measure()
+    with suppress(OSError), whole(file) as aside:
+        aside.write_text(json.dumps(asdict(measured)), encoding="utf-8")
+    return measured

@@ -5,14 +5,11 @@ Shapes: n tokens per example. Times are milliseconds per example.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -27,9 +24,8 @@ from ..core.attention import View
 from ..core.cost import Curve, LatencyTable
 from ..core.pruner import ModelInfo, TokenPruner
 from ..methods.topk import TopK
-from .hardware import hardware
+from .hardware import hardware, remembered
 from .predict import plain
-from .rows import whole
 
 CURVES = ("attention", "scored", "ffn", "rest", "dense")
 GRID = (8, 16, 32, 64, 128, 256, 512)
@@ -60,29 +56,18 @@ def latency_table(
     """
     if not find_stack(model).text:
         raise ValueError(f"{type(model).__name__} does not read token ids: its time over lengths cannot be measured")
-    folder = Path(cache or os.environ.get("THRESHER_CACHE") or Path.home() / ".cache" / "thresher")
-    file = folder / f"latency-{_key(model, batch_size)}.json"
-    with suppress(OSError, ValueError, TypeError, KeyError):  # none yet, or broken
-        return _read(file)
-    table = _measure(model, batch_size, repeats)
-    with suppress(OSError), whole(file) as aside:  # not remembered where nothing can be written
-        aside.write_text(json.dumps(asdict(table)))
-    return table
-
-
-def _read(file: Path) -> LatencyTable:
-    made = json.loads(file.read_text())
-    curves = {name: tuple(tuple(map(float, part)) for part in made[name]) for name in CURVES}
-    if any(len(curve) != 2 or len(curve[0]) != len(curve[1]) or len(curve[0]) < 2 for curve in curves.values()):
-        raise ValueError(f"{file} holds curves without points")
-    return LatencyTable(**made | curves)
-
-
-def _key(model: PreTrainedModel, batch_size: int) -> str:
     stack, parameter = find_stack(model), next(model.parameters())
-    told = [type(stack.base).__name__, stack.depth, [asdict(cost) for cost in stack.costs], batch_size, hardware()]
-    told += [str(parameter.dtype), str(parameter.device), torch.get_num_threads(), torch.__version__]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    about = [type(stack.base).__name__, stack.depth, [asdict(cost) for cost in stack.costs], batch_size, hardware()]
+    about += [str(parameter.dtype), str(parameter.device), torch.get_num_threads(), torch.__version__]
+    return remembered("latency", about, _read, lambda: _measure(model, batch_size, repeats), cache)
+
+
+def _read(known: dict) -> LatencyTable:
+    """The table of a file. Raises ValueError where a curve has no points."""
+    curves = {name: tuple(tuple(map(float, part)) for part in known[name]) for name in CURVES}
+    if any(len(curve) != 2 or len(curve[0]) != len(curve[1]) or len(curve[0]) < 2 for curve in curves.values()):
+        raise ValueError("curves without points")
+    return LatencyTable(**known | curves)
 
 
 def _measure(model: PreTrainedModel, batch_size: int, repeats: int) -> LatencyTable:

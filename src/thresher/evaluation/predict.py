@@ -146,22 +146,22 @@ def logits_of(
     forward: Callable[..., Any], text: Text, batch_size: int = 32, progress: Callable[[int, int], Any] | None = None
 ) -> Tensor | list[Tensor]:
     """The ``logits`` of ``Predictions`` by another ``forward`` than a model's, that of a ``Runtime``."""
-    found: list = [None] * len(text.lengths)
+    logits: list = [None] * len(text.lengths)
     done = 0
-    for rows in text.batches(range(len(found)), batch_size):
+    for rows in text.batches(range(len(logits)), batch_size):
         output = forward(**text.batch(rows, None, torch.device("cpu")))
-        for i, logits in zip(rows, _logits(forward, SimpleNamespace(**output), text.lengths[rows]), strict=True):
-            found[i] = logits
+        for i, own in zip(rows, _logits(forward, SimpleNamespace(**output), text.lengths[rows]), strict=True):
+            logits[i] = own
         done += len(rows)
         if progress:
-            progress(done, len(found))
-    return torch.stack(found) if found[0].dim() == 1 else found
+            progress(done, len(logits))
+    return torch.stack(logits) if logits[0].dim() == 1 else logits
 
 
 def _logits(model: Any, output: Any, lengths: Tensor) -> list[Tensor]:
     """The logits of each row: (K,) of a classifier, (2, n) of a model that answers questions."""
-    if isinstance(found := getattr(output, "logits", None), Tensor) and found.dim() == 2:
-        return [*found.float()]
+    if isinstance(logits := getattr(output, "logits", None), Tensor) and logits.dim() == 2:
+        return [*logits.float()]
     if getattr(output, "start_logits", None) is None:
         what = f"{type(model).__name__} gives no logits (B, K), and no start and end logits"
         raise ValueError(f"{what}: measure a model that classifies or answers questions")
@@ -173,11 +173,11 @@ def outcome(predictions: Predictions, dataset: Dataset, metric: str) -> tuple[An
     """(answers, labels) as ``compute_metric`` takes them: logits and the column ``labels``; of the windows of question
     answering the F1 of each question's answer, of reranking what each query gained, and ones."""
     if metric in MEANS:
-        ranked = metric in reranking.METRICS
-        found = (
-            reranking.judge(predictions.logits, dataset, metric) if ranked else qa.judge(predictions.logits, dataset)
-        )
-        return found, np.ones(len(found))
+        if metric in reranking.METRICS:
+            gains = reranking.judge(predictions.logits, dataset, metric)
+        else:
+            gains = qa.judge(predictions.logits, dataset)
+        return gains, np.ones(len(gains))
     return predictions.logits, np.asarray(dataset["labels"])
 
 

@@ -7,9 +7,6 @@ GB/s, times in milliseconds.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.cost import LayerCost, LayerCount
-from .hardware import environment, hardware, torch_threads
-from .rows import whole
+from .hardware import environment, hardware, remembered, torch_threads
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -122,30 +118,27 @@ def roofline(
     threads = torch.get_num_threads() if threads is None else threads
     if device not in PIECES:
         raise ValueError(f"device={device!r}: expected {' or '.join(PIECES)}")
-    folder = Path(cache or os.environ.get("THRESHER_CACHE") or Path.home() / ".cache" / "thresher")
-    told = json.dumps([hardware(), device, threads, seconds, torch.__version__])
-    file = folder / f"roofline-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
-    with suppress(OSError, ValueError, TypeError):  # none yet, or broken
-        return Roofline(**json.loads(file.read_text()))
-    with torch_threads(threads):
-        found = _measure(threads, seconds, device)
-    with suppress(OSError), whole(file) as aside:  # not remembered where nothing can be written
-        aside.write_text(json.dumps(asdict(found)))
-    return found
+
+    def measure() -> Roofline:
+        with torch_threads(threads):
+            return _measure(threads, seconds, device)
+
+    about = [hardware(), device, threads, seconds, torch.__version__]
+    return remembered("roofline", about, lambda known: Roofline(**known), measure, cache)
 
 
-def table(found: Roofline) -> Table:
-    """The roofline for the screen."""
+def table(line: Roofline) -> Table:
+    """The roofline as a table for the screen."""
     from rich import box
     from rich.table import Table
 
-    title = f"{found.hardware}; {found.threads} thread{'s' * (found.threads > 1)}"
+    title = f"{line.hardware}; {line.threads} thread{'s' * (line.threads > 1)}"
     shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("precision")
     for name in ("peak, GFLOP/s", "bandwidth, GB/s", "M*, tokens"):
         shown.add_column(name, justify="right")
-    for name, peak in found.peak.items():
-        shown.add_row(name, f"{peak:,.0f}", f"{found.bandwidth:,.1f}", f"{found.break_even(name):,.0f}")
+    for name, peak in line.peak.items():
+        shown.add_row(name, f"{peak:,.0f}", f"{line.bandwidth:,.1f}", f"{line.break_even(name):,.0f}")
     return shown
 
 

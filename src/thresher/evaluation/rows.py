@@ -148,7 +148,7 @@ def writing(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        told = isinstance(error, OSError) and error.filename is not None
-        if told or (isinstance(error, RuntimeError) and "inline_container" not in str(error)):
+        named = isinstance(error, OSError) and error.filename is not None
+        if named or (isinstance(error, RuntimeError) and "inline_container" not in str(error)):
             raise
         raise OSError(f"cannot write in {folder}, is the disk full? ({str(error).splitlines()[0]})") from error

@@ -49,12 +49,12 @@ class Space:
 
     def fields(self, left: Left) -> dict[str, tuple]:
         """``at`` and ``keep`` of the method: where tokens leave, and the share of the survivors that stays."""
-        before, found = 0, {}
+        before, shares = 0, {}
         for layer, level in zip(self.layers, left, strict=True):
             if level > before:
-                found[layer] = round(LEVELS[level] / LEVELS[before], 3) if LEVELS[level] else 1
+                shares[layer] = round(LEVELS[level] / LEVELS[before], 3) if LEVELS[level] else 1
                 before = level
-        return {"at": tuple(found), "keep": tuple(found.values())}
+        return {"at": tuple(shares), "keep": tuple(shares.values())}
 
     def cost(self, left: Left) -> float:
         """Mean cost of a text, with tokens counted as the methods count them."""
@@ -104,13 +104,13 @@ class Space:
                 origin[1, b, step:][better] = np.flatnonzero(better)
             best = least
             trail.append(origin)
-        found, last = [], np.inf
+        front, last = [], np.inf
         for cost in range(width):
             level = int(best[:, cost].argmin())
             if best[level, cost] < last:
                 last = best[level, cost]
-                found.append(_walk(trail, level, cost))
-        return found
+                front.append(_walk(trail, level, cost))
+        return front
 
     def within(self, frontier: list[Left], budget: float) -> Left | None:
         """The last of a ``frontier`` that costs ``budget`` at most."""
@@ -168,12 +168,12 @@ def _walk(trail: list[np.ndarray], level: int, cost: int) -> Left:
 def neighbours(left: Left, reach: int = 2) -> list[Left]:
     """Schedules near one: up to ``reach`` levels more or less at two layers, or at one the level of that before."""
     moves = [0, *(move for step in range(1, reach + 1) for move in (step, -step))]
-    found = dict.fromkeys(_moved(left, {i: left[i - 1] - left[i]}) for i in range(1, len(left)))
+    near = dict.fromkeys(_moved(left, {i: left[i - 1] - left[i]}) for i in range(1, len(left)))
     for i in range(len(left)):
         for j in range(i + 1, len(left)):
-            found.update(dict.fromkeys(_moved(left, {i: x, j: y}) for x in moves for y in moves))
-    found.pop(left, None)
-    return [*found]
+            near.update(dict.fromkeys(_moved(left, {i: x, j: y}) for x in moves for y in moves))
+    near.pop(left, None)
+    return [*near]
 
 
 def _moved(left: Left, moves: dict[int, int]) -> Left:
