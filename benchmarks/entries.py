@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cuts import shorter_half, some_of_test
+from subsets import shorter_half, some_of_test
 from thresher.experiments import recipes
 from weights import pretrained
 

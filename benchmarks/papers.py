@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from drops import dropped, mean, of_dense, of_steps, pooled, told
 from entries import ENTRIES, TASKS
+from paired_drops import against_dense, against_same_steps, drop_text, in_points, mean, pooled_drop
 
 # (task, method): (model, times fewer FLOPs than dense on the same texts without padding, drop in points).
 # LTP's table says so itself. ToP's factors are against texts padded to 64, 128, 256 or 512; the sparsities of its
@@ -41,7 +41,7 @@ def glue_mean(method: str, results: dict[str, dict], target: float = 0.417) -> l
         runs = [results[name] for name in found if name in results]
         if not runs:
             return []
-        drop, low, high = pooled(runs[0]["rows"][0]["metric"], of_dense(runs, list(runs[0]["labels"])))
+        drop, low, high = pooled_drop(runs[0]["rows"][0]["metric"], against_dense(runs, list(runs[0]["labels"])))
         drops.append(drop)
         reaches.append((drop - low, high - drop))
         fewer.append(mean(run["rows"][0]["flops_ratio"] for run in runs))
@@ -49,7 +49,7 @@ def glue_mean(method: str, results: dict[str, dict], target: float = 0.417) -> l
     drop = mean(drops)
     return [
         f"{method}, mean over {', '.join(GLUE)} at {min(fewer):.2f} to {max(fewer):.2f}x: "
-        f"{told(drop, drop - below, drop + above)}; {MEAN_OF[method]}.",
+        f"{in_points(drop, drop - below, drop + above)}; {MEAN_OF[method]}.",
         "",
     ]
 
@@ -67,8 +67,8 @@ def beside(results: dict[str, dict]) -> list[str]:
             metric, labels = some["rows"][0]["metric"], list(some["labels"])
             fewer = mean(run["rows"][0]["flops_ratio"] for run in runs.values())
             drops = [
-                dropped(metric, of_dense(runs.values(), labels)),
-                dropped(metric, of_steps(runs, continued, labels)),
+                drop_text(metric, against_dense(runs.values(), labels)),
+                drop_text(metric, against_same_steps(runs, continued, labels)),
             ]
             model, flops, drop = PAPERS[task, method]
             cells = [

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from drops import mean, of_dense, pooled
 from entries import ENTRIES, Entry
+from paired_drops import against_dense, mean, pooled_drop
 
 LINES = ("top", "ltp", "topk", "random", "firstk")  # the methods that were trained on several tasks
 VARIANTS = ("", "of-top")  # and those of more epochs; the others are other comparisons
@@ -28,7 +28,7 @@ def losses(results: dict[str, dict]) -> dict[str, dict[str, list[tuple[float, fl
         if variant not in VARIANTS and not variant.endswith("epochs"):
             continue
         runs = [results[entry.name] for entry in entries]
-        lost = pooled(runs[0]["rows"][0]["metric"], of_dense(runs, list(runs[0]["labels"])))
+        lost = pooled_drop(runs[0]["rows"][0]["metric"], against_dense(runs, list(runs[0]["labels"])))
         fewer = mean(run["rows"][0]["flops_ratio"] for run in runs)
         called = f"{method} ({variant})" if variant else method
         found[task][called].append((fewer, *lost))

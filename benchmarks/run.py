@@ -90,12 +90,12 @@ def run(entry: Entry) -> None:
 
         rows, extra = speed.KINDS[entry.kind](entry, RUNS), {}
     else:
-        from remembering import Remembering
+        from answer_cache import CachedTraining
         from thresher.experiments.train import SUMMARY, Recipe
         from thresher.stats.metrics import MEANS
 
         recipe = Recipe(**{"method_options": {}, **entry.recipe(RUNS)})
-        rows = Remembering(recipe, RUNS / entry.name, sys.stderr.isatty()).run(fresh=False)
+        rows = CachedTraining(recipe, RUNS / entry.name, sys.stderr.isatty()).run(fresh=False)
         summary = json.loads((RUNS / entry.name / SUMMARY).read_text())
         method = f"{entry.method}-{entry.variant}".strip("-")
         rows = [{**rows[-1], "model": entry.model, "method": method, "target_flops": entry.target}]

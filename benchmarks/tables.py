@@ -8,9 +8,9 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from board import board, on_board
-from drops import drop_of, dropped, mean, of_dense, of_steps
 from entries import ENTRIES, TASKS, Entry
+from leaderboard import leaderboard_section, on_board
+from paired_drops import against_dense, against_same_steps, drop_text, mean, row_drop
 from papers import beside
 from pictures import pictures
 
@@ -72,10 +72,10 @@ def quality_table(task: str, entries: list[Entry], results: dict[str, dict]) -> 
         seeds = sorted(runs[method])
         rows = [runs[method][s]["rows"][0] for s in seeds]
         cells = [method, ", ".join(map(str, seeds)), f"{mean(r['quality'] for r in rows):.2f}"]
-        cells.append("" if method == "dense" else dropped(metric, of_dense(runs[method].values(), labels)))
+        cells.append("" if method == "dense" else drop_text(metric, against_dense(runs[method].values(), labels)))
         unpruned = method in ("dense", "dense-continued")
-        same = [] if unpruned else of_steps(runs[method], runs["dense-continued"], labels)
-        cells.append(dropped(metric, same))
+        same = [] if unpruned else against_same_steps(runs[method], runs["dense-continued"], labels)
+        cells.append(drop_text(metric, same))
         cells.append(f"{mean(r['flops_ratio'] for r in rows):.2f}")
         own = names[method].target is not None and len(names[method].needs) < 2  # and not that of replayed counts
         cells.append(", ".join(f"{runs[method][s]['reached']['flops_fraction']:.3f}" for s in seeds) if own else "")
@@ -124,7 +124,7 @@ def anytime_told(entry: Entry, rows: list[dict]) -> list[str]:
     """One model at several budgets."""
     lines = ["One model of LAT, its budget set at run time:", ""]
     for row in rows:
-        told = f"{row['metric']} {row['quality']:.2f}, drop {drop_of(row)}, {row['flops_ratio']:.2f}x fewer FLOPs"
+        told = f"{row['metric']} {row['quality']:.2f}, drop {row_drop(row)}, {row['flops_ratio']:.2f}x fewer FLOPs"
         lines.append(f"* {row['target_flops']:g}: {told}")
     return lines
 
@@ -135,7 +135,7 @@ def tune_told(entry: Entry, rows: list[dict]) -> list[str]:
     for row in rows:
         lines.append(
             f"`thresher tune --target-flops {entry.target:g}{more}`, no training ({row['note']}): {row['metric']} "
-            f"{row['quality']:.2f}, drop {drop_of(row)}, {row['flops_ratio']:.2f}x fewer FLOPs on the test part."
+            f"{row['quality']:.2f}, drop {row_drop(row)}, {row['flops_ratio']:.2f}x fewer FLOPs on the test part."
         )
     return lines
 
@@ -147,7 +147,7 @@ def audit_told(entry: Entry, rows: list[dict]) -> list[str]:
     lines += ["| slice | texts | dense | drop [95 % interval] | tests |", "|---|---|---|---|---|"]
     for row in rows:
         where, _, tests = row["note"].rpartition(": ")
-        lines.append(f"| {where} | {row['n_examples']} | {row['quality_dense']:.2f} | {drop_of(row)} | {tests} |")
+        lines.append(f"| {where} | {row['n_examples']} | {row['quality_dense']:.2f} | {row_drop(row)} | {tests} |")
     return lines
 
 
@@ -212,7 +212,7 @@ def vision_table(rows: list[dict]) -> list[str]:
         same = [r for r in rows if (r["method"], r["target_flops"]) == (row["method"], row["target_flops"])]
         drop = ""
         if row["method"] != "dense":
-            drop = drop_of(row)
+            drop = row_drop(row)
         target = "" if row["target_flops"] is None else f", {row['target_flops']:g}"
         cells = [f"{row['method']}{target}", f"{row['flops_ratio']:.2f}", f"{row['quality']:.2f}"]
         cells += [drop, row["note"].partition(": ")[2]]
@@ -284,7 +284,7 @@ def headline(results: dict[str, dict]) -> str:
             f"{mean(r['flops_ratio'] for r in rows):.2f}",
             f"{metric} {mean(r['quality_dense'] for r in rows):.1f}",
         ]
-        cells += [dropped(metric, of_dense(runs, list(runs[0]["labels"]))), *speeds_of(entries[0], results)]
+        cells += [drop_text(metric, against_dense(runs, list(runs[0]["labels"]))), *speeds_of(entries[0], results)]
         lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return "No result has landed yet."
@@ -331,7 +331,7 @@ def write(results: Path, target: Path) -> None:
             "",
             *quality_table(task, [entry for entry in entries if not on_board(entry)], found),
             "",
-            *board(task, [entry for entry in entries if on_board(entry)], found, target.parent),
+            *leaderboard_section(task, [entry for entry in entries if on_board(entry)], found, target.parent),
         ]
         lines += timings(task, found)
     if told := timings("synthetic", found):

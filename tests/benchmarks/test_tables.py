@@ -76,15 +76,15 @@ def test_the_simulation_finds_a_test_that_is_too_mild(bench):
 def test_the_shorter_half_loses_the_long_rows_of_train_alone(bench, tmp_path, monkeypatch):
     import pandas
 
-    import cuts
+    import subsets
 
-    monkeypatch.setattr(cuts, "FOLDER", tmp_path / "made")
+    monkeypatch.setattr(subsets, "FOLDER", tmp_path / "made")
     (tmp_path / "pairs").mkdir()
     rows = [{"one": "a " * n, "two": "b", "label": float(n)} for n in range(1, 12)]
     for part in ("train", "validation"):
         pandas.DataFrame(rows).to_parquet(tmp_path / "pairs" / f"{part}.parquet")
-    made = cuts.shorter_half(tmp_path / "pairs")
-    assert made == cuts.shorter_half(tmp_path / "pairs") and made.name == "pairs-shorter"
+    made = subsets.shorter_half(tmp_path / "pairs")
+    assert made == subsets.shorter_half(tmp_path / "pairs") and made.name == "pairs-shorter"
     assert [*pandas.read_parquet(made / "train.parquet")["label"]] == [1, 2, 3, 4, 5, 6]
     assert len(pandas.read_parquet(made / "validation.parquet")) == 11
     assert [p.name for p in (tmp_path / "made").iterdir()] == ["pairs-shorter"]
@@ -93,17 +93,17 @@ def test_the_shorter_half_loses_the_long_rows_of_train_alone(bench, tmp_path, mo
 def test_some_of_the_test_part_is_drawn_once_and_train_stays_whole(bench, tmp_path, monkeypatch):
     import pandas
 
-    import cuts
+    import subsets
 
-    monkeypatch.setattr(cuts, "FOLDER", tmp_path / "made")
+    monkeypatch.setattr(subsets, "FOLDER", tmp_path / "made")
     (tmp_path / "imdb").mkdir()
     for part in ("train", "test"):
         pandas.DataFrame({"text": [f"{part} {n}" for n in range(50)]}).to_parquet(tmp_path / "imdb" / f"{part}.parquet")
-    made = cuts.some_of_test(tmp_path / "imdb", 10)
+    made = subsets.some_of_test(tmp_path / "imdb", 10)
     drawn = [*pandas.read_parquet(made / "test.parquet")["text"]]
     assert made.name == "imdb" and len({*drawn}) == 10 and drawn != [f"test {n}" for n in range(10)]
     assert len(pandas.read_parquet(made / "train.parquet")) == 50
-    assert made == cuts.some_of_test(tmp_path / "imdb", 10) and made != cuts.some_of_test(tmp_path / "imdb", 5)
+    assert made == subsets.some_of_test(tmp_path / "imdb", 10) and made != subsets.some_of_test(tmp_path / "imdb", 5)
 
 
 def test_our_drops_stand_beside_the_papers(bench):

@@ -11,13 +11,13 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def of_dense(results: Iterable[dict], labels: list) -> list[tuple]:
+def against_dense(results: Iterable[dict], labels: list) -> list[tuple]:
     """(labels, answers of dense, answers of the pruned model) of each result, against the dense model that it started
     from: other machines make others from the same command."""
     return [(labels, own["predictions"]["dense"], own["predictions"]["pruned"]) for own in results]
 
 
-def of_steps(results: Mapping[int, dict], continued: Mapping[int, dict], labels: list) -> list[tuple]:
+def against_same_steps(results: Mapping[int, dict], continued: Mapping[int, dict], labels: list) -> list[tuple]:
     """The same against the dense model that was trained the same extra steps, by seed; none where one of the seeds
     lacks it, or started from another dense model than the result did."""
     pairs = [(continued.get(seed), own) for seed, own in results.items()]
@@ -26,7 +26,7 @@ def of_steps(results: Mapping[int, dict], continued: Mapping[int, dict], labels:
     return [(labels, base["predictions"]["pruned"], own["predictions"]["pruned"]) for base, own in pairs]
 
 
-def pooled(metric: str, answered: list[tuple]) -> tuple[float, float, float]:
+def pooled_drop(metric: str, answered: list[tuple]) -> tuple[float, float, float]:
     """The mean drop of (labels, one's answers, another's answers), and its interval."""
     from thresher.stats.metrics import compute_metric, pooled_interval
 
@@ -34,16 +34,16 @@ def pooled(metric: str, answered: list[tuple]) -> tuple[float, float, float]:
     return drop, *pooled_interval(metric, answered)
 
 
-def dropped(metric: str, answered: list[tuple]) -> str:
-    """``pooled`` in words; "" of none."""
-    return told(*pooled(metric, answered)) if answered else ""
+def drop_text(metric: str, answered: list[tuple]) -> str:
+    """``pooled_drop`` in words; "" of none."""
+    return in_points(*pooled_drop(metric, answered)) if answered else ""
 
 
-def drop_of(row: dict) -> str:
+def row_drop(row: dict) -> str:
     """What a row lost, with its interval."""
-    return told(row["quality_dense"] - row["quality"], row["interval_low"], row["interval_high"])
+    return in_points(row["quality_dense"] - row["quality"], row["interval_low"], row["interval_high"])
 
 
-def told(drop: float, low: float, high: float) -> str:
+def in_points(drop: float, low: float, high: float) -> str:
     """A drop and its 95 % interval in points."""
     return f"{drop:+.2f} [{low:+.2f}, {high:+.2f}]"

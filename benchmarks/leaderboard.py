@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from drops import drop_of, of_dense
 from entries import BOARD, Entry, board_speed
+from paired_drops import against_dense, row_drop
 
 KINDS = {"trained": "trained with the same steps and teacher", "untrained": "budget met without training"}
 
@@ -18,7 +18,7 @@ def on_board(entry: Entry) -> bool:
     return entry.kind == "train" and entry.target == BOARD and entry.variant != "alone"
 
 
-def board_rows(entries: list[Entry], results: dict[str, dict]) -> list[dict]:
+def leaderboard_rows(entries: list[Entry], results: dict[str, dict]) -> list[dict]:
     """A row for each method that has a result, best mean quality first, with the pooled drop and its group."""
     from thresher.evaluation.rows import row
     from thresher.stats.letters import groups
@@ -36,7 +36,7 @@ def board_rows(entries: list[Entry], results: dict[str, dict]) -> list[dict]:
     rows = []
     for name, letters in groups(metric, labels, answers).items():
         of = runs[name]
-        low, high = pooled_interval(metric, of_dense(of.values(), labels))
+        low, high = pooled_interval(metric, against_dense(of.values(), labels))
         fields = ("quality", "quality_dense", "flops_ratio")
         means = {field: sum(own["rows"][0][field] for own in of.values()) / len(of) for field in fields}
         told = {"method": name, "mode": "pruned", "metric": metric, "target_flops": BOARD, "seeds": sorted(of)}
@@ -44,7 +44,7 @@ def board_rows(entries: list[Entry], results: dict[str, dict]) -> list[dict]:
     return rows
 
 
-def rewards_told(entry: Entry, result: dict) -> list[str]:
+def reward_lines(entry: Entry, result: dict) -> list[str]:
     """How a method's reward went, where it has one."""
     if entry.kind != "train" or not (rewards := result.get("rewards")):
         return []
@@ -59,7 +59,7 @@ def rewards_told(entry: Entry, result: dict) -> list[str]:
     ]
 
 
-def times_of(rows: list[dict]) -> dict[str, list[str]]:
+def speedups(rows: list[dict]) -> dict[str, list[str]]:
     """Method -> its speed-ups in one interleaved run at batch sizes 32 and 1, each over dense unpadded and padded."""
     found: dict[str, list[str]] = {}
     for r in sorted(rows, key=lambda r: -r["batch_size"]):
@@ -68,16 +68,18 @@ def times_of(rows: list[dict]) -> dict[str, list[str]]:
     return found
 
 
-def board(task: str, entries: list[Entry], results: dict[str, dict], docs: Path) -> list[str]:
+def leaderboard_section(task: str, entries: list[Entry], results: dict[str, dict], docs: Path) -> list[str]:
     """The leaderboards of a task as lines of ``docs/results.md``, and their pictures in ``docs/img``."""
     from thresher.reports.plots import leaderboard
 
     lines, timed = [], results.get(board_speed(task).name, {"rows": []})["rows"]
     for kind, said in KINDS.items():
-        rows = board_rows([e for e in entries if e.variant.endswith("untrained") == (kind == "untrained")], results)
+        rows = leaderboard_rows(
+            [e for e in entries if e.variant.endswith("untrained") == (kind == "untrained")], results
+        )
         if not rows:
             continue
-        times = times_of(timed) if kind == "trained" else {}
+        times = speedups(timed) if kind == "trained" else {}
         lines += [
             f"Every method at {BOARD:g} of the dense MACs, {said}, best first. Methods that share a letter cannot be "
             "told apart (paired bootstrap, Holm's correction, 5 %):",
@@ -87,7 +89,7 @@ def board(task: str, entries: list[Entry], results: dict[str, dict], docs: Path)
             "|---|---|---|---|---|---|" + "---|---|" * bool(times),
         ]
         for r in rows:
-            cells = (r["method"], r["group"], ", ".join(map(str, r["seeds"])), f"{r['quality']:.2f}", drop_of(r))
+            cells = (r["method"], r["group"], ", ".join(map(str, r["seeds"])), f"{r['quality']:.2f}", row_drop(r))
             cells += (f"{r['flops_ratio']:.2f}", *times.get(r["method"], [""] * 2 * bool(times)))
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
@@ -98,7 +100,7 @@ def board(task: str, entries: list[Entry], results: dict[str, dict], docs: Path)
                 f"fp32, {timed[0]['hardware']}; the spread of the totals is up to {spread:.2f}.",
                 "",
             ]
-        lines += [line for e in entries if kind == "trained" for line in rewards_told(e, results.get(e.name, {}))]
+        lines += [line for e in entries if kind == "trained" for line in reward_lines(e, results.get(e.name, {}))]
         picture = docs / "img" / f"board-{task}-{kind}.svg"
         if find_spec("matplotlib"):
             leaderboard(rows, picture, f"{task}, {BOARD:g} of the MACs, {kind}")

@@ -16,7 +16,7 @@ from thresher.evaluation.predict import Predictions, predict
 from thresher.experiments.train import Training
 
 
-def remembered(runs: Path, net, folder: Path, part, **how) -> Predictions:
+def cached_answers(runs: Path, net, folder: Path, part, **how) -> Predictions:
     """``predict(net, part, **how)`` of the model in ``folder``, asked once and looked up afterwards.
 
     Known by the bytes of the model, of its texts and of all that could change what it says of them (the library and
@@ -38,8 +38,8 @@ def remembered(runs: Path, net, folder: Path, part, **how) -> Predictions:
     return answers
 
 
-class Remembering(Training):
+class CachedTraining(Training):
     """``thresher train`` that asks finished models once."""
 
     def _asked(self, net, folder: Path, part, **how) -> Predictions:
-        return remembered(self.out.parent.parent, net, folder, part, **how)
+        return cached_answers(self.out.parent.parent, net, folder, part, **how)
