@@ -5,60 +5,120 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
-from functools import cache
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import compat
 from .cost import LayerCost
-from .pruner import ModelInfo
 
 PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
 
-@dataclass
-class Stack:
-    """The layers of a model.
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """The layers of a model and what they can do.
 
     Attributes:
-        base: the innermost model that holds them; it is given the 2-D mask.
+        name: class of the model that was given to ``prune``.
+        base: the innermost model that holds the layers; it is given the 2-D mask.
         layers: the layers, each once.
         depth: layer calls of one forward: more than ``len(layers)`` where layers are shared.
         block: name of the attention block within a layer.
-        inside: the block returns the state after the residual, so tokens can leave before the FFN.
-        shown: the block hands its keyword arguments to the attention function, which then sees the view.
-        carried: the layer hands its keyword arguments to the block.
+        drops_inside: where tokens leave. True: the attention block returns the state after the residual, so tokens
+            leave before the FFN of their layer. False: they leave after the layer.
+        shows_inputs: the block hands its keyword arguments to the attention function, which then sees the site.
+        passes_arguments: the layer hands its keyword arguments to the block.
         relative: positions enter as a bias between pairs, which packed rows cannot carry.
-        binary: the block reads its attention mask as 0/1, whatever the type.
+        binary_mask: the block reads its attention mask as 0/1, whatever the type.
         causal: a decoder.
         arguments: names of the layer's arguments, the hidden states first.
+        costs: MACs of each layer call.
+        first_site, last_site: the layers between which tokens may leave.
+        reads_first_only: the head reads the first token alone.
+        protected: the model's own special tokens, as positions among the live tokens.
+        max_tokens: positions that the model has; None: it does not say.
+        hidden: channels C of a state.
     """
 
+    name: str
     base: PreTrainedModel
     layers: list[nn.Module]
     depth: int
     block: str
-    inside: bool
-    shown: bool
-    carried: bool
+    drops_inside: bool
+    shows_inputs: bool
+    passes_arguments: bool
     relative: bool
-    binary: bool
+    binary_mask: bool
     causal: bool
     arguments: list[str]
-    costs: list[LayerCost]
+    costs: tuple[LayerCost, ...]
+    first_site: int
+    last_site: int
+    reads_first_only: bool
+    protected: tuple[int, ...]
+    max_tokens: int | None
+    hidden: int
 
     @property
     def text(self) -> bool:
         """Whether the model reads token ids."""
         return self.base.main_input_name == "input_ids"
 
+    @property
+    def packable(self) -> bool:
+        """Whether packed rows fit the layers."""
+        return self.shows_inputs and self.passes_arguments and not self.relative
 
-def find_stack(model: PreTrainedModel) -> Stack:
+    @property
+    def finds_answers(self) -> bool:
+        """Whether the head finds an answer in the text."""
+        return self.name.endswith("ForQuestionAnswering")
+
+
+def find_architecture(model: PreTrainedModel) -> Architecture:
     """Find the layers of ``model``; of an encoder-decoder, the encoder's.
 
     Raises:
         ValueError: no layers, no attention block in them, or more than one stack was found.
     """
+    base, layers = find_layers(model)
+    layer, arguments = layers[0], list(inspect.signature(layers[0].forward).parameters)
+    name = attention_block(layer)
+    block = layer.get_submodule(name)
+    groups = getattr(base.config, "num_hidden_groups", None)  # ALBERT calls the same few layers again and again
+    depth = base.config.num_hidden_layers * base.config.inner_group_num if groups else len(layers)
+    cores = [m for m in block.modules() if compat.calls_attention_interface(m)]
+    inside = returns_residual_state(layer, block)
+    causal = any(getattr(m, "is_causal", False) is True for m in block.modules())
+    text, head = base.main_input_name == "input_ids", type(model).__name__
+    mixes = any(getattr(m, "conv", None) is not None for m in (base, getattr(base, "encoder", None)))
+    return Architecture(
+        name=head,
+        base=base,
+        layers=layers,
+        depth=depth,
+        block=name,
+        drops_inside=inside,
+        shows_inputs=bool(cores) and compat.hands_on(cores[0], compat.ATTENTION_CALL),
+        passes_arguments=compat.hands_on(layer, f"self.{name}("),
+        relative=any(argument in arguments for argument in ("relative_pos", "position_bias")),
+        binary_mask=any(compat.reads_binary_mask(m) for m in block.modules()),
+        causal=causal,
+        arguments=arguments,
+        costs=tuple(layer_cost(layers[i % len(layers)], name, base.config) for i in range(depth)),
+        first_site=int(text and mixes),  # DeBERTa may mix neighbours after its first layer: none may leave there
+        last_site=depth - 1 if inside else depth - 2,
+        reads_first_only=text and not causal and head.endswith("ForSequenceClassification"),
+        protected=special_positions(base, text, causal),
+        max_tokens=getattr(base.config, "max_position_embeddings", None),
+        hidden=base.config.hidden_size,
+    )
+
+
+def find_layers(model: PreTrainedModel) -> tuple[PreTrainedModel, list[nn.Module]]:
+    """The model that holds the layers, and the layers; of an encoder-decoder, the encoder's."""
     if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         model = model.get_encoder()
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
@@ -72,68 +132,37 @@ def find_stack(model: PreTrainedModel) -> Stack:
             "list called layer, layers, h or blocks; pass the sub-model that holds the layers"
         )
     if len(inner) > 1:
-        names = ", ".join(type(m).__name__ for m in inner)
+        paths = {id(m): path for path, m in model.named_modules()}
+        names = ", ".join(f"{paths[id(m)] or 'the model itself'} ({type(m).__name__})" for m in inner)
         raise ValueError(
-            f"{type(model).__name__} holds several stacks of layers ({names}): prune one of these sub-models"
+            f"{type(model).__name__} holds several stacks of layers: {names}. Prune one of these sub-models, as in "
+            f"prune(model.{paths[id(inner[0])]}, ...)"
         )
-    base, layers = inner[0], layers_of(inner[0])
-    layer = layers[0]
+    return inner[0], layers_of(inner[0])
+
+
+def attention_block(layer: nn.Module) -> str:
+    """The name of the attention block within a layer."""
     names = [n for n, m in layer.named_children() if re.search("attn|attention", n) and linear_size(m)]
     if not names:
         raise ValueError(
             f"no attention block was found in {type(layer).__name__}: expected a child named like attn or attention"
         )
-    block = layer.get_submodule(names[0])
-    cores = [m for m in block.modules() if "attention_interface(" in source(m)]
-    arguments = list(inspect.signature(layer.forward).parameters)
-    groups = getattr(base.config, "num_hidden_groups", None)  # ALBERT calls the same few layers again and again
-    depth = base.config.num_hidden_layers * base.config.inner_group_num if groups else len(layers)
-    return Stack(
-        base=base,
-        layers=layers,
-        depth=depth,
-        block=names[0],
-        inside=returns_residual_state(layer, block),
-        shown=bool(cores) and hands_on(cores[0], "attention_interface("),
-        carried=hands_on(layer, f"self.{names[0]}("),
-        relative=any(name in arguments for name in ("relative_pos", "position_bias")),
-        binary=any("attention_mask.bool()" in source(m) for m in block.modules()),
-        causal=any(getattr(m, "is_causal", False) is True for m in block.modules()),
-        arguments=arguments,
-        costs=[layer_cost(layers[i % len(layers)], names[0], base.config) for i in range(depth)],
-    )
+    return names[0]
 
 
-def describe(model: PreTrainedModel, stack: Stack) -> ModelInfo:
-    """What a method may know of the model."""
-    if stack.text:
-        protected = (-1,) if stack.causal else (0,)
-    else:
-        prefix = [p for n, p in stack.base.named_parameters() if n.rpartition(".")[2] in PREFIX_TOKENS]
-        protected = tuple(range(sum(p.shape[1] if p.dim() == 3 else 1 for p in prefix)))
-    name = type(model).__name__
-    mixes = any(getattr(m, "conv", None) is not None for m in (stack.base, getattr(stack.base, "encoder", None)))
-    return ModelInfo(
-        name=name,
-        depth=stack.depth,
-        first_site=int(stack.text and mixes),  # DeBERTa may mix neighbours after its first layer: none may leave there
-        last_site=stack.depth - 1 if stack.inside else stack.depth - 2,
-        reads_first_only=stack.text and not stack.causal and name.endswith("ForSequenceClassification"),
-        protected=protected,
-        max_tokens=getattr(stack.base.config, "max_position_embeddings", None),
-        costs=tuple(stack.costs),
-        inside=stack.inside,
-        hidden=stack.base.config.hidden_size,
-        causal=stack.causal,
-    )
+def special_positions(base: PreTrainedModel, text: bool, causal: bool) -> tuple[int, ...]:
+    """The model's own special tokens, as positions among the live tokens."""
+    if text:
+        return (-1,) if causal else (0,)
+    prefix = [p for n, p in base.named_parameters() if n.rpartition(".")[2] in PREFIX_TOKENS]
+    return tuple(range(sum(p.shape[1] if p.dim() == 3 else 1 for p in prefix)))
 
 
 def layers_of(holder: PreTrainedModel) -> list[nn.Module]:
     """The transformer layers in ``holder``, by transformers' own record of them, else by the usual names of lists."""
-    spec = (getattr(holder, "_can_record_outputs", None) or {}).get("hidden_states")
-    spec = spec[0] if isinstance(spec, (list, tuple)) and spec else spec
-    target = getattr(spec, "target_class", spec)
-    if isinstance(target, type):
+    target = compat.recorded_layer_class(holder)
+    if target is not None:
         return [m for m in holder.modules() if isinstance(m, target)]
     for name, module in holder.named_modules():
         if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("layer", "layers", "h", "blocks"):
@@ -147,25 +176,6 @@ def embeds(model: PreTrainedModel) -> bool:
         return model.get_input_embeddings() is not None
     except (NotImplementedError, AttributeError):
         return False
-
-
-def source(module: nn.Module) -> str:
-    """The text of a module's forward; empty where there is none to read."""
-    return _source(type(module))
-
-
-@cache
-def _source(kind: type[nn.Module]) -> str:
-    try:
-        return inspect.getsource(kind.forward)
-    except (OSError, TypeError):
-        return ""
-
-
-def hands_on(module: nn.Module, call: str) -> bool:
-    """Whether a forward passes its ``**kwargs`` to ``call``; read from the source, as transformers does in such
-    questions."""
-    return bool(re.search(r"\*\*\w+", source(module).partition(call)[2]))
 
 
 def returns_residual_state(layer: nn.Module, block: nn.Module) -> bool:

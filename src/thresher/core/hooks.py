@@ -1,314 +1,559 @@
 """Attach a method to a model: narrow what each layer is given, let the method act, put every token back at the end.
 
-All hooks are bound methods, so that ``copy.deepcopy`` takes them along. What a layer needs travels in its keyword
-arguments (the ``View``): a checkpointed layer that runs again in the backward pass finds what it found the first time.
-Between layers it lies in a ``Forward``, one per thread.
+The call owns its state. ``Hooks`` stands in for the forward of the model that holds the layers, so that a forward has
+one beginning and one end, also when it raises; between them a ``CallState`` belongs to the thread that runs it. What a
+site of a layer needs travels in the layer's keyword arguments (the ``Site``): a block that runs again in the backward
+pass finds what was decided the first time.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import MethodType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture import describe, find_stack
-from .attention import View, register
+from . import compat
+from .architecture import Architecture, find_architecture
+from .attention import register
 from .cost import LayerCount
-from .layouts import LAYOUTS, Padded
-from .pruner import TokenPruner, pruner_of
-from .tokens import Tokens
+from .pruner import Options, Record, TokenPruner
+from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
+from .view import Site
 
 # The per-token arguments of layers, besides the mask, and their token dimensions; all else is passed on as it is.
-PER_TOKEN = {"position_embeddings": (-2,), "position_ids": (-1,), "relative_pos": (-2, -1), "position_bias": (-2, -1)}
+TOKEN_ARGUMENTS = {
+    "position_embeddings": (-2,),
+    "position_ids": (-1,),
+    "relative_pos": (-2, -1),
+    "position_bias": (-2, -1),
+}
+_THREAD = threading.local()  # .calls and .options: {Hooks: CallState} and {Hooks: Options} of the running thread
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was decided about a cache when it was filled, written on it as ``cache.token_pruning``.
+
+    Attributes:
+        dropped: whether tokens left while it was filled.
+        refusal: why it cannot be decoded from; empty: it can.
+    """
+
+    dropped: bool
+    refusal: str = ""
 
 
 @dataclass
-class Forward:
-    """One forward of the model, between its layers."""
+class CallState:
+    """One forward of a pruned model between its layers. It ends with the forward, also by an exception.
 
-    mask: Tensor | None
-    ids: Tensor | None
+    Attributes:
+        options: what this thread asked for when the forward began; with ``mode="dense"`` the hooks do nothing.
+        layout: how tokens lie.
+        soft: whether tokens fade instead of leaving.
+        mask: (B, N0), non-zero at real tokens; None: all are real.
+        whole: whether the mask is known to hold no zero.
+        ids: (B, N0), None where the model was called without.
+        wants: which of "hidden_states" and "attentions" the caller asked for.
+        layer: number of the layer call that comes next.
+        tokens: what is left; None before the first layer.
+        protected: (B, N0).
+        states: what entered the current layer.
+        site: of the current layer, where tokens may leave or a packed row runs.
+        previous: the last site where something was decided.
+        sites, counts: of the layers so far.
+        seen: the hidden states that entered each layer, put back, and the tokens of each layer, where they are wanted.
+        last: the states after the last layer, put back.
+    """
+
+    options: Options
+    layout: type[Tokens] = Masked
+    soft: bool = False
+    mask: Tensor | None = None
+    whole: bool = False
+    ids: Tensor | None = None
+    wants: frozenset[str] = frozenset()
     layer: int = 0
     tokens: Tokens | None = None
-    protected: Tensor | None = None  # (B, N0)
-    states: Tensor | None = None  # what entered the current layer
-    views: list[View] = field(default_factory=list)
+    protected: Tensor | None = None
+    states: Tensor | None = None
+    site: Site | None = None
+    previous: Site | None = None
+    sites: list[Site] = field(default_factory=list)
     counts: list[LayerCount] = field(default_factory=list)
+    seen: list[tuple[Tensor | None, Tokens]] = field(default_factory=list)
+    last: Tensor | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the layers run as they are."""
+        return self.options.mode == "dense"
 
 
 class Hooks:
-    """The hooks of one pruned model; ``mode``: "pruned", "unpadded" (nothing leaves) or "dense" (they do nothing)."""
+    """The forward of the model that holds the layers, and the hooks of its layers, while it is pruned.
+
+    Raises:
+        ValueError: the model cannot be pruned by this method in this layout; nothing was touched.
+    """
 
     def __init__(self, model: PreTrainedModel, pruner: TokenPruner, layout: str, original: str | None = None):
-        self.model, self.method = model, pruner
-        self.stack, self.layout, self.mode = find_stack(model), layout, "pruned"
-        self.info = describe(model, self.stack)
-        self.packable = self.stack.shown and self.stack.carried and not self.stack.relative
-        if layout == "packed" and not self.packable:
-            raise ValueError(
-                f"layout='packed' is not possible with {type(self.stack.base).__name__}: its attention takes "
-                f"position biases "
-                "or does not hand its arguments to transformers' attention interface; use layout='padded' or 'auto'"
-            )
-        if pruner.needs_values and not self.stack.shown:
-            raise ValueError(
-                f"{pruner.name} is not possible with {type(self.stack.base).__name__}: it needs the keys or values of "
-                "a layer, and this model's layers show their attention probabilities alone; topk, spatten, entropy, "
-                "ltp and top need no more than these"
-            )
-        if pruner.merges and self.stack.causal:
-            raise ValueError(
-                f"{pruner.name} is not possible with {type(self.stack.base).__name__}, a decoder: a merged token would "
-                "show later tokens to earlier ones; topk, spatten and ltp let tokens leave instead"
-            )
-        if pruner.merges and pruner.sized and (self.stack.relative or self.stack.binary):
-            raise ValueError(
-                f"{pruner.name} is not possible with {type(self.stack.base).__name__}: keys weigh by the number of "
-                "tokens that they stand for, and its attention takes position biases or a mask of 0 and 1; topk, ltp "
-                "and top let tokens leave"
-            )
-        self.inputs = list(inspect.signature(self.stack.base.forward).parameters)
-        self.original = original or self.stack.base.config._attn_implementation
-        self.eager = self.original == "eager" or not self.stack.shown
+        self.architecture, self.pruner, self.layout = find_architecture(model), pruner, layout
+        base = self.architecture.base
+        check_possible(self.architecture, pruner, layout)
+        self.inputs = list(inspect.signature(base.forward).parameters)
+        self.__signature__ = inspect.signature(base.forward)
+        self.inner: Callable | None = None  # a forward of the model's own instance, as accelerate sets one
+        self.original = original or compat.attention_implementation(base)
+        self.eager = self.original == "eager" or not self.architecture.shows_inputs
+        # a function that is not shown the site leaves only the probabilities of the eager one
+        self.implementation = register(self.original) if self.architecture.shows_inputs else "eager"
         self.handles: list = []
-        self.forwards: dict[int, Forward] = {}
-        self.idle: frozenset[int] = frozenset()
+        self.passed: frozenset[int] = frozenset()  # sites that a graph under construction passes by
 
-    @property
-    def pruner(self) -> TokenPruner:
-        """The method at work: the one that was attached, or its copy for the active adapter of peft."""
-        return pruner_of(self.model) or self.method
-
+    # --- on and off ------------------------------------------------------------------------------------------------
     def attach(self) -> None:
-        """Register the hooks and the attention function."""
-        stack = self.stack
-        if stack.base._can_set_attn_implementation():
-            # a function that is not shown the view leaves only the probabilities of the eager one
-            stack.base.set_attn_implementation(register(self.original) if stack.shown else "eager")
-        self.implementation = stack.base.config._attn_implementation
+        """Put the hooks on."""
+        arch = self.architecture
+        if compat.can_set_attention(arch.base):
+            arch.base.set_attn_implementation(self.implementation)
+        else:
+            self.implementation = compat.attention_implementation(arch.base)
+        self.inner = arch.base.__dict__.get("forward")
+        arch.base.forward = self
         add = self.handles.append
-        add(stack.base.register_forward_pre_hook(self.begin, with_kwargs=True))
-        add(stack.base.register_forward_hook(self.end))
-        for layer in stack.layers:
-            add(layer.register_forward_pre_hook(self.enter, with_kwargs=True))
-            add(layer.register_forward_hook(self.leave, with_kwargs=True))
-            if stack.inside or not stack.shown:
-                block = layer.get_submodule(stack.block)
-                add(block.register_forward_hook(self.after_attention, with_kwargs=True))
+        for layer in arch.layers:
+            add(layer.register_forward_pre_hook(self.before_layer, with_kwargs=True))
+            add(layer.register_forward_hook(self.after_layer, with_kwargs=True))
+            if arch.drops_inside or not arch.shows_inputs:
+                block = layer.get_submodule(arch.block)
+                add(block.register_forward_hook(self.after_block, with_kwargs=True))
 
     def detach(self) -> None:
-        """Undo ``attach``."""
+        """Take the hooks off: the model is what it was."""
+        base = self.architecture.base
         for handle in self.handles:
             handle.remove()
-        if self.stack.base._can_set_attn_implementation():
-            self.stack.base.set_attn_implementation(self.original)
+        if compat.can_set_attention(base):
+            base.set_attn_implementation(self.original)
+        if base.__dict__.get("forward") is self:
+            if self.inner is None:
+                del base.forward
+            else:
+                base.forward = self.inner
+        elif base.__dict__.get("_old_forward") is self:  # accelerate laid its own forward over this one
+            base._old_forward = self.inner or MethodType(type(base).forward, base)
 
-    def layout_for(self, cached: bool) -> type[Tokens]:
-        """The layout of the forward that begins."""
-        if cached and self.layout == "packed":
-            raise ValueError("packed rows do not fit a KV cache: call the model with use_cache=False, or use 'padded'")
-        if self.pruner.soft and self.layout == "packed":
-            raise ValueError("packed rows have no place for soft gates: train with layout='auto', 'mask' or 'padded'")
-        if self.layout != "auto":
-            return LAYOUTS[self.layout]
-        if self.pruner.soft:
-            return LAYOUTS["mask"]
-        # the backward of one attention call per sequence costs more than the padding of batches grouped by length
-        training = self.pruner.training and torch.is_grad_enabled()
-        packed = self.packable and self.stack.text and not (cached or training or torch.compiler.is_compiling())
-        return LAYOUTS["packed" if packed else "padded"]
+    def __getstate__(self) -> dict:
+        """What a copy or a pickle takes along."""
+        return self.__dict__
+
+    def __setstate__(self, state: dict) -> None:
+        """Register the attention function anew: a fresh process knows none of ours."""
+        self.__dict__.update(state)
+        if self.architecture.shows_inputs:
+            register(self.original)
+
+    # --- what belongs to a thread ------------------------------------------------------------------------------------
+    @property
+    def options(self) -> Options:
+        """What this thread asks of its forwards."""
+        return getattr(_THREAD, "options", {}).get(self, Options())
+
+    @contextmanager
+    def asking(self, **options: Any) -> Iterator[None]:
+        """Within the context the forwards of this thread run with other ``Options``."""
+        known = _THREAD.__dict__.setdefault("options", {})
+        before, known[self] = known.get(self), replace(self.options, **options)
+        try:
+            yield
+        finally:
+            if before is None:
+                del known[self]
+            else:
+                known[self] = before
 
     @property
-    def forward(self) -> Forward | None:
+    def call(self) -> CallState | None:
         """The forward under way in this thread."""
-        return self.forwards.get(0 if torch.compiler.is_compiling() else threading.get_ident())
+        return getattr(_THREAD, "calls", {}).get(self)
 
-    @forward.setter
-    def forward(self, value: Forward | None) -> None:
-        self.forwards[0 if torch.compiler.is_compiling() else threading.get_ident()] = value
+    # --- one forward -------------------------------------------------------------------------------------------------
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the model that holds the layers."""
+        if len(args) <= len(self.inputs):
+            args, kwargs = (), {**dict(zip(self.inputs, args, strict=False)), **kwargs}
+        if not hasattr(_THREAD, "calls"):
+            _THREAD.calls = {}
+        call = self.begin(kwargs)
+        calls, before = _THREAD.calls, _THREAD.calls.get(self)
+        calls[self] = call
+        try:
+            output = self.run(*args, **kwargs)
+        finally:
+            if before is None:
+                del calls[self]
+            else:
+                calls[self] = before
+        return output if call.dense else self.end(call, kwargs, output)
 
-    # --- hooks, in the order in which they run ---------------------------------------------------------------------
-    def begin(self, base, args, kwargs) -> None:
-        """Model pre-hook: remember the 2-D mask and the ids; a decoding step is left alone."""
-        self.forward = None
-        if self.mode == "dense":
-            return
-        self.pruner.load_offloaded()
-        if self.stack.base.config._attn_implementation != self.implementation:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward."""
+        base = self.architecture.base
+        return type(base).forward(base, *args, **kwargs) if self.inner is None else self.inner(*args, **kwargs)
+
+    def begin(self, kwargs: dict) -> CallState:
+        """Read what this forward is given; blank rows get a first token in ``kwargs``."""
+        options, cache, base = self.options, kwargs.get("past_key_values"), self.architecture.base
+        filled = cache is not None and cache.get_seq_length() > 0
+        if filled:
+            self.check_cache(cache, kwargs)
+        if options.mode == "dense" or filled:  # a decoding step
+            return CallState(replace(options, mode="dense"))
+        if torch.jit.is_tracing():
             raise RuntimeError(
-                f"the attention implementation of {self.info.name} was changed after prune(), to "
-                f"{self.stack.base.config._attn_implementation!r}, so nothing would be pruned; change it before prune()"
+                "torch.jit.trace would freeze how many tokens stay: use thresher.export, torch.export or torch.compile"
             )
-        given = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
-        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        if compat.attention_implementation(base) != self.implementation:
+            raise RuntimeError(
+                f"the attention implementation of {self.architecture.name} was changed after prune(), to "
+                f"{compat.attention_implementation(base)!r}, so nothing would be pruned; change it before prune()"
+            )
+        mask, whole = kwargs.get("attention_mask"), False
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             kind = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"a pruned model takes the 2-D attention mask (B, N) of real tokens, got a {kind} one")
-        if cache is None or cache.get_seq_length() == 0:
-            self.forward = Forward(mask, given.get("input_ids"))
-        elif not self._decodable(mask):
+        if mask is not None:
+            if torch.compiler.is_compiling():
+                mask = kwargs["attention_mask"] = with_a_token(mask)
+            elif not (whole := bool(mask.all())):
+                mask = kwargs["attention_mask"] = with_a_token(mask)
+        wants = frozenset(
+            name
+            for name in ("hidden_states", "attentions")
+            if kwargs.get(f"output_{name}", getattr(base.config, f"output_{name}", False))
+        )
+        soft = options.gates is not None or (options.mode == "pruned" and self.pruner.soft)
+        call = CallState(options, soft=soft, mask=mask, whole=whole, ids=kwargs.get("input_ids"), wants=wants)
+        self.pruner.record = None  # it would live on beside this forward's own
+        return call
+
+    def check_cache(self, cache: Any, kwargs: dict) -> None:
+        """Refuse to decode from a cache where tokens left unevenly, and more than one token onto a pruned one."""
+        verdict = getattr(cache, "token_pruning", Verdict(False))
+        if verdict.refusal:
             raise ValueError(
-                "this cache cannot be decoded from: its rows have padding or kept different counts, or layout='mask' "
-                "hid tokens that it still holds; generate within dense(model), or one prompt at a time"
+                f"this cache cannot be decoded from: {verdict.refusal}; generate within dense(model), or one prompt at "
+                "a time"
             )
+        given = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        if verdict.dropped and given is not None and given.shape[1] > 1:
+            raise ValueError(
+                f"a cache of pruned tokens takes one token at a time, got {given.shape[1]}: fill it with the whole "
+                "prompt at once, or within dense(model)"
+            )
+        mask = kwargs.get("attention_mask")
+        if verdict.dropped and mask is not None and not bool(mask.all()):
+            raise ValueError("this cache cannot be decoded from: its rows have padding; generate one prompt at a time")
 
-    def _decodable(self, mask: Tensor | None) -> bool:
-        """Whether a cache that the last forward filled holds kept tokens alone: masks are read by column, it is not."""
-        counts = [] if self.pruner.record is None else self.pruner.record.counts
-        even = all(bool((count.n_attention == count.n_attention[0]).all()) for count in counts)
-        return even and self.layout != "mask" and (mask is None or bool(mask.all()))
+    def layout_for(self, *, soft: bool, cached: bool, batch: int = 2, whole: bool = False) -> type[Tokens]:
+        """The layout of a forward of ``batch`` rows; ``whole``: without padding."""
+        if cached and self.layout == "packed":
+            raise ValueError("packed rows do not fit a KV cache: call the model with use_cache=False, or use 'padded'")
+        if soft and self.layout == "packed":
+            raise ValueError("packed rows have no place for soft gates: train with layout='auto', 'mask' or 'padded'")
+        if self.layout != "auto":
+            return LAYOUTS[self.layout]
+        if soft:
+            return Masked
+        # the backward of one attention call per sequence costs more than the padding of batches grouped by length
+        training = self.pruner.training and torch.is_grad_enabled()
+        alone = batch == 1 and whole  # which has no padding to remove
+        arch = self.architecture
+        packed = arch.packable and arch.text and not (cached or training or alone or torch.compiler.is_compiling())
+        return Packed if packed else Padded
 
-    def _start(self, forward: Forward, hidden: Tensor, cached: bool) -> Tensor:
-        mask = forward.mask if forward.mask is not None and forward.mask.shape == hidden.shape[:2] else None
-        tokens = self.layout_for(cached).start(hidden, mask)
-        forward.protected = self.pruner.protection(tokens.alive, forward.ids)
-        if tokens.blank is not None:  # a row without one real token passes as in the dense model
-            forward.protected = forward.protected | tokens.blank[:, None]
-        forward.tokens = tokens
-        return tokens.enter(hidden)
+    def start(self, call: CallState, hidden: Tensor, cached: bool) -> Tensor:
+        """Lay out the tokens that enter the first layer."""
+        mask = call.mask
+        if mask is not None and mask.shape != hidden.shape[:2]:
+            mask, shape = compat.frames_mask(self.architecture.base, hidden.shape[1], mask), tuple(mask.shape)
+            call.whole = False
+            if mask is None or mask.shape != hidden.shape[:2]:
+                raise ValueError(
+                    f"the attention mask has shape {shape}, but the layers of {self.architecture.name} see "
+                    f"{tuple(hidden.shape[:2])} tokens: padding would be taken for tokens. Call the model without a mask "
+                    "on inputs without padding"
+                )
+        whole = mask is None or call.whole
+        call.layout = self.layout_for(soft=call.soft, cached=cached, batch=hidden.shape[0], whole=whole)
+        if "attentions" in call.wants and call.layout is Packed:
+            call.layout = Padded  # which has the probabilities of a batch in one tensor
+        call.tokens = call.layout.start(hidden, mask, call.whole)
+        call.protected = self.pruner.protection(call.tokens.alive, call.ids, call.options.protect)
+        return call.tokens.enter(hidden)
 
-    def enter(self, layer, args, kwargs):
-        """Layer pre-hook: narrow the arguments to the tokens that are left."""
-        forward = self.forward
-        if forward is None:
+    # --- hooks, in the order in which they run -----------------------------------------------------------------------
+    def before_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        """Narrow the arguments to the tokens that are left; where tokens may leave, put the site into them."""
+        call = self.call
+        if call is None:
+            if self.options.mode == "dense":
+                return None
+            raise RuntimeError(
+                f"a layer of {self.architecture.name} was called outside the forward of "
+                f"{type(self.architecture.base).__name__}, so nothing would be pruned: call that model, or run within "
+                "dense(model)"
+            )
+        if call.dense:
             return None
-        kwargs = {**dict(zip(self.stack.arguments, args, strict=False)), **kwargs}
-        hidden = kwargs.pop(self.stack.arguments[0])
-        if forward.tokens is None:
-            hidden = self._start(forward, hidden, kwargs.get("past_key_values") is not None)
-        tokens, forward.states = forward.tokens, hidden
-        if tokens.touched:
-            for name, dims in PER_TOKEN.items():
-                if kwargs.get(name) is not None:
-                    kwargs[name] = self._narrow(tokens, name, kwargs[name], dims)
-            if "attention_mask" in self.stack.arguments:
-                mask = kwargs.get("attention_mask")
-                if mask is not None and self.stack.binary:  # 1.0 from a model that was given no mask is no bias
-                    mask = mask.long()
-                kwargs["attention_mask"] = tokens.mask(mask, hidden.dtype, self.stack.causal, self.eager)
-        site = self.pruner.site(forward.layer) if self.mode == "pruned" else -1
-        protected = forward.protected.gather(1, tokens.index) & tokens.alive
-        view = View(forward.layer, site, tokens, protected, hidden)
-        view.idle = site < 0 or self._keeps_all(site)
-        view.statistic = self.pruner.statistic
-        view.scored = not view.idle and self.pruner.needs_attention and self.pruner.scores_all
-        forward.views.append(view)
-        if not self.stack.shown and not view.idle and "output_attentions" in self.stack.arguments:
+        arch, arguments = self.architecture, self.architecture.arguments
+        kwargs = {**dict(zip(arguments, args, strict=False)), **kwargs}
+        hidden = kwargs.pop(arguments[0])
+        if call.tokens is None:
+            hidden = self.start(call, hidden, kwargs.get("past_key_values") is not None)
+        call.states, call.site = hidden, self.open(call)
+        if call.wants:
+            states = call.tokens.put_back(hidden) if "hidden_states" in call.wants else None
+            call.seen.append((states, call.tokens))
+        if call.site is None and not call.tokens.touched:
+            return None
+        if call.tokens.touched:
+            self.narrow(call.tokens, hidden, kwargs)
+        if call.site is None:
+            return (hidden,), kwargs
+        if call.site.number >= 0 and not arch.shows_inputs and "output_attentions" in arguments:
             kwargs["output_attentions"] = True
-        if self.stack.carried:
-            kwargs["token_view"] = view
-        else:  # the attention block is given no arguments of ours: the view rides on a mask that is this layer's own
+        if arch.passes_arguments:
+            kwargs["token_site"] = call.site
+        else:  # the block is given no arguments of ours: the site rides on a mask that is this layer's own
             mask = kwargs.get("attention_mask")
-            mask = tokens.mask(None, hidden.dtype, self.stack.causal, True) if mask is None else mask.clone()
-            mask.token_view = view
+            mask = call.tokens.mask(None, hidden.dtype, arch.causal, True, True) if mask is None else mask.clone()
+            mask.token_site = call.site
             kwargs["attention_mask"] = mask
         return (hidden,), kwargs
 
-    def _keeps_all(self, site: int) -> bool:
+    def open(self, call: CallState) -> Site | None:
+        """The site of the next layer; None: nothing can leave there, and nothing of the layer is needed."""
+        number = self.pruner.site(call.layer) if call.options.mode == "pruned" else -1
+        if number >= 0 and self.passes_by(number):
+            number = -1
+        if number < 0 and call.layout is not Packed:
+            return None
+        tokens = call.tokens
+        protected = call.protected if number < 0 else call.protected.gather(1, tokens.index) & tokens.alive
+        site = Site(call.layer, number, tokens, protected, call.states)
+        if number >= 0:
+            site.previous = call.previous
+            if self.pruner.needs_attention and self.pruner.scores_all and call.options.gates is None:
+                site.statistic = self.pruner.statistic
+        return site
+
+    def passes_by(self, number: int) -> bool:
         """Whether a site is passed by; what is known beforehand while a graph is traced, which cannot look."""
         if self.pruner.training:
             return False
-        return site in self.idle if torch.compiler.is_compiling() else self.pruner.keeps_all(site)
+        return number in self.passed if torch.compiler.is_compiling() else self.pruner.keeps_all(number)
 
-    def _narrow(self, tokens: Tokens, name: str, value, dims: tuple[int, ...]):
+    def narrow(self, tokens: Tokens, hidden: Tensor, kwargs: dict) -> None:
+        """Narrow the per-token arguments of a layer in ``kwargs``."""
+        arch = self.architecture
+        for name, dims in TOKEN_ARGUMENTS.items():
+            if kwargs.get(name) is not None:
+                kwargs[name] = self.narrowed(tokens, name, kwargs[name], dims)
+        if "attention_mask" in arch.arguments and not isinstance(tokens, Packed):
+            mask = kwargs.get("attention_mask")
+            if mask is not None and arch.binary_mask:  # 1.0 from a model that was given no mask is no bias
+                mask = mask.long()
+            kwargs["attention_mask"] = tokens.mask(mask, hidden.dtype, arch.causal, self.eager)
+
+    def narrowed(self, tokens: Tokens, name: str, value: Any, dims: tuple[int, ...]) -> Any:
         if isinstance(value, (tuple, list)):  # (cos, sin)
-            return type(value)(self._narrow(tokens, name, v, dims) for v in value)
+            return type(value)(self.narrowed(tokens, name, v, dims) for v in value)
         value = tokens.narrow(value, dims)
         if name == "relative_pos" and isinstance(tokens, Padded):  # DeBERTa wants it (1, B * H, K, K) once rows differ
-            heads = self.stack.base.config.num_attention_heads
+            heads = self.architecture.base.config.num_attention_heads
             value = value.flatten(0, -3).repeat_interleave(heads, 0)[None]
         return value
 
-    def after_attention(self, block, args, kwargs, output):
-        """Attention block post-hook: take its probabilities; where it returns the residual state, tokens leave here."""
-        view = kwargs.get("token_view")
-        if view is None and not self.stack.carried:
-            view = next(
-                (v for a in (*args, *kwargs.values()) if (v := getattr(a, "token_view", None)) is not None), None
-            )
-        if view is None or view.idle:
+    def after_block(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Take the probabilities of an attention block; where it returns the residual state, tokens leave here."""
+        arch, site = self.architecture, kwargs.get("token_site")
+        if site is None and not arch.passes_arguments:
+            sites = (getattr(argument, "token_site", None) for argument in (*args, *kwargs.values()))
+            site = next((site for site in sites if site is not None), None)
+        if site is None or site.number < 0:
             return None
-        if not self.stack.shown and isinstance(output, tuple) and output[1] is not None:
-            view.see_weights(output[1])
-        if not self.stack.inside or self.pruner.soft:
+        if not arch.shows_inputs and isinstance(output, tuple) and output[1] is not None and site.weights is None:
+            site.weights = output[1]
+        call = self.call
+        if not arch.drops_inside or (call is not None and call.soft) or (site.choice is None and call is None):
             return None
-        self._decide(view)
-        if view.after is view.tokens:
+        self.drop(site)
+        if site.after is site.tokens:
             return None
-        return (view.after.take(output[0]), *output[1:]) if isinstance(output, tuple) else view.after.take(output)
+        hidden = site.after.take(output[0] if isinstance(output, tuple) else output)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _decide(self, view: View) -> None:
-        """Let the method choose, once: a layer that runs again must repeat what was decided."""
-        if view.after is None:
-            self._check(view)
+    def drop(self, site: Site) -> None:
+        """Let the method choose, once: a block that runs again repeats what was decided."""
+        if site.after is None:
+            self.check_shown(site)
             with torch.no_grad():
-                view.keep = self.pruner.select(view)
-            view.after = self.pruner.reduce(view)
+                self.pruner.select(site)
+            site.after = self.pruner.reduce(site)
 
-    def _check(self, view: View) -> None:
-        if self.pruner.needs_attention and not view.ready:
+    def check_shown(self, site: Site) -> None:
+        if self.pruner.needs_attention and not site.ready:
             raise RuntimeError(
-                f"layer {view.layer} of {self.info.name} delivered no attention, so nothing would be pruned; load the "
-                "model with attn_implementation='sdpa' or 'eager', and do not change it after prune()"
+                f"layer {site.layer} of {self.architecture.name} delivered no attention, so nothing would be pruned; "
+                "load the model with attn_implementation='sdpa' or 'eager', and do not change it after prune()"
             )
 
-    def leave(self, layer, args, kwargs, output):
-        """Layer post-hook: go on with the tokens that are left; after the last layer put all of them back."""
-        forward = self.forward
-        if forward is None:
+    def after_layer(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Go on with the tokens that are left; after the last layer put all of them back."""
+        call = self.call
+        if call is None or call.dense:
             return None
-        given = hidden = output[0] if isinstance(output, tuple) else output
-        view, tokens, last_complete = forward.views[-1], forward.tokens, forward.states
-        scored = not view.idle
-        if scored and self.pruner.soft:
-            self._check(view)
-            forward.tokens = tokens.gate(self.pruner.gates(view))
-            mask = kwargs.get("attention_mask")
-            if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
-                # a 0/1 mask (DeBERTa) has no place for log(gate): there the gate scales the state, as in LTP
-                hidden = hidden * forward.tokens.log_gate.exp().to(hidden.dtype)[..., None]
-            hidden = self._fade(forward.tokens if self.stack.inside else tokens, last_complete, hidden)
+        given = output[0] if isinstance(output, tuple) else output
+        site, tokens, inside = call.site, call.tokens, self.architecture.drops_inside
+        scored = site is not None and site.number >= 0
+        if scored and call.soft:
+            hidden = self.fade(call, site, kwargs, given)
         elif scored:
-            self._decide(view)
-            if not self.stack.inside:
-                last_complete, hidden = hidden, view.after.take(hidden) if view.after is not tokens else hidden
-            if view.after is not tokens:
-                view.after.leave(tokens, last_complete)
-            forward.tokens = view.after
+            hidden = self.leave(call, site, given)
         else:
-            view.keep, view.after = tokens.alive, tokens
-            hidden = self._fade(tokens, last_complete, hidden)
-        passed = forward.tokens.live if self.stack.inside and scored else tokens.live
-        own = self.pruner.predictor_macs if scored else 0
-        forward.counts.append(LayerCount(tokens.live, passed, view.scored, own, view.spent))
-        forward.layer += 1
-        if forward.layer == self.stack.depth:
-            hidden = forward.tokens.unmerge(forward.tokens.restore(hidden))
+            hidden = self.faded(tokens, call.states, given)
+        passed = call.tokens.live if inside and scored else tokens.live
+        predictor = self.pruner.predictor_macs if scored else 0
+        charged = scored and site.statistic is not None
+        spent = site.choice.macs if scored and site.choice is not None else 0
+        call.counts.append(LayerCount(tokens.live, passed, charged, predictor, spent))
+        if scored:
+            call.sites.append(site)
+            call.previous = site
+        call.layer += 1
+        call.states = call.site = None
+        if call.layer == self.architecture.depth:
+            hidden = call.last = call.tokens.unmerge(call.tokens.restore(hidden))
         if hidden is given:
             return None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _fade(self, tokens: Tokens, before: Tensor, after: Tensor) -> Tensor:
+    def leave(self, call: CallState, site: Site, hidden: Tensor) -> Tensor:
+        """Let tokens leave, after the layer or, as is known by now, within it; their last complete states are kept."""
+        self.drop(site)
+        tokens, complete = site.tokens, call.states
+        if site.after is not tokens:
+            if not self.architecture.drops_inside:
+                complete, hidden = hidden, site.after.take(hidden)
+            site.after.leave(tokens, complete)
+        call.tokens = site.after
+        return hidden
+
+    def fade(self, call: CallState, site: Site, kwargs: dict, hidden: Tensor) -> Tensor:
+        """Let tokens fade in a soft stage: gates on their keys from here on."""
+        if call.options.gates is None:
+            self.check_shown(site)
+        tokens, call.tokens = site.tokens, site.tokens.gate(self.pruner.soften(site, call.options.gates))
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
+            # a 0/1 mask (DeBERTa) has no place for log(gate): there the gate scales the state, as in LTP
+            hidden = hidden * call.tokens.log_gate.exp().to(hidden.dtype)[..., None]
+        return self.faded(call.tokens if self.architecture.drops_inside else tokens, call.states, hidden)
+
+    def faded(self, tokens: Tokens, before: Tensor, after: Tensor) -> Tensor:
         """The states after a layer while gates are soft: a token keeps the one it had as far as its gate is closed.
 
         Heads that read the first token alone see no difference, and their gradients are left as they are.
         """
-        if tokens.log_gate is None or self.info.reads_first_only:
+        if tokens.log_gate is None or self.architecture.reads_first_only:
             return after
         return torch.lerp(before.to(after.dtype), after, tokens.log_gate.exp().to(after.dtype)[..., None])
 
-    def end(self, base, args, output) -> None:
-        """Model post-hook: hand out the record."""
-        forward, self.forward = self.forward, None
-        if forward is None or forward.tokens is None:
-            return
-        if forward.layer != self.stack.depth:
+    # --- the end of a forward ------------------------------------------------------------------------------------------
+    def end(self, call: CallState, kwargs: dict, output: Any) -> Any:
+        """Hand out the record, judge the cache that was filled, and give states and probabilities their shapes."""
+        if call.tokens is None:
+            return output
+        if call.layer != self.architecture.depth:
             raise RuntimeError(
-                f"{forward.layer} of {self.stack.depth} layers ran, so the dropped tokens could not be put back; "
+                f"{call.layer} of {self.architecture.depth} layers ran, so the dropped tokens could not be put back; "
                 "set layerdrop to 0 while a model is pruned"
             )
-        self.pruner.remember(forward.views, forward.counts)
+        if torch.compiler.is_compiling():
+            return output
+        for site in call.sites if not torch.is_grad_enabled() else ():
+            site.release()
+        self.pruner.record = Record(call.sites, call.counts, self.architecture.costs)
+        self.judge(call, kwargs, output)
+        return reshaped(call, output) if call.wants else output
+
+    def judge(self, call: CallState, kwargs: dict, output: Any) -> None:
+        """Write on a cache that this forward filled whether it can be decoded from."""
+        caches = [kwargs.get("past_key_values"), *(output if isinstance(output, tuple) else output.values())]
+        cache = next((cache for cache in caches if hasattr(cache, "get_seq_length")), None)
+        if cache is None or cache.get_seq_length() == 0:
+            return
+        dropped = any(site.after is not site.tokens for site in call.sites)
+        even = all(bool((count.n_attention == count.n_attention[0]).all()) for count in call.counts)
+        refusal = ""
+        if dropped and call.layout is Masked:
+            refusal = "layout='mask' hid tokens that it still holds"
+        elif dropped and not (even and (call.mask is None or call.whole)):
+            refusal = "its rows have padding or kept different counts"
+        cache.token_pruning = Verdict(dropped, refusal)
+
+
+def reshaped(call: CallState, output: Any) -> Any:
+    """``output`` with hidden states (B, N0, C) and attention probabilities (B, H, N0, N0), as the dense model has them.
+
+    Tokens that are gone have their last complete state, and probability 0.
+    """
+    if isinstance(output, tuple):
+        raise ValueError("return_dict=False is not possible with hidden states or attentions of a pruned model")
+    states = output.get("hidden_states")
+    if states is not None:
+        ends = [s if s is None or s.shape[:2] == call.last.shape[:2] else call.last for s in states[len(call.seen) :]]
+        entered = [None if s is None else x for s, (x, _) in zip(states, call.seen, strict=False)]
+        output["hidden_states"] = (*entered, *ends)
+    weights = output.get("attentions")
+    if weights:
+        spread = [None if w is None else tokens.spread(w) for w, (_, tokens) in zip(weights, call.seen, strict=True)]
+        output["attentions"] = tuple(spread)
+    return output
+
+
+def check_possible(model: Architecture, pruner: TokenPruner, layout: str) -> None:
+    """Raise ValueError where a method or a layout does not fit a model."""
+    name = type(model.base).__name__
+    if layout == "packed" and not model.packable:
+        raise ValueError(
+            f"layout='packed' is not possible with {name}: its attention takes position biases "
+            "or does not hand its arguments to transformers' attention interface; use layout='padded' or 'auto'"
+        )
+    if pruner.needs_values and not model.shows_inputs:
+        raise ValueError(
+            f"{pruner.name} is not possible with {name}: it needs the keys or values of "
+            "a layer, and this model's layers show their attention probabilities alone; topk, spatten, entropy, "
+            "ltp and top need no more than these"
+        )
+    if pruner.merges and model.causal:
+        raise ValueError(
+            f"{pruner.name} is not possible with {name}, a decoder: a merged token would "
+            "show later tokens to earlier ones; topk, spatten and ltp let tokens leave instead"
+        )
+    if pruner.merges and pruner.sized and (model.relative or model.binary_mask):
+        raise ValueError(
+            f"{pruner.name} is not possible with {name}: keys weigh by the number of "
+            "tokens that they stand for, and its attention takes position biases or a mask of 0 and 1; topk, ltp "
+            "and top let tokens leave"
+        )

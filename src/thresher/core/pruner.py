@@ -1,68 +1,69 @@
-"""The base class of every method: which tokens stay.
+"""The contract of a method: which tokens stay.
 
-    tokens = reduce(tokens, choose(score(view)))          one step, after layer i in ``at``
+    choice = choose(score(view), view)        one step, after layer i in ``at``; values in, values out
 
 A method is a dataclass in a file of its own. Its fields are its configuration (they are what config.json gets), its
-parameters ride in the model's weights, and it overrides what its paper changes of ``score``, ``choose``, ``reduce``,
-``gates``, ``loss``, ``phase`` and ``calibrate``. It never notices how tokens are removed.
+parameters ride in the model's weights, and it overrides what its paper changes of ``score``, ``choose``, ``gates``,
+``loss``, ``phase`` and ``calibrate``. It never notices how tokens are removed.
 
 Shapes: B batch, N tokens, S sites (the layers in ``at``).
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import inspect
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import dataclass_transform
 
-from .attention import View, columns
-from .bisection import search
+from .architecture import Architecture
 from .cost import LayerCost, LayerCount, dense_macs, macs
+from .scoring import Statistic, columns
 from .tokens import Tokens
+from .view import Site, View
+
+if TYPE_CHECKING:
+    from .hooks import Hooks
 
 VERSION = 1
-MODULE = "token_pruner"  # the name of the method among the modules of the model that it prunes
-MISSED = 0.1  # of a target: so far from it what was found is no budget met
 METHODS: dict[str, type[TokenPruner]] = {}
+_LAST = threading.local()  # .records: the record of the last forward of each method, for the thread that ran it
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a method may know of the model it serves."""
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a method decides at a site.
 
-    name: str
-    depth: int
-    last_site: int  # the last layer whose score can still save something
-    reads_first_only: bool  # the head reads the first token alone
-    protected: tuple[int, ...]  # the model's own special tokens, as positions among the live tokens
-    max_tokens: int | None
-    costs: tuple[LayerCost, ...]
-    first_site: int = 0
-    inside: bool = True  # tokens leave before the FFN of their layer
-    hidden: int = 0  # C
-    causal: bool = False
+    Attributes:
+        keep: (B, N) bool, the tokens that stay. The base removes dead ones, adds protected ones, and keeps the floor.
+        into: (B, N) long, the slot of the token that each one is merged into; None: what does not stay is dropped.
+        weight: (B, N) fp32, what states are multiplied by before they are summed; None: means by size.
+        longest: whether a sum gets the length of its longest term.
+        macs: MACs of each row, a number or (B,), that the method's own score took.
+    """
 
-    @property
-    def finds_answers(self) -> bool:
-        """Whether the head finds an answer in the text."""
-        return self.name.endswith("ForQuestionAnswering")
+    keep: Tensor
+    into: Tensor | None = None
+    weight: Tensor | None = None
+    longest: bool = False
+    macs: Tensor | int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Record:
-    """What happened in one forward: the views of the scored layers and the tokens of every layer."""
+    """What happened in one forward: the sites, and the tokens of every layer."""
 
-    views: list[View]
+    sites: list[Site]
     counts: list[LayerCount]
-    costs: list[LayerCost]
-    answers: Any = None  # the model's output, where a trainer looks at held-out inputs
+    costs: tuple[LayerCost, ...]
+    answers: Any = None  # the model's output, where a trainer looks at a calibration set
 
     @property
     def used(self) -> Tensor:
@@ -78,25 +79,46 @@ class Record:
         """Scalar: ``used / dense``."""
         return self.used / self.dense
 
+    def kept(self) -> list[Tensor]:
+        """(B,) tokens that go on after each layer."""
+        return [*(count.n_attention for count in self.counts[1:]), self.counts[-1].n_ffn]
 
-@dataclass(eq=False, repr=False)
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What one thread asks of its forwards for a while; read once, when a forward begins.
+
+    Attributes:
+        mode: "pruned"; "unpadded": the layout at work with nothing leaving; "dense": the model as it is.
+        protect: (B, N) bool, tokens of this batch that never leave, in place of the method's own.
+        counts: (B, S) long, how many tokens each row keeps, for ``keep="replay"``.
+        gates: in place of the method's own soft gates, see ``TokenPruner.gates``.
+    """
+
+    mode: str = "pruned"
+    protect: Tensor | None = None
+    counts: Tensor | None = None
+    gates: Callable[[Tensor, View], Tensor] | None = None
+
+
+@dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
 class TokenPruner(nn.Module):
-    """Base class of the methods.
+    """Base class of the methods; each subclass is a dataclass.
 
     Args:
         at: 0-based layers after whose attention tokens leave; the score of layer i decides what goes on from i.
             Default: a quarter, a half and three quarters of the depth.
         protect: tokens that never leave: positions among the live tokens (negative ones from the end), or
             ``{"ids": [...]}`` for token ids. Default: the first token of text encoders, the last of decoders, class,
-            distillation and register tokens of vision models. At run time a bool (B, N) may be assigned as well.
+            distillation and register tokens of vision models. Tokens of one batch: ``calling(model, protect=...)``.
     """
 
-    target_flops: ClassVar[float | None] = None  # a field where a method has such a budget
-    at: tuple[int, ...] | None = dataclasses.field(default=None, kw_only=True)
-    protect: Any = dataclasses.field(default=None, kw_only=True)
+    at: tuple[int, ...] | None = field(default=None, kw_only=True)
+    protect: Any = field(default=None, kw_only=True)
 
     name: ClassVar[str] = ""
     lr: ClassVar[float] = 2e-2  # learning rate of its own parameters, where no other is given
+    min_keep: ClassVar[int] = 1  # tokens that a row keeps at least
     needs_attention: ClassVar[bool] = True
     needs_values: ClassVar[bool] = False  # whether the score takes the keys or values of the layer
     scores_all: ClassVar[bool] = True  # whether the score takes all attention probabilities, which are then charged
@@ -105,108 +127,86 @@ class TokenPruner(nn.Module):
     ranks_teacher: ClassVar[bool] = False  # whether ``loss`` wants the teacher's ranking
     learned: ClassVar[tuple[str, ...]] = ()  # fields that training or calibration changes; the state dict has them
     needs_table: ClassVar[bool] = False  # whether the budget is one of time, priced by ``table``, a LatencyTable
+    predictor_macs: ClassVar[int] = 0  # of a predictor, for each token at a site
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if not inspect.isabstract(cls) and cls.name:
-            METHODS[cls.name] = cls
+        dataclass(eq=False, repr=False)(cls)
+        name = cls.__dict__.get("name")
+        if not name:
+            return
+        taken = METHODS.get(name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the name {name!r} belongs to {taken.__module__}.{taken.__qualname__}: choose another")
+        METHODS[name] = cls
 
     def __post_init__(self) -> None:
         super().__init__()
-        if self.target_flops is not None and not 0 < self.target_flops <= 1:
-            raise ValueError(f"target_flops={self.target_flops}: expected a fraction of the dense MACs in (0, 1]")
         self.at = None if self.at is None else tuple(int(i) for i in self.at)
-        self.info: ModelInfo | None = None
-        self.record: Record | None = None
-        self.hooks: Any = None  # while it prunes a model
+        self.architecture: Architecture | None = None
+        self.hooks: Hooks | None = None
         self.progress = 1.0
-        self.counts: Tensor | None = None
-        self.predictor_macs = 0  # that a score of its own takes, for each token at a site
 
     @property
-    def statistic(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """What the score takes of the attention probabilities, as ``View.over`` does: it is made with the attention
-        where that is possible. Default: the attention received."""
+    def statistic(self) -> Statistic:
+        """What the score takes of the attention probabilities: it is made with the attention where that is possible.
+        Default: the attention received."""
         return columns
 
     # --- what a method overrides ---------------------------------------------------------------------------------
     def score(self, view: View) -> Tensor:
-        """(B, N): the importance of each token. Default: the attention it receives, relative to uniform."""
+        """(B, N): the importance score of each token. Default: the attention received, relative to uniform."""
         return view.attention_received()
 
-    def choose(self, score: Tensor, view: View) -> Tensor:
-        """(B, N) bool: the tokens that stay. Dead ones are removed and protected ones added afterwards."""
+    def choose(self, score: Tensor, view: View) -> Choice:
+        """Which tokens stay, by their score."""
         raise NotImplementedError(f"{type(self).__name__} does not say which tokens to keep")
 
-    def reduce(self, view: View) -> Tokens:
-        """The tokens after this site, ``view.keep`` being the choice. Default: drop the others."""
-        return view.tokens.drop(view.keep, self.width(view.keep.shape[1], view.site))
+    def decide(self, view: View) -> tuple[Tensor, Choice]:
+        """Score and choose; for methods that find both in one look."""
+        score = self.score(view)
+        return score, self.choose(score, view)
 
-    def gates(self, view: View) -> Tensor:
-        """(B, N) logarithm of the gate of each token, while ``soft``."""
+    def gates(self, score: Tensor, view: View) -> Tensor:
+        """(B, N) logarithm of the gate of each token, while ``soft``. The base leaves protected tokens and the floor
+        open."""
         raise NotImplementedError(f"{type(self).__name__} has no soft stage")
 
-    def build(self, info: ModelInfo) -> None:
+    def build(self, model: Architecture) -> None:
         """Create the parameters, once the model is known and ``at`` is settled."""
 
-    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
+    def default_at(self, model: Architecture) -> tuple[int, ...]:
         """The layers to prune at when none were named."""
-        quarters = (-(-info.depth * q // 4) - 1 for q in (1, 2, 3))
-        return tuple(sorted({min(max(i, info.first_site), info.last_site) for i in quarters}))
+        quarters = (-(-model.depth * q // 4) - 1 for q in (1, 2, 3))
+        return tuple(sorted({min(max(i, model.first_site), model.last_site) for i in quarters}))
 
     def width(self, slots: int, site: int) -> int | None:
         """An upper bound on the tokens a row keeps of ``slots`` at a site, where it follows from the shape alone."""
         return None
 
     def keeps_all(self, site: int) -> bool:
-        """Whether nothing leaves at a site, whatever the input: in evaluation the site is then passed by, without
-        ``score``, ``choose`` and ``reduce``; not so under torch.compile."""
+        """Whether nothing leaves at a site, whatever the input: evaluation then passes it by, without a score; not so
+        under torch.compile."""
         return False
 
     def phase(self, progress: float) -> str:
         """Name of the training stage at ``progress`` (0..1)."""
         return "hard"
 
-    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
-        """What the method adds to the task loss. ``forward(**override)`` runs the model again on the batch."""
-        return 0.0
+    def loss(self, forward: Callable[..., Any], batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+        """What the method adds to the task loss. ``forward(**override)`` runs the model again on the batch and returns
+        its output. Parameters that have no part in it take part all the same, with weight 0 (see ``rest``)."""
+        return self.rest()
 
-    def prepare(self, forward: Callable, batches: Iterable[dict]) -> None:
-        """Look at inputs before a training begins or goes on; arguments as in ``calibrate``. Nothing by default."""
+    def prepare(self, forward: Callable[[dict], Record], batches: Iterable[dict]) -> None:
+        """Look at a calibration set before a training begins or goes on; arguments as in ``calibrate``."""
 
-    def knob(self) -> Callable[[float], None] | None:
-        """A function of one number that changes how much the method removes: 0 as it is now, more removes more. It is
-        turned until ``target_flops`` is met. None: there is no such number."""
-        return None
+    def calibrate(self, forward: Callable[[dict], Record], batches: Iterable[dict]) -> dict[str, float]:
+        """Bring the method onto its budget on a calibration set; returns what was reached (empty: it has none).
 
-    @torch.no_grad()
-    def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
-        """Bring the method onto its budget on ``batches``; returns what was reached (empty: it has no budget).
-
-        Default: turn the ``knob`` until ``target_flops`` is met. ``forward(batch)`` runs the model and returns the
-        ``Record``. Raises ValueError where the target cannot be reached.
+        ``forward(batch)`` runs the model and returns the ``Record``.
         """
-        turn = None if self.target_flops is None else self.knob()
-        if turn is None:
-            return {}
-        batches, tried = list(batches), []
-
-        def fraction(by: float) -> float:
-            turn(by)
-            records = [forward(batch) for batch in batches]
-            tried.append((float(sum(r.used for r in records) / sum(r.dense for r in records)), by))
-            return tried[-1][0]
-
-        reached = search(fraction, self.target_flops)
-        least = min(tried)[0] > self.target_flops * 1.02
-        if least or abs(reached - self.target_flops) > MISSED * self.target_flops:
-            turn(0.0)
-            found = "with all gone that may leave" if least else f"the nearest that {self.name} came,"
-            raise ValueError(
-                f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: {found} {reached:.3f} of "
-                f"the MACs are left; prune at {'earlier' if least else 'other'} layers or choose another target"
-            )
-        return {"flops_fraction": reached, "shift": tried[-1][1]}
+        return {}
 
     def metrics(self) -> dict[str, float]:
         """What to watch while training; ``PruningTrainer`` logs it."""
@@ -218,108 +218,146 @@ class TokenPruner(nn.Module):
         """Whether tokens fade (gates) instead of leaving: only in training, in a soft phase."""
         return self.training and self.phase(self.progress) == "soft"
 
-    def bind(self, info: ModelInfo) -> None:
+    def rest(self) -> Tensor | float:
+        """0, of all parameters: they take part in every backward, as DDP expects."""
+        return sum((0.0 * parameter.sum() for parameter in self.parameters()), 0.0)
+
+    def bind(self, model: Architecture) -> None:
         """Settle ``at`` for a model and create the parameters.
 
         Raises:
             ValueError: a layer in ``at`` does not exist or can save nothing.
         """
-        self.info = info
-        at = self.default_at(info) if self.at is None else self.at
+        self.architecture = model
+        at = self.default_at(model) if self.at is None else self.at
         for layer in at:
-            if not info.first_site <= layer <= info.last_site:
+            if not model.first_site <= layer <= model.last_site:
                 raise ValueError(
-                    f"at={list(at)}: layer {layer} is not possible in {info.name}; its {info.depth} layers can be "
-                    f"pruned at {info.first_site}..{info.last_site} (0-based)"
+                    f"at={list(at)}: layer {layer} is not possible in {model.name}; its {model.depth} layers can be "
+                    f"pruned at {model.first_site}..{model.last_site} (0-based)"
                 )
         if list(at) != sorted(set(at)):
             raise ValueError(f"at={list(at)}: expected rising layers without repetition")
+        if isinstance(self.protect, Tensor):
+            raise ValueError("protect takes positions or ids; tokens of one batch: with calling(model, protect=mask)")
         self.sites = tuple(at)
-        self.build(info)
+        self.build(model)
 
     def site(self, layer: int) -> int:
         """Position of a layer in ``at``; -1 where it is not scored."""
         return self.sites.index(layer) if layer in self.sites else -1
 
-    def protection(self, alive: Tensor, ids: Tensor | None) -> Tensor:
-        """(B, N) bool: the protected tokens among those ``alive`` (B, N)."""
-        protect = self.info.protected if self.protect is None else self.protect
-        if isinstance(protect, Tensor):
+    @property
+    def protected_positions(self) -> tuple[int, ...] | None:
+        """Positions among the live tokens that never leave; None where ids or a batch's own mask say so."""
+        protect = self.architecture.protected if self.protect is None else self.protect
+        return tuple(protect) if isinstance(protect, (tuple, list)) else None
+
+    def protection(self, alive: Tensor, ids: Tensor | None, protect: Tensor | None = None) -> Tensor:
+        """(B, N) bool: the protected tokens among those ``alive`` (B, N); ``protect`` (B, N): this batch's own."""
+        if protect is not None:
             if protect.shape != alive.shape:
                 raise ValueError(f"protect has shape {tuple(protect.shape)}, the batch has {tuple(alive.shape)}")
-            return protect.to(alive.device) & alive
-        if isinstance(protect, dict):
+            return protect.to(alive.device).bool() & alive
+        positions = self.protected_positions
+        if positions is None:
             if ids is None:
                 raise ValueError("protect={'ids': ...} needs input_ids, the model was called without")
-            return torch.isin(ids, torch.as_tensor(protect["ids"], device=ids.device)) & alive
+            return torch.isin(ids, torch.as_tensor(self.protect["ids"], device=ids.device)) & alive
         rank, live = alive.cumsum(1) - 1, alive.sum(1, keepdim=True)
         protected = torch.zeros_like(alive)
-        for position in protect:
+        for position in positions:
             protected = protected | (rank == (position if position >= 0 else live + position))
         return protected & alive
 
-    def select(self, view: View) -> Tensor:
-        """(B, N) bool: the method's choice among the live tokens, never empty, protected tokens included."""
-        view.score = self.score(view)
-        keep = self.choose(view.score, view) & view.alive | view.protected
-        protect = self.info.protected if self.protect is None else self.protect
-        if isinstance(protect, (tuple, list)) and {0, -1} & set(protect):  # which every row has
-            return keep
-        best = view.score.masked_fill(~view.alive, float("-inf")).argmax(1, keepdim=True)
-        only = torch.zeros_like(keep).scatter(1, best, True) & view.alive
-        return keep | only & ~keep.any(1, keepdim=True)
-
-    def check_readout(self, info: ModelInfo) -> None:
+    def check_readout(self, model: Architecture) -> None:
         """Raise ValueError where no token is protected whose attention a score could go by."""
-        protect = info.protected if self.protect is None else self.protect
-        if isinstance(protect, (tuple, list)) and not protect:
+        if self.protected_positions == ():
             raise ValueError(
-                f"{self.name} is not possible with {info.name}, which has no class token: name one whose attention "
+                f"{self.name} is not possible with {model.name}, which has no class token: name one whose attention "
                 "counts, as in protect=(0,)"
             )
 
-    def remember(self, views: list[View], counts: list[LayerCount]) -> None:
-        """Take over the record of a forward."""
-        if torch.compiler.is_compiling():
-            return
-        views = [view for view in views if view.site >= 0]
-        if not torch.is_grad_enabled():
-            for view in views:
-                view.release()
-        self.record = Record(views, counts, list(self.info.costs))
+    # --- one site ------------------------------------------------------------------------------------------------
+    def best(self, score: Tensor, protected: Tensor, alive: Tensor) -> Tensor:
+        """(B, N) bool: the ``min_keep`` best tokens of each row among those ``alive``, the protected ones first."""
+        order = score.masked_fill(protected, float("inf")).masked_fill(~alive, float("-inf"))
+        return order >= order.topk(min(self.min_keep, order.shape[1])).values[:, -1:]
+
+    def select(self, site: Site) -> None:
+        """Make the score and the choice of a site: live tokens alone, protected ones always, never fewer than
+        ``min_keep``."""
+        view = site.view
+        site.score, choice = self.decide(view)
+        keep = choice.keep & view.alive | view.protected
+        if self.min_keep > 1:
+            keep = keep | self.best(site.score, view.protected, view.alive) & view.alive
+        elif not {0, -1} & set(self.protected_positions or ()):  # else every row has one
+            best = site.score.masked_fill(~view.alive, float("-inf")).argmax(1, keepdim=True)
+            only = torch.zeros_like(keep).scatter(1, best, True) & view.alive
+            keep = keep | only & ~keep.any(1, keepdim=True)
+        site.choice = dataclasses.replace(choice, keep=keep)
+
+    def reduce(self, site: Site) -> Tokens:
+        """The tokens after a site: the others are dropped, or merged."""
+        choice, width = site.choice, self.width(site.choice.keep.shape[1], site.number)
+        if choice.into is None:
+            return site.tokens.drop(choice.keep, width)
+        return site.tokens.merge(choice.keep, choice.into, choice.weight, width, self.sized, choice.longest)
+
+    def soften(self, site: Site, gates: Callable[[Tensor, View], Tensor] | None = None) -> Tensor:
+        """(B, N) logarithm of the gates of a site in a soft stage: open for protected tokens, for the floor and where
+        nothing lives. ``gates`` stands in for the method's own."""
+        view = site.view
+        if gates is not None:
+            return gates(site.score, view)
+        site.score = self.score(view)
+        opened = view.protected | ~view.alive
+        if self.min_keep > 1:
+            opened = opened | self.best(site.score.detach(), view.protected, view.open)
+        return self.gates(site.score, view).masked_fill(opened, 0.0)
+
+    # --- the record ----------------------------------------------------------------------------------------------
+    @property
+    def record(self) -> Record | None:
+        """The record of the last forward that this thread ran; None: there is none."""
+        return _records().get(self)
+
+    @record.setter
+    def record(self, record: Record | None) -> None:
+        if record is None:
+            _records().pop(self, None)
+        else:
+            _records()[self] = record
 
     @property
     def report(self) -> list[dict]:
-        """The last forward, layer by layer: tokens entering, tokens kept, MACs, and the fraction of the dense MACs.
+        """This thread's last forward, layer by layer: tokens entering, tokens kept, MACs, and the dense MACs.
 
         Sums over the batch; padding is not counted.
         """
-        if self.record is None:
+        record = self.record
+        if record is None:
             raise RuntimeError(
-                "no forward has been recorded yet: call the model first (compiled models record nothing)"
+                "no forward has been recorded yet in this thread: call the model first (compiled models record nothing)"
             )
-        rows = []
-        start = self.record.counts[0].n_attention.float()
-        for layer, (cost, count) in enumerate(zip(self.record.costs, self.record.counts, strict=True)):
-            used = macs([cost], [count]).sum().item()
-            after = self.record.counts[layer + 1].n_attention if layer + 1 < len(self.record.counts) else count.n_ffn
-            rows.append(
-                {
-                    "layer": layer,
-                    "tokens_in": count.n_attention.sum().item(),
-                    "tokens_kept": after.sum().item(),
-                    "macs": used,
-                    "dense_macs": cost.macs(start, start).sum().item(),
-                }
-            )
-        return rows
+        start = record.counts[0].n_attention.float()
+        return [
+            {
+                "layer": layer,
+                "tokens_in": count.n_attention.sum().item(),
+                "tokens_kept": after.sum().item(),
+                "macs": macs([cost], [count]).sum().item(),
+                "dense_macs": cost.macs(start, start).sum().item(),
+            }
+            for layer, (cost, count, after) in enumerate(zip(record.costs, record.counts, record.kept(), strict=True))
+        ]
 
+    # --- the configuration ---------------------------------------------------------------------------------------
     def to_dict(self) -> dict:
         """What config.json gets; ``from_dict`` takes it back."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["at"] = list(self.sites) if hasattr(self, "sites") else self.at
-        if isinstance(fields["protect"], Tensor):
-            fields["protect"] = None  # belongs to one batch
         return {"method": self.name, "version": VERSION, **fields}
 
     @staticmethod
@@ -357,8 +395,8 @@ class TokenPruner(nn.Module):
         method = TokenPruner.from_dict(read_state(state))
         if method.name != self.name:
             raise ValueError(f"the state is of {method.name}, the model is pruned with {self.name}")
-        for field in self.learned:
-            setattr(self, field, getattr(method, field))
+        for name in self.learned:
+            setattr(self, name, getattr(method, name))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> TokenPruner:
         """Move to another device, never to another precision: a threshold rounded to bfloat16 is another threshold."""
@@ -369,51 +407,8 @@ class TokenPruner(nn.Module):
 
         return super()._apply(moved, recurse)
 
-    def load_offloaded(self) -> None:
-        """Load what accelerate has put away: its hooks do that before a module's forward, and a method has none."""
-        for module in self.modules():
-            if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
-                module._hf_hook.pre_forward(module)
-
-    def train(self, mode: bool = True) -> TokenPruner:
-        """As in torch; raises RuntimeError where peft has frozen the method and trains the rest of the model."""
-        model = self.hooks.model if mode and self.hooks is not None else None
-        if model is not None and pruner_of(model) is self and not all(p.requires_grad for p in self.parameters()):
-            adapted = any(hasattr(module, "adapter_layer_names") for module in model.modules())
-            if adapted and any(parameter.requires_grad for parameter in model.parameters()):
-                raise RuntimeError(
-                    f"peft has frozen the parameters of {self.name} and would not save them: prune() after "
-                    "get_peft_model, or give its configuration modules_to_save=['token_pruner']"
-                )
-        return super().train(mode)
-
-    def __deepcopy__(self, memo: dict) -> TokenPruner:
-        """Copy the method with the model that it prunes, or alone: its copy is then free for another model."""
-        state = self.__getstate__()
-        alone = self.hooks is not None and id(self.hooks.model) not in memo
-        shared = {"hooks": state.pop("hooks")} if alone else {}
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(state, memo), **shared)
-        return copied
-
-    def __getstate__(self) -> dict:
-        """What a copy takes along: not the record of the last forward, whose tensors belong to a graph."""
-        return {**self.__dict__, "record": None, "counts": None}
-
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("method", "version"))
-
-
-def pruner_of(model: nn.Module) -> TokenPruner | None:
-    """The method that prunes ``model``, None where nothing does.
-
-    peft's ``modules_to_save`` puts a wrapper in its place, with a copy for each adapter: the active one's acts.
-    """
-    module = getattr(model, MODULE, None)
-    if module is None or isinstance(module, TokenPruner):
-        return module
-    active = [] if module.disable_adapters else [n for n in module.active_adapters if n in module.modules_to_save]
-    return module.modules_to_save[active[0]] if active else module.original_module
 
 
 def read_state(state: Tensor) -> dict:
@@ -424,46 +419,7 @@ def read_state(state: Tensor) -> dict:
         raise ValueError(f"the state of the token pruner is no JSON ({error})") from error
 
 
-def falling(target: float, share: float) -> float:
-    """The share of the MACs that is due when a ``share`` of a soft stage is over: from 1 to ``target`` in its first
-    half."""
-    return 1 + (target - 1) * min(1.0, 2 * share)
-
-
-def budget_penalty(record: Record, due: float, weight: float | None = None) -> Tensor:
-    """Scalar: ``weight`` (10) times the squared distance of the share of the MACs from what is due (Bonnaerens and
-    Dambre, TMLR 2023)."""
-    return (10.0 if weight is None else weight) * (record.flops_fraction() - due) ** 2
-
-
-def ranks(score: Tensor, alive: Tensor) -> Tensor:
-    """(B, N) long: the place of each live token by its score, 0 the best, the others behind; ties go to the lower
-    position."""
-    order = score.masked_fill(~alive, float("-inf")).sort(dim=1, descending=True, stable=True).indices
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter(1, order, places)
-
-
-def top_k(score: Tensor, k: Tensor, alive: Tensor) -> Tensor:
-    """(B, N) bool: the ``k`` (B,) best-scored live tokens of each row."""
-    return (ranks(score, alive) < k[:, None]) & alive
-
-
-def kept_count(keep: float | int, live: Tensor, protected: Tensor | int = 0) -> Tensor:
-    """(B,) = max(protected, 1, ceil(keep * live)) for a fraction, in thousandths; a count is clipped to ``live``
-    (B,)."""
-    if isinstance(keep, int):
-        k = live.clamp(max=keep)
-    else:
-        k = live * round(keep * 1000) + 999
-        k = (k - k % 1000) // 1000  # OpenVINO fuses a division by whole numbers into one that rounds
-    return torch.maximum(k.clamp(min=1), torch.as_tensor(protected, device=live.device))
-
-
-def check_keep(keep: Any, what: str = "keep") -> None:
-    """Raise ValueError unless ``keep`` is a fraction in (0, 1] or a count >= 1."""
-    ok = not isinstance(keep, bool) and (
-        (isinstance(keep, int) and keep >= 1) or (isinstance(keep, float) and 0 < keep <= 1)
-    )
-    if not ok:
-        raise ValueError(f"{what}={keep!r}: expected a fraction in (0, 1] or a whole number of tokens from 1 up")
+def _records() -> WeakKeyDictionary[TokenPruner, Record]:
+    if not hasattr(_LAST, "records"):
+        _LAST.records = WeakKeyDictionary()
+    return _LAST.records

@@ -1,23 +1,42 @@
-"""What is left of a batch of sequences: drop tokens, and put every token back at its place.
+"""What is left of a batch of sequences: drop tokens, merge them, and put every token back at its place.
 
 Shapes: B batch, N slots now, N0 tokens at the start, T live tokens of the whole batch, C channels. Three layouts hold
-the same tokens and mean the same thing; which one runs is the layout:
+the same tokens and mean the same thing:
 
 ========  =======================  =============================================================
-masked    hidden (B, N0, C)        dropped tokens stay and are hidden from attention: the reference
+mask      hidden (B, N0, C)        dropped tokens stay and are hidden from attention: the reference
 padded    hidden (B, N, C)         tensors shrink to the widest row; shorter rows end in dead slots
 packed    hidden (1, T, C)         one row of all live tokens; no padding, no dead slot
 ========  =======================  =============================================================
 
-This module needs torch only and knows nothing of models.
+One file, since each verb (enter, drop, merge, take, narrow, mask, restore) is one idea in three forms. It needs torch
+only and knows nothing of models.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import groupby
 
 import torch
 from torch import Tensor
+
+from . import compat
+
+EVEN = (torch.bfloat16,)  # dtypes whose packed rows come in multiples on a CPU
+FINE, COARSE, FEW = 16, 64, 512  # of these, up to and above ``FEW`` rows
+CLOSED = 1e-8  # of a gate: next to nothing, but not nothing, so that a closed gate has a gradient and may open again
+CLOSED_LOG = math.log(2 * CLOSED)  # the logarithm of a closed gate is below
+
+
+def with_a_token(mask: Tensor) -> Tensor:
+    """``mask`` (B, N) with the first token of each row set where the row has none: a blank row counts as one token."""
+    first = torch.arange(mask.shape[1], device=mask.device) == 0
+    return (
+        mask | (first & ~mask.any(1, keepdim=True))
+        if mask.dtype == torch.bool
+        else torch.where(first & ~(mask != 0).any(1, keepdim=True), torch.ones_like(mask), mask)
+    )
 
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -39,10 +58,6 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x.gather(dim, index.view(shape).expand(whole))
 
 
-CLOSED = 1e-8  # of a gate: next to nothing, but not nothing, so that a closed gate has a gradient and may open again
-CLOSED_LOG = math.log(2 * CLOSED)  # the logarithm of a gate that is closed is below
-
-
 class Tokens:
     """Tokens of a batch in one of the three layouts; immutable, each ``drop`` gives a new one.
 
@@ -50,19 +65,17 @@ class Tokens:
         alive: (B, N) bool, the slots that hold a live token (padding and dropped tokens are False).
         index: (B, N) long, the original position of the token in each slot.
         full: (B, N0, C), the last complete state of every original token; None until something was dropped.
-        blank: (B,) bool, rows that came without a single live token; they pass as in the dense model. None: no such
-            row.
+        even: whether every slot is known to hold a live token.
+        touched: whether anything differs from what the model laid out itself.
         width: N0.
-        memory: what a method carries from site to site, by name, at original places (B, N0); one for all that follow.
         log_gate: (B, N) or None, the logarithm of each token's soft gate while a method trains softly.
         log_size: (B, N) or None, the logarithm of how many tokens each one stands for, where keys weigh by it.
         home: (B, N0) long, the original position of what holds each token; None until some were merged.
         mixed: how states are summed on the way into this layout, see ``merge``; None: they are not.
     """
 
-    def __init__(self, alive: Tensor, index: Tensor, blank: Tensor | None = None):
-        self.alive, self.index, self.blank = alive, index, blank
-        self.width, self.memory = index.shape[1], {}
+    def __init__(self, alive: Tensor, index: Tensor, even: bool = False):
+        self.alive, self.index, self.even, self.width = alive, index, even, index.shape[1]
         self.full: Tensor | None = None
         self.log_gate: Tensor | None = None
         self.log_size: Tensor | None = None
@@ -71,15 +84,16 @@ class Tokens:
         self.touched = False
 
     @classmethod
-    def start(cls, hidden: Tensor, mask: Tensor | None) -> Tokens:
-        """All tokens of ``hidden`` (B, N0, C); ``mask`` (B, N0) is non-zero at real tokens, None if all are real."""
+    def start(cls, hidden: Tensor, mask: Tensor | None, even: bool = False) -> Tokens:
+        """Lay out all tokens of ``hidden`` (B, N0, C); ``mask`` (B, N0) is non-zero at real ones, None: all are real.
+
+        A row without a real token counts as a row of one, its first. ``even``: the mask is known to hold no zero.
+        """
         batch, width = hidden.shape[:2]
         index = torch.arange(width, device=hidden.device).expand(batch, width)
-        if mask is None:
-            return cls(torch.ones(batch, width, dtype=torch.bool, device=hidden.device), index)
-        alive = mask != 0
-        blank = ~alive.any(1)
-        return cls(alive | blank[:, None], index, blank)
+        if mask is None or even:
+            return cls(torch.ones(batch, width, dtype=torch.bool, device=hidden.device), index, True)
+        return cls(with_a_token(mask != 0), index)
 
     @property
     def live(self) -> Tensor:
@@ -214,17 +228,19 @@ class Tokens:
         """A per-token argument of original size, with token dimensions ``dims``, for the tokens that are left."""
         return x
 
-    def mask(self, mask: Tensor | None, dtype: torch.dtype, causal: bool, additive: bool) -> Tensor | None:
-        """A layer's attention mask of original size for the tokens that are left; of the same kind as the one given.
+    def mask(
+        self, mask: Tensor | None, dtype: torch.dtype, causal: bool, additive: bool, needed: bool = False
+    ) -> Tensor | None:
+        """Narrow a layer's attention mask of original size to the tokens that are left; of the same kind.
 
         Kinds: bool (True = attend), additive float, 0/1 integers. None means causal in a ``causal`` model and all
-            elsewhere;
-        it becomes an ``additive`` or a bool one. Soft gates and sizes enter as their logarithm on the key, in an
-        additive mask of ``dtype``.
+        elsewhere; where it can stay None and is not ``needed`` it does, else it becomes an ``additive`` or a bool one. Soft gates and sizes
+        enter as their logarithm on the key, in an additive mask of ``dtype``.
         """
-        alive = self.alive[:, None, None]
         bias = self.key_bias
-        additive = (additive and mask is None) or bias is not None
+        if mask is None and bias is None and self.even and not needed:
+            return None
+        alive, additive = self.alive[:, None, None], (additive and mask is None) or bias is not None
         if mask is None:
             mask = self.index[:, None, :, None] >= self.index[:, None, None] if causal else torch.ones_like(alive)
         elif mask.shape[-2] == 1 or mask.stride(-2) == 0:  # the same for every query
@@ -232,17 +248,11 @@ class Tokens:
         else:
             mask = self.narrow(mask, (-2, -1))
         if mask.shape[-2] > 1:  # a dead row may see nobody any more, which is NaN: let it see itself
-            own = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
-            alive = alive | (own if self.blank is None else own & ~self.blank[:, None, None, None])
+            alive = alive | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
         if additive:
             bias = torch.zeros((), dtype=dtype, device=mask.device) if bias is None else bias[:, None, None]
             if mask.dtype == torch.bool:
-                shut = ~(mask & alive)
-                found = torch.where(shut, torch.finfo(dtype).min, bias.to(dtype))
-                if self.log_size is None or self.blank is None:
-                    return found
-                # -inf, as of a bool mask: what a query that sees nobody gets is the implementation's own
-                return found.masked_fill(shut & self.blank[:, None, None, None], float("-inf"))
+                return torch.where(mask & alive, bias.to(dtype), torch.finfo(dtype).min)
             if mask.is_floating_point():
                 return (mask + bias.to(mask.dtype)).masked_fill(~alive, torch.finfo(mask.dtype).min)
             return mask * (bias > math.log(0.5))
@@ -253,3 +263,236 @@ class Tokens:
     def restore(self, hidden: Tensor) -> Tensor:
         """(B, N0, C): ``hidden`` at the places of the live tokens, the last complete state at all others."""
         raise NotImplementedError
+
+    def put_back(self, hidden: Tensor) -> Tensor:
+        """(B, N0, C): ``hidden`` with every token at its place, merged ones as what holds them; a copy of its own."""
+        restored = self.restore(hidden)
+        return self.unmerge(restored.clone() if restored is self.full else restored)
+
+    def spread(self, weights: Tensor) -> Tensor:
+        """(B, H, N0, N0): attention probabilities (B, H, N, N) at the original places, 0 where a token is gone."""
+        real = (self.alive[:, :, None] & self.alive[:, None])[:, None]
+        weights = weights * real
+        if weights.shape[-1] == self.width:
+            return weights
+        batch, heads, count, _ = weights.shape
+        index = self.index[:, None, None].expand(batch, heads, count, count)
+        wide = weights.new_zeros(batch, heads, count, self.width).scatter(3, index, weights)
+        index = self.index[:, None, :, None].expand_as(wide)
+        return weights.new_zeros(batch, heads, self.width, self.width).scatter(2, index, wide)
+
+
+class Masked(Tokens):
+    """Every token stays in the tensor; the dropped ones are no longer attended to."""
+
+    def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
+        if self.unchanged(keep):
+            return self
+        new = self._copy()
+        new.alive, new.touched, new.even = keep, True, False
+        return new
+
+    def take(self, x: Tensor) -> Tensor:
+        return self.mix(x)
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        return hidden if self.full is None else torch.where(self.alive[..., None], hidden, self.full)
+
+
+class Padded(Tokens):
+    """Rectangular: as wide as the row that keeps the most.
+
+    Attributes:
+        pool: (B, N, C) states before each drop; what is put back is read from them at the end, once.
+        place: (B, N0) long, where in the pool, laid end to end, the last state of each original token lies.
+    """
+
+    source: Tensor | None = None  # (B, N) slots of the layout before
+    pool: tuple[Tensor, ...] = ()
+    place: Tensor | None = None
+
+    def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
+        if self.unchanged(keep):
+            return self
+        slots = keep.shape[1]
+        even = False
+        if not torch.compiler.is_compiling():
+            fewest, width = (int(count) for count in keep.sum(1).aminmax())
+            even = fewest == width
+        elif width is None or torch.compiler.is_exporting():
+            # data-dependent, 2 at least, since 0 and 1 would be specialised; and so in a graph for good, where widths
+            # that follow from the shape make formulas of formulas
+            width = keep.sum(1).max().clamp(min=min(2, slots)).item()
+            compat.check(width >= 2)
+            compat.check(width <= slots)
+        order = torch.arange(slots, 0, -1, device=keep.device)
+        new = self._copy()
+        new.source = (keep * order).topk(width, dim=1).indices  # survivors in their order, then any of the rest
+        new.alive, new.index = keep.gather(1, new.source), self.index.gather(1, new.source)
+        new.touched, new.even = True, even
+        new._biases(self)
+        return new
+
+    def take(self, x: Tensor) -> Tensor:
+        return x if self.source is None else take(self.mix(x), self.source, 1)
+
+    def _follow(self, before: Tokens, x: Tensor) -> Tensor:
+        return x.gather(1, self.source)
+
+    def narrow(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        for dim in dims:
+            x = take(x, self.index, dim)
+        return x
+
+    def leave(self, before: Tokens, states: Tensor) -> None:
+        self.place, self.pool = before.placed(states), (*before.pool, states)
+        if len(self.pool) > 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            pool = torch.cat([x.to(states.dtype) for x in self.pool], 1)  # nobody looks back: one state is enough
+            self.pool, self.place = (take(pool, self.place, 1),), torch.arange(self.place.shape[1], device=pool.device)
+            self.place = self.place.expand(len(pool), -1)
+
+    def placed(self, states: Tensor) -> Tensor:
+        """(B, N0) long: ``place`` once ``states`` (B, N, C), those of the live tokens, are the last of the pool."""
+        slot = sum(x.shape[1] for x in self.pool) + torch.arange(states.shape[1], device=states.device)
+        if self.place is None:  # all are still there
+            return slot.expand_as(self.index)
+        # dead slots write back what is there
+        slot = torch.where(self.alive, slot, self.place.gather(1, self.index))
+        return self.place.scatter(1, self.index, slot)
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        if not self.pool:
+            return hidden
+        pool = [x.to(hidden.dtype) for x in (*self.pool, hidden)]  # autocast may have changed it
+        return take(torch.cat(pool, 1), self.placed(hidden), 1)
+
+
+class Packed(Tokens):
+    """All live tokens of the batch in one row, sequence after sequence.
+
+    Attributes:
+        rows: (T,) long, each token's row of the flattened (B * N0, C) original.
+        lengths: live tokens per sequence.
+        spare: rows behind the last token that hold nothing of worth: of states in bf16 on a CPU each new number of rows
+            costs a new kernel of every layer, so that there are few.
+    """
+
+    rows: Tensor
+    spare: int = 0
+    even: bool = False  # whether there are
+    lengths: list[int]
+    source: Tensor | None = None  # (T,) rows of the layout before
+    owned: bool = False  # ``full`` is a copy of our own, so that without gradients it may be written in place
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        self.touched = True
+        self.origin = tuple(hidden.shape[:2])
+        rows = self.alive.flatten().nonzero()[:, 0]
+        self._lay_out(rows, self.alive.sum(1))
+        self.full, self.even = hidden, hidden.is_cpu and hidden.dtype in EVEN
+        return hidden.flatten(0, 1).index_select(0, self._spared(rows))[None]
+
+    def _spared(self, rows: Tensor) -> Tensor:
+        """``rows`` (T,), and the last of them again to an even number."""
+        if self.even:
+            self.spare = -len(rows) % (COARSE if len(rows) > FEW else FINE)
+        return torch.cat([rows, rows[-1:].expand(self.spare)]) if self.spare else rows
+
+    def _lay_out(self, rows: Tensor, live: Tensor) -> None:
+        self.rows, self.lengths, self.masks = rows, live.tolist(), {}
+        width = max(self.lengths)
+        self.alive = torch.arange(width, device=rows.device) < live[:, None]
+        self.slots = None if min(self.lengths) == width else self.alive.flatten().nonzero()[:, 0]
+        self.index = self.pad((rows % self.origin[1])[None])
+
+    def pad(self, x: Tensor) -> Tensor:
+        if self.slots is None:
+            return x[:, : len(self.rows)].reshape(*self.alive.shape, *x.shape[2:])
+        flat = x.new_zeros(self.alive.numel(), *x.shape[2:]).index_copy(0, self.slots, x[0, : len(self.rows)])
+        return flat.view(*self.alive.shape, *x.shape[2:])
+
+    def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
+        if self.unchanged(keep):
+            return self
+        new = self._copy()
+        source = self._flat(keep)[0].nonzero()[:, 0]
+        new._lay_out(self.rows[source], keep.sum(1))
+        new.source = new._spared(source)
+        for name, (mask, parts) in self.masks.items():  # what lets everything through does so for fewer tokens
+            new.masks[name] = (mask, {sequence: None for sequence, part in parts.items() if part is None})
+        new._biases(self)
+        return new
+
+    def take(self, x: Tensor) -> Tensor:
+        return x if self.source is None else self.mix(x).index_select(1, self.source)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x if self.mixed is None else super().mix(x[:, : self.mixed[0].shape[1]])
+
+    def _flat(self, x: Tensor) -> Tensor:
+        return (x.flatten() if self.slots is None else x.flatten()[self.slots])[None]
+
+    def _rows(self, into: Tensor) -> Tensor:
+        slots = self._flat(into + into.shape[1] * torch.arange(into.shape[0], device=into.device)[:, None])
+        return slots if self.slots is None else torch.searchsorted(self.slots, slots)
+
+    def _follow(self, before: Tokens, x: Tensor) -> Tensor:
+        return self.pad(before._flat(x)[:, self.source])
+
+    def narrow(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        (dim,), rows = dims, self._spared(self.rows)
+        if x.shape[0] == 1:
+            return x.index_select(dim, rows % self.origin[1])
+        return x.movedim(dim, 1).flatten(0, 1).index_select(0, rows)[None].movedim(1, dim)
+
+    def mask(self, mask: Tensor | None, dtype: torch.dtype, causal: bool, additive: bool) -> Tensor | None:
+        return mask  # each sequence cuts its own part, see sequence_mask
+
+    def leave(self, before: Tokens, states: Tensor) -> None:
+        super().leave(before, states)
+        self.owned = True
+
+    def runs(self) -> list[tuple[int, int, int, int]]:
+        """(first sequence, first row, number of sequences, their length) of each run of equally long neighbours."""
+        runs, row, sequence = [], 0, 0
+        for length, group in groupby(self.lengths):
+            count = len(list(group))
+            runs.append((sequence, row, count, length))
+            sequence, row = sequence + count, row + count * length
+        return runs
+
+    def sequence_mask(self, mask: Tensor, sequence: int) -> Tensor | None:
+        """The part of an attention mask of original size (B or 1, 1 or H, N0 or 1, N0) that one sequence needs.
+
+        None where it lets everything through; remembered, since a model hands the same mask to many layers.
+        """
+        memory = self.masks.setdefault(id(mask), (mask, {}))[1]
+        if sequence not in memory:
+            mask = mask[..., :1, :] if mask.stride(-2) == 0 else mask  # the same for every query
+            first = sum(self.lengths[:sequence])
+            at = self.rows[first : first + self.lengths[sequence]] % self.origin[1]
+            part = mask[sequence if len(mask) > 1 else 0].index_select(-1, at)
+            part = (part if part.shape[-2] == 1 else part.index_select(-2, at))[None]
+            free = part.all() if part.dtype == torch.bool else (part == 0).all()
+            memory[sequence] = None if free else part
+        return memory[sequence]
+
+    def biased(self, mask: Tensor | None, sequence: int, count: int, length: int) -> Tensor | None:
+        """An additive attention mask of ``count`` equally long sequences with the sizes of their keys."""
+        if self.log_size is None:
+            return mask
+        bias = self.log_size[sequence : sequence + count, None, None, :length]
+        return bias if mask is None else mask + bias
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        hidden = hidden[:, : len(self.rows)]
+        if len(self.rows) == self.full.shape[0] * self.full.shape[1]:  # all are there, in their order
+            return hidden.reshape(self.full.shape)
+        full = self.full.to(hidden.dtype)  # autocast may have changed it
+        if self.owned and not torch.is_grad_enabled():
+            full.view(-1, full.shape[-1]).index_copy_(0, self.rows, hidden[0])
+            return full
+        return full.flatten(0, 1).index_copy(0, self.rows, hidden[0]).view_as(full)
+
+
+LAYOUTS: dict[str, type[Tokens]] = {"mask": Masked, "padded": Padded, "packed": Packed}

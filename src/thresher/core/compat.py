@@ -1,0 +1,107 @@
+"""Every private name of transformers and torch that Thresher relies on; each was last seen in the version beside it.
+
+One test per name (tests/core/test_compat.py) says that it is still there and still means this, so that a release that
+moves one is a single red line with the name of the thing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import (  # 5.23
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    sdpa_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # 5.23
+from transformers.utils.import_utils import is_tracing  # 5.23
+
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "ALL_MASK_ATTENTION_FUNCTIONS",
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "bidirectional_mask_function",
+    "is_tracing",
+    "sdpa_mask",
+]
+ATTENTION_CALL = "attention_interface("  # 5.23: how an attention module's forward calls the configured function
+
+
+# --- the attention implementation: 5.23 ------------------------------------------------------------------------------
+def attention_implementation(model: PreTrainedModel) -> str:
+    """The name of the attention function that ``model`` is configured with."""
+    return model.config._attn_implementation
+
+
+def can_set_attention(model: PreTrainedModel) -> bool:
+    """Whether the attention function of ``model`` can be exchanged."""
+    return model._can_set_attn_implementation()
+
+
+def attention_function(module: nn.Module, name: str):
+    """transformers' attention function of that name; "eager" lives in the model's own file."""
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+# --- what a layer is and does: 5.23 ----------------------------------------------------------------------------------
+def recorded_layer_class(model: PreTrainedModel) -> type[nn.Module] | None:
+    """The class of the layers of ``model``, by transformers' own record of where hidden states come from."""
+    spec = (getattr(model, "_can_record_outputs", None) or {}).get("hidden_states")
+    spec = spec[0] if isinstance(spec, (list, tuple)) and spec else spec
+    target = getattr(spec, "target_class", spec)
+    return target if isinstance(target, type) else None
+
+
+@cache
+def source(kind: type[nn.Module]) -> str:
+    """The text of the forward of a class of modules; empty where there is none to read."""
+    try:
+        return inspect.getsource(inspect.unwrap(kind.forward))
+    except (OSError, TypeError):
+        return ""
+
+
+def calls_attention_interface(module: nn.Module) -> bool:
+    """Whether a module calls the configured attention function."""
+    return ATTENTION_CALL in source(type(module))
+
+
+def hands_on(module: nn.Module, call: str) -> bool:
+    """Whether a forward passes its ``**kwargs`` to ``call``; read from the source, as transformers does in such
+    questions."""
+    return bool(re.search(r"\*\*\w+", source(type(module)).partition(call)[2]))
+
+
+def reads_binary_mask(module: nn.Module) -> bool:
+    """Whether a module reads its attention mask as 0/1 (DeBERTa)."""
+    return "attention_mask.bool()" in source(type(module))
+
+
+def frames_mask(model: PreTrainedModel, frames: int, mask: Tensor) -> Tensor | None:
+    """(B, ``frames``): the mask of samples (B, samples) for the frames that the layers see; None: the model has no such
+    rule."""
+    rule = getattr(model, "_get_feature_vector_attention_mask", None)
+    return None if rule is None else rule(frames, mask)
+
+
+# --- where a model came from: 5.23 -----------------------------------------------------------------------------------
+def name_or_path(config: Any) -> str:
+    """The folder or hub id that a configuration was loaded from; empty: it was made by hand."""
+    return getattr(config, "_name_or_path", "") or ""
+
+
+# --- torch: 2.13 -----------------------------------------------------------------------------------------------------
+def check(condition: Any) -> None:
+    """Tell a graph under construction that a symbolic condition holds."""
+    torch._check(condition)

@@ -1,0 +1,134 @@
+"""Attention probabilities and what scores take of them: pure functions of queries, keys and masks.
+
+Shapes: B batch, H heads, N tokens, d channels of a head. A *statistic* is a function ``reduce(weights, votes)`` of the
+probabilities (B, h, N, N) of some heads before dropout and of the votes of the query rows (B, N); it returns (B, N),
+summed over these heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 4_000_000  # attention probabilities held at once while scoring
+CACHED = 300_000  # and while attending as well, so that they do not leave a core's cache
+Statistic = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """How an attention function makes logits of products: scale, cap softly, and let each head's sink take a share.
+
+    Attributes:
+        scaling: of the products.
+        softcap: c of c tanh(logits / c), before the mask (Gemma 2); None: no cap.
+        sinks: (H,) logits of a key that is not there (gpt-oss); None: no sinks.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether they are scaled products and nothing else."""
+        return self.softcap is None and self.sinks is None
+
+    def cap(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+    def softmax(self, logits: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Probabilities of fp32 ``logits`` (B, h, ..., N) of some ``heads``."""
+        if self.sinks is None:
+            return logits.softmax(-1, dtype=torch.float32)
+        sinks = self.sinks[heads].float().view(1, -1, *[1] * (logits.dim() - 2)).expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sinks], -1).softmax(-1, dtype=torch.float32)[..., :-1]
+
+
+def columns(weights: Tensor, votes: Tensor) -> Tensor:
+    """(B, N): the attention each token receives. A product is quicker than a sum over rows."""
+    return (votes[:, None, None].float() @ weights).sum(1)[:, 0]
+
+
+def repeat_heads(key: Tensor, query: Tensor) -> Tensor:
+    """Keys of grouped-query attention, one per query head."""
+    return key if key.shape[1] == query.shape[1] else key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+
+def additive(mask: Tensor | None, length: int, causal: bool, device: torch.device) -> Tensor | None:
+    """An attention mask as fp32 bias; None means causal among ``length`` tokens where ``causal``, and nothing elsewhere."""
+    if mask is None:
+        if not causal:
+            return None
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if mask.dtype == torch.bool:
+        return torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    return mask.float().clamp(min=torch.finfo(torch.float32).min)  # a row of -inf would be NaN
+
+
+def of_heads(bias: Tensor, heads: slice) -> Tensor:
+    """The part of a bias that some heads need."""
+    return bias if bias.dim() < 4 or bias.shape[1] == 1 else bias[:, heads]
+
+
+def reduce_over_heads(
+    query: Tensor, key: Tensor, bias: Tensor | None, votes: Tensor, logits: Logits, reduce: Statistic
+) -> Tensor:
+    """(B, N) fp32: a statistic of the attention probabilities, the mean over heads.
+
+    One chunk of heads at a time: the probabilities of all heads at once cost several times as much from N = 256 up.
+    """
+    heads, key = query.shape[1], repeat_heads(key, query)
+    step = heads  # a graph knows no sizes
+    if not torch.compiler.is_compiling():
+        step = max(1, CHUNK // max(1, query.shape[0] * query.shape[2] * key.shape[2]))
+    total = 0
+    with torch.autocast(query.device.type, enabled=False):
+        for h in range(0, heads, step):
+            some = slice(h, h + step)
+            product = (query[:, some].float() * logits.scaling) @ key[:, some].float().transpose(-1, -2)
+            product = logits.cap(product)
+            product = product if bias is None else product + of_heads(bias, some)
+            total = total + reduce(logits.softmax(product, some), votes)
+    return total / heads
+
+
+def attend_and_score(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    votes: Tensor | None = None,
+    reduce: Statistic = columns,
+) -> tuple[Tensor, Tensor]:
+    """Attend, and take a statistic of the probabilities on the way: one product of queries and keys instead of two.
+
+    Shapes: query (B, H, N, d), key and value with H or fewer heads, ``votes`` (B, N) of the query rows, None where all
+    have one; returns (B, N, H, d) and (B, N) fp32.
+    """
+    batch, heads, length, _ = query.shape
+    query, key, value = query * scaling, repeat_heads(key, query).transpose(-1, -2), repeat_heads(value, query)
+    step, outputs, total = heads, [], 0  # a graph knows no sizes
+    if not torch.compiler.is_compiling():
+        step = max(1, CACHED // (batch * length * length))
+    votes = torch.ones(batch, length, device=query.device) if votes is None else votes
+    if torch.is_autocast_enabled(query.device.type):  # which would round the scores
+        query, key = query.float(), key.float()
+    with torch.autocast(query.device.type, enabled=False):
+        for h in range(0, heads, step):
+            some = slice(h, h + step)
+            product = query[:, some] @ key[:, some]
+            product = product if bias is None else product + of_heads(bias, some)
+            weights = product.softmax(-1, dtype=torch.float32)
+            outputs.append(weights.to(value.dtype) @ value[:, some])
+            total = total + reduce(weights, votes)
+    return joined(outputs, 1).transpose(1, 2), total / heads
+
+
+def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """``parts`` behind each other; no copy where there is one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -1,0 +1,252 @@
+"""What a method sees of one layer at which tokens leave. Everything is (B, N, ...), whatever the layout.
+
+Shapes: B batch, N tokens, H heads, d channels of a head, C channels of a state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .scoring import CHUNK, Logits, Statistic, additive, columns, reduce_over_heads, repeat_heads
+from .tokens import CLOSED_LOG, Packed, Tokens, take
+
+if TYPE_CHECKING:
+    from .pruner import Choice
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """What a layer's attention function was given: query (B, H, N, d), key and value, all (1, H, T, d) when packed."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    causal: bool  # what the absence of a mask means
+    logits: Logits
+
+    def bias(self, mask: Tensor | None, length: int) -> Tensor | None:
+        """``mask`` as fp32 bias of ``length`` queries."""
+        return additive(mask, length, self.causal, self.query.device)
+
+
+class Site:
+    """One layer of one forward at which tokens may leave: what the layer shows, and what is decided.
+
+    Attributes:
+        layer: 0-based number of the layer call.
+        number: position of the layer in the method's ``at``; -1 where it has none.
+        tokens: the tokens that entered the layer.
+        protected: (B, N) bool, tokens that never leave.
+        statistic: what the score takes of the attention probabilities, where it is made with the attention; None: it
+            is not.
+        inputs, weights, scores: what the layer showed: the inputs of its attention function, its probabilities
+            (B, H, N, N), or the statistic (B, N).
+        score: (B, N), the importance score, once it was made.
+        choice: the method's choice, once it was made.
+        after: the tokens that go on, once they are known.
+        previous: the site before this one.
+    """
+
+    __slots__ = (
+        "after",
+        "choice",
+        "hidden",
+        "inputs",
+        "layer",
+        "number",
+        "previous",
+        "protected",
+        "score",
+        "scores",
+        "statistic",
+        "tokens",
+        "weights",
+    )
+
+    def __init__(self, layer: int, number: int, tokens: Tokens, protected: Tensor, hidden: Tensor | None):
+        self.layer, self.number, self.tokens, self.protected, self.hidden = layer, number, tokens, protected, hidden
+        self.statistic: Statistic | None = None
+        self.inputs: AttentionInputs | None = None
+        self.weights: Tensor | None = None
+        self.scores: Tensor | None = None
+        self.score: Tensor | None = None
+        self.choice: Choice | None = None
+        self.after: Tokens | None = None
+        self.previous: Site | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the layer has shown its attention."""
+        return self.inputs is not None or self.weights is not None
+
+    @property
+    def alive(self) -> Tensor:
+        """(B, N) bool, the live tokens."""
+        return self.tokens.alive
+
+    @property
+    def keep(self) -> Tensor:
+        """(B, N) bool, the tokens that stay; all live ones where nothing was decided."""
+        return self.tokens.alive if self.choice is None else self.choice.keep
+
+    @property
+    def open(self) -> Tensor:
+        """(B, N) bool: the live tokens whose gate is not closed in a soft stage."""
+        gate = self.tokens.log_gate
+        return self.alive if gate is None else self.alive & (gate > CLOSED_LOG)
+
+    @property
+    def view(self) -> View:
+        """What a method may see."""
+        return View(self.layer, self.number, self.tokens, self.protected, self)
+
+    def release(self) -> None:
+        """Let go of the layer's tensors; the decision and the score stay."""
+        self.inputs = self.weights = self.hidden = self.scores = self.previous = None
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What a method sees of one layer; read only.
+
+    Attributes:
+        layer: 0-based number of the layer call.
+        site: position of the layer in the method's ``at``.
+        tokens: the tokens that entered the layer.
+        protected: (B, N) bool, tokens that never leave.
+    """
+
+    layer: int
+    site: int
+    tokens: Tokens
+    protected: Tensor
+    _shown: Site
+
+    @property
+    def alive(self) -> Tensor:
+        """(B, N) bool, the live tokens."""
+        return self.tokens.alive
+
+    @property
+    def open(self) -> Tensor:
+        """(B, N) bool: the live tokens whose gate is not closed in a soft stage."""
+        return self._shown.open
+
+    @property
+    def free(self) -> Tensor:
+        """(B, N) bool: the open tokens that may leave."""
+        return self.open & ~self.protected
+
+    @property
+    def previous(self) -> Site | None:
+        """The site before this one in the same forward, with its tokens and its score; None at the first."""
+        return self._shown.previous
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, N, C), the states that entered the layer."""
+        return self.tokens.pad(self._shown.hidden)
+
+    @property
+    def key(self) -> Tensor:
+        """(B, H, N, d), the keys of the layer.
+
+        Raises:
+            RuntimeError: the layer shows its attention probabilities alone.
+        """
+        return self._padded(self._inputs("keys").key)
+
+    @property
+    def value(self) -> Tensor:
+        """(B, H, N, d), the values of the layer, H as of the keys; raises as ``key`` does."""
+        return self._padded(self._inputs("values").value)
+
+    def _inputs(self, what: str) -> AttentionInputs:
+        if self._shown.inputs is None:
+            raise RuntimeError(
+                f"layer {self.layer} shows its attention probabilities and not its {what}: choose a method that needs "
+                f"no {what} for this model"
+            )
+        return self._shown.inputs
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return self.tokens.pad(x.transpose(1, 2)).transpose(1, 2)
+
+    @property
+    def readout(self) -> Tensor:
+        """(B,) slot of the token that the head reads: the first protected one, else the first live one."""
+        some = self.protected.any(1, keepdim=True)
+        return (self.protected | self.alive & ~some).long().argmax(1)
+
+    def attention_received(self) -> Tensor:
+        """(B, N) fp32: the attention each token receives, relative to uniform attention (live tokens average 1).
+
+        The mean over heads and live query rows of the attention probabilities before dropout (LTP eq. 1, "column
+        mean"), times the number of live tokens, so that thresholds carry over lengths. Padding and dead tokens neither
+        vote nor receive; in a soft stage each row votes with its gate.
+        """
+        return self.reduce_attention(columns)
+
+    def reduce_attention(self, reduce: Statistic) -> Tensor:
+        """(B, N) fp32: a statistic of the attention probabilities (see ``scoring``), mean over heads; 0 at dead slots."""
+        shown = self._shown
+        if shown.scores is not None and reduce is shown.statistic:
+            scores = shown.scores
+        elif shown.weights is not None:
+            with torch.autocast(shown.weights.device.type, enabled=False):
+                scores = reduce(shown.weights.float(), self.tokens.votes) / shown.weights.shape[1]
+        elif isinstance(self.tokens, Packed):
+            scores = self._reduce_packed(shown.inputs, reduce)
+        else:
+            given = shown.inputs
+            bias = given.bias(given.mask, given.query.shape[-2])
+            scores = reduce_over_heads(given.query, given.key, bias, self.tokens.votes, given.logits, reduce)
+        return scores.masked_fill(~self.alive, 0.0)
+
+    def _reduce_packed(self, given: AttentionInputs, reduce: Statistic) -> Tensor:
+        parts = []
+        for sequence, row, count, length in self.tokens.runs():
+            q, k = (
+                x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1)
+                for x in (given.query, given.key)
+            )
+            step = 1 if given.mask is not None else max(1, CHUNK // max(1, length * length))
+            for i in range(0, count, step):
+                mask = None if given.mask is None else self.tokens.sequence_mask(given.mask, sequence + i)
+                some = q[i : i + step]
+                causal = given.mask is None and given.causal  # a part without a mask lets everything through
+                bias = additive(mask, length, causal, q.device)
+                bias = self.tokens.biased(bias, sequence + i, len(some), length)
+                votes = q.new_ones(len(some), length, dtype=torch.float32)
+                parts.append(reduce_over_heads(some, k[i : i + step], bias, votes, given.logits, reduce).flatten())
+        return self.tokens.pad(torch.cat(parts)[None])
+
+    def attention_from(self, slot: Tensor) -> Tensor:
+        """(B, H, N) fp32: attention probabilities of one query row per sequence, at ``slot`` (B,)."""
+        weights = self._shown.weights
+        if weights is not None:
+            at = slot.view(-1, 1, 1, 1).expand(-1, weights.shape[1], 1, weights.shape[-1])
+            return weights.gather(2, at)[:, :, 0].float()
+        given, row, packed = self._shown.inputs, slot[:, None], isinstance(self.tokens, Packed)
+        query, mask = self._padded(given.query), given.mask
+        at = slot.view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[-1])
+        with torch.autocast(query.device.type, enabled=False):
+            key = repeat_heads(self.key, query).float().transpose(-1, -2)
+            logits = given.logits.cap(query.gather(2, at).float() @ key * given.logits.scaling)
+        if mask is None and given.causal:
+            mask = (torch.arange(query.shape[2], device=query.device) <= row)[:, None, None]
+        elif mask is not None:  # in packed rows of original size
+            if mask.shape[-2] > 1:
+                mask = take(mask, self.tokens.index.gather(1, row) if packed else row, -2)
+            mask = take(mask, self.tokens.index, -1) if packed else mask
+        bias = additive(mask, 1, False, query.device)  # with the soft gates and sizes, where there are any
+        if packed and self.tokens.log_size is not None:
+            logits = logits + self.tokens.log_size[:, None, None]
+        logits = logits[:, :, 0] if bias is None else (logits + bias)[:, :, 0]
+        return given.logits.softmax(logits.masked_fill(~self.alive[:, None], float("-inf")))

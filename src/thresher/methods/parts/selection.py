@@ -1,0 +1,40 @@
+"""Choosing by score: ranks, the k best, how many k is. Shapes: B rows, N tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def ranks(score: Tensor, alive: Tensor) -> Tensor:
+    """(B, N) long: the place of each live token by its score, 0 the best, the others behind; ties go to the lower
+    position."""
+    order = score.masked_fill(~alive, float("-inf")).sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, places)
+
+
+def top_k(score: Tensor, k: Tensor, alive: Tensor) -> Tensor:
+    """(B, N) bool: the ``k`` (B,) best-scored live tokens of each row."""
+    return (ranks(score, alive) < k[:, None]) & alive
+
+
+def kept_count(keep: float | int, live: Tensor, protected: Tensor | int = 0) -> Tensor:
+    """(B,) = max(protected, 1, ceil(keep * live)) for a share, in thousandths; a count is clipped to ``live`` (B,)."""
+    if isinstance(keep, int):
+        k = live.clamp(max=keep)
+    else:
+        k = live * round(keep * 1000) + 999
+        k = (k - k % 1000) // 1000  # OpenVINO fuses a division by whole numbers into one that rounds
+    return torch.maximum(k.clamp(min=1), torch.as_tensor(protected, device=live.device))
+
+
+def check_keep(keep: Any, what: str = "keep", counts: bool = True) -> None:
+    """Raise ValueError unless ``keep`` is a share in (0, 1], or where ``counts`` are possible a count >= 1."""
+    share = isinstance(keep, float) and 0 < keep <= 1
+    count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+    if not share and not (counts and count):
+        also = " or a whole number of tokens from 1 up" if counts else ", as in 0.5; a number of tokens is not possible"
+        raise ValueError(f"{what}={keep!r}: expected a share in (0, 1]{also}")
