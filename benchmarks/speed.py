@@ -176,8 +176,8 @@ def measure_choice(entry, runs: Path) -> list[dict]:
     from transformers import BertConfig, BertModel
 
     from thresher import Threshold, TopK, prune
-    from thresher.core.attention import View
-    from thresher.core.layouts import Padded
+    from thresher.core.tokens import Padded
+    from thresher.core.view import View
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row
 

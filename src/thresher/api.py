@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import methods  # noqa: F401  makes the methods known by name
 from .checkpoint import CONFIG_KEY, Entry, Stored, load_into, stored_at, stored_with, tensors_of
+from .core.architecture import Architecture
 from .core.hooks import Hooks
-from .core.layouts import LAYOUTS
-from .core.pruner import MODULE, ModelInfo, TokenPruner, pruner_of
+from .core.pruner import MODULE, TokenPruner, pruner_of
+from .core.tokens import LAYOUTS
 
 
 def prune(
@@ -70,7 +71,7 @@ def prune(
         raise ValueError(f"an adapter of {kind} saves no module beside its own: prune the model without it")
     hooks = Hooks(target, method, layout, None if before is None else before.hooks.original)
     if method is not before:
-        _bind(method, hooks.info)
+        _bind(method, hooks.architecture)
     if entry is not None and stored is None and tensors_of(method):
         stored = stored_with(target, _weights_of(target))
     if stored is not None:
@@ -122,14 +123,14 @@ def _saved_entry(model: nn.Module, target: PreTrainedModel, stored: Stored | Non
     return getattr(target.config, CONFIG_KEY)
 
 
-def _bind(method: TokenPruner, info: ModelInfo) -> None:
+def _bind(method: TokenPruner, info: Architecture) -> None:
     """Fit a method to a model; what one that is fitted has learned is kept where it fits this model, too."""
-    if method.info is None or not tensors_of(method):
+    if method.architecture is None or not tensors_of(method):
         method.bind(info)
-    elif method.info != info:
+    elif not method.architecture.fits(info):
         raise ValueError(
-            f"this {type(method).__name__} has learned for another model, a {method.info.name} with "
-            f"{method.info.depth} layers: make a new one for this {info.name}"
+            f"this {type(method).__name__} has learned for another model, a {method.architecture.name} with "
+            f"{method.architecture.depth} layers: make a new one for this {info.name}"
         )
 
 
@@ -215,11 +216,10 @@ def unprune(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def dense(model: nn.Module, *, unpadded: bool = False) -> Iterator[nn.Module]:
-    """Within the context nothing is pruned.
+    """Within the context nothing is pruned, in this thread.
 
     Args:
-        unpadded: keep the layout at work, with every token kept: under packed the dense model without its padding,
-            which is what pruning has to be compared with.
+        unpadded: keep the layout at work, with every token kept: under packed the dense model without its padding.
 
     Example:
         >>> with dense(model):
@@ -228,8 +228,24 @@ def dense(model: nn.Module, *, unpadded: bool = False) -> Iterator[nn.Module]:
     pruner = pruner_of(inner_model(model))
     if pruner is None:
         raise ValueError(f"{type(model).__name__} is not pruned: it is dense already")
-    before, pruner.hooks.mode = pruner.hooks.mode, "unpadded" if unpadded else "dense"
-    try:
+    with pruner.hooks.asking(mode="unpadded" if unpadded else "dense"):
         yield model
-    finally:
-        pruner.hooks.mode = before
+
+
+@contextmanager
+def calling(model: nn.Module, *, protect: Tensor | None = None, counts: Tensor | None = None) -> Iterator[nn.Module]:
+    """Within the context the calls of this thread have a say in which tokens stay.
+
+    Args:
+        protect: (B, N) bool, tokens of this batch that never leave, in place of the method's own.
+        counts: (B, S) long, how many tokens each row keeps at each site, for ``keep="replay"``.
+
+    Example:
+        >>> with calling(model, protect=batch["input_ids"] == tokenizer.sep_token_id):
+        ...     logits = model(**batch).logits
+    """
+    pruner = pruner_of(inner_model(model))
+    if pruner is None:
+        raise ValueError(f"{type(model).__name__} is not pruned: prune() it first")
+    with pruner.hooks.asking(protect=protect, counts=counts):
+        yield model

@@ -12,7 +12,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from support.families import FAMILIES
 from thresher import TokenPruner, prune
 from thresher.core.attention import key_mask
-from thresher.core.layouts import LAYOUTS
+from thresher.core.tokens import LAYOUTS
 
 SEEN = ("bert", "distilbert", "albert", "mpnet", "deberta-v2", "modernbert", "vit", "whisper-encoder", "llama", "qwen3")
 AT = (0, 1, 2)
@@ -38,8 +38,8 @@ class Watcher(TokenPruner):
         return {
             "received": view.attention_received(),
             "hidden": view.hidden,
-            "first": view.rows(first).transpose(1, 2),
-            "last": view.rows(last).transpose(1, 2),
+            "first": view.attention_from(first).transpose(1, 2),
+            "last": view.attention_from(last).transpose(1, 2),
             "key": view.key.transpose(1, 2) if ready else view.hidden,
             "alive": view.alive,
         }
@@ -133,7 +133,7 @@ def test_keys_are_the_projections_of_the_layer(layout):
 def test_scores_do_not_depend_on_how_many_probabilities_fit_at_once(family, monkeypatch):
     batch = FAMILIES[family].batch((10, 10, 10, 6))
     expected = watch(family, "packed", batch)
-    monkeypatch.setattr("thresher.core.attention.CHUNK", 150)
+    monkeypatch.setattr("thresher.core.view.CHUNK", 150)
     for layout in LAYOUTS:
         for found, wanted in zip(watch(family, layout, batch), expected, strict=True):
             torch.testing.assert_close(

@@ -9,8 +9,8 @@ from torch import nn
 from support.families import FAMILIES
 from thresher import LTP, FirstK, TopK, dense, prune
 from thresher.core.cost import LatencyTable, LayerCost, LayerCount, between, dense_macs, macs, tokens_by_layer
-from thresher.core.layouts import LAYOUTS
-from thresher.core.pruner import kept_count
+from thresher.core.tokens import LAYOUTS
+from thresher.methods.parts.selection import kept_count
 
 C, INNER = 32, 64  # of the tiny models
 
@@ -53,7 +53,7 @@ def test_costs_are_the_sizes_of_the_linear_maps(family):
     """Every multiplication that a hook on the linear maps sees, in the dense model without padding."""
     source = FAMILIES[family]
     model = prune(source.build(), TopK(keep=0.5))
-    stack, seen = model.token_pruner.hooks.stack, []
+    stack, seen = model.token_pruner.hooks.architecture, []
 
     def note(module, args):
         seen.append((module.weight.numel(), args[0].shape[:-1].numel()))
@@ -73,7 +73,7 @@ def test_a_soft_stage_counts_expected_tokens():
     method.progress = 0.0
     FAMILIES["bert"].run(model, FAMILIES["bert"].batch((12, 7)))
     first, second = method.record.counts[:2]
-    gates = method.record.views[0].tokens.live, method.record.views[1].tokens.live
+    gates = method.record.sites[0].tokens.live, method.record.sites[1].tokens.live
     assert torch.equal(first.n_attention, gates[0]) and torch.equal(first.n_ffn, gates[1])
     assert torch.equal(second.n_attention, gates[1]) and (gates[1] < gates[0]).all()
     assert method.record.flops_fraction().requires_grad
@@ -109,7 +109,7 @@ def test_a_schedule_is_counted_as_it_runs(family):
     model = prune(FAMILIES[family].build(), TopK(keep=0.5, at=(1, 2)))
     FAMILIES[family].run(model, FAMILIES[family].batch((12, 7), width=20))
     pruner, half = model.token_pruner, lambda n: kept_count(0.5, n)
-    info, record = pruner.info, pruner.record
+    info, record = pruner.architecture, pruner.record
     counts = tokens_by_layer(
         torch.tensor([12, 7]), dict.fromkeys(pruner.sites, half), range(info.depth), inside=info.inside
     )

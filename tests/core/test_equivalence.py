@@ -15,7 +15,7 @@ import torch
 from support.families import FAMILIES, difference
 from support.methods import METHODS, refusal
 from thresher import TopK, prune
-from thresher.core.layouts import LAYOUTS, Packed
+from thresher.core.tokens import LAYOUTS, Packed
 
 TOLERANCE = 1e-5
 
@@ -84,8 +84,8 @@ def test_executors_agree_without_padding_and_on_runs_of_equal_length(family, len
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.packed])
 def test_spare_rows_change_nothing(family, monkeypatch):
-    monkeypatch.setattr("thresher.core.layouts.EVEN", (torch.float32,))
-    monkeypatch.setattr("thresher.core.layouts.FEW", 20)  # more rows than that come in larger steps
+    monkeypatch.setattr("thresher.core.tokens.EVEN", (torch.float32,))
+    monkeypatch.setattr("thresher.core.tokens.FEW", 20)  # more rows than that come in larger steps
     seen, enter = [], Packed.enter
     monkeypatch.setattr(Packed, "enter", lambda *given: seen.append(enter(*given)) or seen[-1])
     answers = answers_of(family, METHODS["topk"][1](), "packed", FAMILIES[family].batch())[0]

@@ -10,7 +10,7 @@ import torch
 
 from support.families import FAMILIES
 from thresher import LTP, TopK, prune
-from thresher.core.layouts import LAYOUTS
+from thresher.core.tokens import LAYOUTS
 
 TRAINED = ("bert", "distilbert", "deberta-v2", "modernbert", "vit")
 RUN = [(f, e) for f in FAMILIES for e in ("padded", "packed") if FAMILIES[f].packed or e != "packed"]
@@ -84,7 +84,7 @@ def test_the_task_loss_reaches_the_thresholds(family):
     model = trained(family, method)
     FAMILIES[family].answers(model, FAMILIES[family].batch())["output"].pow(2).sum().backward()
     followed = [
-        layer < model.token_pruner.info.depth - 1 for layer in method.sites
+        layer < model.token_pruner.architecture.depth - 1 for layer in method.sites
     ]  # no attention follows the last layer
     assert [bool(g) for g in method.threshold.grad.abs() > 0] == followed
 
@@ -111,8 +111,8 @@ def test_gates_of_zero_and_one_are_hard_pruning(family):
         record.append([row["tokens_kept"] for row in model.token_pruner.report])
     assert record[0] == pytest.approx(record[1])
     assert record[1][-1] < 0.95 * record[1][0]
-    seen = model.token_pruner.record.views[-1].after.alive
-    if not model.token_pruner.info.reads_first_only:
+    seen = model.token_pruner.record.sites[-1].after.alive
+    if not model.token_pruner.architecture.reads_first_only:
         seen = torch.ones_like(seen)
     seen = seen[batch["attention_mask"].bool()] if "attention_mask" in batch else seen
     torch.testing.assert_close(soft["states"][seen], hard["states"][seen], atol=1e-5, rtol=1e-5)

@@ -13,7 +13,7 @@ from transformers import BertModel, PreTrainedModel
 from support.families import FAMILIES, difference
 from support.methods import METHODS
 from thresher import LTP, FirstK, Random, Threshold, TopK, dense, prune, unprune
-from thresher.core.layouts import LAYOUTS
+from thresher.core.tokens import LAYOUTS
 
 KINDS = ("bert", "distilbert", "mpnet", "modernbert", "vit", "llama")
 everywhere = pytest.mark.parametrize("layout", LAYOUTS)
@@ -261,7 +261,7 @@ def test_special_tokens_always_stay(family, kept, method, layout):
     model = prune(source.build(), method, layout=layout)
     batch = source.batch((24, 18, 10))
     answer(family, model, batch)
-    last = model.token_pruner.record.views[-1].after
+    last = model.token_pruner.record.sites[-1].after
     lengths = batch["attention_mask"].sum(1).tolist() if "attention_mask" in batch else [0] * 3
     for index, alive, length in zip(last.index, last.alive, lengths, strict=True):
         assert {p - length if family == "llama" else p for p in index[alive].tolist()} == kept

@@ -10,7 +10,7 @@ import torch
 from support.families import FAMILIES, difference
 from support.methods import METHODS, REFUSES
 from thresher import Threshold, TopK, dense, prune
-from thresher.core.layouts import LAYOUTS
+from thresher.core.tokens import LAYOUTS
 
 TOLERANCE = 1e-5
 TEXT = ("bert", "distilbert", "deberta-v2", "modernbert", "llama")
@@ -143,6 +143,6 @@ def test_padding_never_reaches_a_score(family, layout):
     scores = []
     for width in (24, 40):
         rows(family, model, source.batch(width=width))
-        scores.append([view.score[view.alive] for view in model.token_pruner.record.views])
+        scores.append([view.score[view.alive] for view in model.token_pruner.record.sites])
     for narrow, wide in zip(*scores, strict=True):
         torch.testing.assert_close(narrow, wide, atol=TOLERANCE, rtol=0)

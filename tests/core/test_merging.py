@@ -10,7 +10,7 @@ import torch
 
 from support.families import FAMILIES, difference
 from thresher import ATS, LTMP, EViT, ToFu, ToMe, prune
-from thresher.core.layouts import LAYOUTS
+from thresher.core.tokens import LAYOUTS
 
 VIT, BERT = FAMILIES["vit"], FAMILIES["bert"]
 
@@ -88,7 +88,7 @@ def test_evit_fuses_the_rest_by_the_attention_of_the_class_token(layout):
     place = {j: i for i, j in enumerate(sorted(rows))}
     wanted = torch.stack([x[0, place[rest[0] if j in rest else j]] for j in range(12)])
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-    (view,) = model.token_pruner.record.views
+    (view,) = model.token_pruner.record.sites
     assert view.keep.sum() == 7
 
 
@@ -112,8 +112,8 @@ def test_matching_is_counted():
     model = prune(BERT.build(), method)
     with torch.no_grad():
         BERT.run(model, BERT.batch((24,)))
-    cost, count = model.token_pruner.info.costs[1], method.record.counts[1]
-    head = method.info.hidden // model.config.num_attention_heads
+    cost, count = model.token_pruner.architecture.costs[1], method.record.counts[1]
+    head = method.architecture.hidden // model.config.num_attention_heads
     wanted = cost.macs(24, 18) + 24 * 24 * head / 4
     assert method.report[1]["macs"] == wanted == cost.macs(24, 18, spent=count.spent).item()
 
@@ -135,7 +135,7 @@ def test_ltmp_merges_what_is_alike_and_drops_what_is_not():
         prune(model, method)
         method.threshold.fill_(0.9)
         model(**batch)
-    (view,) = method.record.views
+    (view,) = method.record.sites
     into, alike = matched(key, list(range(1, 16)), 8), view.alike[0]
     merged = {i: j for i, j in into.items() if alike[i] >= 0.8}
     kept = [j for j in range(16) if j == 0 or (j not in merged and received[j] >= 0.9)]

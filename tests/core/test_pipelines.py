@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from support.families import FAMILIES
 from thresher import LTP, TopK, prune, unprune
-from thresher.core.layouts import LAYOUTS
+from thresher.core.tokens import LAYOUTS
 
 WORDS = [
     "the",

@@ -9,8 +9,8 @@ import torch
 
 from support.families import FAMILIES
 from thresher import ATS, VATP, Entropy, SpAtten, Transkimmer, prune
-from thresher.core.attention import View
-from thresher.core.layouts import LAYOUTS
+from thresher.core.tokens import LAYOUTS
+from thresher.core.view import View
 
 BERT, LENGTHS = FAMILIES["bert"], (24, 18, 10)
 
@@ -33,7 +33,7 @@ def scores(method, layout: str) -> list[list[list[float]]]:
     model = prune(BERT.build(), method, layout=layout)
     with torch.no_grad():
         BERT.run(model, BERT.batch(LENGTHS))
-    return [[s[a].tolist() for s, a in zip(v.score, v.alive, strict=True)] for v in model.token_pruner.record.views]
+    return [[s[a].tolist() for s, a in zip(v.score, v.alive, strict=True)] for v in model.token_pruner.record.sites]
 
 
 def by_hand(name: str, weights, value) -> list[float]:
@@ -69,7 +69,7 @@ def test_ats_in_a_decoder_asks_the_last_token():
     model = prune(family.build(), ATS(keep=0.9, at=(1,)))
     with torch.no_grad():
         family.run(model, family.batch(LENGTHS))
-    (view,) = model.token_pruner.record.views
+    (view,) = model.token_pruner.record.sites
     kept, live = view.keep.sum(1), view.alive.sum(1)
     assert ((kept > 3) & (kept < live)).all()
 
@@ -81,7 +81,7 @@ def test_spatten_adds_up_what_the_survivors_received(layout, monkeypatch):
     model = prune(BERT.build(), SpAtten(keep=0.5, at=(0, 1, 2)), layout=layout)
     with torch.no_grad():
         BERT.run(model, BERT.batch(LENGTHS))
-    first, *_ = views = model.token_pruner.record.views
+    first, *_ = views = model.token_pruner.record.sites
     for row, length in enumerate(LENGTHS):
         weights, _ = layers(length, row)[0]
         torch.testing.assert_close(first.score[row, first.alive[row]], weights.mean(0).sum(0), atol=1e-5, rtol=1e-5)
@@ -110,7 +110,7 @@ def test_ats_keeps_what_points_on_the_distribution_hit(keep):
     model = prune(BERT.build(), ATS(keep=keep, at=(1,)))
     with torch.no_grad():
         BERT.run(model, BERT.batch(LENGTHS))
-    (view,) = model.token_pruner.record.views
+    (view,) = model.token_pruner.record.sites
     for row, length in enumerate(LENGTHS):
         most = min(keep, length) if isinstance(keep, int) else math.ceil(keep * length)
         points = most - 1  # the first token stays anyhow

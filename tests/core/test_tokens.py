@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher.core.layouts import LAYOUTS, Masked, Packed, Padded
-from thresher.core.tokens import take
+from thresher.core.tokens import LAYOUTS, Masked, Packed, Padded, take
 
 LOWEST = torch.finfo(torch.float32).min
 # Packed rows cut their masks in the attention function, one sequence at a time: test_equivalence.py.

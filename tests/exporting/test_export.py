@@ -137,7 +137,7 @@ def test_a_site_that_lets_everything_stay_is_not_in_the_graph(tmp_path):
     kinds = [node.op_type for node in onnx.load(tmp_path / "graph" / "model.onnx", load_external_data=False).graph.node]
     assert kinds.count("TopK") == 2, "one to rank and one to drop, at one site of three"
     assert differs(model, load_runtime(tmp_path / "graph")) <= 1e-4
-    assert model.token_pruner.hooks.idle == frozenset()
+    assert model.token_pruner.hooks.passed == frozenset()
 
 
 # --- what the user is given ------------------------------------------------------------------------------------------

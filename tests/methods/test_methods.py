@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from support.families import FAMILIES
 from thresher import LTP, FirstK, Random, Threshold, TopK, prune
-from thresher.core.bisection import search
-from thresher.core.layouts import LAYOUTS
-from thresher.core.pruner import METHODS, TokenPruner, kept_count, top_k
+from thresher.core.pruner import METHODS, TokenPruner
+from thresher.core.tokens import LAYOUTS
+from thresher.methods.parts.budget import bisect_to_budget
+from thresher.methods.parts.selection import kept_count, top_k
 
 BERT = FAMILIES["bert"]
 
@@ -26,7 +27,7 @@ def kept(model, batch: dict | None = None) -> list[list[list[int]]]:
     """Positions of the tokens that stay, per site and row."""
     with torch.no_grad():
         BERT.run(model, BERT.batch() if batch is None else batch)
-    views = model.token_pruner.record.views
+    views = model.token_pruner.record.sites
     return [[i[a].tolist() for i, a in zip(v.after.index, v.after.alive, strict=True)] for v in views]
 
 
@@ -67,7 +68,7 @@ def test_one_number_per_site(layout):
 def test_the_best_scored_stay(layout):
     model = pruned(TopK(keep=5, at=(1,)), layout)
     (rows,) = kept(model)
-    (view,) = model.token_pruner.record.views
+    (view,) = model.token_pruner.record.sites
     for row, score, alive, index in zip(rows, view.score, view.alive, view.tokens.index, strict=True):
         score = dict(zip(index[alive].tolist(), score[alive].tolist(), strict=True))
         best = sorted(set(score) - {0}, key=lambda i: -score[i])[:4]
@@ -139,7 +140,7 @@ def test_each_site_has_its_threshold():
     wanted = (0.4, 0.6, 0.8)
     model = pruned(Threshold(wanted))
     kept(model)
-    for view, threshold in zip(model.token_pruner.record.views, wanted, strict=True):
+    for view, threshold in zip(model.token_pruner.record.sites, wanted, strict=True):
         expected = (view.score >= threshold) & view.alive | view.protected
         assert torch.equal(view.keep, expected) and not view.keep[view.alive].all()
     with pytest.raises(ValueError, match="expected numbers from 0 up"):
@@ -225,7 +226,7 @@ def test_calibration_reaches_the_target(target, init):
 
 def test_a_step_over_the_target_ends_at_the_closer_side():
     called = []
-    found = search(lambda x: called.append(x) or (1.0 if x < 0.3 else 0.39), 0.4)
+    found = bisect_to_budget(lambda x: called.append(x) or (1.0 if x < 0.3 else 0.39), 0.4)
     assert found == 0.39 and called[-1] >= 0.3
 
 
@@ -238,7 +239,7 @@ def test_of_a_plateau_it_takes_the_mildest_that_it_tried(begin, value):
         called.append(x)
         return 0.9 if x < begin else value if x < begin + 2 else 0.1
 
-    assert search(steps, 0.4) == value
+    assert bisect_to_budget(steps, 0.4) == value
     assert abs(called[-1]) == min(abs(x) for x in set(called) if steps(x) == value)
 
 
@@ -246,7 +247,7 @@ def test_of_a_plateau_it_takes_the_mildest_that_it_tried(begin, value):
 def test_a_smooth_search_takes_few_calls(shift, most):
     """Each is a pass over the calibration data."""
     called = []
-    found = search(lambda x: called.append(x) or 0.4 / (1 + 2.718 ** (3 * (x - shift))), 0.2)
+    found = bisect_to_budget(lambda x: called.append(x) or 0.4 / (1 + 2.718 ** (3 * (x - shift))), 0.2)
     assert found == pytest.approx(0.2, rel=0.002) and len(called) <= most
 
 
@@ -260,7 +261,7 @@ def test_a_steep_search_ends_on_the_target(begin, width, top, bottom):
         called.append(x)
         return top - (top - bottom) * min(max((x - begin) / width, 0.0), 1.0)
 
-    assert search(cliff, 0.4) == pytest.approx(0.4, rel=0.002) and len(called) <= 40
+    assert bisect_to_budget(cliff, 0.4) == pytest.approx(0.4, rel=0.002) and len(called) <= 40
 
 
 def test_a_target_out_of_reach_is_an_error_and_changes_nothing():
@@ -311,7 +312,7 @@ def test_fading_is_graded_and_spares_special_tokens():
     model = pruned(method).train()
     method.progress = 0.0
     BERT.run(model, BERT.batch())
-    view = method.record.views[2]
+    view = method.record.sites[2]
     gate = method.gates(view).exp()
     expected = torch.sigmoid((view.score - method.threshold[2]) / 0.3)
     plain = view.alive & ~view.protected
@@ -325,7 +326,7 @@ def test_straight_through_gates_are_whole_and_learn_by_the_sigmoid():
     model = pruned(method).train()
     method.progress = 0.0
     BERT.run(model, BERT.batch())
-    view = method.record.views[2]
+    view = method.record.sites[2]
     free, threshold = view.open & ~view.protected, method.threshold[2]
     gate = method.gates(view).exp()
     stays = view.score >= threshold

@@ -35,7 +35,7 @@ def run_by_hand(model, method, inputs: dict):
     record, found = method.record, []
     for row, label in enumerate(inputs["labels"].tolist()):
         free = []
-        for view in record.views:
+        for view in record.sites:
             score = view.score[row].tolist()
             live = view.alive[row].nonzero()[:, 0].tolist()
             rising = sorted(live, key=lambda slot: (view.protected[row, slot].item(), score[slot]))
@@ -96,21 +96,21 @@ def test_choices_are_drawn_in_the_sampled_stage_alone():
 
     def kept():
         model(**batch((24, 18, 10)))
-        return method.record.views[0].keep
+        return method.record.sites[0].keep
 
     assert not torch.equal(kept(), kept())
     method.progress = 1.0
     assert torch.equal(kept(), kept())
     method.progress, _ = 0.1, model.eval()
-    assert torch.equal(kept(), method.record.views[0].score >= 0) or method.min_keep > 1
+    assert torch.equal(kept(), method.record.sites[0].score >= 0) or method.min_keep > 1
     assert torch.equal(kept(), kept())
 
 
 def test_a_token_stays_as_often_as_the_policy_says():
     model, method = learning(TRBERT(start=0.8, at=(0,), min_keep=1))
     with torch.no_grad():
-        often = torch.stack([model(**batch((24, 24, 24))) and method.record.views[0].keep for _ in range(300)])
-    (view,) = method.record.views
+        often = torch.stack([model(**batch((24, 24, 24))) and method.record.sites[0].keep for _ in range(300)])
+    (view,) = method.record.sites
     assert often[..., 0].all(), "the first token never leaves"
     free = ~view.protected & (view.score < view.score.max(1, keepdim=True).values)
     assert (often.float().mean(0) - view.score.sigmoid())[free].abs().max() < 0.12
@@ -124,7 +124,7 @@ def test_gradients_reach_the_policy_and_nothing_else(name):
     if name == "adapler":  # its budget is an expectation over gates, which the model's states decide as well
         model.zero_grad()
         loss = torch.stack(
-            list(map(method.apart, method.record.views, saliency(method, lambda: model(**inputs))))
+            list(map(method.apart, method.record.sites, saliency(method, lambda: model(**inputs))))
         ).mean()
     loss.backward()
     learned = method.policies if name == "trbert" else method.predictors[:-1]  # nothing is salient after the last layer
@@ -161,7 +161,7 @@ def test_the_guide_is_followed_and_imitated(monkeypatch):
     def watched(method, forward, inputs):
         result = run(method, forward, inputs)
         if method.guide is not None:
-            followed.append(([g.clone() for g in method.guide], method.record.views))
+            followed.append(([g.clone() for g in method.guide], method.record.sites))
         return result
 
     monkeypatch.setattr(TRBERT, "_run", watched)
@@ -304,7 +304,7 @@ def kept_by_word(model, tokenizer, texts: list[str]) -> dict[str, float]:
     for text in texts:
         with torch.no_grad():
             model(**tokenizer(text, return_tensors="pt"))
-        for word, stays in zip(text.split(), model.token_pruner.record.views[0].keep[0, 1:-1].tolist(), strict=True):
+        for word, stays in zip(text.split(), model.token_pruner.record.sites[0].keep[0, 1:-1].tolist(), strict=True):
             found[word].append(stays)
     return {word: sum(stays) / len(stays) for word, stays in found.items()}
 

@@ -129,7 +129,7 @@ def test_checkpointing_teaches_the_same_ranking(progress, layout):
 @pytest.mark.parametrize("progress", [0.0, 1.0], ids=["soft", "hard"])
 def test_what_is_ranked_are_logarithms_of_open_tokens_that_may_leave(progress):
     method, loss, _ = taught("mask", progress)
-    views, total = method.record.views[:2], 0.0
+    views, total = method.record.sites[:2], 0.0
     gone = [torch.zeros_like(RANKING).bool(), ~views[0].keep if progress else views[1].tokens.log_gate < -10]
     assert gone[1].any() and not gone[1].all()
     for view, left in zip(views, gone, strict=True):
@@ -142,7 +142,7 @@ def test_what_is_ranked_are_logarithms_of_open_tokens_that_may_leave(progress):
 def test_the_papers_ranking_is_of_shares_of_all_attention():
     method, loss, _ = taught("mask", 0.0, rank_loss="arp2-topk")
     total = 0.0
-    for view in method.record.views[:2]:
+    for view in method.record.sites[:2]:
         shares = view.score.detach() / view.score.detach().sum(1, keepdim=True)
         total += ranking_loss(shares, RANKING, view.open & ~view.protected, 5, "arp2-topk").item()
     assert loss == pytest.approx(total, rel=1e-4)

@@ -47,7 +47,7 @@ def test_the_predictors_learn_the_shares_of_saliency():
     inputs = batch()
     model(**inputs)
     salient = saliency(method, lambda: model(**inputs))
-    for view, found in zip(method.record.views, salient, strict=True):
+    for view, found in zip(method.record.sites, salient, strict=True):
         total = 0.0
         for row, length in enumerate((9, 6, 7)):
             share = (found[row, :length] / found[row, :length].sum()).tolist()
@@ -71,10 +71,10 @@ def test_gates_become_hard_and_what_has_faded_takes_no_share():
     opened = []
     for method.progress in (0.0, 0.25, 0.499):
         model(**batch((24, 18, 10)))
-        first = method.record.views[0]
+        first = method.record.sites[0]
         opened.append((method.opening(first) / (first.score - 0.9)).nanmean().item())
     assert opened == pytest.approx([5, 5 * 10**0.5, 50], rel=0.02)
-    faded = method.record.views[1]
+    faded = method.record.sites[1]
     closed = faded.alive & (faded.tokens.log_gate < -6)
     assert closed.any() and (faded.score[closed] < 0.1).all()
     torch.testing.assert_close(faded.score.sum(1), faded.tokens.live, atol=1e-4, rtol=0)

@@ -60,8 +60,8 @@ def test_a_site_whose_mask_lets_everything_stay_is_not_scored():
     method.mask[2, 2:] = False
     record = forward_of(model)(BERT.batch(LENGTHS))
     assert [count.scored for count in record.counts[:3]] == [False, True, True]
-    assert [view.score is None for view in record.views] == [True, False, False]
-    assert torch.equal(record.views[0].keep, record.views[0].alive) and not record.views[1].idle
+    assert [view.score is None for view in record.sites] == [True, False, False]
+    assert torch.equal(record.sites[0].keep, record.sites[0].alive) and not record.sites[1].idle
     found = method.counted(method.mask, *rows_of(record))
     assert found == pytest.approx(float(record.used.float() / record.dense), rel=1e-6) and found < 0.95
 
@@ -99,7 +99,7 @@ def test_holes_leave_by_relative_rank_and_nothing_comes_back():
     method = Holes(bins=8)
     model = pruned(method)
     forward_of(model)(BERT.batch(LENGTHS))
-    for view in method.record.views:
+    for view in method.record.sites:
         free = view.alive & ~view.protected
         for row in range(len(LENGTHS)):
             score = view.alive.float() if view.score is None else view.score
@@ -108,7 +108,7 @@ def test_holes_leave_by_relative_rank_and_nothing_comes_back():
             stay = {i for r, i in enumerate(order) if r < 2 or method.mask[view.site][bins[r]]}
             kept = (view.keep[row] & free[row]).nonzero()[:, 0].tolist()
             assert set(kept) == stay
-    alive = [set(i[a].tolist()) for v in method.record.views for i, a in [(v.after.index[0], v.after.alive[0])]]
+    alive = [set(i[a].tolist()) for v in method.record.sites for i, a in [(v.after.index[0], v.after.alive[0])]]
     assert all(later <= earlier for earlier, later in pairwise(alive))
     assert len(alive[0]) < 24
 
@@ -200,7 +200,7 @@ def test_masks_of_zeros_and_ones_answer_the_same_in_training_and_without():
     assert not method.mask[:2, 2].any() and method.mask[2].all()
     torch.testing.assert_close(soft, hard, atol=1e-5, rtol=0)
     last = method.sites[2]  # where nothing leaves, and which is scored in training alone
-    scoring = method.info.costs[last].width * (method.record.counts[last].n_attention ** 2).sum()
+    scoring = method.architecture.costs[last].width * (method.record.counts[last].n_attention ** 2).sum()
     torch.testing.assert_close(method.record.used - scoring, used, rtol=1e-5, atol=0)
 
 
@@ -247,7 +247,7 @@ def test_masks_are_drawn_for_each_text_and_rounded():
         method.rank.zero_()
     method.progress = 0.1
     BERT.run(model, BERT.batch((24,) * 6))
-    gates = method.record.views[1].tokens.log_gate.detach().exp()
+    gates = method.record.sites[1].tokens.log_gate.detach().exp()
     assert ((gates < 1e-7) | (gates > 1 - 1e-6)).all()
     assert len({tuple(row.tolist()) for row in gates > 0.5}) > 3
 
@@ -271,7 +271,7 @@ def test_what_is_watched():
     assert method.metrics() == {}, "before the first step"
     method.progress = 0.25
     BERT.run(model, BERT.batch(LENGTHS))
-    ranking = method.record.views[0].score.detach()
+    ranking = method.record.sites[0].score.detach()
     method.loss(None, {}, method.record, {"ranking": ranking}).backward()
     found = method.metrics()
     assert found["cost_target"] == pytest.approx((found["cost_expected"] + 0.6) / 2), "half of the way"

@@ -30,7 +30,7 @@ def rows() -> Dataset:
 
 def space(family: str = "bert", kind=TopK, table=None, **options) -> tuple[Space, torch.nn.Module]:
     model = FAMILIES[family].build(**options)
-    info = prune(model, TopK(keep=1.0, at=())).token_pruner.info
+    info = prune(model, TopK(keep=1.0, at=())).token_pruner.architecture
     if table is not None:  # the dense model takes as long as the layers one by one
         table = replace(table, dense=((10.0, 40.0), (0.5 + 2 * info.depth, 0.5 + 8 * info.depth)))
     return Space(info, torch.tensor(LENGTHS), kind.needs_attention and kind.scores_all, table), model

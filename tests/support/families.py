@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import transformers as t
 
-from thresher.core.architecture import find_stack
+from thresher.core.architecture import find_architecture
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 97}
 VISION = {k: v for k, v in TEXT.items() if k != "vocab_size"} | {"image_size": 20, "patch_size": 4, "num_channels": 3}
@@ -66,7 +66,7 @@ class Family:
     def answers(self, model, batch: dict) -> dict:
         """{"output": of the head, "states": last hidden states of the stack}; per token (T, C), padding left out."""
         found = {}
-        base = find_stack(model).base
+        base = find_architecture(model).base
         handle = base.register_forward_hook(lambda m, a, output: found.update(states=output.last_hidden_state))
         found["output"] = self.run(model, batch)
         handle.remove()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from support.families import FAMILIES
 from thresher import (
     ATS,
@@ -29,7 +27,6 @@ from thresher import (
 )
 
 
-@dataclass(eq=False, repr=False)
 class Holes(ToP):
     """ToP with masks that have holes, as they come out of a training."""
 
@@ -37,22 +34,21 @@ class Holes(ToP):
 
     name = "top-holes"
 
-    def build(self, info):
+    def build(self, model):
         """Every other bin off from the second on, at all sites but the last of several, whose gate is off."""
-        super().build(info)
+        super().build(model)
         self.mask[:, 1::2] = False
         if len(self.mask) > 1:
             self.mask[-1] = True
 
 
-@dataclass(eq=False, repr=False)
 class Prefix(ToP):
     """ToP with masks without holes, fewer bins at each site."""
 
     name = "top-prefix"
 
-    def build(self, info):
-        super().build(info)
+    def build(self, model):
+        super().build(model)
         for site, mask in enumerate(self.mask):
             mask[self.bins * 2 // (3 + site) :] = False
 

@@ -12,7 +12,8 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from ..api import CONFIG_KEY, MODULE
-from ..core.pruner import ModelInfo, TokenPruner
+from ..core.architecture import Architecture
+from ..core.pruner import TokenPruner
 from ..data.load import positions
 
 
@@ -60,7 +61,7 @@ def _describe_pruning(config: Any, weights: dict[str, list], depth: int) -> dict
     if not isinstance(config, dict):
         raise ValueError(f"corrupted checkpoint: token_pruning in config.json is {config!r}, not a method with fields")
     method = TokenPruner.from_dict(config)
-    method.bind(ModelInfo(method.name, depth, depth - 1, False, (), None, ()))
+    method.bind(Architecture(method.name, depth, depth - 1, False, (), None, ()))
     missing = sorted(set(method.state_dict()) - set(weights))
     if missing:
         raise ValueError(f"corrupted checkpoint: the weights of {method.name} ({', '.join(missing)}) are missing")

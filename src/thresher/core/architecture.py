@@ -71,6 +71,11 @@ class Architecture:
         """Whether packed rows fit the layers."""
         return self.shows_inputs and self.passes_arguments and not self.relative
 
+    def fits(self, other: Architecture) -> bool:
+        """Whether what a method learned for one model fits the other."""
+        facts = ("name", "depth", "first_site", "last_site", "protected", "max_tokens", "hidden", "costs", "causal")
+        return all(getattr(self, fact) == getattr(other, fact) for fact in facts)
+
     @property
     def finds_answers(self) -> bool:
         """Whether the head finds an answer in the text."""

@@ -39,10 +39,10 @@ class PrunedAttention:
         if isinstance(site.tokens, Packed):
             return self._packed(function, site, fused, kwargs)
         sees = None
-        if torch.compiler.is_compiling() and attention_mask is not None and attention_mask.dtype == torch.bool:
-            if attention_mask.shape[-2] > 1:  # a query that sees nobody gets zeros, for which runtimes have others
-                sees = attention_mask.any(-1)[:, 0]
-        if fused and torch.compiler.is_compiling():
+        graph, bools = torch.compiler.is_compiling(), attention_mask is not None and attention_mask.dtype == torch.bool
+        if graph and bools and attention_mask.shape[-2] > 1:
+            sees = attention_mask.any(-1)[:, 0]  # a query that sees nobody gets zeros, for which runtimes have others
+        if fused and graph:
             bias = site.inputs.bias(attention_mask, query.shape[-2])
             output, site.scores = attend_and_score(query, key, value, bias, scaling, site.tokens.votes, site.statistic)
             weights = None

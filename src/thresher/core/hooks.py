@@ -24,7 +24,7 @@ from . import compat
 from .architecture import Architecture, find_architecture
 from .attention import register
 from .cost import LayerCount
-from .pruner import Options, Record, TokenPruner
+from .pruner import Options, Record, TokenPruner, pruner_of
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
 from .view import Site
 
@@ -106,7 +106,8 @@ class Hooks:
     """
 
     def __init__(self, model: PreTrainedModel, pruner: TokenPruner, layout: str, original: str | None = None):
-        self.architecture, self.pruner, self.layout = find_architecture(model), pruner, layout
+        self.model, self.method, self.layout = model, pruner, layout
+        self.architecture = find_architecture(model)
         base = self.architecture.base
         check_possible(self.architecture, pruner, layout)
         self.inputs = list(inspect.signature(base.forward).parameters)
@@ -118,6 +119,11 @@ class Hooks:
         self.implementation = register(self.original) if self.architecture.shows_inputs else "eager"
         self.handles: list = []
         self.passed: frozenset[int] = frozenset()  # sites that a graph under construction passes by
+
+    @property
+    def pruner(self) -> TokenPruner:
+        """The method at work: the one that was attached, or its copy for the active adapter of peft."""
+        return pruner_of(self.model) or self.method
 
     # --- on and off ------------------------------------------------------------------------------------------------
     def attach(self) -> None:
@@ -218,6 +224,7 @@ class Hooks:
             self.check_cache(cache, kwargs)
         if options.mode == "dense" or filled:  # a decoding step
             return CallState(replace(options, mode="dense"))
+        self.pruner.load_offloaded()
         if torch.jit.is_tracing():
             raise RuntimeError(
                 "torch.jit.trace would freeze how many tokens stay: use thresher.export, torch.export or torch.compile"
@@ -232,10 +239,8 @@ class Hooks:
             kind = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"a pruned model takes the 2-D attention mask (B, N) of real tokens, got a {kind} one")
         if mask is not None:
-            if torch.compiler.is_compiling():
-                mask = kwargs["attention_mask"] = with_a_token(mask)
-            elif not (whole := bool(mask.all())):
-                mask = kwargs["attention_mask"] = with_a_token(mask)
+            whole = not torch.compiler.is_compiling() and bool(mask.all())
+            mask = kwargs["attention_mask"] = mask if whole else with_a_token(mask)
         wants = frozenset(
             name
             for name in ("hidden_states", "attentions")
@@ -290,8 +295,8 @@ class Hooks:
             if mask is None or mask.shape != hidden.shape[:2]:
                 raise ValueError(
                     f"the attention mask has shape {shape}, but the layers of {self.architecture.name} see "
-                    f"{tuple(hidden.shape[:2])} tokens: padding would be taken for tokens. Call the model without a mask "
-                    "on inputs without padding"
+                    f"{tuple(hidden.shape[:2])} tokens: padding would be taken for tokens. Call the model without a "
+                    "mask, on inputs without padding"
                 )
         whole = mask is None or call.whole
         call.layout = self.layout_for(soft=call.soft, cached=cached, batch=hidden.shape[0], whole=whole)
@@ -320,17 +325,19 @@ class Hooks:
         hidden = kwargs.pop(arguments[0])
         if call.tokens is None:
             hidden = self.start(call, hidden, kwargs.get("past_key_values") is not None)
-        call.states, call.site = hidden, self.open(call)
+        call.states = hidden
+        call.site = self.open(call)
         if call.wants:
             states = call.tokens.put_back(hidden) if "hidden_states" in call.wants else None
             call.seen.append((states, call.tokens))
-        if call.site is None and not call.tokens.touched:
+        shows = call.site is not None and (call.site.acts or call.layout is Packed)
+        if not shows and not call.tokens.touched:
             return None
         if call.tokens.touched:
             self.narrow(call.tokens, hidden, kwargs)
-        if call.site is None:
+        if not shows:
             return (hidden,), kwargs
-        if call.site.number >= 0 and not arch.shows_inputs and "output_attentions" in arguments:
+        if call.site.acts and not arch.shows_inputs and "output_attentions" in arguments:
             kwargs["output_attentions"] = True
         if arch.passes_arguments:
             kwargs["token_site"] = call.site
@@ -342,18 +349,16 @@ class Hooks:
         return (hidden,), kwargs
 
     def open(self, call: CallState) -> Site | None:
-        """The site of the next layer; None: nothing can leave there, and nothing of the layer is needed."""
+        """The site of the next layer; None: it has none, and nothing of it is needed."""
         number = self.pruner.site(call.layer) if call.options.mode == "pruned" else -1
-        if number >= 0 and self.passes_by(number):
-            number = -1
         if number < 0 and call.layout is not Packed:
             return None
         tokens = call.tokens
         protected = call.protected if number < 0 else call.protected.gather(1, tokens.index) & tokens.alive
         site = Site(call.layer, number, tokens, protected, call.states)
         if number >= 0:
-            site.previous = call.previous
-            if self.pruner.needs_attention and self.pruner.scores_all and call.options.gates is None:
+            site.previous, site.counts, site.passed = call.previous, call.options.counts, self.passes_by(number)
+            if self.pruner.needs_attention and self.pruner.scores_all and not site.passed and not call.options.gates:
                 site.statistic = self.pruner.statistic
         return site
 
@@ -390,7 +395,7 @@ class Hooks:
         if site is None and not arch.passes_arguments:
             sites = (getattr(argument, "token_site", None) for argument in (*args, *kwargs.values()))
             site = next((site for site in sites if site is not None), None)
-        if site is None or site.number < 0:
+        if site is None or not site.acts:
             return None
         if not arch.shows_inputs and isinstance(output, tuple) and output[1] is not None and site.weights is None:
             site.weights = output[1]
@@ -425,7 +430,7 @@ class Hooks:
             return None
         given = output[0] if isinstance(output, tuple) else output
         site, tokens, inside = call.site, call.tokens, self.architecture.drops_inside
-        scored = site is not None and site.number >= 0
+        scored = site is not None and site.acts
         if scored and call.soft:
             hidden = self.fade(call, site, kwargs, given)
         elif scored:
@@ -437,9 +442,9 @@ class Hooks:
         charged = scored and site.statistic is not None
         spent = site.choice.macs if scored and site.choice is not None else 0
         call.counts.append(LayerCount(tokens.live, passed, charged, predictor, spent))
-        if scored:
+        if site is not None and site.number >= 0:
             call.sites.append(site)
-            call.previous = site
+            call.previous = site if scored else call.previous
         call.layer += 1
         call.states = call.site = None
         if call.layer == self.architecture.depth:
@@ -479,7 +484,7 @@ class Hooks:
             return after
         return torch.lerp(before.to(after.dtype), after, tokens.log_gate.exp().to(after.dtype)[..., None])
 
-    # --- the end of a forward ------------------------------------------------------------------------------------------
+    # --- the end of a forward ----------------------------------------------------------------------------------------
     def end(self, call: CallState, kwargs: dict, output: Any) -> Any:
         """Hand out the record, judge the cache that was filled, and give states and probabilities their shapes."""
         if call.tokens is None:
@@ -503,7 +508,7 @@ class Hooks:
         cache = next((cache for cache in caches if hasattr(cache, "get_seq_length")), None)
         if cache is None or cache.get_seq_length() == 0:
             return
-        dropped = any(site.after is not site.tokens for site in call.sites)
+        dropped = any(site.after not in (None, site.tokens) for site in call.sites)
         even = all(bool((count.n_attention == count.n_attention[0]).all()) for count in call.counts)
         refusal = ""
         if dropped and call.layout is Masked:

@@ -11,6 +11,7 @@ Shapes: B batch, N tokens, S sites (the layers in ``at``).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import threading
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .hooks import Hooks
 
 VERSION = 1
+MODULE = "token_pruner"  # the name of the method among the modules of the model that it prunes
 METHODS: dict[str, type[TokenPruner]] = {}
 _LAST = threading.local()  # .records: the record of the last forward of each method, for the thread that ran it
 
@@ -102,6 +104,7 @@ class Options:
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
+@dataclass(eq=False, repr=False)
 class TokenPruner(nn.Module):
     """Base class of the methods; each subclass is a dataclass.
 
@@ -162,7 +165,7 @@ class TokenPruner(nn.Module):
         """Which tokens stay, by their score."""
         raise NotImplementedError(f"{type(self).__name__} does not say which tokens to keep")
 
-    def decide(self, view: View) -> tuple[Tensor, Choice]:
+    def score_and_choose(self, view: View) -> tuple[Tensor, Choice]:
         """Score and choose; for methods that find both in one look."""
         score = self.score(view)
         return score, self.choose(score, view)
@@ -288,7 +291,7 @@ class TokenPruner(nn.Module):
         """Make the score and the choice of a site: live tokens alone, protected ones always, never fewer than
         ``min_keep``."""
         view = site.view
-        site.score, choice = self.decide(view)
+        site.score, choice = self.score_and_choose(view)
         keep = choice.keep & view.alive | view.protected
         if self.min_keep > 1:
             keep = keep | self.best(site.score, view.protected, view.alive) & view.alive
@@ -387,14 +390,18 @@ class TokenPruner(nn.Module):
         return torch.frombuffer(bytearray(json.dumps(self.to_dict()).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over the fields in ``learned``; what else a user chose stays as it is.
+        """Take over the fields in ``learned``. Raises ValueError where it cannot be read; see ``adopt``."""
+        self.adopt(read_state(state))
+
+    def adopt(self, entry: Mapping) -> None:
+        """Take over the fields in ``learned`` from what ``to_dict`` said; what else a user chose stays as it is.
 
         Raises:
-            ValueError: the state is of another method, or cannot be read.
+            ValueError: it is of another method.
         """
-        method = TokenPruner.from_dict(read_state(state))
+        method = TokenPruner.from_dict(entry)
         if method.name != self.name:
-            raise ValueError(f"the state is of {method.name}, the model is pruned with {self.name}")
+            raise ValueError(f"what was saved is of {method.name}, the model is pruned with {self.name}")
         for name in self.learned:
             setattr(self, name, getattr(method, name))
 
@@ -407,8 +414,47 @@ class TokenPruner(nn.Module):
 
         return super()._apply(moved, recurse)
 
+    def load_offloaded(self) -> None:
+        """Load what accelerate has put away: its hooks do that before a module's forward, and a method has none."""
+        for module in self.modules():
+            if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
+                module._hf_hook.pre_forward(module)
+
+    def train(self, mode: bool = True) -> TokenPruner:
+        """As in torch; raises RuntimeError where peft has frozen the method and trains the rest of the model."""
+        model = self.hooks.model if mode and self.hooks is not None else None
+        if model is not None and pruner_of(model) is self and not all(p.requires_grad for p in self.parameters()):
+            adapted = any(hasattr(module, "adapter_layer_names") for module in model.modules())
+            if adapted and any(parameter.requires_grad for parameter in model.parameters()):
+                raise RuntimeError(
+                    f"peft has frozen the parameters of {self.name} and would not save them: prune() after "
+                    "get_peft_model, or give its configuration modules_to_save=['token_pruner']"
+                )
+        return super().train(mode)
+
+    def __deepcopy__(self, memo: dict) -> TokenPruner:
+        """Copy the method with the model that it prunes, or alone: its copy is then free for another model."""
+        state = dict(self.__dict__)
+        alone = self.hooks is not None and id(self.hooks.model) not in memo
+        shared = {"hooks": state.pop("hooks")} if alone else {}
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(state, memo), **shared)
+        return copied
+
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("method", "version"))
+
+
+def pruner_of(model: nn.Module) -> TokenPruner | None:
+    """The method that prunes ``model``, None where nothing does.
+
+    peft's ``modules_to_save`` puts a wrapper in its place, with a copy for each adapter: the active one's acts.
+    """
+    module = getattr(model, MODULE, None)
+    if module is None or isinstance(module, TokenPruner):
+        return module
+    active = [] if module.disable_adapters else [n for n in module.active_adapters if n in module.modules_to_save]
+    return module.modules_to_save[active[0]] if active else module.original_module
 
 
 def read_state(state: Tensor) -> dict:

@@ -59,7 +59,7 @@ def repeat_heads(key: Tensor, query: Tensor) -> Tensor:
 
 
 def additive(mask: Tensor | None, length: int, causal: bool, device: torch.device) -> Tensor | None:
-    """An attention mask as fp32 bias; None means causal among ``length`` tokens where ``causal``, and nothing elsewhere."""
+    """An attention mask as fp32 bias; None means causal among ``length`` tokens where ``causal``, else nothing."""
     if mask is None:
         if not causal:
             return None

@@ -125,12 +125,13 @@ class Tokens:
         return new
 
     def merge(
-        self, keep: Tensor, into: Tensor, weight: Tensor, width: int | None = None, sized=True, longest=False
+        self, keep: Tensor, into: Tensor, weight: Tensor | None, width: int | None = None, sized=True, longest=False
     ) -> Tokens:
         """The tokens in ``keep`` (B, N) bool, each the sum of those that go ``into`` (B, N) long its slot.
 
-        The states are summed times their ``weight`` (B, N) fp32; what stays goes into its own slot, and what goes there
-        and does not stay is dropped. In the end a merged token is put back as what holds it.
+        The states are summed times their ``weight`` (B, N) fp32, or their mean by size is taken; what stays goes into
+        its own slot, and what goes there and does not stay is dropped. In the end a merged token is put back as what
+        holds it.
 
         Args:
             sized: whether keys weigh by the number of tokens that they stand for.
@@ -146,6 +147,9 @@ class Tokens:
             torch.arange(self.width, device=keep.device).expand(keep.shape[0], -1).scatter_add(1, self.index, moved)
         )
         new.home = holder if self.home is None else holder.gather(1, self.home)
+        if weight is None:
+            sizes = self.sizes
+            weight = sizes / torch.zeros_like(sizes).scatter_add(1, into, sizes).gather(1, into)
         new.mixed = (self._rows(into), self._flat(weight), longest)
         if sized:
             sizes = self.sizes * self.alive
@@ -234,8 +238,8 @@ class Tokens:
         """Narrow a layer's attention mask of original size to the tokens that are left; of the same kind.
 
         Kinds: bool (True = attend), additive float, 0/1 integers. None means causal in a ``causal`` model and all
-        elsewhere; where it can stay None and is not ``needed`` it does, else it becomes an ``additive`` or a bool one. Soft gates and sizes
-        enter as their logarithm on the key, in an additive mask of ``dtype``.
+        elsewhere; where it can stay None and is not ``needed`` it does, else it becomes an ``additive`` or a bool one.
+        Soft gates and sizes enter as their logarithm on the key, in an additive mask of ``dtype``.
         """
         bias = self.key_bias
         if mask is None and bias is None and self.even and not needed:

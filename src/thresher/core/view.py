@@ -51,23 +51,9 @@ class Site:
         choice: the method's choice, once it was made.
         after: the tokens that go on, once they are known.
         previous: the site before this one.
+        passed: whether nothing can leave here, so that the layer need show nothing.
+        counts: (B, S), how many tokens each row keeps, where the caller says so.
     """
-
-    __slots__ = (
-        "after",
-        "choice",
-        "hidden",
-        "inputs",
-        "layer",
-        "number",
-        "previous",
-        "protected",
-        "score",
-        "scores",
-        "statistic",
-        "tokens",
-        "weights",
-    )
 
     def __init__(self, layer: int, number: int, tokens: Tokens, protected: Tensor, hidden: Tensor | None):
         self.layer, self.number, self.tokens, self.protected, self.hidden = layer, number, tokens, protected, hidden
@@ -79,6 +65,13 @@ class Site:
         self.choice: Choice | None = None
         self.after: Tokens | None = None
         self.previous: Site | None = None
+        self.passed = False
+        self.counts: Tensor | None = None
+
+    @property
+    def acts(self) -> bool:
+        """Whether tokens may leave here."""
+        return self.number >= 0 and not self.passed
 
     @property
     def ready(self) -> bool:
@@ -144,6 +137,11 @@ class View:
         return self.open & ~self.protected
 
     @property
+    def counts(self) -> Tensor | None:
+        """(B, S), how many tokens each row keeps, where the caller says so (``calling(model, counts=...)``)."""
+        return self._shown.counts
+
+    @property
     def previous(self) -> Site | None:
         """The site before this one in the same forward, with its tokens and its score; None at the first."""
         return self._shown.previous
@@ -194,7 +192,7 @@ class View:
         return self.reduce_attention(columns)
 
     def reduce_attention(self, reduce: Statistic) -> Tensor:
-        """(B, N) fp32: a statistic of the attention probabilities (see ``scoring``), mean over heads; 0 at dead slots."""
+        """(B, N) fp32: a statistic of the attention probabilities (see ``scoring``), mean over heads; 0 where dead."""
         shown = self._shown
         if shown.scores is not None and reduce is shown.statistic:
             scores = shown.scores

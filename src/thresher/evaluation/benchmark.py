@@ -6,9 +6,10 @@ rows without padding, as ``data.tokenize`` makes them.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,16 +22,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..api import MODULE
-from ..core.architecture import find_stack
+from ..core.architecture import find_architecture
 from ..core.cost import LayerCost, dense_macs, tokens_by_layer
-from ..core.layouts import LAYOUTS
 from ..core.pruner import TokenPruner
+from ..core.tokens import LAYOUTS
 from ..data import qa
 from ..data.load import Task
 from ..stats.metrics import bootstrap_interval, compute_metric
 from .hardware import environment, torch_threads
 from .latency import timed
-from .predict import Predictions, Text, copied, counts_of, logits_of, outcome, packed, plain, predict, ready
+from .predict import Predictions, Text, counts_of, logits_of, outcome, packed, plain, predict, ready
 from .roofline import Roofline
 from .rows import row
 
@@ -68,9 +69,8 @@ class Runner:
 
     def run(self, rows: list[int], inputs: dict[str, Tensor]) -> float:
         """Seconds of one forward."""
-        if self.counts is not None:
-            self.pruner.counts = self.counts[rows]
-        return timed(self.forward, inputs)
+        with nullcontext() if self.counts is None else self.pruner.hooks.asking(counts=self.counts[rows]):
+            return timed(self.forward, inputs)
 
     @property
     def where(self) -> tuple[str, str]:
@@ -86,7 +86,9 @@ class Runner:
         """The least ms of a forward of some rows on this machine."""
         kept, tokens = self.predictions.kept[rows], self.predictions.tokens[rows]
         tokens = tokens if self.pad_to is None else torch.full_like(tokens, self.pad_to)
-        sites, inside = ((), True) if self.pruner is None else (self.pruner.sites, self.pruner.info.inside)
+        sites, inside = (
+            ((), True) if self.pruner is None else (self.pruner.sites, self.pruner.architecture.drops_inside)
+        )
         after = {layer: lambda _, left=left: left for layer, left in zip(sites, kept.T, strict=True)}
         return line.floor(
             self.costs, tokens_by_layer(tokens, after, range(len(self.costs)), inside=inside), self.where[1]
@@ -190,7 +192,7 @@ class Benchmark:
         """The models by name; other precisions than fp32 are copies, and dense models are without a hook of ours."""
         made = {id(net): net for net in self.given.values()}
         if precision != "fp32":
-            made = {key: copied(net).to(PRECISIONS[precision]) for key, net in made.items()}
+            made = {key: copy.deepcopy(net).to(PRECISIONS[precision]) for key, net in made.items()}
         nets = {name: made[id(net)] for name, net in self.given.items()}
         dense = [name for name in nets if name == "dense" or (name != "pruned" and not _sites(nets[name]))]
         return nets | {name: plain(nets[name]) for name in dense}
@@ -249,11 +251,11 @@ class Benchmark:
     ) -> Iterator[Runner]:
         """How a model is run, or its ``graph``: a pruned one as it is, the dense one padded, and all dense ones in
         batches of neighbours in length and, in torch, packed."""
-        pruner, costs = getattr(net, MODULE, None), find_stack(net).costs
+        pruner, costs = getattr(net, MODULE, None), find_architecture(net).costs
         fields = dict(zip(("runtime", "precision"), where, strict=True)) | {"method": name}
         way = partial(Runner, forward=graph or net, predictions=own, costs=costs, pruner=pruner)
         if pruner is not None:
-            kind = pruner.hooks.layout_for(cached=False)
+            kind = pruner.hooks.layout_for(soft=False, cached=False)
             fields["layout"] = "padded" if graph else next(n for n, layout in LAYOUTS.items() if layout is kind)
             fields["method"] = pruner.name if name == "pruned" else name
             fields |= {"mode": "pruned", "target_flops": getattr(pruner, "target_flops", None)}
@@ -318,7 +320,7 @@ class Benchmark:
     def figures(self, runner: Runner, seconds: dict[tuple, float], reference: tuple, sample: list[int]) -> dict:
         """Ratios of MACs and of times, after ``time_all``."""
         used, base = runner.predictions.rows_used, self.known["dense"].rows_dense
-        widest = dense_macs(find_stack(self.against or self.model).costs, self.max_length)
+        widest = dense_macs(find_architecture(self.against or self.model).costs, self.max_length)
         calls = 1000 * np.median(runner.times, axis=0)
         low, middle, high = np.percentile(runner.times.sum(1), (25, 50, 75))
         there = {mode: seconds.get((*runner.where, "dense", mode)) for mode in MODES}

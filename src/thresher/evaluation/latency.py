@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..api import prune, unprune
-from ..core.architecture import find_stack
-from ..core.attention import View
+from ..core.architecture import Architecture, find_architecture
 from ..core.cost import Curve, LatencyTable
-from ..core.pruner import ModelInfo, TokenPruner
+from ..core.pruner import Choice, TokenPruner
+from ..core.view import View
 from ..methods.topk import TopK
 from .hardware import hardware, remembered
 from .predict import plain
@@ -34,11 +34,12 @@ GRID = (8, 16, 32, 64, 128, 256, 512)
 class Trim(TokenPruner):
     """Scores every layer and lets one token go at each: a site in all it does, at nearly full length."""
 
-    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
-        return tuple(range(info.first_site, info.last_site + 1))
+    def default_at(self, model: Architecture) -> tuple[int, ...]:
+        return tuple(range(model.first_site, model.last_site + 1))
 
-    def choose(self, score: Tensor, view: View) -> Tensor:
-        return view.alive & (view.tokens.index != view.tokens.index.masked_fill(~view.alive, -1).amax(1, keepdim=True))
+    def choose(self, score: Tensor, view: View) -> Choice:
+        last = view.tokens.index.masked_fill(~view.alive, -1).amax(1, keepdim=True)
+        return Choice(view.alive & (view.tokens.index != last))
 
 
 def latency_table(
@@ -54,9 +55,9 @@ def latency_table(
     Raises:
         ValueError: the model does not read token ids.
     """
-    if not find_stack(model).text:
+    if not find_architecture(model).text:
         raise ValueError(f"{type(model).__name__} does not read token ids: its time over lengths cannot be measured")
-    stack, parameter = find_stack(model), next(model.parameters())
+    stack, parameter = find_architecture(model), next(model.parameters())
     about = [type(stack.base).__name__, stack.depth, [asdict(cost) for cost in stack.costs], batch_size, hardware()]
     about += [str(parameter.dtype), str(parameter.device), torch.get_num_threads(), torch.__version__]
     return remembered("latency", about, _read, lambda: _measure(model, batch_size, repeats), cache)
@@ -108,7 +109,7 @@ def _curve(points: list[tuple[float, float]]) -> Curve:
 
 def _forward(net: PreTrainedModel, ids: Tensor) -> dict[str, list[float]]:
     """ms of each layer's attention block and of the rest of it, and of all else, in one forward."""
-    stack, marks = find_stack(net), []
+    stack, marks = find_architecture(net), []
 
     def mark(*_):
         if ids.is_cuda:

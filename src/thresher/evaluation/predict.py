@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +20,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..api import MODULE, prune, unprune
-from ..core.architecture import find_stack
+from ..api import MODULE, calling, prune, unprune
+from ..core.architecture import find_architecture
 from ..core.cost import dense_macs, macs
-from ..core.layouts import LAYOUTS
 from ..core.pruner import METHODS
+from ..core.tokens import LAYOUTS
 from ..data import qa, reranking
 from ..methods.topk import REPLAY, TopK
 from ..stats.metrics import MEANS, compute_metric
@@ -110,23 +110,25 @@ def predict(
         ValueError: no rows, padded rows, rows over ``pad_to``, counts that do not fit, a model without logits (B, K),
             scores of a model that lets tokens leave.
     """
-    model = copied(model).to(torch.bfloat16) if bf16 else model
+    model = copy.deepcopy(model).to(torch.bfloat16) if bf16 else model
     text, pruner = Text(model, dataset, pad_to), getattr(model, MODULE, None)
     counts = counts_of(model, len(dataset), counts)
-    rows_dense = dense_macs(find_stack(model).costs if pruner is None else pruner.info.costs, text.lengths)
+    rows_dense = dense_macs(
+        find_architecture(model).costs if pruner is None else pruner.architecture.costs, text.lengths
+    )
     order, logits, kept, used, scored = [], [], [], [], []
     with torch.inference_mode(), ready(model):
         for rows in text.batches(range(len(dataset)), batch_size):
-            if counts is not None:
-                pruner.counts = counts[rows]
             inputs = text.batch(rows, pad_to, model.device)
-            logits += _logits(model, model(**inputs), text.lengths[rows])
-            ran = pruner is not None and pruner.hooks.mode != "dense"  # else there is no record of it
-            left = [view.keep.sum(1) for view in pruner.record.views] if ran else []
+            with nullcontext() if counts is None else calling(model, counts=counts[rows]):
+                output = model(**inputs)
+            logits += _logits(model, output, text.lengths[rows])
+            ran = pruner is not None and pruner.hooks.options.mode != "dense"  # else there is no record of it
+            left = [view.keep.sum(1) for view in pruner.record.sites] if ran else []
             kept.append(torch.stack(left, 1) if left else torch.zeros(len(rows), 0, dtype=torch.long))
             used.append(macs(pruner.record.costs, pruner.record.counts) if ran else rows_dense[rows])
             if scores:
-                views = pruner.record.views if ran else []
+                views = pruner.record.sites if ran else []
                 if not views or any(v.score is None or not torch.equal(v.keep, v.alive) for v in views):
                     raise ValueError("scores=True needs a pruned model whose method scores tokens and lets none leave")
                 view = views[-1]
@@ -201,8 +203,7 @@ def replayed(model: PreTrainedModel, method: str, counts: Tensor) -> PreTrainedM
         raise ValueError(f"expected a pruned model and one of {', '.join(known)}, got {method!r}")
     if counts.dim() != 2 or counts.shape[1] != len(pruner.sites):
         raise ValueError(f"counts have shape {tuple(counts.shape)}, expected (N, {len(pruner.sites)}): one per site")
-    protect = None if isinstance(pruner.protect, Tensor) else pruner.protect
-    baseline, again = unprune(copied(model)), METHODS[name](keep=REPLAY, at=pruner.sites, protect=protect)
+    baseline, again = unprune(copy.deepcopy(model)), METHODS[name](keep=REPLAY, at=pruner.sites, protect=pruner.protect)
     prune(baseline, again, layout=pruner.hooks.layout).token_pruner.row_counts = counts
     return baseline
 
@@ -215,37 +216,24 @@ def counts_of(model: PreTrainedModel, total: int, counts: Tensor | None = None) 
     return counts
 
 
-def copied(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with weights of its own."""
-    return _copy(model, {})
-
-
 def plain(model: PreTrainedModel) -> PreTrainedModel:
     """The dense model without any hook of ours, in evaluation mode: a copy that shares the weights of ``model``."""
-    net = _copy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    net = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     return (net if getattr(net, MODULE, None) is None else unprune(net)).eval()
 
 
 def packed(model: PreTrainedModel) -> PreTrainedModel | None:
     """The dense model in packed rows, which have no padding; a copy as ``plain`` makes. None where they cannot be."""
     net = prune(plain(model), TopK(keep=1.0, at=()))
-    return net if net.token_pruner.hooks.layout_for(cached=False) is LAYOUTS["packed"] else None
-
-
-def _copy(model: PreTrainedModel, shared: dict[int, Tensor]) -> PreTrainedModel:
-    if getattr(model, MODULE, None) is not None:
-        model.token_pruner.record = None  # it may hang on a graph, which cannot be copied
-    return copy.deepcopy(model, shared)
+    return net if net.token_pruner.hooks.layout_for(soft=False, cached=False) is LAYOUTS["packed"] else None
 
 
 @contextmanager
 def ready(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context: evaluation mode; afterwards a pruned model has no ``counts`` to replay."""
+    """Within the context: evaluation mode."""
     training = model.training
     model.eval()
     try:
         yield
     finally:
-        if getattr(model, MODULE, None) is not None:
-            model.token_pruner.counts = None
         model.train(training)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from ..api import prune, unprune
-from ..core.architecture import find_stack
+from ..core.architecture import find_architecture
 from ..core.pruner import METHODS, TokenPruner
 from ..data import qa
 from ..data.load import DataError, Task, load_task, tokenize
@@ -387,7 +387,7 @@ class Training:
                 shutil.copytree(dense_folder, result / "dense")
             (result / SUMMARY).write_text(json.dumps(summary, indent=1))
             if find_spec("matplotlib") and any("eval_quality" in line for line in summary["history"]):
-                plots.training(summary["history"], len(find_stack(net).costs), result / PICTURE)
+                plots.training(summary["history"], len(find_architecture(net).costs), result / PICTURE)
         if self.out.exists():
             self.out.rmdir()
         result.rename(self.out)

@@ -13,7 +13,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -170,18 +170,18 @@ def _exporter(format: str, precision: str, calibration: Iterable[dict] | None) -
 def _padded(model: PreTrainedModel) -> Iterator[None]:
     """In evaluation mode, pruned, and in the one layout that a graph can hold."""
     pruner, training = getattr(model, MODULE, None), model.training
-    before = None if pruner is None else (pruner.hooks.layout, pruner.hooks.mode)
+    before = None if pruner is None else pruner.hooks.layout
     model.eval()
     try:
         if pruner is not None:
-            pruner.hooks.layout, pruner.hooks.mode = "padded", "pruned"
-            pruner.hooks.idle = frozenset(site for site in range(len(pruner.sites)) if pruner.keeps_all(site))
-        with torch.no_grad():
+            pruner.hooks.layout = "padded"
+            pruner.hooks.passed = frozenset(site for site in range(len(pruner.sites)) if pruner.keeps_all(site))
+        with torch.no_grad(), nullcontext() if pruner is None else pruner.hooks.asking(mode="pruned"):
             yield
     finally:
         model.train(training)
         if pruner is not None:
-            pruner.hooks.layout, pruner.hooks.mode, pruner.hooks.idle = *before, frozenset()
+            pruner.hooks.layout, pruner.hooks.passed = before, frozenset()
 
 
 @contextmanager

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core.attention import View
-from ..core.pruner import ModelInfo, Record
+from ..core.architecture import Architecture
+from ..core.pruner import Record
+from ..core.view import Site, View
 from .ltp import LTP
 from .parts.saliency import perceptron, perceptron_macs, saliency
 
 
-@dataclass(eq=False, repr=False)
 class AdapLeR(LTP):
     """Contribution predictors taught by gradients (Modarressi, Mohebbi and Pilehvar, "AdapLeR: Speeding up Inference by
     Adaptive Length Reduction", ACL 2022).
@@ -60,11 +59,11 @@ class AdapLeR(LTP):
             raise ValueError(f"sharpen={self.sharpen}: expected a number from 1 up, gates become harder")
         self.divergence = 0.0
 
-    def build(self, info: ModelInfo) -> None:
+    def build(self, model: Architecture) -> None:
         draw = torch.Generator().manual_seed(0)
         self.threshold = nn.Parameter(torch.full((len(self.sites),), self.init))
-        self.predictors = nn.ModuleList(perceptron(info.hidden, draw) for _ in self.sites)
-        self.predictor_macs = perceptron_macs(info.hidden)
+        self.predictors = nn.ModuleList(perceptron(model.hidden, draw) for _ in self.sites)
+        self.predictor_macs = perceptron_macs(model.hidden)
 
     def score(self, view: View) -> Tensor:
         predictor, gate = self.predictors[view.site], view.tokens.log_gate
@@ -73,23 +72,23 @@ class AdapLeR(LTP):
         share = logit.masked_fill(~view.alive, float("-inf")).softmax(-1)
         return share * view.tokens.live[:, None]
 
-    def opening(self, view: View) -> Tensor:
-        return super().opening(view) * self.sharpen ** (self.progress / max(1e-9, self.soft_until))
+    def opening(self, score: Tensor, view: View) -> Tensor:
+        return super().opening(score, view) * self.sharpen**self.softened
 
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
         budget = super().loss(forward, batch, record, teacher)
         if not self.soft:
             return budget
-        apart = torch.stack(list(map(self.apart, record.views, saliency(self, forward)))).mean()
+        apart = torch.stack(list(map(self.apart, record.sites, saliency(self, forward)))).mean()
         self.divergence = apart.item()
         return budget + self.guidance * apart
 
     @staticmethod
-    def apart(view: View, salient: Tensor) -> Tensor:
+    def apart(site: Site, salient: Tensor) -> Tensor:
         """Scalar: KL between the shares of saliency (B, N) and the contributions at a site, the mean over rows."""
-        weight = (salient + 1e-12 * view.protected) * view.tokens.votes.detach()  # where none is salient, [CLS] is
+        weight = (salient + 1e-12 * site.protected) * site.tokens.votes.detach()  # where none is salient, [CLS] is
         target = weight / weight.sum(1, keepdim=True).clamp(min=1e-20)
-        share = view.score / view.tokens.live[:, None]
+        share = site.score / site.tokens.live[:, None]
         return (target * (target.clamp(min=1e-9).log() - share.clamp(min=1e-9).log())).sum(1).mean()
 
     def metrics(self) -> dict[str, float]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.attention import View
-from ..core.pruner import ModelInfo, kept_count
+from ..core.architecture import Architecture
+from ..core.pruner import Choice
+from ..core.view import View
+from .parts.selection import kept_count
 from .topk import REPLAY, TopK
 
 
-@dataclass(eq=False, repr=False)
 class ATS(TopK):
     """Adaptive token sampling (Fayyaz et al., "Adaptive Token Sampling for Efficient Vision Transformers", ECCV 2022);
     needs no training.
@@ -44,21 +44,21 @@ class ATS(TopK):
         if self.keep == REPLAY:
             raise ValueError("ATS decides by itself how many tokens stay: keep='replay' is for topk, random and firstk")
 
-    def build(self, info: ModelInfo) -> None:
-        super().build(info)
-        self.check_readout(info)
+    def build(self, model: Architecture) -> None:
+        super().build(model)
+        self.check_readout(model)
 
     def score(self, view: View) -> Tensor:
         asking = view.readout
-        size, rows = view.value.float().norm(dim=-1), view.rows(asking)  # (B, H, N), of keys and of queries
+        size, rows = view.value.float().norm(dim=-1), view.attention_from(asking)  # (B, H, N), of keys and of queries
         size = size.repeat_interleave(rows.shape[1] // size.shape[1], 1)
         return (rows * size).mean(1).masked_fill(~view.alive, 0.0).scatter(1, asking[:, None], 0.0)
 
-    def choose(self, score: Tensor, view: View) -> Tensor:
+    def choose(self, score: Tensor, view: View) -> Choice:
         share, live = self.shares[view.site], view.alive.sum(1)
         if isinstance(share, float) and share == 1.0:
-            return view.alive
+            return Choice(view.alive)
         points = (kept_count(share, live) - view.protected.sum(1)).clamp(min=0)[:, None]
         sums = score.double().masked_fill(view.protected, 0.0).cumsum(1)  # in order: padding adds nothing
         below = (points * sums / sums[:, -1:].clamp(min=torch.finfo(score.dtype).tiny) + 0.5).floor()
-        return below.diff(dim=1, prepend=torch.zeros_like(below[:, :1])) > 0
+        return Choice(below.diff(dim=1, prepend=torch.zeros_like(below[:, :1])) > 0)

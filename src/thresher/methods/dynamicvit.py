@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core.attention import View
-from ..core.pruner import ModelInfo, Record
+from ..core.architecture import Architecture
+from ..core.pruner import Record
+from ..core.view import View
 from .parts.gates import gumbel, log_gate
 from .topk import TopK
 
 
-@dataclass(eq=False, repr=False)
 class DynamicViT(TopK):
     """Dynamic token sparsification (Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token
     Sparsification", NeurIPS 2021).
@@ -44,9 +43,9 @@ class DynamicViT(TopK):
     lr: ClassVar[float] = 1e-3
     needs_attention: ClassVar[bool] = False
 
-    def build(self, info: ModelInfo) -> None:
-        super().build(info)
-        size, draw = info.hidden, torch.Generator().manual_seed(0)
+    def build(self, model: Architecture) -> None:
+        super().build(model)
+        size, draw = model.hidden, torch.Generator().manual_seed(0)
         half, quarter = size // 2, size // 4
         self.embed = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size), nn.GELU()) for _ in self.sites
@@ -72,18 +71,16 @@ class DynamicViT(TopK):
     def phase(self, progress: float) -> str:
         return "soft" if progress < self.soft_until else "hard"
 
-    def gates(self, view: View) -> Tensor:
-        view.score = self.score(view)
-        return log_gate(gumbel(view.score)).masked_fill(view.protected | ~view.alive, 0.0)
+    def gates(self, score: Tensor, view: View) -> Tensor:
+        return log_gate(gumbel(score))
 
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
         if not self.soft:
-            return 0.0 * sum(p.sum() for p in self.parameters())
-        counts = [*(count.n_attention for count in record.counts[1:]), record.counts[-1].n_ffn]
-        start, wanted, terms = record.counts[0].n_attention, 1.0, []
-        for view, share in zip(record.views, self.shares, strict=True):
+            return self.rest()
+        kept, start, wanted, terms = record.kept(), record.counts[0].n_attention, 1.0, []
+        for site, share in zip(record.sites, self.shares, strict=True):
             wanted *= share
-            terms.append(((counts[view.layer] / start).mean() - wanted) ** 2)
+            terms.append(((kept[site.layer] / start).mean() - wanted) ** 2)
         return self.weight * torch.stack(terms).sum()
 
     def prepare(self, forward: Callable, batches: Iterable[dict]) -> None:

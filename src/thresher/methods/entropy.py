@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.attention import View, columns
-from ..core.pruner import ModelInfo
+from ..core.architecture import Architecture
+from ..core.scoring import columns
+from ..core.view import View
 from .topk import TopK
 
 CRITERIA = ("row", "column")
@@ -26,7 +26,6 @@ def column_power(weights: Tensor, votes: Tensor) -> Tensor:
     return columns(weights.square(), votes)
 
 
-@dataclass(eq=False, repr=False)
 class Entropy(TopK):
     """Top-k token pruning by an entropy of the attention; needs no training. Arguments as ``TopK``.
 
@@ -50,11 +49,11 @@ class Entropy(TopK):
         if self.criterion not in CRITERIA:
             raise ValueError(f"criterion={self.criterion!r}: expected one of {', '.join(CRITERIA)}")
 
-    def build(self, info: ModelInfo) -> None:
-        super().build(info)
-        if self.criterion == "row" and info.causal:
+    def build(self, model: Architecture) -> None:
+        super().build(model)
+        if self.criterion == "row" and model.causal:
             raise ValueError(
-                f"criterion='row' is not possible in {info.name}: a decoder's early tokens see few others, and would "
+                f"criterion='row' is not possible in {model.name}: a decoder's early tokens see few others, and would "
                 "stay for that alone; use criterion='column'"
             )
 

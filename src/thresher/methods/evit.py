@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.attention import View
-from ..core.pruner import ModelInfo
-from ..core.tokens import Tokens
+from ..core.architecture import Architecture
+from ..core.pruner import Choice
+from ..core.view import View
 from .topk import TopK
 
 
-@dataclass(eq=False, repr=False)
 class EViT(TopK):
     """Token reorganization (Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
     Reorganizations", ICLR 2022); works without training.
@@ -42,29 +40,23 @@ class EViT(TopK):
         super().__post_init__()
         self.merges = self.fuse
 
-    def build(self, info: ModelInfo) -> None:
-        super().build(info)
-        self.check_readout(info)
+    def build(self, model: Architecture) -> None:
+        super().build(model)
+        self.check_readout(model)
 
     def score(self, view: View) -> Tensor:
-        return view.rows(view.readout).mean(1).masked_fill(~view.alive, 0.0)
+        return view.attention_from(view.readout).mean(1).masked_fill(~view.alive, 0.0)
 
-    def choose(self, score: Tensor, view: View) -> Tensor:
-        keep = super().choose(score, view)
+    def choose(self, score: Tensor, view: View) -> Choice:
+        choice = super().choose(score, view)
         if not self.fuse:
-            return keep
+            return choice
+        keep = choice.keep | view.protected
         gone = view.alive & ~keep
-        best = score.masked_fill(~gone, -1.0).argmax(1, keepdim=True)
-        view.into = best.expand_as(keep)
-        return keep | torch.zeros_like(keep).scatter(1, best, True) & gone
-
-    def reduce(self, view: View) -> Tokens:
-        width = self.width(view.keep.shape[1], view.site)
-        if not self.fuse:
-            return view.tokens.drop(view.keep, width)
-        slots = torch.arange(view.keep.shape[1], device=view.keep.device)
-        fused = view.alive & (~view.keep | (slots == view.into) & (view.alive & ~view.keep).any(1, keepdim=True))
-        return view.tokens.merge(view.keep, view.into, torch.where(fused, view.score, 1.0), width, sized=False)
+        best = score.masked_fill(~gone, -1.0).argmax(1, keepdim=True)  # whose place the fused token takes
+        holder = torch.zeros_like(keep).scatter(1, best, True) & gone
+        weight = torch.where(gone, score, 1.0)
+        return Choice(keep | holder, into=best.expand_as(keep), weight=weight)
 
     def width(self, slots: int, site: int) -> int | None:
         width = super().width(slots, site)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.attention import View
-from ..core.pruner import ModelInfo, Record, kept_count, top_k
+from ..core.architecture import Architecture
+from ..core.pruner import Choice, Record
+from ..core.view import View
 from .parts.distillation import distillation
+from .parts.selection import kept_count, top_k
 from .topk import TopK
 
 Schedule = tuple[float, ...]
 KEEPS_ALL = 1.0
 
 
-@dataclass(eq=False, repr=False)
 class LAT(TopK):
     """Length-Adaptive Transformer (Kim and Cho, "Length-Adaptive Transformer: Train Once with Length Drop, Use Anytime
     with Search", ACL 2021): one training serves all budgets, ``budget`` chooses one at any time.
@@ -61,20 +61,20 @@ class LAT(TopK):
         self.frontier = tuple((float(share), tuple(map(float, keep))) for share, keep in self.frontier)
         self.running: Schedule | None = None  # in training
 
-    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
-        return tuple(range(info.first_site, max(info.first_site, info.depth - 2) + 1))
+    def default_at(self, model: Architecture) -> tuple[int, ...]:
+        return tuple(range(model.first_site, max(model.first_site, model.depth - 2) + 1))
 
-    def build(self, info: ModelInfo) -> None:
-        super().build(info)
-        self.most = self.drop or 1 - 0.8 ** (12 / info.depth)
+    def build(self, model: Architecture) -> None:
+        super().build(model)
+        self.most = self.drop or 1 - 0.8 ** (12 / model.depth)
         if any(len(keep) != len(self.sites) for _, keep in self.frontier):
             raise ValueError(f"frontier holds schedules of another number of sites than at={list(self.sites)}")
 
-    def choose(self, score: Tensor, view: View) -> Tensor:
+    def choose(self, score: Tensor, view: View) -> Choice:
         share = KEEPS_ALL if self.running is None else self.running[view.site]
         share = share if self.training else self.shares[view.site]
         count = kept_count(share, view.alive.sum(1), view.protected.sum(1))
-        return top_k(score.masked_fill(view.protected, float("inf")), count, view.alive)
+        return Choice(top_k(score.masked_fill(view.protected, float("inf")), count, view.alive))
 
     def keeps_all(self, site: int) -> bool:
         return isinstance(self.shares[site], float) and self.shares[site] == KEEPS_ALL

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core.attention import View
-from ..core.pruner import ModelInfo, Record
-from ..core.tokens import Tokens
+from ..core.architecture import Architecture
+from ..core.pruner import Choice
+from ..core.view import View
 from .ltp import LTP
 from .parts.gates import log_gate
-from .tome import STAYS, matching, mean_weight
+from .tome import STAYS, bipartite_matching
 
 
-@dataclass(eq=False, repr=False)
 class LTMP(LTP):
     """Learned thresholds token merging and pruning (Bonnaerens and Dambre, "Learned Thresholds Token Merging and
     Pruning for Vision Transformers", TMLR 2023).
@@ -46,30 +44,20 @@ class LTMP(LTP):
     sized: ClassVar[bool] = True
     needs_values: ClassVar[bool] = True
 
-    def build(self, info: ModelInfo) -> None:
-        super().build(info)
+    def build(self, model: Architecture) -> None:
+        super().build(model)
         self.merge_threshold = nn.Parameter(torch.full((len(self.sites),), float(self.merge_init)))
 
-    def score(self, view: View) -> Tensor:
-        view.alike, view.into = matching(view)
-        return view.attention_received()
+    def score_and_choose(self, view: View) -> tuple[Tensor, Choice]:
+        similarity, partner, macs = bipartite_matching(view)
+        score = view.attention_received()
+        merged = (similarity > -STAYS) & (similarity >= self.merge_threshold[view.site])
+        into = torch.where(merged, partner, torch.arange(merged.shape[1], device=merged.device))
+        return score, Choice((score >= self.threshold[view.site]) & ~merged, into=into, macs=macs)
 
-    def choose(self, score: Tensor, view: View) -> Tensor:
-        merged = (view.alike > -STAYS) & (view.alike >= self.merge_threshold[view.site])
-        view.into = torch.where(merged, view.into, torch.arange(merged.shape[1], device=merged.device))
-        return (super().choose(score, view) & ~merged) | self._best(score, view, view.alive)
-
-    def reduce(self, view: View) -> Tokens:
-        return view.tokens.merge(view.keep, view.into, mean_weight(view))
-
-    def gates(self, view: View) -> Tensor:
-        gates = super().gates(view)
-        apart = log_gate((self.merge_threshold[view.site] - view.alike) / self.temperature)
-        spared = view.protected | self._best(view.score.detach(), view, view.open) | ~view.alive
-        return gates + apart.masked_fill(spared, 0.0)
-
-    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
-        return super().loss(forward, batch, record, teacher) + 0.0 * self.merge_threshold.sum()
+    def gates(self, score: Tensor, view: View) -> Tensor:
+        apart = self.merge_threshold[view.site] - bipartite_matching(view)[0]
+        return super().gates(score, view) + log_gate(apart / self.temperature)
 
     def knob(self) -> Callable[[float], None]:
         """One shift of all thresholds, towards removing more."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.attention import View
-from ..core.pruner import ModelInfo, Record, TokenPruner, budget_penalty, falling
+from ..core.architecture import Architecture
+from ..core.pruner import Choice, Record
+from ..core.view import View
+from .parts.budget import Budgeted, falling
 from .parts.gates import log_gate
 
 
-@dataclass(eq=False, repr=False)
-class LTP(TokenPruner):
+class LTP(Budgeted):
     """Learned thresholds on the attention received (Kim et al., "Learned Token Pruning for Transformers", KDD 2022).
 
     A token leaves after layer l if its score s is below that layer's threshold. In the soft stage the thresholds learn
@@ -64,58 +64,48 @@ class LTP(TokenPruner):
         if self.min_keep < 1:
             raise ValueError(f"min_keep={self.min_keep}: expected a number of tokens from 1 up")
 
-    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
+    def default_at(self, model: Architecture) -> tuple[int, ...]:
         """Every layer; the last only for heads that read the first token alone, which no other token can reach any
         more."""
-        last = info.last_site if info.reads_first_only else min(info.last_site, info.depth - 2)
-        return tuple(range(info.first_site, last + 1))
+        last = model.last_site if model.reads_first_only else min(model.last_site, model.depth - 2)
+        return tuple(range(model.first_site, last + 1))
 
-    def build(self, info: ModelInfo) -> None:
-        rising = [self.init * layer / max(1, info.depth) for layer in self.sites]
+    def build(self, model: Architecture) -> None:
+        rising = [self.init * layer / max(1, model.depth) for layer in self.sites]
         self.threshold = nn.Parameter(torch.tensor(rising, dtype=torch.float32))
 
-    def choose(self, score: Tensor, view: View) -> Tensor:
-        return (score >= self.threshold[view.site]) | self._best(score, view, view.alive)
+    def choose(self, score: Tensor, view: View) -> Choice:
+        return Choice(score >= self.threshold[view.site])
 
-    def _best(self, score: Tensor, view: View, alive: Tensor) -> Tensor:
-        """(B, N) bool: the ``min_keep`` best tokens of each row, the protected ones first."""
-        order = score.masked_fill(view.protected, float("inf")).masked_fill(~alive, float("-inf"))
-        return order >= order.topk(min(self.min_keep, order.shape[1])).values[:, -1:]
+    def gates(self, score: Tensor, view: View) -> Tensor:
+        opening = self.opening(score, view)
+        return log_gate(opening) if self.straight_through else F.logsigmoid(opening)
 
-    def gates(self, view: View) -> Tensor:
-        view.score = self.score(view)
-        open_by = self.opening(view)
-        if self.straight_through:
-            gates = log_gate(open_by)
-        else:
-            gates = F.logsigmoid(open_by)
-        spared = view.protected | self._best(view.score.detach(), view, view.open)
-        return gates.masked_fill(spared | ~view.alive, 0.0)
-
-    def opening(self, view: View) -> Tensor:
-        """(B, N): the log odds of each gate, in a soft stage."""
-        return (view.score - self.threshold[view.site]) / self.temperature
+    def opening(self, score: Tensor, view: View) -> Tensor:
+        """(B, N): the log odds of each gate (eq. 6)."""
+        return (score - self.threshold[view.site]) / self.temperature
 
     def phase(self, progress: float) -> str:
         return "soft" if progress < self.soft_until else "hard"
 
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
         if not self.soft:
-            return 0.0 * self.threshold.sum()  # the parameter takes part in every backward, as DDP expects
-        if self.target_flops is None:
-            ends = [
-                *(count.n_attention for count in record.counts[1:]),
-                record.counts[-1].n_ffn,
-            ]  # left after each layer
-            gates = [ends[view.layer] / record.counts[0].n_attention for view in record.views]
-            return (0.1 if self.weight is None else self.weight) * torch.stack(gates).mean()
-        return budget_penalty(record, self.due, self.weight)
+            return self.rest()
+        if self.target_flops is not None:
+            return self.penalty(record, self.softened, self.weight) + self.rest()
+        kept = record.kept()
+        gates = [kept[site.layer] / record.counts[0].n_attention for site in record.sites]
+        return (0.1 if self.weight is None else self.weight) * torch.stack(gates).mean() + self.rest()
 
     @property
-    def due(self) -> float:
-        """The share of the MACs that is asked for now: ``target_flops``, once the first half of the soft stage is
-        over."""
-        return falling(self.target_flops, self.progress / max(1e-9, self.soft_until))
+    def softened(self) -> float:
+        """The share of the soft stage that is over."""
+        return self.progress / max(1e-9, self.soft_until)
+
+    @property
+    def target_now(self) -> float:
+        """The share of the MACs that is asked for now: ``target_flops``, once half of the soft stage is over."""
+        return falling(self.target_flops, self.softened)
 
     def knob(self) -> Callable[[float], None]:
         """One shift of all thresholds."""

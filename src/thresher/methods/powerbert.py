@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core.attention import View, columns
-from ..core.pruner import ModelInfo, Record, budget_penalty, falling, ranks
+from ..core.architecture import Architecture
+from ..core.pruner import Record
+from ..core.scoring import columns
 from ..core.tokens import CLOSED
+from ..core.view import View
 from .parts.rank_bins import bin_of
+from .parts.selection import ranks
 from .topk import TopK
 
 
@@ -21,7 +23,6 @@ def others(weights: Tensor, votes: Tensor) -> Tensor:
     return columns(weights, votes) - (weights.diagonal(dim1=-2, dim2=-1) * votes[:, None]).sum(1)
 
 
-@dataclass(eq=False, repr=False)
 class PoWERBERT(TopK):
     """Progressive word-vector elimination (Goyal et al., "PoWER-BERT: Accelerating BERT Inference via Progressive
     Word-vector Elimination", ICML 2020).
@@ -58,11 +59,11 @@ class PoWERBERT(TopK):
     def statistic(self) -> Callable:
         return others
 
-    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
-        return tuple(range(info.first_site, max(info.first_site, info.depth - 2) + 1))
+    def default_at(self, model: Architecture) -> tuple[int, ...]:
+        return tuple(range(model.first_site, max(model.first_site, model.depth - 2) + 1))
 
-    def build(self, info: ModelInfo) -> None:
-        super().build(info)
+    def build(self, model: Architecture) -> None:
+        super().build(model)
         self.retention = nn.Parameter(torch.ones(len(self.sites), self.bins))
 
     def score(self, view: View) -> Tensor:
@@ -71,23 +72,20 @@ class PoWERBERT(TopK):
     def phase(self, progress: float) -> str:
         return "soft" if progress < self.soft_until else "hard"
 
-    def gates(self, view: View) -> Tensor:
-        view.score = self.score(view)
+    def gates(self, score: Tensor, view: View) -> Tensor:
         free = view.alive & ~view.protected
         count = free.sum(1, keepdim=True)
-        rank = torch.minimum(ranks(view.score.detach(), free), (count - 1).clamp(min=0))
-        into = bin_of(rank, count.clamp(min=1), self.bins).clamp(max=self.bins - 1)
+        rank = torch.minimum(ranks(score.detach(), free), (count - 1).clamp(min=0))
+        bins = bin_of(rank, count.clamp(min=1), self.bins).clamp(max=self.bins - 1)
         with torch.no_grad():
             self.retention.clamp_(0, 1)  # the parameters themselves: beyond the bounds they would have no gradient
-        found = self.retention[view.site][into]
-        return (found + CLOSED).log().clamp(max=0).masked_fill(~free, 0.0)
+        return (self.retention[view.site][bins] + CLOSED).log().clamp(max=0)
 
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
         if not self.soft:
-            return 0.0 * self.retention.sum()
+            return self.rest()
         if self.target_flops is not None:
-            due = falling(self.target_flops, self.progress / max(1e-9, self.soft_until))
-            return budget_penalty(record, due, self.weight)
+            return self.penalty(record, self.progress / max(1e-9, self.soft_until), self.weight)
         number = torch.tensor([layer + 1.0 for layer in self.sites], device=self.retention.device)
         return (0.01 if self.weight is None else self.weight) * (number * self.retention.sum(1)).sum()
 

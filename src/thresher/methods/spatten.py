@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from ..core.attention import View
-from ..core.pruner import ModelInfo
+from ..core.architecture import Architecture
+from ..core.view import View
 from .topk import TopK
 
 
-@dataclass(eq=False, repr=False)
 class SpAtten(TopK):
     """Cascade token pruning (Wang, Zhang and Han, "SpAtten", HPCA 2021, section III-A); needs no training.
 
@@ -30,15 +28,13 @@ class SpAtten(TopK):
 
     name: ClassVar[str] = "spatten"
 
-    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
-        return tuple(range(max(info.first_site, info.depth // 6), info.last_site + 1, 2))
+    def default_at(self, model: Architecture) -> tuple[int, ...]:
+        return tuple(range(max(model.first_site, model.depth // 6), model.last_site + 1, 2))
 
     def score(self, view: View) -> Tensor:
-        index, memory = view.tokens.index, view.tokens.memory
-        received = view.attention_received()
-        total = memory.get(self.name)
-        if total is None:
-            total = received.new_zeros(index.shape[0], view.tokens.width)
-        total = total.scatter_add(1, index, received)  # dead slots receive nothing
-        memory[self.name] = total
-        return total.gather(1, index).masked_fill(~view.alive, 0.0)
+        received, before = view.attention_received(), view.previous
+        if before is None:
+            return received
+        total = received.new_zeros(len(received), view.tokens.width)
+        total = total.scatter_add(1, before.tokens.index, before.score)  # dead slots have received nothing
+        return received + total.gather(1, view.tokens.index).masked_fill(~view.alive, 0.0)

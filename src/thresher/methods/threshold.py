@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from ..core.attention import View
-from ..core.pruner import ModelInfo, TokenPruner
+from ..core.architecture import Architecture
+from ..core.pruner import Choice, TokenPruner
+from ..core.view import View
 
 
-@dataclass(eq=False, repr=False)
 class Threshold(TokenPruner):
     """Manual thresholds on the attention received: LTP's own baseline (Kim et al., KDD 2022).
 
@@ -26,7 +25,7 @@ class Threshold(TokenPruner):
 
     name: ClassVar[str] = "threshold"
 
-    def build(self, info: ModelInfo) -> None:
+    def build(self, model: Architecture) -> None:
         values = self.threshold if isinstance(self.threshold, (tuple, list)) else [self.threshold] * len(self.sites)
         if len(values) != len(self.sites):
             raise ValueError(
@@ -36,5 +35,5 @@ class Threshold(TokenPruner):
             raise ValueError(f"threshold={self.threshold!r}: expected numbers from 0 up (1 = uniform attention)")
         self.thresholds = tuple(float(value) for value in values)
 
-    def choose(self, score: Tensor, view: View) -> Tensor:
-        return score >= self.thresholds[view.site]
+    def choose(self, score: Tensor, view: View) -> Choice:
+        return Choice(score >= self.thresholds[view.site])

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.attention import View
-from ..core.pruner import ModelInfo, TokenPruner, check_keep, top_k
-from ..core.tokens import Tokens
-from .topk import per_site, share_knob
+from ..core.architecture import Architecture
+from ..core.pruner import Choice
+from ..core.view import View
+from .parts.budget import Budgeted
+from .parts.selection import check_keep, top_k
+from .topk import per_site
 
 STAYS = 2.0  # a score above that of any token that may be merged
 
 
-@dataclass(eq=False, repr=False)
-class ToMe(TokenPruner):
+class ToMe(Budgeted):
     """Token merging by bipartite soft matching (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023); needs
     no training.
 
@@ -56,10 +57,10 @@ class ToMe(TokenPruner):
         """``r`` at each site."""
         return per_site(self.r, self.sites)
 
-    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
-        return tuple(range(info.first_site, info.last_site + 1))
+    def default_at(self, model: Architecture) -> tuple[int, ...]:
+        return tuple(range(model.first_site, model.last_site + 1))
 
-    def build(self, info: ModelInfo) -> None:
+    def build(self, model: Architecture) -> None:
         for share in self.shares:
             if isinstance(share, bool) or share != 0:
                 check_keep(share, "r")
@@ -70,23 +71,19 @@ class ToMe(TokenPruner):
 
     def knob(self) -> Callable[[float], None]:
         """One factor of all shares."""
-        return share_knob(self, "r", 1)
+        return self.turn_shares("r", 1)
 
-    def score(self, view: View) -> Tensor:
-        alike, view.into = matching(view)
-        return torch.where(alike > -STAYS, -alike, STAYS).masked_fill(~view.alive, 0.0)
-
-    def choose(self, score: Tensor, view: View) -> Tensor:
+    def score_and_choose(self, view: View) -> tuple[Tensor, Choice]:
+        similarity, partner, macs = bipartite_matching(view)
+        score = torch.where(similarity > -STAYS, -similarity, STAYS).masked_fill(~view.alive, 0.0)
         live = view.alive.sum(1)
         merged = _merged(self.shares[view.site], live)
-        return top_k(score, torch.maximum(live - merged, (score == STAYS).sum(1)), view.alive)
-
-    def reduce(self, view: View) -> Tokens:
-        return view.tokens.merge(view.keep, view.into, mean_weight(view), self.width(view.keep.shape[1], view.site))
+        keep = top_k(score, torch.maximum(live - merged, (score == STAYS).sum(1)), view.alive)
+        return score, Choice(keep, into=partner, macs=macs)
 
     def width(self, slots: int, site: int) -> int | None:
-        protect = self.info.protected if self.protect is None else self.protect
-        if not isinstance(protect, (tuple, list)):
+        protect = self.protected_positions
+        if protect is None:
             return None
         return slots - min(_merged(self.shares[site], slots), max(0, slots - len(protect) + 1) // 2)
 
@@ -102,27 +99,20 @@ def _merged(share: float | int, live):
     return (thousandths - thousandths % 1000) // 1000  # even: OpenVINO rounds
 
 
-def matching(view: View) -> tuple[Tensor, Tensor]:
-    """(B, N) the similarity of each token of the first set to the nearest of the second, -2 for all others, and (B, N)
-    long the slot of that."""
+def bipartite_matching(view: View) -> tuple[Tensor, Tensor, Tensor]:
+    """Match each token of the first set to the nearest of the second, by the cosine of their keys.
+
+    Returns (B, N) the similarity, -2 for tokens that are not in the first set; (B, N) long the slot of the partner;
+    (B,) the MACs that it took.
+    """
     free = view.alive & ~view.protected
     turn, key, live = free.cumsum(1) % 2, view.key, view.alive.sum(1)
     first, second = free & (turn == 1), free & (turn == 0)
-    near = F.normalize(key.float().mean(1), dim=-1)
-    alike, into = (near @ near.transpose(1, 2)).masked_fill(~second[:, None], -STAYS).max(2)
-    view.spent = live * live * key.shape[-1] / 4
-    return alike.masked_fill(~first, -STAYS), into
+    direction = F.normalize(key.float().mean(1), dim=-1)
+    similarity, partner = (direction @ direction.transpose(1, 2)).masked_fill(~second[:, None], -STAYS).max(2)
+    return similarity.masked_fill(~first, -STAYS), partner, live * live * key.shape[-1] / 4
 
 
-def mean_weight(view: View) -> Tensor:
-    """(B, N): the weight of each token in the mean of those that are merged with it, by size."""
-    size = view.tokens.sizes
-    own = torch.arange(size.shape[1], device=size.device).expand_as(view.into)
-    into = torch.where(view.alive & ~view.keep, view.into, own)
-    return size / torch.zeros_like(size).scatter_add(1, into, size).gather(1, into)
-
-
-@dataclass(eq=False, repr=False)
 class ToFu(ToMe):
     """Token fusion (Kim et al., "Token Fusion: Bridging the Gap between Token Pruning and Token Merging", WACV 2024);
     needs no training.
@@ -149,8 +139,8 @@ class ToFu(ToMe):
         if not 0 <= self.prunes <= 1:
             raise ValueError(f"prunes={self.prunes}: expected a share of the depth in [0, 1]")
 
-    def reduce(self, view: View) -> Tokens:
-        width = self.width(view.keep.shape[1], view.site)
-        if view.layer < self.prunes * self.info.depth:
-            return view.tokens.drop(view.keep, width)
-        return view.tokens.merge(view.keep, view.into, mean_weight(view), width, longest=True)
+    def score_and_choose(self, view: View) -> tuple[Tensor, Choice]:
+        score, choice = super().score_and_choose(view)
+        if view.layer < self.prunes * self.architecture.depth:
+            return score, Choice(choice.keep, macs=choice.macs)
+        return score, replace(choice, longest=True)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core.attention import View
+from ..core.architecture import Architecture
 from ..core.cost import LatencyTable, LayerCount, between, dense_macs, macs, tokens_by_layer
-from ..core.pruner import ModelInfo, Record, TokenPruner, ranks
+from ..core.pruner import Choice, Record, TokenPruner
 from ..core.tokens import CLOSED
+from ..core.view import View
 from .parts.gates import Ascend, chance, odds, rounded, sample
 from .parts.rank_bins import bin_of, first, places, within
 from .parts.rank_distillation import RANK_LOSSES, overlap, ranking_loss, taught_by
+from .parts.selection import ranks
 
 BOUND = math.log(100)  # of the parameters, their log odds
 GATE, WORST = 0.98, 0.9  # the chance of a gate, and of the last bin of the first site, to be on at the start
@@ -26,7 +27,6 @@ STIFF = 100.0  # the multiplier of the squared excess where the training starts
 TARGETS = ("target_flops", "target_latency", "target_latency_ms")
 
 
-@dataclass(eq=False, repr=False)
 class ToP(TokenPruner):
     """Ranking-distilled, constraint-aware token pruning (Li et al., "Constraint-aware and Ranking-distilled Token
     Pruning for Efficient Transformer Inference", KDD 2023), after its released code.
@@ -117,11 +117,11 @@ class ToP(TokenPruner):
         """Whether ``loss`` wants the teacher's ranking."""
         return self.rank_loss != "none"
 
-    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
+    def default_at(self, model: Architecture) -> tuple[int, ...]:
         """Every layer but the last."""
-        return tuple(range(info.first_site, max(info.first_site, info.depth - 2) + 1))
+        return tuple(range(model.first_site, max(model.first_site, model.depth - 2) + 1))
 
-    def build(self, info: ModelInfo) -> None:
+    def build(self, model: Architecture) -> None:
         sites = len(self.sites)
         deeper = DEEPER * torch.linspace(0, 1, sites)[:, None]
         self.rank = nn.Parameter(torch.linspace(BOUND, odds(WORST), self.bins) - deeper)
@@ -131,17 +131,17 @@ class ToP(TokenPruner):
         self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
         self.agreement: list[Tensor] = []
         self.lengths: tuple[Tensor, Tensor] | None = None  # of inputs that the budget is meant for
-        taught = info.depth if info.finds_answers else max(info.first_site + 1, info.depth // 3)
+        taught = model.depth if model.finds_answers else max(model.first_site + 1, model.depth // 3)
         self.early = [i for i, layer in enumerate(self.sites) if layer < taught]
 
     # --- what stays ----------------------------------------------------------------------------------------------
-    def choose(self, score: Tensor, view: View) -> Tensor:
+    def choose(self, score: Tensor, view: View) -> Choice:
         mask, free = self.current[view.site], view.alive & ~view.protected
         if self.holes:
             bins, best = self.bin(score, free)
-            return mask[bins] | best
+            return Choice(mask[bins] | best)
         most = within(mask.sum(), free.sum(1, keepdim=True), self.bins).clamp(min=self.floor * self.bins)
-        return ranks(score, free) * self.bins < most
+        return Choice(ranks(score, free) * self.bins < most)
 
     def keeps_all(self, site: int) -> bool:
         return bool(self.current[site].all())
@@ -149,7 +149,7 @@ class ToP(TokenPruner):
     @property
     def current(self) -> Tensor:
         """(S, bins) bool: the masks of evaluation, now."""
-        return self.mask if self.phase(self.progress) == "hard" else self.settled()
+        return self.mask if self.phase(self.progress) == "hard" else self.hard_mask()
 
     def bin(self, score: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N) long: the bin of each token by its rank among the ``free`` ones (B, N) of its row; (B, N) bool: those
@@ -157,7 +157,7 @@ class ToP(TokenPruner):
         rank, count = ranks(score, free), free.sum(1, keepdim=True).clamp(min=1)
         return bin_of(rank.clamp(max=count - 1), count, self.bins), free & (rank < self.floor)
 
-    def settled(self) -> Tensor:
+    def hard_mask(self) -> Tensor:
         """(S, bins) bool: the masks without chance. Of each site the expected number of bins, those of least odds, is
         off; so is the whole site where its gate is more likely off than on."""
         rank = self.ordered()
@@ -176,14 +176,12 @@ class ToP(TokenPruner):
             return torch.zeros(len(self.sites), 1, dtype=torch.bool, device=self.rank.device)
         return (chance(self.gate.detach()) < 0.5)[:, None]
 
-    def gates(self, view: View) -> Tensor:
-        view.score = self.score(view)
-        free = view.open & ~view.protected
+    def gates(self, score: Tensor, view: View) -> Tensor:
+        free, rows = view.free, len(view.alive)
         if view.site == 0:
             self._bound()
-            self.mask.copy_(self.settled())  # what is saved in the soft stage prunes as it does now
-        rows = len(free)
-        bins, best = self.bin(view.score.detach(), free)
+            self.mask.copy_(self.hard_mask())  # what is saved in the soft stage prunes as it does now
+        bins, best = self.bin(score.detach(), free)
         keep = rounded(sample(self.rank[view.site].expand(rows, -1))).gather(1, bins)
         if self.gate is not None:
             keep = 1 - (1 - keep) * rounded(sample(self.gate[view.site].expand(rows, 1)))
@@ -221,19 +219,19 @@ class ToP(TokenPruner):
             for site, layer in enumerate(self.sites)
         }
         unscored = [self.sites[site] for site in idle]
-        layers = range(self.info.depth)
-        counts = tokens_by_layer(tokens, after, layers, inside=self.info.inside, unscored=unscored)
+        layers = range(self.architecture.depth)
+        counts = tokens_by_layer(tokens, after, layers, inside=self.architecture.drops_inside, unscored=unscored)
         return self.price(counts).sum() / self.dense(tokens).sum()
 
     def price(self, counts: list[LayerCount]) -> Tensor:
         """(B,) the cost of a forward: MACs, or ms where the budget is one of time."""
         if not self.needs_table:
-            return macs(self.info.costs, counts)
+            return macs(self.architecture.costs, counts)
         return self.measured.fixed(counts[0].n_attention) + self.measured.time(counts)
 
     def dense(self, tokens: Tensor) -> Tensor:
         """(B,) the cost of the dense model, without any hook, on rows of ``tokens`` (B,) tokens."""
-        return between(tokens, self.measured.dense) if self.needs_table else dense_macs(self.info.costs, tokens)
+        return between(tokens, self.measured.dense) if self.needs_table else dense_macs(self.architecture.costs, tokens)
 
     @property
     def measured(self) -> LatencyTable:
@@ -247,7 +245,7 @@ class ToP(TokenPruner):
             return self.target_latency if self.target_flops is None else self.target_flops
         return self.target_latency_ms / self.dense(tokens).mean().item()
 
-    def asked(self, tokens: Tensor, protected: Tensor) -> float:
+    def target_now(self, tokens: Tensor, protected: Tensor) -> float:
         """The target now: on its way from the cost where the training starts to ``target``; shapes as in ``cost``."""
         start = self.expected(tokens, protected, *(begin.to(tokens.device) for begin in self.begin)).item()
         return start + (self.target(tokens) - start) * self.ramped
@@ -278,11 +276,11 @@ class ToP(TokenPruner):
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
         if self.soft:
             tokens, protected = self.lengths or rows_of(record)
-            over = self.expected(tokens.float(), protected) - self.asked(tokens.float(), protected)
+            over = self.expected(tokens.float(), protected) - self.target_now(tokens.float(), protected)
             first, second = Ascend.apply(self.multiplier)
             total = first * over + second * over**2
         else:
-            total = sum(0.0 * parameter.sum() for parameter in self.parameters())
+            total = self.rest()
         return total + self.rank_weight * self.ranking_loss_of(record, teacher) if self.ranks_teacher else total
 
     def ranking_loss_of(self, record: Record, teacher: Any) -> Tensor:
@@ -295,15 +293,15 @@ class ToP(TokenPruner):
                 "them: name an earlier layer, or train with rank_loss='none'"
             )
         self.agreement, total = [], 0.0
-        for view in (record.views[i] for i in self.early):
-            ranking, free = taught_by(teacher).gather(1, view.tokens.index), view.open & ~view.protected
-            score = view.score if self.soft else self.score(view)  # tokens are chosen without gradients
+        for site in (record.sites[i] for i in self.early):
+            ranking = taught_by(teacher).gather(1, site.tokens.index)
+            score = site.score if self.soft else self.score(site.view)  # tokens are chosen without gradients
             if self.rank_loss == "arp2-topk":
-                score = score / view.tokens.live.clamp(min=1)[:, None]  # a share of all attention, as theirs
+                score = score / site.tokens.live.clamp(min=1)[:, None]  # a share of all attention, as theirs
             else:
                 score = score.clamp(min=FAINT).log()
-            total = total + ranking_loss(score, ranking, free, self.topk, self.rank_loss)
-            self.agreement.append(overlap(view.score.detach(), ranking, view.alive & ~view.protected, self.topk))
+            total = total + ranking_loss(score, ranking, site.view.free, self.topk, self.rank_loss)
+            self.agreement.append(overlap(site.score.detach(), ranking, site.alive & ~site.protected, self.topk))
         return total
 
     def metrics(self) -> dict[str, float]:
@@ -314,16 +312,16 @@ class ToP(TokenPruner):
             return found
         tokens, protected = self.lengths or rows_of(self.record)
         found |= {
-            "cost_target": self.asked(tokens.float(), protected),
+            "cost_target": self.target_now(tokens.float(), protected),
             "cost_expected": self.expected(tokens.float(), protected).item(),
-            "cost_hard": self.counted(self.settled().cpu(), tokens.cpu(), protected.cpu()),
+            "cost_hard": self.cost_of(self.hard_mask().cpu(), tokens.cpu(), protected.cpu()),
         }
         if self.gate is not None:
             found["gates_on"] = float((~self.idle).sum())
         return found | {f"multiplier_{i + 1}": value for i, value in enumerate(self.multiplier.tolist())}
 
     # --- the budget ----------------------------------------------------------------------------------------------
-    def counted(self, mask: Tensor, tokens: Tensor, protected: Tensor) -> float:
+    def cost_of(self, mask: Tensor, tokens: Tensor, protected: Tensor) -> float:
         """The cost as a fraction of the dense one with ``mask`` (S, bins), under which what stays depends on lengths
         alone; shapes as in ``cost``."""
         mask = mask if self.holes else first(mask)
@@ -354,7 +352,7 @@ class ToP(TokenPruner):
             mask = torch.ones(len(order), dtype=torch.bool)
             mask[off] = False
             mask = mask.view(self.bins, -1).flip(0, 1).T
-            return self.counted(mask, tokens, protected), mask
+            return self.cost_of(mask, tokens, protected), mask
 
         low, high = 0, len(order)
         while low < high:
@@ -384,4 +382,4 @@ class ToP(TokenPruner):
 
 def rows_of(record: Record) -> tuple[Tensor, Tensor]:
     """(B,) tokens of each row of a forward, and how many of them are protected."""
-    return record.counts[0].n_attention.detach().long(), record.views[0].protected.sum(1)
+    return record.counts[0].n_attention.detach().long(), record.sites[0].protected.sum(1)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.attention import View
-from ..core.pruner import ModelInfo, TokenPruner, check_keep, kept_count, top_k
+from ..core.architecture import Architecture
+from ..core.pruner import Choice
+from ..core.view import View
+from .parts.budget import Budgeted
+from .parts.selection import check_keep, kept_count, top_k
 
 REPLAY = "replay"
 
 
-@dataclass(eq=False, repr=False)
-class TopK(TokenPruner):
+class TopK(Budgeted):
     """Top-k token pruning by the attention received; needs no training.
 
     The selection of SpAtten (Wang, Zhang and Han, HPCA 2021) and of LTP's top-k baseline, without their layer
@@ -43,13 +44,13 @@ class TopK(TokenPruner):
         """``keep`` at each site."""
         return per_site(self.keep, self.sites)
 
-    def build(self, info: ModelInfo) -> None:
+    def build(self, model: Architecture) -> None:
         if self.keep == REPLAY:
             return
         for share in self.shares:
             check_keep(share)
-            if isinstance(share, int) and info.max_tokens is not None and share > info.max_tokens:
-                raise ValueError(f"keep={share}: the model takes {info.max_tokens} tokens at most")
+            if isinstance(share, int) and model.max_tokens is not None and share > model.max_tokens:
+                raise ValueError(f"keep={share}: the model takes {model.max_tokens} tokens at most")
         if len(self.shares) != len(self.sites):
             raise ValueError(
                 f"keep has {len(self.shares)} entries for the {len(self.sites)} sites at={list(self.sites)}"
@@ -59,21 +60,23 @@ class TopK(TokenPruner):
 
     def knob(self) -> Callable[[float], None] | None:
         """One factor of all shares."""
-        return None if self.keep == REPLAY else share_knob(self, "keep", -1)
+        return None if self.keep == REPLAY else self.turn_shares("keep", -1)
 
-    def choose(self, score: Tensor, view: View) -> Tensor:
+    def choose(self, score: Tensor, view: View) -> Choice:
         live, protected = view.alive.sum(1), view.protected.sum(1)
         if self.keep == REPLAY:
-            if self.counts is None or len(self.counts) != len(live):
-                raise RuntimeError("keep='replay' needs token_pruner.counts (B, S) to be set before each forward")
-            k = torch.maximum(self.counts[:, view.site].to(live.device), protected)
+            if view.counts is None or len(view.counts) != len(live):
+                raise RuntimeError(
+                    "keep='replay' needs the counts (B, S) of the batch: with calling(model, counts=...)"
+                )
+            k = torch.maximum(view.counts[:, view.site].to(live.device), protected)
         else:
             k = kept_count(self.shares[view.site], live, protected)
-        return top_k(score.masked_fill(view.protected, float("inf")), k, view.alive)
+        return Choice(top_k(score.masked_fill(view.protected, float("inf")), k, view.alive))
 
     def width(self, slots: int, site: int) -> int | None:
-        protect = self.info.protected if self.protect is None else self.protect
-        if self.keep == REPLAY or not isinstance(protect, (tuple, list)):
+        protect = self.protected_positions
+        if self.keep == REPLAY or protect is None:
             return None
         share = self.shares[site]
         count = min(share, slots) if isinstance(share, int) else (slots * round(share * 1000) + 999) // 1000
@@ -85,18 +88,6 @@ def per_site(value: float | int | tuple, sites: tuple[int, ...]) -> tuple:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(sites)
 
 
-def share_knob(method: TokenPruner, name: str, sign: int) -> Callable[[float], None]:
-    """Multiplies the shares of a method, its field ``name``, by exp(``sign`` * by), in thousandths."""
-    start = method.shares
-
-    def turn(by: float) -> None:
-        shares = tuple(min(1.0, max(0.001, round(share * math.exp(sign * by), 3))) for share in start)
-        setattr(method, name, shares)
-
-    return turn
-
-
-@dataclass(eq=False, repr=False)
 class Random(TopK):
     """Baseline: which tokens stay is a coin's choice. Arguments as ``TopK``.
 
@@ -118,7 +109,6 @@ class Random(TopK):
         return (x ^ (x >> 15)).double()
 
 
-@dataclass(eq=False, repr=False)
 class FirstK(TopK):
     """Baseline: the first tokens of each row stay. Arguments as ``TopK``."""
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core.attention import View
-from ..core.pruner import ModelInfo
+from ..core.architecture import Architecture
+from ..core.view import View
 from .ltp import LTP
 from .parts.gates import gumbel
 
 
-@dataclass(eq=False, repr=False)
 class Transkimmer(LTP):
     """Skim predictors trained with Gumbel noise (Guan et al., "Transkimmer: Transformer Learns to Layer-wise Skim", ACL
     2022); tokens that are skimmed keep the state that they had.
@@ -45,9 +43,9 @@ class Transkimmer(LTP):
     lr: ClassVar[float] = 1e-3
     needs_attention: ClassVar[bool] = False
 
-    def build(self, info: ModelInfo) -> None:
-        super().build(info)
-        size, draw = info.hidden, torch.Generator().manual_seed(0)
+    def build(self, model: Architecture) -> None:
+        super().build(model)
+        size, draw = model.hidden, torch.Generator().manual_seed(0)
         self.predictor_macs = size * size + 2 * size
         self.predictors = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size), nn.LayerNorm(size), nn.GELU(), nn.Linear(size, 2))
@@ -64,5 +62,5 @@ class Transkimmer(LTP):
         stays, leaves = predictor(view.hidden.to(predictor[1].weight.dtype)).float().unbind(-1)
         return stays - leaves
 
-    def opening(self, view: View) -> Tensor:
-        return gumbel(super().opening(view) * self.temperature) / self.temperature
+    def opening(self, score: Tensor, view: View) -> Tensor:
+        return gumbel(score - self.threshold[view.site]) / self.temperature

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.attention import View
+from ..core.architecture import Architecture
 from ..core.cost import dense_macs, macs
-from ..core.pruner import ModelInfo, Record, top_k
+from ..core.pruner import Choice, Record
 from ..core.tokens import take
+from ..core.view import Site, View
 from .ltp import LTP
+from .parts.budget import PENALTY
 from .parts.saliency import perceptron, perceptron_macs, saliency, task_losses
+from .parts.selection import top_k
 
 
-@dataclass(eq=False, repr=False)
 class TRBERT(LTP):
     """Dynamic token reduction by a policy (Ye, Lin, Huang and Sun, "TR-BERT: Dynamic Token Reduction for Accelerating
     BERT Inference", NAACL 2021).
@@ -71,17 +72,17 @@ class TRBERT(LTP):
         self.guide: list[Tensor] | None = None  # per site (B, N0), while one follows it
         self.seen: dict[str, float] = {}
 
-    def default_at(self, info: ModelInfo) -> tuple[int, ...]:
+    def default_at(self, model: Architecture) -> tuple[int, ...]:
         """After the attention of the first layer and of the last one of the first half."""
-        return tuple(sorted({min(max(i, info.first_site), info.last_site) for i in (0, info.depth // 2 - 1)}))
+        return tuple(sorted({min(max(i, model.first_site), model.last_site) for i in (0, model.depth // 2 - 1)}))
 
-    def build(self, info: ModelInfo) -> None:
-        super().build(info)
+    def build(self, model: Architecture) -> None:
+        super().build(model)
         draw = torch.Generator().manual_seed(0)
-        self.policies = nn.ModuleList(perceptron(info.hidden, draw) for _ in self.sites)
+        self.policies = nn.ModuleList(perceptron(model.hidden, draw) for _ in self.sites)
         for policy in self.policies:
             nn.init.constant_(policy[2].bias, self.start)
-        self.predictor_macs = perceptron_macs(info.hidden)
+        self.predictor_macs = perceptron_macs(model.hidden)
 
     @property
     def sampled(self) -> bool:
@@ -96,21 +97,21 @@ class TRBERT(LTP):
         with torch.set_grad_enabled(self.playing):  # of the policy alone, and not within a checkpointed layer
             return policy(view.hidden.detach().to(policy[0].weight.dtype)).float()[..., 0]
 
-    def odds(self, view: View) -> Tensor:
+    def opening(self, score: Tensor, view: View | Site) -> Tensor:
         """(B, N): the log odds of staying."""
-        return (view.score - self.threshold[view.site].detach()) / self.temperature
+        return (score - self.threshold[self.site(view.layer)].detach()) / self.temperature
 
-    def choose(self, score: Tensor, view: View) -> Tensor:
+    def choose(self, score: Tensor, view: View) -> Choice:
         if not self.sampled:
             return super().choose(score, view)
-        chance = self.odds(view).sigmoid()
+        chance = self.opening(score, view).sigmoid()
         if self.guide is None:
-            return (torch.rand_like(chance) < chance) | self._best(score, view, view.alive)
+            return Choice(torch.rand_like(chance) < chance)
         salient = take(self.guide[view.site], view.tokens.index, 1).masked_fill(view.protected, float("inf"))
-        return top_k(salient, (chance * view.alive).sum(1).round(), view.alive) | self._best(score, view, view.alive)
+        return Choice(top_k(salient, (chance * view.alive).sum(1).round(), view.alive))
 
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
-        rests = 0.0 * self.threshold.sum()
+        rests = self.rest()
         if not self.sampled:
             return rests
         runs = [self._run(forward, batch) for _ in range(self.rollouts)]
@@ -126,7 +127,9 @@ class TRBERT(LTP):
                 self._run(forward, batch)
             finally:
                 self.guide = None
-            loss = loss - self.guidance * torch.stack([self.likelihood(v, True) for v in self.record.views]).mean()
+            loss = (
+                loss - self.guidance * torch.stack([self.likelihood(site, True) for site in self.record.sites]).mean()
+            )
         self.record = record
         return loss
 
@@ -134,25 +137,26 @@ class TRBERT(LTP):
         """alpha: the price of MACs while a share ``left`` of them is left."""
         if self.target_flops is None:
             return 0.1 if self.weight is None else self.weight
-        return 2 * (10.0 if self.weight is None else self.weight) * (left - self.due)
+        return 2 * (PENALTY if self.weight is None else self.weight) * (left - self.target_now)
 
     def _run(self, forward: Callable, batch: dict) -> tuple[Tensor, ...]:
         """(B,) each: task loss, MACs, those of the dense model, and the log likelihood of the choices made."""
         self.playing = True
         try:
             with torch.no_grad():
-                task = task_losses(forward(), batch, self.info.causal)
+                task = task_losses(forward(), batch, self.architecture.causal)
         finally:
             self.playing = False
         costs, counts = self.record.costs, self.record.counts
-        likely = sum(self.likelihood(view) for view in self.record.views)
+        likely = sum(self.likelihood(site) for site in self.record.sites)
         return task, macs(costs, counts), dense_macs(costs, counts[0].n_attention), likely
 
-    def likelihood(self, view: View, mean: bool = False) -> Tensor:
+    def likelihood(self, site: Site, mean: bool = False) -> Tensor:
         """(B,): the log likelihood of the choices at a site, the sum over the tokens that were free to leave; or the
         mean over all of those in the batch, a scalar."""
-        free = view.alive & ~view.protected & ~self._best(view.score.detach(), view, view.alive)
-        each = -F.binary_cross_entropy_with_logits(self.odds(view), view.keep.float(), reduction="none") * free
+        floor = self.best(site.score.detach(), site.protected, site.alive)
+        free, odds = site.alive & ~site.protected & ~floor, self.opening(site.score, site)
+        each = -F.binary_cross_entropy_with_logits(odds, site.keep.float(), reduction="none") * free
         return each.sum() / free.sum().clamp(min=1) if mean else each.sum(1)
 
     def metrics(self) -> dict[str, float]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from ..core.attention import View
+from ..core.view import View
 from .topk import TopK
 
 
-@dataclass(eq=False, repr=False)
 class VATP(TopK):
     """Value-aware token pruning (Guo, Kamigaito and Watanabe, "Attention Score is not All You Need for Token Importance
     Indicator in KV Cache Reduction: Value Also Matters", EMNLP 2024); needs no training.

@@ -92,7 +92,7 @@ def trace(model, processor, image: str | os.PathLike | Image) -> PatchTrace:
     model.train(training)
 
     pruner = model.token_pruner
-    special, count = len(pruner.info.protected), int(pruner.record.counts[0].n_attention.sum())
+    special, count = len(pruner.architecture.protected), int(pruner.record.counts[0].n_attention.sum())
     if count != special + rows * columns:
         what = f"{type(model).__name__} makes {count} tokens of {rows} × {columns} patches and {special} special tokens"
         raise ValueError(f"{what}: only one token a patch can be drawn")

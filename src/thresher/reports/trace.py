@@ -99,7 +99,7 @@ def trace(model, tokenizer, text: str, text_pair: str | None = None, max_length:
 def departures(pruner, count: int) -> tuple[list[int | None], list[float | None]]:
     """Of the last forward, on one input of ``count`` tokens: ``layer`` and ``score`` of each, as ``Token`` has them."""
     layers, scores = [None] * count, [None] * count
-    for view in pruner.record.views:
+    for view in pruner.record.sites:
         if view.score is None:  # nothing leaves there, whatever the text
             continue
         columns = (view.tokens.index, view.alive, view.keep, view.score.float())
@@ -112,7 +112,7 @@ def departures(pruner, count: int) -> tuple[list[int | None], list[float | None]
 def told(model, logits: torch.Tensor | None) -> tuple:
     """What a trace holds besides the input, from ``left`` on: of the last forward of a pruned model."""
     pruner = model.token_pruner
-    rows = [pruner.report[view.layer] for view in pruner.record.views]
+    rows = [pruner.report[view.layer] for view in pruner.record.sites]
     return (
         {row["layer"]: int(row["tokens_kept"]) for row in rows},
         {row["layer"]: row["macs"] / row["dense_macs"] for row in rows},

@@ -59,7 +59,7 @@ class Search:
     ):
         self.net, self.scores, self.sample = net, served(net, scores), sample
         self.profiling, self.tell, self.score = profiling, tell, next(iter(self.scores))
-        info = prune(net, TopK(keep=1.0, at=())).token_pruner.info
+        info = prune(net, TopK(keep=1.0, at=())).token_pruner.architecture
         unprune(net)
         kind = METHODS[self.scores[self.score][0]]
         self.space = Space(

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.architecture import Architecture
 from ..core.cost import LatencyTable, LayerCount, between, dense_macs, macs, tokens_by_layer
-from ..core.pruner import ModelInfo, kept_count
+from ..methods.parts.selection import kept_count
 
 STEPS = 20
 LEVELS = (
@@ -37,7 +38,7 @@ class Space:
         table: measured times, one text at a time.
     """
 
-    info: ModelInfo
+    info: Architecture
     lengths: Tensor
     charged: bool = True
     table: LatencyTable | None = None
@@ -131,7 +132,7 @@ class Space:
     def _counts(self, tokens: Tensor, after: dict[int, Callable], layers: range) -> list[LayerCount]:
         free = self.table is None and not self.charged  # in MACs; the table has the time of every site
         unscored = layers if free else ()
-        return tokens_by_layer(tokens, after, layers, inside=self.info.inside, unscored=unscored)
+        return tokens_by_layer(tokens, after, layers, inside=self.info.drops_inside, unscored=unscored)
 
     def _price(self, counts: list[LayerCount], first: int = 0) -> float:
         """Mean cost of some layers, from ``first`` on."""

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
 from ..api import MODULE, prune, unprune
-from ..core.attention import View
-from ..core.pruner import ModelInfo, Record, TokenPruner
+from ..core.architecture import Architecture
+from ..core.pruner import Choice, Record, TokenPruner
+from ..core.view import View
 from ..evaluation.latency import latency_table
 from ..methods.parts.distillation import LOGITS, distillation
 
@@ -72,11 +73,11 @@ def join_backward(model: nn.Module, args: Any, outputs: Any) -> Any:
 class Ranking(TokenPruner):
     """Scores the last layer and lets nothing leave: a teacher's view of which tokens matter."""
 
-    def bind(self, info: ModelInfo) -> None:
-        self.info, self.sites = info, (info.depth - 1,)
+    def bind(self, model: Architecture) -> None:
+        self.architecture, self.sites = model, (model.depth - 1,)
 
-    def choose(self, score: Tensor, view: View) -> Tensor:
-        return view.alive
+    def choose(self, score: Tensor, view: View) -> Choice:
+        return Choice(view.alive)
 
 
 class Collator(DataCollatorWithPadding):
@@ -154,11 +155,11 @@ class PruningTrainer(Trainer):
         """Task loss, distillation and the method's own loss; only the task loss in evaluation."""
         inputs = dict(inputs)
         answers = {name: inputs.pop(column) for column, name in TAUGHT.items() if column in inputs}
-        self.pruner.counts = inputs.pop("token_counts", None)
-        if any(name in inputs for name in self.label_names):
-            task, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
-        else:
-            task, outputs = None, model(**inputs)
+        with self.pruner.hooks.asking(counts=inputs.pop("token_counts", None)):
+            if any(name in inputs for name in self.label_names):
+                task, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+            else:
+                task, outputs = None, model(**inputs)
         if not model.training:
             return (task, outputs) if return_outputs else task
         record = self.pruner.record
@@ -167,7 +168,7 @@ class PruningTrainer(Trainer):
             with torch.no_grad():
                 answers = dict(self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})) | answers
             if self.pruner.ranks_teacher:
-                answers["ranking"] = self.teacher.token_pruner.record.views[-1].score
+                answers["ranking"] = self.teacher.token_pruner.record.sites[-1].score
         if not answers and task is None:
             raise ValueError("no labels and no teacher: there is nothing to learn from")
         loss = 0.0 if task is None else task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class Budgeted(TokenPruner):
     unpadded inputs. Its ``knob`` is turned on a calibration set until the budget is met.
     """
 
-    target_flops: float | None = None
+    target_flops: ClassVar[float | None] = None  # a field of each method, in its own place
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,9 +39,8 @@ class Budgeted(TokenPruner):
         start = self.shares
 
         def turn(by: float) -> None:
-            self.shares = tuple(min(1.0, max(0.001, round(share * math.exp(sign * by), 3))) for share in start)
-            setattr(self, field, self.shares)
-            self.sync_config()
+            shares = tuple(min(1.0, max(0.001, round(share * math.exp(sign * by), 3))) for share in start)
+            setattr(self, field, shares)
 
         return turn
 
@@ -75,7 +75,7 @@ class Budgeted(TokenPruner):
 
     def penalty(self, record: Record, share: float, weight: float | None = None) -> Tensor:
         """Scalar: ``weight`` (10) times the squared distance of the share of the MACs from what is asked for when a
-        ``share`` of the soft stage is over: from 1 to the target in its first half (Bonnaerens and Dambre, TMLR 2023)."""
+        ``share`` of the soft stage is over, see ``falling`` (Bonnaerens and Dambre, TMLR 2023)."""
         distance = record.flops_fraction() - falling(self.target_flops, share)
         return (PENALTY if weight is None else weight) * distance**2
 

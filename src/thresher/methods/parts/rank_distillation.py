@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.pruner import ranks
+from .selection import ranks
 
 RANK_LOSSES = ("arp2", "arp2-topk", "ndcg", "none")
 

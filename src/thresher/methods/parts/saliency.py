@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.attention import View
 from ...core.pruner import TokenPruner
+from ...core.view import View
 
 HIDDEN = 32  # channels between the two layers of a perceptron, in both papers
 
@@ -42,22 +42,20 @@ def saliency(pruner: TokenPruner, forward: Callable) -> list[Tensor]:
     """
     gates: list[Tensor] = []
 
-    def open_all(view: View) -> Tensor:
+    def open_all(score: Tensor, view: View) -> Tensor:
         gates.append(torch.zeros(view.alive.shape, device=view.alive.device, requires_grad=True))
         return gates[-1]
 
     record = pruner.record
-    pruner.gates, pruner.phase = open_all, lambda progress: "soft"  # hide the method's own
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), pruner.hooks.asking(gates=open_all):
             loss = forward().get("loss")
             if loss is None:
                 raise ValueError(f"{pruner.name} learns from gradients of the task loss: give labels with every batch")
-            found = torch.autograd.grad(loss, gates, allow_unused=True)
+            gradients = torch.autograd.grad(loss, gates, allow_unused=True)
     finally:
-        del pruner.gates, pruner.phase
         pruner.record = record
-    return [torch.zeros_like(gate) if g is None else g.abs() for gate, g in zip(gates, found, strict=True)]
+    return [torch.zeros_like(x) if g is None else g.abs() for x, g in zip(gates, gradients, strict=True)]
 
 
 def task_losses(output: Mapping[str, Any], batch: Mapping[str, Any], causal: bool = False) -> Tensor:
