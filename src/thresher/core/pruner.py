@@ -349,14 +349,18 @@ class TokenPruner(nn.Module):
         return torch.frombuffer(bytearray(json.dumps(self.to_dict()).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over the fields in ``learned``; what else a user chose stays as it is.
+        """Take over the fields in ``learned``. Raises ValueError where it cannot be read; see ``adopt``."""
+        self.adopt(read_state(state))
+
+    def adopt(self, entry: Mapping) -> None:
+        """Take over the fields in ``learned`` from what ``to_dict`` said; what else a user chose stays as it is.
 
         Raises:
-            ValueError: the state is of another method, or cannot be read.
+            ValueError: it is of another method.
         """
-        method = TokenPruner.from_dict(read_state(state))
+        method = TokenPruner.from_dict(entry)
         if method.name != self.name:
-            raise ValueError(f"the state is of {method.name}, the model is pruned with {self.name}")
+            raise ValueError(f"what was saved is of {method.name}, the model is pruned with {self.name}")
         for field in self.learned:
             setattr(self, field, getattr(method, field))
 
