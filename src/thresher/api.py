@@ -75,6 +75,8 @@ def prune(
     if entry is not None and stored is None and tensors_of(method):
         stored = stored_with(target, _weights_of(target))
     if stored is not None:
+        if checkpoint is not None and stored.entry is not None:
+            method.adopt(stored.entry)
         load_into(method, stored)
     if before not in (None, method):
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)

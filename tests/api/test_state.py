@@ -48,7 +48,7 @@ def test_what_a_user_chose_stays():
 
 def test_a_state_of_another_method_is_refused():
     state = prune(BERT.build(), TopK()).state_dict()
-    with pytest.raises(ValueError, match="the state is of topk, the model is pruned with lat"):
+    with pytest.raises(ValueError, match="what was saved is of topk, the model is pruned with lat"):
         prune(BERT.build(), LAT()).load_state_dict(state)
 
 

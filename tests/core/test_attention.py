@@ -12,6 +12,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from support.families import FAMILIES
 from thresher import TokenPruner, prune
 from thresher.core.attention import key_mask
+from thresher.core.pruner import Choice
 from thresher.core.tokens import LAYOUTS
 
 SEEN = ("bert", "distilbert", "albert", "mpnet", "deberta-v2", "modernbert", "vit", "whisper-encoder", "llama", "qwen3")
@@ -26,15 +27,15 @@ class Watcher(TokenPruner):
     def choose(self, score, view):
         self.seen = [*getattr(self, "seen", [])[: view.site], self.look(view)]
         if self.leave is None:
-            return view.alive
-        return ~torch.isin(view.tokens.index, torch.tensor(self.leave))
+            return Choice(view.alive)
+        return Choice(~torch.isin(view.tokens.index, torch.tensor(self.leave)))
 
     @staticmethod
     def look(view):
         """Every quantity with its original positions, since slots differ between layouts."""
         first = view.alive.int().argmax(1)
         last = view.alive.shape[1] - 1 - view.alive.int().flip(1).argmax(1)
-        ready = view._seen is not None
+        ready = view._shown.inputs is not None
         return {
             "received": view.attention_received(),
             "hidden": view.hidden,

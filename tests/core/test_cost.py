@@ -111,7 +111,7 @@ def test_a_schedule_is_counted_as_it_runs(family):
     pruner, half = model.token_pruner, lambda n: kept_count(0.5, n)
     info, record = pruner.architecture, pruner.record
     counts = tokens_by_layer(
-        torch.tensor([12, 7]), dict.fromkeys(pruner.sites, half), range(info.depth), inside=info.inside
+        torch.tensor([12, 7]), dict.fromkeys(pruner.sites, half), range(info.depth), inside=info.drops_inside
     )
     assert torch.equal(macs(record.costs, counts), macs(record.costs, record.counts))
 

@@ -76,8 +76,8 @@ def test_ats_in_a_decoder_asks_the_last_token():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_spatten_adds_up_what_the_survivors_received(layout, monkeypatch):
-    own, received = [], View.received
-    monkeypatch.setattr(View, "received", lambda view: own.append(received(view)) or own[-1])
+    own, received = [], View.attention_received
+    monkeypatch.setattr(View, "attention_received", lambda view: own.append(received(view)) or own[-1])
     model = prune(BERT.build(), SpAtten(keep=0.5, at=(0, 1, 2)), layout=layout)
     with torch.no_grad():
         BERT.run(model, BERT.batch(LENGTHS))

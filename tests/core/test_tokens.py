@@ -47,8 +47,11 @@ def play(layout, hidden, mask, drops):
 
 
 def real(mask, batch, width):
-    """Tokens whose states mean something: those of rows that have any (a row without is kept whole)."""
-    return torch.ones(batch, width, dtype=torch.bool) if mask is None else mask | ~mask.any(1, keepdim=True)
+    """Tokens whose states mean something; a row without any counts as a row of its first."""
+    if mask is None:
+        return torch.ones(batch, width, dtype=torch.bool)
+    alone = (torch.arange(width) == 0) & ~mask.any(1, keepdim=True)
+    return mask | alone
 
 
 @given(histories())
@@ -160,11 +163,13 @@ def test_masks_of_every_kind_hide_the_same(layout, wide):
 def test_no_mask_means_causal_in_decoders_alone(layout):
     tokens = layout.start(torch.randn(1, 4, 1), None).drop(torch.tensor([[True, False, True, True]]))
     position, alive = tokens.index[0], tokens.alive[0]
-    everyone = tokens.mask(None, torch.float32, causal=False, additive=False)
+    everyone = tokens.mask(None, torch.float32, causal=False, additive=False, needed=True)
     assert torch.equal(everyone[0, 0, 0], alive)
-    causal = tokens.mask(None, torch.float32, causal=True, additive=False)[0, 0]
+    causal = tokens.mask(None, torch.float32, causal=True, additive=False, needed=True)[0, 0]
     assert torch.equal(causal[alive], (position[:, None] >= position)[alive] & alive)
-    bias = tokens.mask(None, torch.float32, causal=True, additive=True)[0, 0]
+    unneeded = tokens.mask(None, torch.float32, causal=False, additive=False)
+    assert (unneeded is None) == alive.all(), "no mask where every slot is alive: then none says the same"
+    bias = tokens.mask(None, torch.float32, causal=True, additive=True, needed=True)[0, 0]
     assert torch.equal(bias, torch.zeros(causal.shape).masked_fill(~causal, LOWEST))
 
 

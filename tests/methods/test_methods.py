@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from support.families import FAMILIES
 from thresher import LTP, FirstK, Random, Threshold, TopK, prune
+from thresher.api import calling
 from thresher.core.pruner import METHODS, TokenPruner
 from thresher.core.tokens import LAYOUTS
 from thresher.methods.parts.budget import bisect_to_budget
@@ -110,17 +111,15 @@ def test_chance_is_new_in_every_step_of_training():
 def test_baselines_replay_the_counts_of_another_method(baseline, layout):
     wanted = counts(pruned(Threshold((0.4, 0.6, 0.8))))
     model = pruned(baseline(keep="replay"), layout)
-    with pytest.raises(RuntimeError, match=r"keep='replay' needs token_pruner\.counts"):
+    with pytest.raises(RuntimeError, match=r"keep='replay' needs the counts .* with calling\(model, counts="):
         counts(model)
-    model.token_pruner.counts = torch.tensor(wanted).T
-    assert counts(model) == wanted
+    with calling(model, counts=torch.tensor(wanted).T):
+        assert counts(model) == wanted
 
 
 @pytest.mark.parametrize("keep", [0, 0.0, 1.5, -0.2, -3, True, "half", None, (0.5, 0.5, 0), (0.5, 2.0, 3)], ids=str)
 def test_a_keep_outside_its_range_is_refused_by_name(keep):
-    with pytest.raises(
-        ValueError, match=r"keep=.*expected a fraction in \(0, 1\] or a whole number of tokens from 1 up"
-    ):
+    with pytest.raises(ValueError, match=r"keep=.*expected a share in \(0, 1\] or a whole number of tokens from 1 up"):
         pruned(TopK(keep=keep))
 
 
@@ -170,12 +169,15 @@ def test_protected_tokens_stay(protect, wanted, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_tensor_protects_token_by_token(layout):
-    model = pruned(TopK(keep=1), layout)
-    model.token_pruner.protect = torch.zeros(2, 10).bool()
-    model.token_pruner.protect[0, 7] = model.token_pruner.protect[1, 2] = model.token_pruner.protect[1, 8] = True
-    assert kept(model, BATCH)[-1] == [[7], [2]], "padding is never protected"
-    with pytest.raises(ValueError, match=r"protect has shape \(2, 10\), the batch has \(3, 24\)"):
-        kept(model)
+    model, protect = pruned(TopK(keep=1), layout), torch.zeros(2, 10).bool()
+    protect[0, 7] = protect[1, 2] = protect[1, 8] = True
+    with calling(model, protect=protect):
+        assert kept(model, BATCH)[-1] == [[7], [2]], "padding is never protected"
+        with pytest.raises(ValueError, match=r"protect has shape \(2, 10\), the batch has \(3, 24\)"):
+            kept(model)
+    assert kept(model, BATCH)[-1] == [[0], [0]], "the next call knows nothing of it"
+    with pytest.raises(ValueError, match=r"tokens of one batch: with calling\(model, protect=mask\)"):
+        pruned(TopK(keep=1, protect=protect), layout)
 
 
 def test_ids_cannot_be_protected_without_ids():
@@ -313,7 +315,7 @@ def test_fading_is_graded_and_spares_special_tokens():
     method.progress = 0.0
     BERT.run(model, BERT.batch())
     view = method.record.sites[2]
-    gate = method.gates(view).exp()
+    gate = method.soften(view).exp()
     expected = torch.sigmoid((view.score - method.threshold[2]) / 0.3)
     plain = view.alive & ~view.protected
     torch.testing.assert_close(gate[plain], expected[plain])
@@ -328,7 +330,7 @@ def test_straight_through_gates_are_whole_and_learn_by_the_sigmoid():
     BERT.run(model, BERT.batch())
     view = method.record.sites[2]
     free, threshold = view.open & ~view.protected, method.threshold[2]
-    gate = method.gates(view).exp()
+    gate = method.soften(view).exp()
     stays = view.score >= threshold
     torch.testing.assert_close(gate[free], stays[free].float(), atol=1e-7, rtol=0)
     assert stays[free].any() and not stays[free].all()

@@ -41,7 +41,7 @@ def run_by_hand(model, method, inputs: dict):
             rising = sorted(live, key=lambda slot: (view.protected[row, slot].item(), score[slot]))
             for slot in rising[: -method.min_keep]:
                 more = view.keep[row, slot].item() - 1 / (1 + math.exp(-score[slot]))
-                free.append((view.site, more, view.inner[row, slot]))
+                free.append((view.number, more, view.inner[row, slot]))
         pairs = list(zip(record.costs, record.counts, strict=True))
         used = sum(c.macs(n.n_attention[row].item(), n.n_ffn[row].item(), n.scored, n.predictor) for c, n in pairs)
         words = inputs["attention_mask"][row].sum().item()
@@ -57,7 +57,7 @@ def shown(monkeypatch):
     score = TRBERT.score
 
     def kept(method, view):
-        view.inner = F.gelu(method.policies[view.site][0](view.hidden.detach())).detach()
+        view._shown.inner = F.gelu(method.policies[view.site][0](view.hidden.detach())).detach()
         return score(method, view)
 
     monkeypatch.setattr(TRBERT, "score", kept)

@@ -62,7 +62,7 @@ def test_a_site_whose_mask_lets_everything_stay_is_not_scored():
     assert [count.scored for count in record.counts[:3]] == [False, True, True]
     assert [view.score is None for view in record.sites] == [True, False, False]
     assert torch.equal(record.sites[0].keep, record.sites[0].alive) and not record.sites[1].idle
-    found = method.counted(method.mask, *rows_of(record))
+    found = method.cost_of(method.mask, *rows_of(record))
     assert found == pytest.approx(float(record.used.float() / record.dense), rel=1e-6) and found < 0.95
 
 
@@ -75,7 +75,7 @@ def test_in_the_soft_stage_what_is_evaluated_is_what_is_counted():
         method.rank[1:, 4:] = -BOUND
     record = forward_of(model)(BERT.batch(LENGTHS))
     assert not record.counts[0].scored and record.counts[1].scored
-    found = method.counted(method.settled(), *rows_of(record))
+    found = method.cost_of(method.hard_mask(), *rows_of(record))
     assert found == pytest.approx(float(record.used.float() / record.dense), rel=1e-6) and found < 0.95
 
 
@@ -84,7 +84,7 @@ def test_without_holes_the_number_of_bins_counts():
     model = pruned(method)
     method.mask[:, 0] = False
     record = forward_of(model)(BERT.batch(LENGTHS))
-    found = method.counted(method.mask, *rows_of(record))
+    found = method.cost_of(method.mask, *rows_of(record))
     assert found == pytest.approx(float(record.used.float() / record.dense), rel=1e-6)
 
 
@@ -126,7 +126,7 @@ def test_hard_concrete_variables_have_the_stated_chance():
 def test_training_starts_from_nearly_all_tokens_with_odds_that_fall_with_rank_and_depth(gates):
     method = ToP(bins=8, site_gates=gates)
     pruned(method)
-    assert method.mask.all() and method.settled()[0].all()
+    assert method.mask.all() and method.hard_mask()[0].all()
     assert (chance(method.rank[0]) >= 0.9 - 1e-6).all() and (chance(method.rank).mean() > 0.8)
     assert (method.rank.diff(dim=1) < 0).all() and (method.rank.diff(dim=0) < 0).all()
     if gates:
@@ -141,7 +141,7 @@ def test_counted_macs_are_those_of_a_forward(family, protect):
     method = Holes(bins=8, protect=protect)
     model = pruned(method, family)
     record = forward_of(model, family)(FAMILIES[family].batch(LENGTHS))
-    found = method.counted(method.mask, *rows_of(record))
+    found = method.cost_of(method.mask, *rows_of(record))
     assert found == pytest.approx(float(record.used.float() / record.dense), rel=1e-6) and found < 0.95
 
 
@@ -192,7 +192,7 @@ def test_masks_of_zeros_and_ones_answer_the_same_in_training_and_without():
         method.rank.fill_(100.0)
         method.rank[:, 2::3] = -100.0
         method.gate.copy_(torch.tensor([100.0, 100.0, -100.0]))
-        method.mask.copy_(method.settled())
+        method.mask.copy_(method.hard_mask())
         hard = BERT.run(model.eval(), BERT.batch(LENGTHS))
         used = method.record.used.float()
         method.progress = 0.0
@@ -257,11 +257,11 @@ def test_a_prefix_keeps_the_best_ranks_and_the_cost():
     model = pruned(method)
     method.mask.copy_(torch.rand(3, 32, generator=torch.Generator().manual_seed(2)) < 0.6)
     lengths, protected = torch.tensor([33, 65, 97]), torch.ones(3, dtype=torch.long)
-    kept, cost = method.mask.sum(1), method.counted(method.mask, lengths, protected)
+    kept, cost = method.mask.sum(1), method.cost_of(method.mask, lengths, protected)
     method.prefix()
     assert torch.equal(method.mask.sum(1), kept)
     assert all(mask[:n].all() for mask, n in zip(method.mask, kept.tolist(), strict=True))
-    assert method.counted(method.mask, lengths, protected) == pytest.approx(cost, rel=0.1)
+    assert method.cost_of(method.mask, lengths, protected) == pytest.approx(cost, rel=0.1)
     assert forward_of(model)(BERT.batch(LENGTHS)).flops_fraction() < 1
 
 
@@ -367,7 +367,7 @@ def test_expected_counts_are_those_of_the_bins_that_short_texts_fall_into():
     with torch.no_grad():
         method.rank[:, :24], method.rank[:, 24:] = 50.0, -50.0  # three quarters stay, for certain
     tokens, protected = torch.tensor([3.0, 5.0, 9.0, 26.0]), torch.ones(4)
-    hard = method.counted(method.rank > 0, tokens.long(), protected)
+    hard = method.cost_of(method.rank > 0, tokens.long(), protected)
     assert method.expected(tokens, protected).item() == pytest.approx(hard, rel=1e-5)
     share = torch.linspace(1, 0, 32).expand(3, 32)
     stay, bins = method.stays(share, 26), bin_of(torch.arange(4), torch.tensor(4), 32)

@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
-from ..api import MODULE, prune, unprune
+from ..api import prune, unprune
 from ..core.architecture import Architecture
-from ..core.pruner import Choice, Record, TokenPruner
+from ..core.pruner import MODULE, Choice, Record, TokenPruner, pruner_of
 from ..core.view import View
 from ..evaluation.latency import latency_table
 from ..methods.parts.distillation import LOGITS, distillation
@@ -34,9 +34,10 @@ def param_groups(model: nn.Module, lr: float, pruner_lr: float | None = None, we
 
     Give the optimiser ``rest`` as well: ``optimizer.register_step_pre_hook(rest)``.
     """
-    own = {id(p) for p in model.token_pruner.parameters()}
+    pruner = pruner_of(model)
+    own = {id(p) for p in pruner.parameters()}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    return [{"params": others, "lr": lr, "weight_decay": weight_decay}, pruner_group(model.token_pruner, pruner_lr)]
+    return [{"params": others, "lr": lr, "weight_decay": weight_decay}, pruner_group(pruner, pruner_lr)]
 
 
 def pruner_group(pruner: TokenPruner, lr: float | None) -> dict:
@@ -63,7 +64,7 @@ def join_backward(model: nn.Module, args: Any, outputs: Any) -> Any:
     is an error.
     """
     if model.training and torch.is_grad_enabled():
-        nothing = sum(0.0 * parameter.sum() for parameter in model.token_pruner.parameters())
+        nothing = sum(0.0 * parameter.sum() for parameter in pruner_of(model).parameters())
         for name in ("loss", *LOGITS):
             if outputs.get(name) is not None:
                 outputs[name] = outputs[name] + nothing
@@ -125,8 +126,13 @@ class PruningTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        if not isinstance(getattr(self.model, "token_pruner", None), TokenPruner):
+        if pruner_of(self.model) is None:
             raise ValueError("PruningTrainer needs a pruned model: call prune(model, method) first")
+        if getattr(self.model, "peft_config", None) and getattr(self.model, MODULE) is self.pruner:
+            raise ValueError(
+                f"what {self.pruner.name} learns would not be saved with the adapter: prune() after get_peft_model, or "
+                f"give its configuration modules_to_save=['{MODULE}']"
+            )
         if self.pruner.needs_table and self.pruner.table is None:
             self.pruner.table = latency_table(self.model)
         if not 0 <= distill <= 1:
@@ -145,7 +151,7 @@ class PruningTrainer(Trainer):
     @property
     def pruner(self) -> TokenPruner:
         """The method that is trained."""
-        return self.model.token_pruner
+        return pruner_of(self.model)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
