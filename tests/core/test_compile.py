@@ -54,7 +54,7 @@ def test_one_graph(family, method):
 
 @pytest.mark.parametrize("at", [(0, 1), (1,), (2,)])
 def test_a_row_without_a_token_is_answered_alike_by_other_attention(at, monkeypatch):
-    """Runtimes differ in what a query gets that sees nobody; in a graph it gets zeros, in layers without score too."""
+    """Runtimes differ in what a query gets that sees nobody: in a graph every query sees somebody."""
     source, method = FAMILIES["bert"], TopK(keep=0.6, at=at)
     batch = source.batch((12, 9, 5))
     batch["attention_mask"][2] = 0
@@ -76,7 +76,7 @@ def test_a_row_without_a_token_is_answered_alike_by_other_attention(at, monkeypa
         found = torch.compile(model, backend="eager")(**batch)
     found = found.logits if "logits" in found else found.last_hidden_state
     assert difference({"output": found}, {"output": expected}) <= 1e-5
-    assert any(rows.any() for rows in blind), "some query saw nobody"
+    assert blind and not any(rows.any() for rows in blind), "a blank row counts as a row of one token, which sees itself"
 
 
 @pytest.mark.slow

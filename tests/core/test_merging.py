@@ -62,7 +62,7 @@ def test_merging_is_the_papers(layout, method, mlerp):
     model, pixels = VIT.build(), VIT.batch((1,))["pixel_values"]
     with torch.no_grad():
         wanted = by_hand(model, pixels, 3, (0, 1, 2), mlerp)
-        prune(model, method, layout=layout)
+        prune(model, copy.deepcopy(method), layout=layout)
         found = model.vit(pixels).last_hidden_state[0]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert len({tuple(row) for row in found.round(decimals=6).tolist()}) == len(found) - 9

@@ -248,7 +248,8 @@ class Hooks:
         )
         soft = options.gates is not None or (options.mode == "pruned" and self.pruner.soft)
         call = CallState(options, soft=soft, mask=mask, whole=whole, ids=kwargs.get("input_ids"), wants=wants)
-        self.pruner.record = None  # it would live on beside this forward's own
+        if not torch.compiler.is_compiling():
+            self.pruner.record = None  # it would live on beside this forward's own
         return call
 
     def check_cache(self, cache: Any, kwargs: dict) -> None:
