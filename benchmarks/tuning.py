@@ -30,8 +30,9 @@ def measure_tune(entry, runs: Path) -> list[dict]:
     The model is made again where it is missing; what it took is in the note."""
     from entries import TASKS
     from thresher.api import dense
-    from thresher.data.load import load_task, tokenize
+    from thresher.data.load import load_task
     from thresher.data.models import load
+    from thresher.data.tokenize import tokenize
     from thresher.evaluation.predict import predict
     from thresher.experiments.train import SUMMARY
     from thresher.experiments.tune import tune

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 from thresher import LTP, prune
-from thresher.data.load import load_task, tokenize
+from thresher.data.load import load_task
 from thresher.data.models import for_task
+from thresher.data.tokenize import tokenize
 from thresher.training.trainer import param_groups, rest
 
 

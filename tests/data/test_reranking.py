@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 from support.tiny import tiny_tokenizer
 from support.toy import FILLERS, OPTIONS, make_toy
 from thresher.cli import app as cli
-from thresher.data.load import DataError, load_task, tokenize
+from thresher.data.load import load_task
 from thresher.data.reranking import judge
+from thresher.data.task import DataError
+from thresher.data.tokenize import tokenize
 from thresher.experiments import train as jobs
 from thresher.experiments.audit import audit
 from thresher.experiments.compare import compare
@@ -148,6 +150,6 @@ def test_data_that_cannot_be_ranked_are_refused(tmp_path, rows, columns, message
         if part == "test" and "all 30" in message:
             continue
         with open(tmp_path / "bad" / f"{part}.csv", "w", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
+            csv.writer(file).writerows([columns, *((f"{part} {row[0]}", *row[1:]) for row in rows)])
     with pytest.raises(DataError, match=message):
         load_task(tmp_path / "bad", metric="map", text=columns[:-1])

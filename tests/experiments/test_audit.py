@@ -25,7 +25,7 @@ from support.tiny import save_tiny, tiny_tokenizer
 from support.toy import FILLERS, OPTIONS, make_toy
 from thresher import FirstK, TopK, prune
 from thresher.cli import app as cli
-from thresher.data.load import DataError
+from thresher.data.task import DataError
 from thresher.experiments import train as jobs
 from thresher.experiments.audit import LEVEL, SMALLEST, audit, groups, quarters, worst
 from thresher.reports import audit_page as findings

@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from ..api import CONFIG_KEY, MODULE
 from ..core.pruner import ModelInfo, TokenPruner
-from ..data.load import positions
+from ..data.models import positions
 
 
 def describe(model: str) -> dict[str, Any]:

@@ -19,13 +19,14 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
 
 from ..api import CONFIG_KEY, prune
 from ..core.pruner import METHODS, TokenPruner
-from .load import Task, positions
+from .task import Task
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout")
 
@@ -154,3 +155,16 @@ def clip(max_length: int, config) -> int:
         )
         return limit
     return max_length
+
+
+def positions(model_or_config: Any) -> int | None:
+    """The longest sequence that the position embeddings allow; None where there is no limit (relative positions)."""
+    model, config = model_or_config, getattr(model_or_config, "config", model_or_config)
+    if isinstance(model, PreTrainedConfig):
+        with torch.device("meta"):  # no weights: only to see the tables
+            model = AutoModel.from_config(config)
+    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and hasattr(m, "num_embeddings")]
+    if tables:  # RoBERTa and its kin count from padding_idx + 1: a table of 514 takes 512 tokens
+        return min(t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables)
+    limit = getattr(config, "max_position_embeddings", None) or 0  # XLNet's is -1, and DeBERTa-v3's is not used
+    return limit if limit > 0 and getattr(config, "position_biased_input", True) else None

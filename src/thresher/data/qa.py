@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .task import DataError, Task, with_columns
+from .checks import Flaws, note_copies, without_empty, without_tested
+from .read import PARTS
+from .spec import DataSpec
+from .split import hold_out_groups
+from .task import DataError, Task, brief, require, task_parts, with_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,59 +35,53 @@ def is_qa(frame: DataFrame) -> bool:
 
 
 def load_qa(
-    name: str,
-    parts: dict[str, DataFrame],
-    *,
-    metric: str | None = None,
-    seed: int = 0,
-    limit: int | None = None,
-    beside: Sequence[str] = (),
+    name: str, parts: dict[str, DataFrame], spec: DataSpec, flaws: Flaws, *, seed: int = 0, beside: Sequence[str] = ()
 ) -> Task:
-    """A ``Task`` of questions, paragraphs and answers out of tables with SQuAD's columns: train, validation, test.
+    """Return a task of questions, paragraphs and answers out of tables with SQuAD's columns: train, validation, test.
 
     Test is the part called test, where its answers are there, else validation beside a train part; where there is
     neither, a quarter of the questions. Validation is a tenth of what is left to train on, at most 2,000. Both are cut
-    by article (``title``, else by paragraph), so that no paragraph is in two parts, with the fixed seed 0. The test
-    part has the columns ``beside`` as well.
-    Raises DataError for whatever cannot be used.
-    """
-    from datasets import Dataset
+    by article (``title``, else by paragraph), with the fixed seed 0. Train loses the paragraphs that test or validation
+    has as well. It keeps their questions: one question is asked of many paragraphs, and says nothing of the answer.
+    The test part has the columns ``beside`` as well.
 
-    if metric not in (None, "qa_f1"):
-        raise DataError(f"{metric!r} is no metric for question answering: use qa_f1")
+    Raises:
+        DataError: whatever cannot be used.
+    """
+    if spec.metric not in (None, "qa_f1"):
+        raise DataError(f"{spec.metric!r} is no metric for question answering: use qa_f1")
+    parts = _named(parts, spec)
     answers = {where: _answers(where, part) for where, part in parts.items()}
     shown = {where: part.assign(answers=answers[where]) for where, part in parts.items()}
     if {"test", "validation"} <= {*shown} and not any(found["text"] for found in answers["test"]):
         del shown["test"]  # hidden
     train = shown.get("train", None if "test" in shown else shown.get("validation"))
     test = shown.get("test", shown.get("validation") if "train" in shown else None)
+    shown = {where: part for where, part in (("train", train), ("test", test)) if part is not None}
+    shown = without_empty(shown, COLUMNS[:2], flaws)
+    train, test = shown.get("train"), shown.get("test")
+    note_copies("train" if test is None else "test", train if test is None else test, COLUMNS[:2], flaws)
     validation, selected_on = None, "nothing: there is no train part"
     if train is not None:
         groups = "title" if "title" in train else "context"
         if test is None:
-            train, test = hold_out(train, groups, 0.25)
+            train, test = hold_out_groups(train, groups, 0.25)
+        train = without_tested(train, test, COLUMNS[1:2], flaws)
         share = min(0.1, 2000 / len(train))
-        train, validation = hold_out(train, groups, share)
+        train, validation = hold_out_groups(train, groups, share)
+        train = without_tested(train, validation, COLUMNS[1:2], flaws, "validation")
         selected_on = f"{100 * share:.2g}% of train by {groups} (seed 0), {len(validation)} rows"
-        train = train.iloc[np.random.RandomState(seed).permutation(len(train))[:limit]]
-    parts = [(train, COLUMNS), (validation, COLUMNS), (with_columns(test, COLUMNS, beside), [*COLUMNS, *beside])]
-    sets = [p if p is None else Dataset.from_dict({column: [*p[column]] for column in names}) for p, names in parts]
-    return Task(*sets, COLUMNS[:2], "answers", [], "qa", "qa_f1", name, selected_on, {})
+        train = train.iloc[np.random.RandomState(seed).permutation(len(train))[: spec.limit]]
+    cut = task_parts(train, validation, with_columns(test, COLUMNS, beside), COLUMNS, beside)
+    return Task(*cut, COLUMNS[:2], "answers", [], "qa", "qa_f1", name, selected_on, flaws.removed)
 
 
-def hold_out(frame: DataFrame, column: str, share: float) -> tuple[DataFrame, DataFrame]:
-    """What is left, and whole groups of rows, equal in ``column``, that are about ``share`` of them, at least one."""
-    groups = frame[column]
-    names = sorted(set(groups))
-    if len(names) < 2:
-        raise DataError(f"all {len(frame)} rows are on one {column}: expected two, to hold one out")
-    counts, held, rows = Counter(groups), set(), 0
-    for i in np.random.RandomState(0).permutation(len(names))[:-1]:
-        if rows < share * len(frame):
-            held.add(names[i])
-            rows += counts[names[i]]
-    mask = groups.isin(held)
-    return frame[~mask], frame[mask]
+def _named(parts: dict[str, DataFrame], spec: DataSpec) -> dict[str, DataFrame]:
+    """Call the parts that the spec names train and test."""
+    asked = ((spec.train_split, "train"), (spec.test_split, "test"))
+    names = {PARTS.get(part, part): where for part, where in asked if part}
+    require({*names} <= {*parts}, f"there is no part {brief(*names)}: the parts are {brief(*parts)}")
+    return {names.get(where, where): part for where, part in parts.items()}
 
 
 def _answers(where: str, part: DataFrame) -> list[dict[str, list]]:

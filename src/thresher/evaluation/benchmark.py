@@ -26,7 +26,7 @@ from ..core.cost import LayerCost, dense_macs, tokens_by_layer
 from ..core.layouts import LAYOUTS
 from ..core.pruner import TokenPruner
 from ..data import qa
-from ..data.load import Task
+from ..data.task import Task
 from ..stats.metrics import bootstrap_interval, compute_metric
 from .hardware import environment, torch_threads
 from .latency import timed

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..api import MODULE, dense
 from ..data import qa
-from ..data.load import DataError, Task, positions
-from ..data.models import reading
+from ..data.models import positions, reading
+from ..data.task import DataError, Task
 from ..evaluation.predict import Predictions, outcome, predict, quality
 from ..reports.audit_page import ALL, LEVEL, WORST, worst
 from ..reports.trace import trace

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from ..core.pruner import METHODS, TokenPruner
-from ..data.load import Task, load_task, tokenize
+from ..data.load import load_task
 from ..data.models import clip, load
+from ..data.task import Task
+from ..data.tokenize import tokenize
 from ..evaluation.benchmark import measure
 from ..evaluation.rows import row, whole, write_csv
 from ..reports.plots import pareto

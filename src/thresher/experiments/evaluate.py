@@ -15,8 +15,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..api import dense
 from ..data import qa
-from ..data.load import Task, load_task, tokenize
+from ..data.load import load_task
 from ..data.models import clip, load, reading
+from ..data.task import Task
+from ..data.tokenize import tokenize
 from ..evaluation.benchmark import measure
 from ..evaluation.hardware import environment
 from ..evaluation.predict import Text, plain, predict, quality, replayed

@@ -17,8 +17,10 @@ from ..api import prune, unprune
 from ..core.architecture import find_stack
 from ..core.pruner import METHODS, TokenPruner
 from ..data import qa
-from ..data.load import DataError, Task, load_task, tokenize
+from ..data.load import load_task
 from ..data.models import clip, for_task, load, make_method, reading
+from ..data.task import DataError, Task
+from ..data.tokenize import tokenize
 from ..evaluation.hardware import environment, has_bf16
 from ..evaluation.latency import compare
 from ..evaluation.predict import Predictions, outcome, predict, quality

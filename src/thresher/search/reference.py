@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import qa
-from ..data.load import load_task, tokenize
+from ..data.load import load_task
 from ..data.task import DataError, Task
+from ..data.tokenize import tokenize
 from ..evaluation.predict import Predictions, predict
 
 
