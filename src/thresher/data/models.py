@@ -38,7 +38,8 @@ def load(model: str, layout: str = "auto", **options) -> tuple[PreTrainedModel, 
     Raises:
         ValueError: no such model, or one that cannot be read.
     """
-    return _pruned(lambda: open_model(model, **options), layout), reading(AutoTokenizer.from_pretrained, model)
+    net = _pruned(lambda: open_model(model, **options), model, layout)
+    return net, reading(AutoTokenizer.from_pretrained, model)
 
 
 def load_vision(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any]:
@@ -52,7 +53,7 @@ def load_vision(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any]
     known = reading(AutoConfig.from_pretrained, model).architectures or ()
     classifies = any(name.endswith("ForImageClassification") for name in known)
     kind = AutoModelForImageClassification if classifies else AutoModel
-    net = _pruned(lambda: reading(kind.from_pretrained, model), layout)
+    net = _pruned(lambda: reading(kind.from_pretrained, model), model, layout)
     if net.main_input_name != "pixel_values":
         raise ValueError(f"{model} is a {type(net).__name__}, which reads {net.main_input_name} and no pictures")
     try:
@@ -62,10 +63,19 @@ def load_vision(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any]
         raise ValueError(f"the image processor of {model} needs a library that is missing: {needs}") from error
 
 
-def _pruned(opening: Callable[[], PreTrainedModel], layout: str) -> PreTrainedModel:
-    """The model that ``opening`` gives, as its configuration prunes it."""
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a precision: float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _pruned(opening: Callable[[], PreTrainedModel], model: str, layout: str) -> PreTrainedModel:
+    """Return the model that ``opening`` gives, in the precision of its checkpoint, as its configuration prunes it."""
     with _without_report():
         net = opening()
+    if net.dtype != torch.float32:
+        own = name_of(net.dtype)
+        what = f"{model} is saved in {own} and runs in it: its answers are not those of float32"
+        warnings.warn(what, stacklevel=3)
     if getattr(net.config, CONFIG_KEY, None) is not None:
         prune(net, layout=layout)
     return net.eval()
@@ -126,7 +136,10 @@ def for_task(
     # with
     on_cpu = not torch.cuda.is_available()
     options = {"attn_implementation": "eager"} if on_cpu else {}
-    net = open_model(model, answers=answers, config=config, ignore_mismatched_sizes=True, **options)
+    if config.dtype not in (None, torch.float32):
+        warnings.warn(f"{model} is saved in {name_of(config.dtype)}: it is trained in float32", stacklevel=2)
+    options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}  # in fp16 AdamW's epsilon is 0
+    net = open_model(model, answers=answers, config=config, **options)
     net.get_input_embeddings().requires_grad_(not freeze_embeddings)
     if freeze_embeddings:
         for name, module in net.base_model.named_children():
