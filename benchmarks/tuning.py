@@ -14,7 +14,7 @@ def judged(entry, task, rows, before, found, **fields) -> dict:
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.predict import quality
     from thresher.evaluation.rows import row
-    from thresher.stats.metrics import bootstrap_interval
+    from thresher.stats.bootstrap import bootstrap_interval
 
     low, high = bootstrap_interval(task.metric, rows["labels"], before, found)
     common = {"task": task.name, "model": entry.model, "method": entry.method, "target_flops": entry.target}

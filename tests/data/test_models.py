@@ -23,9 +23,7 @@ def saved(folder, dtype, method=None):
 def largest_step(model, folder) -> float:
     """The largest change of any weight in four steps of AdamW."""
     draw = torch.Generator().manual_seed(0)
-    rows = [
-        {"input_ids": torch.randint(5, 40, (8,), generator=draw), "labels": torch.tensor(i % 2)} for i in range(16)
-    ]
+    rows = [{"input_ids": torch.randint(5, 40, (8,), generator=draw), "labels": torch.tensor(i % 2)} for i in range(16)]
     before = {name: weight.detach().double().clone() for name, weight in model.named_parameters()}
     settings = {"max_steps": 4, "learning_rate": 5e-5, "per_device_train_batch_size": 4, "use_cpu": True}
     arguments = TrainingArguments(folder, **settings, report_to=[], save_strategy="no", disable_tqdm=True)

@@ -1,7 +1,5 @@
-import math
 import warnings
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -18,9 +16,7 @@ from transformers import (
 from support.files import write
 from thresher.data.load import load_task
 from thresher.data.models import positions
-from thresher.data.task import DataError
 from thresher.data.tokenize import tokenize
-from thresher.stats.metrics import compute_metric
 
 
 @pytest.fixture(scope="module")
@@ -121,32 +117,3 @@ TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "int
 def test_positions(config, expected):
     assert positions(config) == expected
     assert positions(AutoModel.from_config(config)) == expected
-
-
-# Metrics
-
-
-def test_metrics_are_in_points():
-    labels = [1, 0, 1, 1]
-    logits = np.array([[0, 1], [1, 0], [1, 0], [0, 1]], dtype=float)
-    assert compute_metric("accuracy", logits, labels) == 75
-    assert compute_metric("f1", [1, 0, 0, 1], labels) == pytest.approx(80)
-    assert compute_metric("matthews", logits, labels) == pytest.approx(100 / math.sqrt(3))
-    assert compute_metric("pearson", np.array([[2.0], [4.0], [6.0]]), [1, 2, 3]) == pytest.approx(100)
-
-
-def test_undefined_metrics_are_zero_without_a_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert compute_metric("pearson", [1.0, 1.0], [1, 2]) == 0
-        assert compute_metric("matthews", [1, 1], [1, 1]) == 0
-        assert compute_metric("f1", [0, 0], [0, 0]) == 0
-
-
-def test_metrics_of_nothing_or_of_nan_are_errors():
-    with pytest.raises(DataError, match="1 predictions for 2 labels"):
-        compute_metric("accuracy", [1], [1, 0])
-    with pytest.raises(DataError, match="0 predictions"):
-        compute_metric("accuracy", [], [])
-    with pytest.raises(DataError, match="diverged"):
-        compute_metric("accuracy", [[math.nan, 0.0]], [1])

@@ -27,7 +27,8 @@ from ..core.layouts import LAYOUTS
 from ..core.pruner import TokenPruner
 from ..data import qa
 from ..data.task import Task
-from ..stats.metrics import bootstrap_interval, compute_metric
+from ..stats.bootstrap import bootstrap_interval
+from ..stats.metrics import compute_metric
 from .hardware import environment, torch_threads
 from .latency import timed
 from .predict import Predictions, Text, copied, counts_of, logits_of, outcome, packed, plain, predict, ready

@@ -21,8 +21,9 @@ from ..data.tokenize import tokenize
 from ..evaluation.benchmark import measure
 from ..evaluation.rows import row, whole, write_csv
 from ..reports.plots import pareto
+from ..stats.bootstrap import pooled_interval
 from ..stats.letters import groups
-from ..stats.metrics import MEANS, pooled_interval
+from ..stats.metrics import MEANS
 from . import train as jobs
 
 CLAIM, TABLE, PICTURE = "compare.json", "compare.csv", "compare.png"

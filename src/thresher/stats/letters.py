@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .metrics import answers_of, compute_metric, points_of, resamples
+from .bootstrap import resamples
+from .metrics import answers_of, compute_metric, points_of
 from .paired import holm
 
 
@@ -17,7 +18,7 @@ def groups(
 ) -> dict[str, str]:
     """The methods, best mean quality first, and the letters of each: those that share a letter cannot be told apart.
 
-    Every two methods are compared by the paired bootstrap of their difference (as in ``metrics.pooled_interval``:
+    Every two methods are compared by the paired bootstrap of their difference (as in ``bootstrap.pooled_interval``:
     examples and seeds are drawn anew, the same for both), two-sided, and Holm's correction (Scand. J. Statist. 1979)
     holds the chance of any wrong difference at ``level``. The letters are a compact letter display by insertion and
     absorption (Piepho, JCGS 2004): "a" is the best method and all that may be as good; a method
