@@ -68,4 +68,4 @@ def task_parts(
     from datasets import Dataset
 
     tables = [(train, columns), (validation, columns), (test, [*columns, *beside])]
-    return [t if t is None else Dataset.from_dict({c: t[c].tolist() for c in names}) for t, names in tables]
+    return [t if t is None else Dataset.from_pandas(t[[*names]], preserve_index=False) for t, names in tables]
