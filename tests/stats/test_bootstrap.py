@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from thresher.stats.bootstrap import bootstrap_interval, pooled_interval
-from thresher.stats.metrics import answers_of, compute_metric, points_of
+from thresher.stats.metrics import checked_answers, compute_metric, points_of
 
 
 def answers(metric, seed=0, n=300):
@@ -25,7 +25,7 @@ def answers(metric, seed=0, n=300):
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews", "pearson"])
 def test_the_fast_metrics_are_the_metrics(metric):
     labels, a, _ = answers(metric)
-    said, some = answers_of(metric, labels, a), np.random.default_rng(2).integers(len(labels), size=len(labels))
+    said, some = checked_answers(metric, labels, a), np.random.default_rng(2).integers(len(labels), size=len(labels))
     times = np.stack([np.ones(len(labels)), np.bincount(some, minlength=len(labels))])
     whole, drawn = points_of(metric, labels, said, times)
     assert whole == pytest.approx(compute_metric(metric, a, labels), abs=1e-9)

@@ -1,4 +1,4 @@
-"""Models in and out of folders, for the command line: whatever is wrong with one is told in one line."""
+"""Models from folders and the hub, for a task or for evaluation; whatever is wrong with one is told in one line."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "a
 
 
 def load(model: str, layout: str = "auto", **options) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer) of a saved classifier, or model that answers questions, in evaluation mode; pruned if its
-    configuration says so.
+    """Return a saved classifier, or model that answers questions, and its tokenizer: in evaluation mode, in the
+    precision of its checkpoint, pruned if its configuration says so.
 
     Raises:
         ValueError: no such model, or one that cannot be read.
@@ -43,8 +43,7 @@ def load(model: str, layout: str = "auto", **options) -> tuple[PreTrainedModel, 
 
 
 def load_vision(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any]:
-    """(model, image processor) of a saved model that reads pictures, in evaluation mode; pruned if its configuration
-    says so.
+    """Return a saved model that reads pictures, and its image processor; else as ``load``.
 
     Raises:
         ValueError: no such model, one that cannot be read or reads no pictures, or a library that its image processor
@@ -83,7 +82,7 @@ def _pruned(opening: Callable[[], PreTrainedModel], model: str, layout: str) -> 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """transformers reports the pruner's weights as unexpected; ``prune`` looks for them itself."""
+    """Silence transformers, which reports the pruner's weights as unexpected; ``prune`` reads them itself."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -93,7 +92,7 @@ def _without_report() -> Iterator[None]:
 
 
 def reading(read: Callable, model: str, **options):
-    """Call ``read(model, ...)``; whatever is wrong with the folder or the hub becomes one line."""
+    """Call ``read(model, ...)``. Raises ValueError of one line for whatever is wrong with the folder or the hub."""
     try:
         return read(model, **options)
     except SafetensorError as error:
@@ -104,8 +103,8 @@ def reading(read: Callable, model: str, **options):
 
 
 def open_model(model: str, *, answers: bool | None = None, **options) -> PreTrainedModel:
-    """A sequence classifier from a folder or the hub, as it lies there; or, if it ``answers`` questions (None: as its
-    configuration says), that."""
+    """Return a sequence classifier from a folder or the hub as it lies there, or a model that ``answers`` questions
+    (None: as its configuration says)."""
     if os.path.isdir(model) and not os.path.exists(os.path.join(model, "config.json")):
         raise ValueError(f"{model} holds no config.json: expected the folder of a saved transformers model")
     if answers is None:
@@ -118,7 +117,11 @@ def open_model(model: str, *, answers: bool | None = None, **options) -> PreTrai
 def for_task(
     model: str, task: Task, *, dropout: float | None = None, freeze_embeddings: bool = False
 ) -> PreTrainedModel:
-    """A model for ``task`` on the weights in ``model``; a head of another size is made anew."""
+    """Return a model to train for ``task`` on the weights in ``model``, in fp32; a head of another size is made anew.
+
+    Raises:
+        ValueError: the checkpoint is pruned, or cannot be read.
+    """
     config, answers = reading(AutoConfig.from_pretrained, model), task.kind == "qa"
     if answers:
         config.num_labels = 2  # start and end
@@ -132,8 +135,7 @@ def for_task(
             setattr(config, name, dropout)
     if getattr(config, CONFIG_KEY, None) is not None:
         raise ValueError(f"{model} is pruned already: train from its dense model")
-    # the fused attention of CPUs has a slow backward: at 53 tokens the probabilities are 2-3 times as fast to train
-    # with
+    # The fused attention of CPUs has a slow backward: at 53 tokens, eager attention trains 2-3 times as fast.
     on_cpu = not torch.cuda.is_available()
     options = {"attn_implementation": "eager"} if on_cpu else {}
     if config.dtype not in (None, torch.float32):
@@ -149,7 +151,7 @@ def for_task(
 
 
 def make_method(name: str, options: dict) -> TokenPruner:
-    """A method by name; options it does not know are refused."""
+    """Build a pruning method by name. Raises ValueError for an unknown name or option."""
     if name not in METHODS:
         raise ValueError(f"unknown pruning method {name!r}; known: {', '.join(sorted(METHODS))}")
     known = {field.name for field in fields(METHODS[name])}
@@ -160,7 +162,7 @@ def make_method(name: str, options: dict) -> TokenPruner:
 
 
 def clip(max_length: int, config) -> int:
-    """``max_length``, or what the model's positions allow."""
+    """Return ``max_length``, or the positions of the model with a warning where these are fewer."""
     limit = positions(config)
     if limit is not None and max_length > limit:
         warnings.warn(
@@ -171,7 +173,7 @@ def clip(max_length: int, config) -> int:
 
 
 def positions(model_or_config: Any) -> int | None:
-    """The longest sequence that the position embeddings allow; None where there is no limit (relative positions)."""
+    """Return the longest sequence that the position embeddings allow; None without a limit (relative positions)."""
     model, config = model_or_config, getattr(model_or_config, "config", model_or_config)
     if isinstance(model, PreTrainedConfig):
         with torch.device("meta"):  # no weights: only to see the tables

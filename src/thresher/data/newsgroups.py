@@ -6,7 +6,7 @@ import re
 
 
 def strip_post(post: str) -> str:
-    """A newsgroup post without what names its author or group: header, quotes and footer.
+    """Return a newsgroup post without what names its author or group: header, quotes and footer.
 
     Header: up to the first blank line, if the post starts like "From: ". Quotes: lines that start with >, | or "In
     article", or end with writes: or wrote:. Footer: what follows the last line of dashes, if at most 15 lines; then the

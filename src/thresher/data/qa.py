@@ -1,4 +1,4 @@
-"""Extractive question answering: paragraphs cut into windows, answers read out of them, and SQuAD's F1.
+"""Extractive question answering: paragraphs cut into windows, answers read from their logits, and SQuAD's F1.
 
 Shapes: Q questions in W windows (a long paragraph needs several), n tokens in a window.
 """
@@ -30,7 +30,7 @@ STRIDE, LONGEST = 128, 30  # tokens that two windows share, a quarter of a windo
 
 
 def is_qa(frame: DataFrame) -> bool:
-    """Whether a table has SQuAD's columns."""
+    """Tell whether a table has SQuAD's columns."""
     return {*COLUMNS} <= {*frame}
 
 
@@ -85,14 +85,14 @@ def _named(parts: dict[str, DataFrame], spec: DataSpec) -> dict[str, DataFrame]:
 
 
 def _answers(where: str, part: DataFrame) -> list[dict[str, list]]:
-    """{"text", "start"} of each question's answers, both lists empty where it has none, after all checks of a part."""
+    """Check a part, and return {"text", "start"} of each question's answers, both lists empty where it has none."""
     for column in [c for c in ("question", "context", "title") if c in part]:
         wrong = [i for i, value in enumerate(part[column]) if not isinstance(value, str)]
         if wrong:
             raise DataError(
                 f"{where} column {column!r} has no text in {len(wrong)} rows, first in row {wrong[0]} (from 0)"
             )
-    found = []
+    checked = []
     for i, (answers, context) in enumerate(zip(part["answers"], part["context"], strict=True)):
         try:
             texts, starts = [*answers["text"]], [*answers["answer_start"]]
@@ -107,12 +107,12 @@ def _answers(where: str, part: DataFrame) -> list[dict[str, list]]:
             if context[start : start + len(text)] != text:
                 what = f"{where} row {i} (from 0): the answer {text[:40]!r} is not at character {start} of its context"
                 raise DataError(f"{what}: correct answer_start")
-        found.append({"text": texts, "start": starts})
-    return found
+        checked.append({"text": texts, "start": starts})
+    return checked
 
 
 def windows(dataset: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, int]:
-    """Token ids of a part of a question answering task, and how many paragraphs needed more than one window.
+    """Return the token ids of a part of a question answering task, and how many paragraphs needed several windows.
 
     One row per window: input_ids, attention_mask, token_type_ids (where there are any), start_positions and
     end_positions of the first answer (0 where it is not in the window), ``row`` (the question it belongs to), ``first``
@@ -134,7 +134,7 @@ def windows(dataset: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset,
                 f"max_length={max_length} leaves {max(0, max_length - longest - special)} tokens of a paragraph beside "
                 f"the longest question, of {longest}: expected more than the {stride} that windows share; raise it"
             )
-        found = tokenizer(
+        encoded = tokenizer(
             questions,
             rows["context"],
             truncation="only_second",
@@ -144,16 +144,16 @@ def windows(dataset: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset,
             return_offsets_mapping=True,
             return_attention_mask=True,
         )
-        columns = {name: found[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in found}
+        columns = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
         columns |= {name: [] for name in BESIDE}
-        for i, row in enumerate(found["overflow_to_sample_mapping"]):
-            answers, inside = rows["answers"][row], [part == 1 for part in found.sequence_ids(i)]
-            first, last = np.where(np.array(inside)[:, None], np.array(found["offset_mapping"][i]), -1).T
+        for i, row in enumerate(encoded["overflow_to_sample_mapping"]):
+            answers, inside = rows["answers"][row], [part == 1 for part in encoded.sequence_ids(i)]
+            first, last = np.where(np.array(inside)[:, None], np.array(encoded["offset_mapping"][i]), -1).T
             begin, end = _span(first, last, answers)
             values = (begin, end, start + row, first.tolist(), last.tolist(), rows["context"][row], answers["text"])
             for name, value in zip(BESIDE, values, strict=True):
                 columns[name].append(value)
-        several += sum(count > 1 for count in Counter(found["overflow_to_sample_mapping"]).values())
+        several += sum(count > 1 for count in Counter(encoded["overflow_to_sample_mapping"]).values())
         chunks.append(Dataset.from_dict(columns))
     if several:
         what = f"{several} of {len(dataset)} paragraphs are read in several windows of {max_length} tokens"
@@ -162,7 +162,7 @@ def windows(dataset: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset,
 
 
 def _span(first: np.ndarray, last: np.ndarray, answers: dict) -> tuple[int, int]:
-    """The first and last token of the first answer; (0, 0) where there is none or not all of it is here."""
+    """Return the first and last token of the first answer; (0, 0) where there is none or the window lacks a part."""
     if not answers["text"]:
         return 0, 0
     begin = answers["start"][0]
@@ -172,10 +172,10 @@ def _span(first: np.ndarray, last: np.ndarray, answers: dict) -> tuple[int, int]
     return (int(inside[0]), int(inside[-1])) if whole else (0, 0)
 
 
-def answers_of(logits: Sequence[Any], dataset: Dataset) -> list[str]:
-    """The answer to each question; ``logits`` holds start and end logits (2, n) of each window of ``windows``.
+def best_answers(logits: Sequence[Any], dataset: Dataset) -> list[str]:
+    """Return the answer to each question; ``logits`` holds start and end logits (2, n) of each window of ``windows``.
 
-    The best of ``spans_of``. Where some questions of the data set have no answer: "" if the first token (CLS) beats
+    The best of ``best_spans``. Where some questions of the data set have no answer: "" if the first token (CLS) beats
     every span in every window.
     """
     empty = any(not texts for texts in dataset["gold"])
@@ -183,15 +183,16 @@ def answers_of(logits: Sequence[Any], dataset: Dataset) -> list[str]:
     for both, question in zip(logits, dataset["row"], strict=True):
         start, end = np.asarray(both)
         least[question] = min(least.get(question, np.inf), float(start[0] + end[0]))
-    spans = zip(sorted(least), spans_of(logits, dataset), strict=True)
+    spans = zip(sorted(least), best_spans(logits, dataset), strict=True)
     return ["" if empty and least[question] > span["logit"] else span["answer"] for question, span in spans]
 
 
-def spans_of(logits: Sequence[Any], dataset: Dataset) -> list[dict[str, Any]]:
-    """The best span of each question: "answer", its characters "start" to "end" in the paragraph, the sum of its logits
-    "logit", the largest of all windows, and "score", its probability among the tokens of its window.
+def best_spans(logits: Sequence[Any], dataset: Dataset) -> list[dict[str, Any]]:
+    """Return the best span of each question in all its windows.
 
-    A span has at most 30 tokens; arguments as in ``answers_of``.
+    A span is "answer", its characters "start" to "end" in the paragraph, "logit", the sum of its two logits, and
+    "score", its probability among the tokens of its window. It has at most 30 tokens. Arguments as
+    ``best_answers``.
     """
     best: dict[int, dict[str, Any]] = {}
     for both, row in zip(logits, dataset, strict=True):
@@ -209,29 +210,29 @@ def spans_of(logits: Sequence[Any], dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def examples(dataset: Dataset) -> list[int]:
-    """The example that each row of a tokenized data set belongs to: itself, or the question whose window it is."""
+    """Return the example that each row of a tokenized data set belongs to: itself, or the question of the window."""
     return [*dataset["row"]] if "row" in dataset.column_names else [*range(len(dataset))]
 
 
 def rows_of(dataset: Dataset, wanted: Any) -> list[int]:
-    """The rows of the examples number ``wanted``: of question answering all windows of those questions."""
+    """Return the rows of the examples number ``wanted``: for question answering all windows of those questions."""
     owners = examples(dataset)
     names = sorted(set(owners))
     chosen = {names[i] for i in wanted}
     return [row for row, owner in enumerate(owners) if owner in chosen]
 
 
-def judge(logits: Sequence[Any], dataset: Dataset) -> np.ndarray:
-    """(Q,): the F1 of each question's answer, 0..1. Raises DataError where logits are not finite."""
+def question_f1(logits: Sequence[Any], dataset: Dataset) -> np.ndarray:
+    """Return (Q,) the F1 of each question's answer, 0..1. Raises DataError where logits are not finite."""
     if not all(np.isfinite(np.asarray(both)).all() for both in logits):
         raise DataError("logits hold NaN or infinity: expected numbers, has the model diverged?")
     gold = dict(zip(dataset["row"], dataset["gold"], strict=True))
-    found = answers_of(logits, dataset)
-    return np.array([max(f1(a, g) for g in gold[q] or [""]) for q, a in zip(sorted(gold), found, strict=True)])
+    answers = best_answers(logits, dataset)
+    return np.array([max(f1(a, g) for g in gold[q] or [""]) for q, a in zip(sorted(gold), answers, strict=True)])
 
 
 def f1(said: str, gold: str) -> float:
-    """Overlap of the words of two answers (Rajpurkar et al., 2016): the harmonic mean of precision and recall."""
+    """Return the overlap of the words of two answers: the harmonic mean of precision and recall (Rajpurkar, 2016)."""
     a, b = words(said), words(gold)
     if not a or not b:
         return float(a == b)
@@ -240,6 +241,6 @@ def f1(said: str, gold: str) -> float:
 
 
 def words(text: str) -> list[str]:
-    """The words of an answer in lower case, without punctuation and articles."""
+    """Return the words of an answer in lower case, without punctuation and articles."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()

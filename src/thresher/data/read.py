@@ -23,7 +23,7 @@ PARTS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid
 
 
 def read(path: str, config: str | None, wanted: Sequence[str | None]) -> tuple[str, dict[str, DataFrame]]:
-    """Name and parts of the data set at `path`; of a folder only the usual and the `wanted` parts."""
+    """Return the name and the parts of a data set; of a folder only the usual and the ``wanted`` parts."""
     import pandas
     from datasets import load_dataset
 
@@ -49,8 +49,8 @@ def read(path: str, config: str | None, wanted: Sequence[str | None]) -> tuple[s
         stem = Path(SHARD.sub("", file.name)).stem
         if file.suffix.lower() in SUFFIXES and (stem in PARTS or stem in wanted):
             files.setdefault(PARTS.get(stem, stem), []).append(file)
-    found = brief(*sorted(file.name for file in local.iterdir())) or "nothing"
-    require(files, f"{local} holds {found}: expected train, validation or test files ({brief(*SUFFIXES)})")
+    content = brief(*sorted(file.name for file in local.iterdir())) or "nothing"
+    require(files, f"{local} holds {content}: expected train, validation or test files ({brief(*SUFFIXES)})")
     twice = [part for part in files if len({SHARD.sub("", file.name) for file in files[part]}) > 1]
     require(not twice, f"{local} has the part {brief(*twice)} in more than one form: keep one")
     parts = {part: pandas.concat(map(_read_file, files[part]), ignore_index=True) for part in files}
@@ -84,7 +84,7 @@ def _read_file(path: Path) -> DataFrame:
 
 
 def _frame(dataset: Dataset) -> DataFrame:
-    """The rows, ClassLabel columns as categories (-1: missing)."""
+    """Return the rows, ClassLabel columns as categories (-1: missing)."""
     import pandas
 
     frame = dataset.to_pandas()

@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 
 
 def tokenize(dataset: Dataset, task: Task, tokenizer: Any, max_length: int | None) -> tuple[Dataset, int]:
-    """Token ids of a part of `task`, without padding, and how many rows were cut.
+    """Return the token ids of a part of ``task``, without padding, and how many rows were cut.
 
-    Rows hold input_ids, attention_mask, token_type_ids and labels, the last two where there are any; of reranking also
-    ``row``, the query. What is over
-    `max_length` tokens, special ones included, is cut, from the longer text of a pair first, and a warning counts the
-    rows; None cuts nothing. A text without any token becomes one end-of-text (or padding) token. Paragraphs with
-    questions are cut into windows instead (``qa.windows``), and those of several are counted.
+    Rows hold input_ids, attention_mask, token_type_ids and labels, the last two where there are any; for reranking also
+    ``row``, the number of the query. A text without any token becomes one end-of-text (or padding) token. Paragraphs
+    with questions are cut into windows instead (``qa.windows``), and those of several windows are counted.
+
+    Args:
+        max_length: tokens of a row, special ones included; the longer text of a pair is cut first, and a warning counts
+            the rows. None cuts nothing.
     """
     from datasets import Dataset, concatenate_datasets
     from datasets.utils import tqdm

@@ -175,7 +175,7 @@ def outcome(predictions: Predictions, dataset: Dataset, metric: str) -> tuple[An
     if metric in RANKING:
         gains = query_gains(predictions.logits, dataset["row"], dataset["labels"], metric)
     elif metric in MEANS:
-        gains = qa.judge(predictions.logits, dataset)
+        gains = qa.question_f1(predictions.logits, dataset)
     else:
         return predictions.logits, np.asarray(dataset["labels"])
     return gains, np.ones(len(gains))

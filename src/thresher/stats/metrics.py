@@ -68,15 +68,15 @@ def query_gains(logits: Any, queries: Any, labels: Any, metric: str) -> np.ndarr
     return np.array(gains)
 
 
-def answers_of(metric: str, labels: Any, predictions: Any) -> np.ndarray:
-    """(N,) classes or values, after the checks of ``compute_metric``."""
+def checked_answers(metric: str, labels: Any, predictions: Any) -> np.ndarray:
+    """Return (N,) classes or values, after the checks of ``compute_metric``."""
     answers = np.asarray(getattr(predictions, "logits", predictions))
     compute_metric(metric, answers, labels)
     return answers if answers.ndim == 1 else answers[:, 0] if answers.shape[1] == 1 else answers.argmax(1)
 
 
 def points_of(metric: str, labels: np.ndarray, answers: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """(D,): ``compute_metric`` of D draws at once; labels and answers (N,), ``times`` (D, N) each example counts."""
+    """Return (D,) the metric of D draws at once; labels and answers (N,), ``times`` (D, N) each example counts."""
     if metric == "accuracy":
         above, below = times @ (labels == answers), times.sum(1)
     elif metric == "f1":
