@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import methods  # noqa: F401  makes the methods known by name
 from .checkpoint import CONFIG_KEY, Entry, Stored, load_into, stored_at, stored_with, tensors_of
+from .core.compat import execution_device
 from .core.hooks import Hooks
 from .core.layouts import LAYOUTS
 from .core.pruner import MODULE, ModelInfo, TokenPruner, pruner_of
@@ -159,22 +159,12 @@ def own_configuration(model: nn.Module) -> None:
 def _place(model: nn.Module, target: PreTrainedModel, method: TokenPruner) -> None:
     """Make a method a submodule of its model, on the device that this runs on, and name it in the configuration."""
     if pruner_of(target) is not method:
-        method.to(_device(target))
+        method.to(execution_device(target))
         method.train(target.training)
         setattr(target, MODULE, method)
     if _adapters(model) and getattr(target, MODULE) is method:
         _save_with_adapters(model, target, method)
     setattr(target.config, CONFIG_KEY, Entry(target))
-
-
-def _device(model: PreTrainedModel) -> torch.device | str | int:
-    """The device that ``model`` runs on; one whose weights accelerate has put away says so in its hooks."""
-    for parameter in model.parameters():
-        if not parameter.is_meta:
-            return parameter.device
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    return next((device for device in devices if device is not None), "cpu")
 
 
 def _save_with_adapters(model: nn.Module, target: PreTrainedModel, method: TokenPruner) -> None:

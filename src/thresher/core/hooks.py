@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .architecture import describe, find_stack
 from .attention import View, register
+from .compat import load_offloaded
 from .cost import LayerCount
 from .layouts import LAYOUTS, Padded
 from .pruner import TokenPruner, pruner_of
@@ -137,7 +138,7 @@ class Hooks:
         self.forward = None
         if self.mode == "dense":
             return
-        self.pruner.load_offloaded()
+        load_offloaded(self.pruner)
         if self.stack.base.config._attn_implementation != self.implementation:
             raise RuntimeError(
                 f"the attention implementation of {self.info.name} was changed after prune(), to "
