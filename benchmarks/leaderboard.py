@@ -21,8 +21,8 @@ def on_board(entry: Entry) -> bool:
 def leaderboard_rows(entries: list[Entry], results: dict[str, dict]) -> list[dict]:
     """A row for each method that has a result, best mean quality first, with the pooled drop and its group."""
     from thresher.evaluation.rows import row
+    from thresher.stats.bootstrap import pooled_interval
     from thresher.stats.letters import groups
-    from thresher.stats.metrics import pooled_interval
 
     runs: dict[str, dict[int, dict]] = {}
     for entry in entries:

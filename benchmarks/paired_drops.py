@@ -28,7 +28,8 @@ def against_same_steps(results: Mapping[int, dict], continued: Mapping[int, dict
 
 def pooled_drop(metric: str, answered: list[tuple]) -> tuple[float, float, float]:
     """The mean drop of (labels, one's answers, another's answers), and its interval."""
-    from thresher.stats.metrics import compute_metric, pooled_interval
+    from thresher.stats.bootstrap import pooled_interval
+    from thresher.stats.metrics import compute_metric
 
     drop = mean(compute_metric(metric, a, y) - compute_metric(metric, b, y) for y, a, b in answered)
     return drop, *pooled_interval(metric, answered)

@@ -17,7 +17,8 @@ def measure_task(entry, runs: Path) -> list[dict]:
     first texts of the test part; quality where these are all. They keep as many tokens as the first of the pruned ones,
     or with "replayed" False their own."""
     from entries import ENTRIES, TASKS
-    from thresher.data.load import load_task, tokenize
+    from thresher.data.load import load_task
+    from thresher.data.tokenize import tokenize
     from thresher.evaluation.benchmark import measure
     from thresher.evaluation.predict import predict
     from thresher.experiments.train import load
@@ -54,8 +55,9 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
     ("least": of those with so many tokens); "timing" holds other arguments of ``measure``."""
     from entries import TASKS
     from thresher import TopK, prune, unprune
-    from thresher.data.load import load_task, tokenize
+    from thresher.data.load import load_task
     from thresher.data.models import load
+    from thresher.data.tokenize import tokenize
     from thresher.evaluation.benchmark import measure
     from weights import pretrained
 
@@ -122,8 +124,9 @@ def measure_compression(entry, runs: Path) -> list[dict]:
     """Token pruning beside other compression, and on top of it: a model, the same pruned, one of half the layers, and
     that pruned as well, in torch and as int8 graphs of ONNX Runtime, in one interleaved run on the whole test part."""
     from entries import TASKS
-    from thresher.data.load import load_task, tokenize
+    from thresher.data.load import load_task
     from thresher.data.models import load
+    from thresher.data.tokenize import tokenize
     from thresher.evaluation.benchmark import measure
 
     setting = TASKS[entry.task]
@@ -152,8 +155,9 @@ def measure_compression(entry, runs: Path) -> list[dict]:
 def measure_anytime(entry, runs: Path) -> list[dict]:
     """Quality of one model on the test part at several budgets, chosen at run time."""
     from entries import TASKS
-    from thresher.data.load import load_task, tokenize
+    from thresher.data.load import load_task
     from thresher.data.models import load
+    from thresher.data.tokenize import tokenize
     from thresher.evaluation.predict import predict
 
     setting, (dense, pruned) = TASKS[entry.task], (str(runs / name) for name in entry.needs)

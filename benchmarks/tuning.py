@@ -14,7 +14,7 @@ def judged(entry, task, rows, before, found, **fields) -> dict:
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.predict import quality
     from thresher.evaluation.rows import row
-    from thresher.stats.metrics import bootstrap_interval
+    from thresher.stats.bootstrap import bootstrap_interval
 
     low, high = bootstrap_interval(task.metric, rows["labels"], before, found)
     common = {"task": task.name, "model": entry.model, "method": entry.method, "target_flops": entry.target}
@@ -30,8 +30,9 @@ def measure_tune(entry, runs: Path) -> list[dict]:
     The model is made again where it is missing; what it took is in the note."""
     from entries import TASKS
     from thresher.api import dense
-    from thresher.data.load import load_task, tokenize
+    from thresher.data.load import load_task
     from thresher.data.models import load
+    from thresher.data.tokenize import tokenize
     from thresher.evaluation.predict import predict
     from thresher.experiments.train import SUMMARY
     from thresher.experiments.tune import tune

@@ -211,7 +211,8 @@ def rows_of(entry, test: list[dict], nets: dict, found: dict) -> list[dict]:
 
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row
-    from thresher.stats.metrics import bootstrap_interval, compute_metric
+    from thresher.stats.bootstrap import bootstrap_interval
+    from thresher.stats.metrics import compute_metric
 
     labels, base = [r["labels"] for r in test], found["dense", None]
     common = {"task": "digits", "model": entry.model, "seed": entry.seed, "runtime": "torch", "precision": "fp32"}

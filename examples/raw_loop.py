@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 from thresher import LTP, prune
-from thresher.data.load import load_task, tokenize
+from thresher.data.load import load_task
 from thresher.data.models import for_task
-from thresher.training.trainer import param_groups, rest
+from thresher.data.tokenize import tokenize
+from thresher.training.trainer import freeze_without_gradient, param_groups
 
 
 def toy():
@@ -46,7 +47,7 @@ def main(steps: str = "200", *source: str) -> None:
     held_out = [*DataLoader(held_out, batch_size=32, collate_fn=collate)]
     pruner = prune(model, LTP(target_flops=0.4)).token_pruner  # 1
     optimizer = torch.optim.AdamW(param_groups(model, lr=lr, pruner_lr=2e-2))  # 2: thresholds learn faster
-    optimizer.register_step_pre_hook(rest)  # 3: and not at all in the hard stage, whatever Adam remembers
+    optimizer.register_step_pre_hook(freeze_without_gradient)  # 3: in the hard stage, whatever Adam remembers
 
     def record_of(batch: dict):
         model.eval()(**batch)

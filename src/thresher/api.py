@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import methods  # noqa: F401  makes the methods known by name
 from .checkpoint import CONFIG_KEY, Entry, Stored, load_into, stored_at, stored_with, tensors_of
 from .core.architecture import Architecture
+from .core.compat import execution_device
 from .core.hooks import Hooks
 from .core.pruner import MODULE, TokenPruner, pruner_of
 from .core.tokens import LAYOUTS
@@ -160,22 +160,12 @@ def own_configuration(model: nn.Module) -> None:
 def _place(model: nn.Module, target: PreTrainedModel, method: TokenPruner) -> None:
     """Make a method a submodule of its model, on the device that this runs on, and name it in the configuration."""
     if pruner_of(target) is not method:
-        method.to(_device(target))
+        method.to(execution_device(target))
         method.train(target.training)
         setattr(target, MODULE, method)
     if _adapters(model) and getattr(target, MODULE) is method:
         _save_with_adapters(model, target, method)
     setattr(target.config, CONFIG_KEY, Entry(target))
-
-
-def _device(model: PreTrainedModel) -> torch.device | str | int:
-    """The device that ``model`` runs on; one whose weights accelerate has put away says so in its hooks."""
-    for parameter in model.parameters():
-        if not parameter.is_meta:
-            return parameter.device
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    return next((device for device in devices if device is not None), "cpu")
 
 
 def _save_with_adapters(model: nn.Module, target: PreTrainedModel, method: TokenPruner) -> None:
@@ -217,7 +207,7 @@ def unprune(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def dense(model: nn.Module, *, unpadded: bool = False) -> Iterator[nn.Module]:
+def dense(model: PreTrainedModel, *, unpadded: bool = False) -> Iterator[PreTrainedModel]:
     """Within the context nothing is pruned, in this thread.
 
     Args:
@@ -227,7 +217,7 @@ def dense(model: nn.Module, *, unpadded: bool = False) -> Iterator[nn.Module]:
         >>> with dense(model):
         ...     reference = model(**batch).logits
     """
-    pruner = pruner_of(inner_model(model))
+    pruner = getattr(model, MODULE, None)
     if pruner is None:
         raise ValueError(f"{type(model).__name__} is not pruned: it is dense already")
     with pruner.hooks.asking(mode="unpadded" if unpadded else "dense"):
@@ -235,7 +225,9 @@ def dense(model: nn.Module, *, unpadded: bool = False) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def calling(model: nn.Module, *, protect: Tensor | None = None, counts: Tensor | None = None) -> Iterator[nn.Module]:
+def calling(
+    model: PreTrainedModel, *, protect: Tensor | None = None, counts: Tensor | None = None
+) -> Iterator[PreTrainedModel]:
     """Within the context the calls of this thread have a say in which tokens stay.
 
     Args:
@@ -246,7 +238,7 @@ def calling(model: nn.Module, *, protect: Tensor | None = None, counts: Tensor |
         >>> with calling(model, protect=batch["input_ids"] == tokenizer.sep_token_id):
         ...     logits = model(**batch).logits
     """
-    pruner = pruner_of(inner_model(model))
+    pruner = getattr(model, MODULE, None)
     if pruner is None:
         raise ValueError(f"{type(model).__name__} is not pruned: prune() it first")
     with pruner.hooks.asking(protect=protect, counts=counts):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn, uint8
 from transformers import PreTrainedModel
 
+from .core.compat import load_offloaded
 from .core.pruner import MODULE, TokenPruner, pruner_of, read_state
 
 CONFIG_KEY = "token_pruning"
@@ -81,7 +82,7 @@ class Stored:
 
 def tensors_of(pruner: TokenPruner) -> dict[str, Tensor]:
     """The parameters and buffers of a method that are saved, on the CPU."""
-    pruner.load_offloaded()
+    load_offloaded(pruner)
     return {name: tensor.detach().cpu() for name, tensor in pruner.state_dict().items() if name != EXTRA}
 
 

@@ -76,7 +76,9 @@ def test_a_row_without_a_token_is_answered_alike_by_other_attention(at, monkeypa
         found = torch.compile(model, backend="eager")(**batch)
     found = found.logits if "logits" in found else found.last_hidden_state
     assert difference({"output": found}, {"output": expected}) <= 1e-5
-    assert blind and not any(rows.any() for rows in blind), "a blank row counts as a row of one token, which sees itself"
+    assert blind and not any(rows.any() for rows in blind), (
+        "a blank row counts as a row of one token, which sees itself"
+    )
 
 
 @pytest.mark.slow

@@ -16,7 +16,9 @@ from support.tiny import tiny_tokenizer
 from support.toy import OPTIONS, make_toy
 from thresher import ToP, dense, prune
 from thresher.data import qa
-from thresher.data.load import DataError, load_task, tokenize
+from thresher.data.load import load_task
+from thresher.data.task import DataError
+from thresher.data.tokenize import tokenize
 from thresher.evaluation import predict as predicting
 from thresher.experiments import train as jobs
 from thresher.training.trainer import Collator, distillation
@@ -62,8 +64,8 @@ def test_answers_are_found_again_in_their_windows(farm):
     rows, several = tokenize(task.test, task, tiny_tokenizer(), 32)
     assert several == 0 and len(rows) == 40
     logits = [pointing(row, row["start_positions"], row["end_positions"]) for row in rows]
-    assert qa.answers_of(logits, rows) == [answers["text"][0] for answers in task.test["answers"]]
-    assert qa.judge(logits, rows).tolist() == [1.0] * 40
+    assert qa.best_answers(logits, rows) == [answers["text"][0] for answers in task.test["answers"]]
+    assert qa.question_f1(logits, rows).tolist() == [1.0] * 40
 
 
 def test_a_long_paragraph_is_read_in_windows(farm):
@@ -78,7 +80,7 @@ def test_a_long_paragraph_is_read_in_windows(farm):
         else pointing(row, 5, 5) / 2
         for row in rows
     ]
-    assert qa.judge(logits, rows).mean() == 1, "the best span of all windows is the answer"
+    assert qa.question_f1(logits, rows).mean() == 1, "the best span of all windows is the answer"
 
 
 def test_only_the_paragraph_answers_and_only_in_order(farm):
@@ -87,9 +89,9 @@ def test_only_the_paragraph_answers_and_only_in_order(farm):
     inside = [i for i, c in enumerate(rows[0]["first"]) if c >= 0]
     logits = pointing(rows[0], 1, 2) + pointing(rows[0], inside[2], inside[2]) / 2  # the question's words score higher
     words = rows[0]["context"].split()
-    assert qa.answers_of([logits], rows) == [words[2]]
+    assert qa.best_answers([logits], rows) == [words[2]]
     logits = pointing(rows[0], inside[3], inside[1]) + pointing(rows[0], inside[1], inside[1]) / 2
-    assert qa.answers_of([logits], rows) in ([words[1]], [" ".join(words[1:4])], [words[3]])
+    assert qa.best_answers([logits], rows) in ([words[1]], [" ".join(words[1:4])], [words[3]])
 
 
 def test_questions_without_an_answer(tmp_path):
@@ -99,8 +101,8 @@ def test_questions_without_an_answer(tmp_path):
     task = load_task(write(tmp_path / "validation.jsonl", rows))
     found, _ = tokenize(task.test, task, tiny_tokenizer(), 32)
     logits = [pointing(row, row["start_positions"], row["end_positions"]) for row in found]
-    assert qa.judge(logits, found).tolist() == [1.0] * len(task.test)
-    said = qa.answers_of(logits, found)
+    assert qa.question_f1(logits, found).tolist() == [1.0] * len(task.test)
+    said = qa.best_answers(logits, found)
     assert [text == "" for text in said] == [not answers["text"] for answers in task.test["answers"]]
 
 
@@ -181,7 +183,7 @@ def test_examples_are_questions_with_all_their_windows(farm):
     again = chosen.select(qa.rows_of(chosen, [1]))
     assert {*again["row"]} == {7}, "numbers are of what is there"
     logits = [pointing(row, row["start_positions"], row["end_positions"]) for row in chosen]
-    assert len(qa.judge(logits, chosen)) == 3
+    assert len(qa.question_f1(logits, chosen)) == 3
     rows = rows.remove_columns("row")
     assert qa.examples(rows)[:3] == [0, 1, 2] and qa.rows_of(rows, [2, 0]) == [0, 2]
 
@@ -220,7 +222,7 @@ def test_parts_are_chosen_as_for_other_data(tmp_path):
     made = questions(40)
     assert load_task(write(tmp_path / "test.jsonl", made)).train is None
     hidden = [row | {"answers": {"text": [], "answer_start": []}} for row in made]
-    for name, rows in (("train", made), ("validation", made[:8]), ("test", hidden)):
+    for name, rows in (("train", made), ("validation", questions(8, seed=1)), ("test", hidden)):
         write(tmp_path / "parts" / f"{name}.jsonl", rows)
     assert len(load_task(tmp_path / "parts").test) == 8, "a test part without answers is hidden"
     assert len(load_task(tmp_path / "parts", test_split="train", train_split="validation").test) == 40
@@ -238,7 +240,7 @@ def test_a_diverged_model_is_not_judged(farm):
     task = load_task(farm / "farm")
     rows, _ = tokenize(task.test.select([0]), task, tiny_tokenizer(), 32)
     with pytest.raises(DataError, match=r"NaN or infinity: .* has the model diverged"):
-        qa.judge([pointing(rows[0], 1, 1) * np.nan], rows)
+        qa.question_f1([pointing(rows[0], 1, 1) * np.nan], rows)
 
 
 BAD = {

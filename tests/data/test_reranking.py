@@ -10,19 +10,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import Dataset
-from sklearn.metrics import average_precision_score
 from typer.testing import CliRunner
 
 from support.tiny import tiny_tokenizer
 from support.toy import FILLERS, OPTIONS, make_toy
 from thresher.cli import app as cli
-from thresher.data.load import DataError, load_task, tokenize
-from thresher.data.reranking import judge
+from thresher.data.load import load_task
+from thresher.data.task import DataError
+from thresher.data.tokenize import tokenize
 from thresher.experiments import train as jobs
 from thresher.experiments.audit import audit
 from thresher.experiments.compare import compare
-from thresher.stats.metrics import bootstrap_interval, compute_metric
+from thresher.stats.bootstrap import bootstrap_interval
+from thresher.stats.metrics import compute_metric
 
 PER = 4  # candidates of a query
 PAIR = ("question", "answer", "label")
@@ -55,33 +55,6 @@ def ranked(tmp_path_factory) -> SimpleNamespace:
     options = OPTIONS | {"method": "topk", "metric": "map"}
     rows = jobs.train(model, str(folder / "pairs"), str(folder / "out"), **options)
     return SimpleNamespace(model=model, data=str(folder / "pairs"), out=folder / "out", rows=rows)
-
-
-def test_average_precision_is_that_of_scikit_learn():
-    rng = np.random.default_rng(0)
-    queries, scores = np.repeat(rng.permutation(30), 7), rng.normal(size=210)
-    labels = rng.integers(2, size=210)
-    labels[::7], labels[1::7] = 0, 1
-    order = rng.permutation(210)  # the candidates of a query need not be neighbours
-    data = Dataset.from_dict({"row": queries[order], "labels": labels[order]})
-    found = judge(np.stack([-scores, scores], 1)[order], data, "map")
-    wanted = [average_precision_score(labels[queries == q], scores[queries == q]) for q in range(30)]
-    assert np.allclose(found, wanted, atol=1e-12)
-    assert np.allclose(judge(scores[order, None], data, "map"), wanted, atol=1e-12), "one logit is a score"
-
-
-def test_reciprocal_rank_is_of_the_first_relevant_candidate():
-    data = Dataset.from_dict({"row": [0, 0, 0, 1, 1], "labels": [0, 1, 1, 1, 0]})
-    assert judge([[3.0], [2.0], [1.0], [5.0], [4.0]], data, "mrr").tolist() == [0.5, 1.0]
-    assert judge([[3.0], [2.0], [1.0], [5.0], [4.0]], data, "map").tolist() == [(1 / 2 + 2 / 3) / 2, 1.0]
-
-
-def test_equal_scores_gain_nothing_by_the_order_of_the_data():
-    for labels in ([1, 0, 0], [0, 0, 1]):
-        data = Dataset.from_dict({"row": [0, 0, 0], "labels": labels})
-        assert judge(np.zeros((3, 2)), data, "mrr").tolist() == [1 / 3]
-    with pytest.raises(DataError, match="NaN or infinity"):
-        judge([[0.0], [np.nan], [0.0]], data, "mrr")
 
 
 def test_parts_are_cut_by_query_and_only_queries_with_an_order_are_judged(ranked):
@@ -148,6 +121,6 @@ def test_data_that_cannot_be_ranked_are_refused(tmp_path, rows, columns, message
         if part == "test" and "all 30" in message:
             continue
         with open(tmp_path / "bad" / f"{part}.csv", "w", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
+            csv.writer(file).writerows([columns, *((f"{part} {row[0]}", *row[1:]) for row in rows)])
     with pytest.raises(DataError, match=message):
         load_task(tmp_path / "bad", metric="map", text=columns[:-1])

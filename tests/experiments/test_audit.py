@@ -25,7 +25,7 @@ from support.tiny import save_tiny, tiny_tokenizer
 from support.toy import FILLERS, OPTIONS, make_toy
 from thresher import FirstK, TopK, prune
 from thresher.cli import app as cli
-from thresher.data.load import DataError
+from thresher.data.task import DataError
 from thresher.experiments import train as jobs
 from thresher.experiments.audit import LEVEL, SMALLEST, audit, groups, quarters, worst
 from thresher.reports import audit_page as findings
@@ -371,7 +371,7 @@ def test_question_answering_loses_f1(tmp_path):
 def test_a_head_that_is_no_match_is_refused(tmp_path):
     with open(tmp_path / "test.csv", "w", newline="") as file:
         table = csv.writer(file)
-        table.writerows([("text", "score"), *(("the wheat " * (i % 5 + 1), i / 7) for i in range(20))])
+        table.writerows([("text", "score"), *((f"the wheat {chr(97 + i)}", i / 7) for i in range(20))])
     model = save_tiny(tmp_path / "model", TopK(keep=0.4))
     with pytest.raises(ValueError, match="3 logits"):
         audit(str(model), str(tmp_path / "test.csv"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -23,8 +22,8 @@ from thresher.experiments import train as jobs
 from thresher.experiments.compare import BASELINES, Run, compare
 from thresher.reports.plots import leaderboard, pareto
 from thresher.reports.tables import comparison
-from thresher.stats.letters import groups, holm, letters, p_values
-from thresher.stats.metrics import compute_metric, pooled_interval
+from thresher.stats.bootstrap import pooled_interval
+from thresher.stats.metrics import compute_metric
 
 SMALL = {name: OPTIONS[name] for name in ("batch_size", "max_length", "bf16")} | {"epochs": 0, "untrained": True}
 
@@ -54,76 +53,6 @@ def printed(shown) -> str:
     out = io.StringIO()
     Console(width=200, file=out).print(shown)
     return out.getvalue()
-
-
-# --- groups ----------------------------------------------------------------------------------------------------------
-def right(share: float, n: int = 400, seed: int = 0) -> np.ndarray:
-    """Answers to ``n`` questions whose label is 1, of which a share is right."""
-    return (np.random.default_rng(seed).random(n) < share).astype(int)
-
-
-def test_groups_tell_apart_what_differs_and_nothing_else():
-    labels = np.ones(400, int)
-    answers = {"bad": [right(0.5, seed=3)], "good": [right(0.9)], "as good": [right(0.9, seed=1)]}
-    found = groups("accuracy", labels, answers)
-    order = [np.mean(answers[name]) for name in found]
-    assert order == sorted(order, reverse=True) and list(found)[-1] == "bad"
-    assert found["good"] == found["as good"] == "a" and found["bad"] == "b"
-    assert set(groups("accuracy", labels, {name: answers["good"] for name in "xyz"}).values()) == {"a"}
-    assert groups("accuracy", labels, {"alone": answers["bad"]}) == {"alone": "a"}
-
-
-def test_two_methods_are_apart_where_their_interval_is():
-    """Of two methods Holm corrects nothing: the letters say what the interval of the difference says."""
-    labels, said = np.ones(300, int), set()
-    for seed, share in itertools.product(range(4), (0.8, 0.7, 0.6)):
-        a, b = right(0.8, 300, seed), right(share, 300, seed + 50)
-        low, high = pooled_interval("accuracy", [(labels, a, b)])
-        apart = len(set(groups("accuracy", labels, {"a": [a], "b": [b]}).values())) == 2
-        if min(abs(low), abs(high)) > 0.4:  # not on the edge, which the draws decide
-            assert apart == (low > 0 or high < 0)
-            said.add(apart)
-    assert said == {True, False}
-
-
-def test_seeds_are_paired_and_disagreement_between_them_counts():
-    labels = np.ones(400, int)
-    high, low = right(0.9), right(0.7, seed=1)
-    steady = groups("accuracy", labels, {"a": [high] * 3, "b": [low] * 3})
-    assert steady == {"a": "a", "b": "b"}
-    assert set(groups("accuracy", labels, {"a": [high, low, high], "b": [low, high, low]}).values()) == {"a"}
-    assert groups("accuracy", labels, {"a": {0: high, 1: low}, "b": {0: low, 2: high}}) == {"a": "a", "b": "b"}
-    assert groups("accuracy", labels, {"a": {0: high}, "b": {1: low}}) == {"a": "a", "b": "a"}, "no seed in common"
-    with pytest.raises(ValueError, match="no answers of b"):
-        groups("accuracy", labels, {"a": [high], "b": []})
-    with pytest.raises(ValueError, match="400 labels"):
-        groups("accuracy", labels, {"a": [high[:9]]})
-
-
-def test_wrong_differences_are_as_rare_as_promised():
-    """Methods that are equal, 12 of them: without a correction some of the 66 pairs would nearly always be apart."""
-    labels, wrong, uncorrected = np.ones(150, int), 0, 0
-    for trial in range(8):
-        answers = {f"m{i}": [right(0.7, 150, 100 * trial + i)] for i in range(12)}
-        wrong += set(groups("accuracy", labels, answers).values()) != {"a"}
-        runs, pairs = {m: {0: a[0]} for m, a in answers.items()}, list(itertools.combinations(answers, 2))
-        uncorrected += min(p_values("accuracy", labels, runs, pairs, 400)) <= 0.05
-    assert wrong <= 2 and uncorrected >= 5
-
-
-def test_holm_and_letters_by_hand():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm's own kind of example
-    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
-    assert letters("ABC", {("A", "C")}) == {"A": "a", "B": "ab", "C": "b"}
-    assert letters("ABC", set()) == {"A": "a", "B": "a", "C": "a"}
-    assert letters("ABC", set(itertools.combinations("ABC", 2))) == {"A": "a", "B": "b", "C": "c"}
-    names = "ABCDEFG"
-    for seed in range(30):
-        draw = np.random.default_rng(seed)
-        apart = {pair for pair in itertools.combinations(names, 2) if draw.random() < 0.4}
-        found = letters(names, apart)
-        for pair in itertools.combinations(names, 2):
-            assert bool(set(found[pair[0]]) & set(found[pair[1]])) == (pair not in apart)
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
@@ -256,9 +185,12 @@ def test_leaderboards_are_apart_from_the_other_tables(tmp_path, monkeypatch):
     for entry in (*dense.values(), *chosen):
         if entry.kind != "train" or (entry.method, entry.seed, entry.variant) == ("ats", 2, ""):
             continue  # one has not been run yet
-        said = right(shares[entry.method], 300, entry.seed + 7 * len(entry.method))
+        draws = (np.random.default_rng(s).random(300) for s in (entry.seed + 7 * len(entry.method), entry.seed + 35))
+        said, dense_said = (
+            (draw < shares[name]).astype(int) for draw, name in zip(draws, (entry.method, "dense"), strict=True)
+        )
         told = {"metric": "accuracy", "quality": 100 * said.mean(), "flops_ratio": 2.0, "quality_dense": 90.0}
-        answers = {"dense": right(shares["dense"], 300, entry.seed + 35).tolist(), "pruned": said.tolist()}
+        answers = {"dense": dense_said.tolist(), "pruned": said.tolist()}
         result = {"rows": [told], "labels": labels.tolist(), "predictions": answers}
         file = results / f"{entry.name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from support.families import TEXT
 from support.tiny import tiny_tokenizer
 from support.toy import OPTIONS, make_toy, write
 from thresher.cli import app as cli
-from thresher.data.load import DataError
+from thresher.data.task import DataError
 from thresher.evaluation.rows import ROW_FIELDS
 from thresher.experiments import train as jobs
 from thresher.training.checkpoints import step_of

@@ -147,7 +147,7 @@ def test_the_last_layer_costs_a_classifier_nothing(found):
 def test_the_test_part_chooses_nothing(farm, tmp_path):
     other = tmp_path / "farm"
     shutil.copytree(farm.data, other)
-    write(other / "test.csv", 40, 7)
+    write(other / "test.csv", 40, 8)
     results = [
         tune(farm.model, str(data), str(tmp_path / name), target_flops=0.6, limit=40, max_length=32)
         for name, data in (("a", farm.data), ("b", other))

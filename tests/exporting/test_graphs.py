@@ -12,8 +12,9 @@ import torch
 from support.bench import one_by_one, pruned, rows, task
 from support.families import FAMILIES
 from support.toy import OPTIONS, make_toy
-from thresher.data.load import load_task, tokenize
+from thresher.data.load import load_task
 from thresher.data.models import load
+from thresher.data.tokenize import tokenize
 from thresher.evaluation import benchmark as bench
 from thresher.evaluation import predict as predicting
 from thresher.evaluation.roofline import Roofline

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from support.rows import rows
 from thresher.evaluation.rows import row
-from thresher.reports.tables import Column, fit, fixed, markdown, schedules, table
+from thresher.reports.tables import Column, fit, fixed, markdown, schedules, summary, table
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 MEASURED = {str(file.relative_to(RESULTS)): json.loads(file.read_text())["rows"] for file in RESULTS.rglob("*.json")}
@@ -112,3 +112,16 @@ def test_schedules_of_many_layers_are_whole(width):
 
 def test_numbers_never_show_a_negative_nothing():
     assert fixed(-0.04) == "0.0" and fixed(-0.06) == "−0.1" and fixed(None) is None
+
+
+def test_three_lines_say_what_a_run_found():
+    bench = [r | {"n_examples": 400, "mode": r["mode"] or "pruned"} for r in rows()]
+    chance = {**bench[2], "method": "random", "quality": 60.0, "interval_low": 8.0, "interval_high": 12.0}
+    quality, cost, choice = summary([*bench, chance])
+    assert quality == "ltp: accuracy 70.0 dense, 69.2 pruned: drop 0.8 [−0.2, 1.8] points on 400 texts (95 % interval)"
+    assert cost.startswith("2.50 times fewer FLOPs; against the fastest dense model (packed): 2.00 times as fast at ")
+    assert cost.endswith("2.00 times as fast at batch size 32; 1 thread")
+    assert choice == "random tokens, as many, on the same weights: accuracy 60.0, drop 10.0 [8.0, 12.0]"
+    assert len(summary(bench)) == 2 and summary(bench[:2]) == []
+    untimed = {"speedup_unpadded": None, "samples_per_second": None, "latency_ms_p50": None}
+    assert len(summary([r | untimed for r in [*bench, chance]])) == 2

@@ -45,6 +45,17 @@ def test_the_drop_is_seldom_above_the_paired_bound(lost, won):
     assert np.mean([paired_upper(a, b, 300) < lost - won for a, b, _ in draws.tolist()]) <= 0.05
 
 
+@pytest.mark.parametrize(
+    "lost, won, n, expected", [(0, 0, 368, 0.009974), (8, 3, 300, 0.049799), (30, 60, 300, -0.016558)]
+)
+def test_the_paired_bound_takes_half_the_level_on_each_side(lost, won, n, expected):
+    """By value: the bound is conservative, and no simulation sees a whole level on one side."""
+    assert paired_upper(lost, won, n) == pytest.approx(expected, abs=1e-6)
+    more = binomtest(lost, n).proportion_ci(0.95, "exact").high  # two-sided: 2.5 % beyond each end
+    less = binomtest(won, n).proportion_ci(0.95, "exact").low
+    assert paired_upper(lost, won, n) == pytest.approx(more - less, abs=1e-9)
+
+
 def test_a_sequence_stops_at_the_first_failure():
     seen = []
     bounds = (seen.append(bound) or bound for bound in (0.01, 0.02, 0.03, 0.001))

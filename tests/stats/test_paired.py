@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher.stats.metrics import bootstrap_interval
+from thresher.stats.bootstrap import bootstrap_interval
 from thresher.stats.paired import detectable, excess_tests, holm, interval, paired_test
 
 

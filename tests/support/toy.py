@@ -19,16 +19,20 @@ OPTIONS |= {"target_flops": 0.5, "progress": False}
 
 
 def write(path: Path, count: int, seed: int, labels=("chaff", "wheat")) -> Path:
-    """Texts of 4 to 13 words; the one that is "wheat" or "chaff" is the class."""
+    """Distinct texts of 4 to 13 words; the one that is "wheat" or "chaff" is the class."""
     draw = random.Random(seed)
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(("text", "label"))
-        for i in range(count):
+        texts: list[str] = []
+        while len(texts) < count:
+            label = labels[len(texts) % len(labels)]
             words = draw.choices(FILLERS, k=draw.randint(3, 12))
-            words.insert(draw.randint(0, len(words)), labels[i % len(labels)])
-            table.writerow((" ".join(words), labels[i % len(labels)]))
+            words.insert(draw.randint(0, len(words)), label)
+            if (text := " ".join(words)) not in texts:
+                texts.append(text)
+                table.writerow((text, label))
     return path
 
 

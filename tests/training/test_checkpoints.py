@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from support.training import build, inputs, losses, rows, trainer
-from thresher import LTP, ToP, prune
+from thresher import LAT, LTP, EViT, PoWERBERT, ToMe, ToP, TopK, prune
 from thresher.evaluation.predict import predict
 from thresher.training.trainer import PruningTrainer
 
@@ -114,3 +114,65 @@ def test_evaluation_is_of_the_hard_model(run):
     assert found == pytest.approx(F.cross_entropy(logits, inputs(data)["labels"]).item(), rel=1e-4)
     unlabelled = run.trainer.predict(data.remove_columns("labels"))
     torch.testing.assert_close(torch.from_numpy(unlabelled.predictions), logits, atol=1e-5, rtol=1e-5)
+
+
+FIELDS = {  # methods whose answer is a field and no parameter
+    "topk": lambda: TopK(keep=0.9, target_flops=0.7),
+    "evit": lambda: EViT(keep=0.9, target_flops=0.75),
+    "tome": lambda: ToMe(r=0.05, target_flops=0.75),
+    "powerbert": lambda: PoWERBERT(target_flops=0.7, soft_until=0.375, weight=50.0),
+    "lat": lambda: LAT(target_flops=0.8, generations=1),
+}
+
+
+@pytest.fixture(scope="module", params=FIELDS)
+def fields(request, tmp_path_factory) -> SimpleNamespace:
+    folder, method = tmp_path_factory.mktemp("fields"), FIELDS[request.param]
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "pruner_lr": 0.1}
+    made = trainer(folder, method(), build(0), **options)
+    made.train()
+    return SimpleNamespace(folder=folder, method=method, options=options, trainer=made)
+
+
+@pytest.mark.parametrize("step", [2, 5, 8], ids=["before an epoch ends", "after", "end"])
+def test_resuming_a_method_with_fields_changes_nothing(fields, tmp_path, step):
+    made = trainer(tmp_path, fields.method(), build(5), **fields.options)
+    start, entered = made.pruner.to_dict(), []
+    made.add_callback(OnBegin(lambda: entered.append(made.pruner.to_dict())))
+    made.train(resume_from_checkpoint=str(fields.folder / f"checkpoint-{step}"))
+    for name, parameter in fields.trainer.model.named_parameters():
+        torch.testing.assert_close(made.model.get_parameter(name), parameter, atol=1e-6, rtol=1e-6, msg=name)
+    assert made.pruner.to_dict() == fields.trainer.pruner.to_dict() != start
+    if made.pruner.phase(step / 8) == "hard" and made.pruner.name != "lat":  # which searches in the end
+        assert entered[0] != start
+    assert losses(made) == pytest.approx(losses(fields.trainer), abs=1e-5)
+
+
+class OnBegin(TrainerCallback):
+    """Calls a function when a training begins or goes on."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def on_train_begin(self, *args, **kwargs):
+        self.act()
+
+
+@pytest.mark.parametrize("best", [2, 4, None])
+def test_the_best_model_comes_back_with_its_own_fields(tmp_path, best):
+    """And is calibrated once more, since it was chosen on its own budget."""
+    options = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options |= {"load_best_model_at_end": best is not None, "eval_dataset": rows(8)}
+    made, entered = trainer(tmp_path, TopK(keep=0.9), **options), []
+
+    def calibrate(rows=None):
+        entered.append((made.state.global_step, made.pruner.keep))
+        made.pruner.keep = round(0.9 - 0.1 * made.state.global_step, 2)
+        return {}
+
+    made.calibrate, made.may_be_best = calibrate, lambda: made.state.global_step == best
+    made.train()
+    assert [step for step, _ in entered] == [0, 2, 4, 6] + ([6] if best else [])
+    if best:
+        assert entered[-1][1] == round(0.9 - 0.1 * best, 2)
+        assert made.state.best_model_checkpoint.endswith(f"checkpoint-{best}")

@@ -9,7 +9,8 @@ import torch
 
 from support.toy import OPTIONS, make_toy
 from thresher import ToP, prune
-from thresher.data.load import load_task, tokenize
+from thresher.data.load import load_task
+from thresher.data.tokenize import tokenize
 from thresher.evaluation.predict import predict, quality
 from thresher.experiments import train as jobs
 from thresher.training.monitor import prefix_drop

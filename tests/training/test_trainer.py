@@ -20,7 +20,7 @@ from transformers import (
 from support.families import NO_DROPOUT, TEXT
 from support.training import BATCH, EPOCH, SOFT, Watch, build, inputs, losses, rows, trainer
 from thresher import LTP, ToP, TopK, prune
-from thresher.training.trainer import PruningTrainer, distillation, param_groups, rest
+from thresher.training.trainer import PruningTrainer, distillation, freeze_without_gradient, param_groups
 
 
 # --- the thresholds move, and rest -----------------------------------------------------------------------------------
@@ -89,9 +89,7 @@ def test_the_hard_stage_begins_on_time_and_lets_the_thresholds_rest(tmp_path, ta
     calls, calibrate = [], made.calibrate
     made.calibrate = lambda rows=None: calls.append((made.state.global_step, rows)) or calibrate(rows)
     made.train()
-    assert calls == [(3, 256), (EPOCH, 256), (6, None), (6, None)], (
-        "it begins, an epoch ends, and the training, twice told"
-    )
+    assert calls == [(3, 256), (EPOCH, 256), (6, None)], "it begins, an epoch ends, and the training"
     assert watch.phases == [(round(i / 6, 4), "soft" if i < 3 else "hard") for i in range(6)]
     assert all(gradient.any() == (i < 3) for i, gradient in enumerate(watch.gradients))
     hard = [*watch.thresholds[3:], made.pruner.threshold.detach()]
@@ -105,9 +103,9 @@ def test_the_hard_stage_begins_on_time_and_lets_the_thresholds_rest(tmp_path, ta
 
 
 def test_momentum_would_carry_the_thresholds_on():
-    """Which is why there is ``rest``."""
+    """Which is why there is ``freeze_without_gradient``."""
     moved = []
-    for hook in (None, rest):
+    for hook in (None, freeze_without_gradient):
         model = prune(build(), LTP())
         optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, pruner_lr=0.1))
         if hook:

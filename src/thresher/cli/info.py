@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 from ..api import CONFIG_KEY, MODULE
 from ..core.architecture import Architecture
 from ..core.pruner import TokenPruner
-from ..data.load import positions
+from ..data.models import positions
 
 
 def describe(model: str) -> dict[str, Any]:

@@ -224,7 +224,7 @@ class Hooks:
             self.check_cache(cache, kwargs)
         if options.mode == "dense" or filled:  # a decoding step
             return CallState(replace(options, mode="dense"))
-        self.pruner.load_offloaded()
+        compat.load_offloaded(self.pruner)
         if torch.jit.is_tracing():
             raise RuntimeError(
                 "torch.jit.trace would freeze how many tokens stay: use thresher.export, torch.export or torch.compile"

@@ -414,12 +414,6 @@ class TokenPruner(nn.Module):
 
         return super()._apply(moved, recurse)
 
-    def load_offloaded(self) -> None:
-        """Load what accelerate has put away: its hooks do that before a module's forward, and a method has none."""
-        for module in self.modules():
-            if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
-                module._hf_hook.pre_forward(module)
-
     def train(self, mode: bool = True) -> TokenPruner:
         """As in torch; raises RuntimeError where peft has frozen the method and trains the rest of the model."""
         model = self.hooks.model if mode and self.hooks is not None else None

@@ -1,4 +1,4 @@
-"""Models in and out of folders, for the command line: whatever is wrong with one is told in one line."""
+"""Models from folders and the hub, for a task or for evaluation; whatever is wrong with one is told in one line."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
 
 from ..api import CONFIG_KEY, prune
 from ..core.pruner import METHODS, TokenPruner
-from .load import Task, positions
+from .task import Task
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout")
 
 
 def load(model: str, layout: str = "auto", **options) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer) of a saved classifier, or model that answers questions, in evaluation mode; pruned if its
-    configuration says so.
+    """Return a saved classifier, or model that answers questions, and its tokenizer: in evaluation mode, in the
+    precision of its checkpoint, pruned if its configuration says so.
 
     Raises:
         ValueError: no such model, or one that cannot be read.
     """
-    return _pruned(lambda: open_model(model, **options), layout), reading(AutoTokenizer.from_pretrained, model)
+    net = _pruned(lambda: open_model(model, **options), model, layout)
+    return net, reading(AutoTokenizer.from_pretrained, model)
 
 
 def load_vision(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any]:
-    """(model, image processor) of a saved model that reads pictures, in evaluation mode; pruned if its configuration
-    says so.
+    """Return a saved model that reads pictures, and its image processor; else as ``load``.
 
     Raises:
         ValueError: no such model, one that cannot be read or reads no pictures, or a library that its image processor
@@ -51,7 +52,7 @@ def load_vision(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any]
     known = reading(AutoConfig.from_pretrained, model).architectures or ()
     classifies = any(name.endswith("ForImageClassification") for name in known)
     kind = AutoModelForImageClassification if classifies else AutoModel
-    net = _pruned(lambda: reading(kind.from_pretrained, model), layout)
+    net = _pruned(lambda: reading(kind.from_pretrained, model), model, layout)
     if net.main_input_name != "pixel_values":
         raise ValueError(f"{model} is a {type(net).__name__}, which reads {net.main_input_name} and no pictures")
     try:
@@ -61,10 +62,19 @@ def load_vision(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any]
         raise ValueError(f"the image processor of {model} needs a library that is missing: {needs}") from error
 
 
-def _pruned(opening: Callable[[], PreTrainedModel], layout: str) -> PreTrainedModel:
-    """The model that ``opening`` gives, as its configuration prunes it."""
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a precision: float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _pruned(opening: Callable[[], PreTrainedModel], model: str, layout: str) -> PreTrainedModel:
+    """Return the model that ``opening`` gives, in the precision of its checkpoint, as its configuration prunes it."""
     with _without_report():
         net = opening()
+    if net.dtype != torch.float32:
+        own = name_of(net.dtype)
+        what = f"{model} is saved in {own} and runs in it: its answers are not those of float32"
+        warnings.warn(what, stacklevel=3)
     if getattr(net.config, CONFIG_KEY, None) is not None:
         prune(net, layout=layout)
     return net.eval()
@@ -72,7 +82,7 @@ def _pruned(opening: Callable[[], PreTrainedModel], layout: str) -> PreTrainedMo
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """transformers reports the pruner's weights as unexpected; ``prune`` looks for them itself."""
+    """Silence transformers, which reports the pruner's weights as unexpected; ``prune`` reads them itself."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -82,7 +92,7 @@ def _without_report() -> Iterator[None]:
 
 
 def reading(read: Callable, model: str, **options):
-    """Call ``read(model, ...)``; whatever is wrong with the folder or the hub becomes one line."""
+    """Call ``read(model, ...)``. Raises ValueError of one line for whatever is wrong with the folder or the hub."""
     try:
         return read(model, **options)
     except SafetensorError as error:
@@ -93,8 +103,8 @@ def reading(read: Callable, model: str, **options):
 
 
 def open_model(model: str, *, answers: bool | None = None, **options) -> PreTrainedModel:
-    """A sequence classifier from a folder or the hub, as it lies there; or, if it ``answers`` questions (None: as its
-    configuration says), that."""
+    """Return a sequence classifier from a folder or the hub as it lies there, or a model that ``answers`` questions
+    (None: as its configuration says)."""
     if os.path.isdir(model) and not os.path.exists(os.path.join(model, "config.json")):
         raise ValueError(f"{model} holds no config.json: expected the folder of a saved transformers model")
     if answers is None:
@@ -107,7 +117,11 @@ def open_model(model: str, *, answers: bool | None = None, **options) -> PreTrai
 def for_task(
     model: str, task: Task, *, dropout: float | None = None, freeze_embeddings: bool = False
 ) -> PreTrainedModel:
-    """A model for ``task`` on the weights in ``model``; a head of another size is made anew."""
+    """Return a model to train for ``task`` on the weights in ``model``, in fp32; a head of another size is made anew.
+
+    Raises:
+        ValueError: the checkpoint is pruned, or cannot be read.
+    """
     config, answers = reading(AutoConfig.from_pretrained, model), task.kind == "qa"
     if answers:
         config.num_labels = 2  # start and end
@@ -121,11 +135,13 @@ def for_task(
             setattr(config, name, dropout)
     if getattr(config, CONFIG_KEY, None) is not None:
         raise ValueError(f"{model} is pruned already: train from its dense model")
-    # the fused attention of CPUs has a slow backward: at 53 tokens the probabilities are 2-3 times as fast to train
-    # with
+    # The fused attention of CPUs has a slow backward: at 53 tokens, eager attention trains 2-3 times as fast.
     on_cpu = not torch.cuda.is_available()
     options = {"attn_implementation": "eager"} if on_cpu else {}
-    net = open_model(model, answers=answers, config=config, ignore_mismatched_sizes=True, **options)
+    if config.dtype not in (None, torch.float32):
+        warnings.warn(f"{model} is saved in {name_of(config.dtype)}: it is trained in float32", stacklevel=2)
+    options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}  # in fp16 AdamW's epsilon is 0
+    net = open_model(model, answers=answers, config=config, **options)
     net.get_input_embeddings().requires_grad_(not freeze_embeddings)
     if freeze_embeddings:
         for name, module in net.base_model.named_children():
@@ -135,7 +151,7 @@ def for_task(
 
 
 def make_method(name: str, options: dict) -> TokenPruner:
-    """A method by name; options it does not know are refused."""
+    """Build a pruning method by name. Raises ValueError for an unknown name or option."""
     if name not in METHODS:
         raise ValueError(f"unknown pruning method {name!r}; known: {', '.join(sorted(METHODS))}")
     known = {field.name for field in fields(METHODS[name])}
@@ -146,7 +162,7 @@ def make_method(name: str, options: dict) -> TokenPruner:
 
 
 def clip(max_length: int, config) -> int:
-    """``max_length``, or what the model's positions allow."""
+    """Return ``max_length``, or the positions of the model with a warning where these are fewer."""
     limit = positions(config)
     if limit is not None and max_length > limit:
         warnings.warn(
@@ -154,3 +170,16 @@ def clip(max_length: int, config) -> int:
         )
         return limit
     return max_length
+
+
+def positions(model_or_config: Any) -> int | None:
+    """Return the longest sequence that the position embeddings allow; None without a limit (relative positions)."""
+    model, config = model_or_config, getattr(model_or_config, "config", model_or_config)
+    if isinstance(model, PreTrainedConfig):
+        with torch.device("meta"):  # no weights: only to see the tables
+            model = AutoModel.from_config(config)
+    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and hasattr(m, "num_embeddings")]
+    if tables:  # RoBERTa and its kin count from padding_idx + 1: a table of 514 takes 512 tokens
+        return min(t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables)
+    limit = getattr(config, "max_position_embeddings", None) or 0  # XLNet's is -1, and DeBERTa-v3's is not used
+    return limit if limit > 0 and getattr(config, "position_biased_input", True) else None

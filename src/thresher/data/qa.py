@@ -1,4 +1,4 @@
-"""Extractive question answering: paragraphs cut into windows, answers read out of them, and SQuAD's F1.
+"""Extractive question answering: paragraphs cut into windows, answers read from their logits, and SQuAD's F1.
 
 Shapes: Q questions in W windows (a long paragraph needs several), n tokens in a window.
 """
@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .task import DataError, Task, with_columns
+from .checks import Flaws, note_copies, without_empty, without_tested
+from .read import PARTS
+from .spec import DataSpec
+from .split import hold_out_groups
+from .task import DataError, Task, brief, require, task_parts, with_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,75 +30,69 @@ STRIDE, LONGEST = 128, 30  # tokens that two windows share, a quarter of a windo
 
 
 def is_qa(frame: DataFrame) -> bool:
-    """Whether a table has SQuAD's columns."""
+    """Tell whether a table has SQuAD's columns."""
     return {*COLUMNS} <= {*frame}
 
 
 def load_qa(
-    name: str,
-    parts: dict[str, DataFrame],
-    *,
-    metric: str | None = None,
-    seed: int = 0,
-    limit: int | None = None,
-    beside: Sequence[str] = (),
+    name: str, parts: dict[str, DataFrame], spec: DataSpec, flaws: Flaws, *, seed: int = 0, beside: Sequence[str] = ()
 ) -> Task:
-    """A ``Task`` of questions, paragraphs and answers out of tables with SQuAD's columns: train, validation, test.
+    """Return a task of questions, paragraphs and answers out of tables with SQuAD's columns: train, validation, test.
 
     Test is the part called test, where its answers are there, else validation beside a train part; where there is
     neither, a quarter of the questions. Validation is a tenth of what is left to train on, at most 2,000. Both are cut
-    by article (``title``, else by paragraph), so that no paragraph is in two parts, with the fixed seed 0. The test
-    part has the columns ``beside`` as well.
-    Raises DataError for whatever cannot be used.
-    """
-    from datasets import Dataset
+    by article (``title``, else by paragraph), with the fixed seed 0. Train loses the paragraphs that test or validation
+    has as well. It keeps their questions: one question is asked of many paragraphs, and says nothing of the answer.
+    The test part has the columns ``beside`` as well.
 
-    if metric not in (None, "qa_f1"):
-        raise DataError(f"{metric!r} is no metric for question answering: use qa_f1")
+    Raises:
+        DataError: whatever cannot be used.
+    """
+    if spec.metric not in (None, "qa_f1"):
+        raise DataError(f"{spec.metric!r} is no metric for question answering: use qa_f1")
+    parts = _named(parts, spec)
     answers = {where: _answers(where, part) for where, part in parts.items()}
     shown = {where: part.assign(answers=answers[where]) for where, part in parts.items()}
     if {"test", "validation"} <= {*shown} and not any(found["text"] for found in answers["test"]):
         del shown["test"]  # hidden
     train = shown.get("train", None if "test" in shown else shown.get("validation"))
     test = shown.get("test", shown.get("validation") if "train" in shown else None)
+    shown = {where: part for where, part in (("train", train), ("test", test)) if part is not None}
+    shown = without_empty(shown, COLUMNS[:2], flaws)
+    train, test = shown.get("train"), shown.get("test")
+    note_copies("train" if test is None else "test", train if test is None else test, COLUMNS[:2], flaws)
     validation, selected_on = None, "nothing: there is no train part"
     if train is not None:
         groups = "title" if "title" in train else "context"
         if test is None:
-            train, test = hold_out(train, groups, 0.25)
+            train, test = hold_out_groups(train, groups, 0.25)
+        train = without_tested(train, test, COLUMNS[1:2], flaws)
         share = min(0.1, 2000 / len(train))
-        train, validation = hold_out(train, groups, share)
+        train, validation = hold_out_groups(train, groups, share)
+        train = without_tested(train, validation, COLUMNS[1:2], flaws, "validation")
         selected_on = f"{100 * share:.2g}% of train by {groups} (seed 0), {len(validation)} rows"
-        train = train.iloc[np.random.RandomState(seed).permutation(len(train))[:limit]]
-    parts = [(train, COLUMNS), (validation, COLUMNS), (with_columns(test, COLUMNS, beside), [*COLUMNS, *beside])]
-    sets = [p if p is None else Dataset.from_dict({column: [*p[column]] for column in names}) for p, names in parts]
-    return Task(*sets, COLUMNS[:2], "answers", [], "qa", "qa_f1", name, selected_on, {})
+        train = train.iloc[np.random.RandomState(seed).permutation(len(train))[: spec.limit]]
+    cut = task_parts(train, validation, with_columns(test, COLUMNS, beside), COLUMNS, beside)
+    return Task(*cut, COLUMNS[:2], "answers", [], "qa", "qa_f1", name, selected_on, flaws.removed)
 
 
-def hold_out(frame: DataFrame, column: str, share: float) -> tuple[DataFrame, DataFrame]:
-    """What is left, and whole groups of rows, equal in ``column``, that are about ``share`` of them, at least one."""
-    groups = frame[column]
-    names = sorted(set(groups))
-    if len(names) < 2:
-        raise DataError(f"all {len(frame)} rows are on one {column}: expected two, to hold one out")
-    counts, held, rows = Counter(groups), set(), 0
-    for i in np.random.RandomState(0).permutation(len(names))[:-1]:
-        if rows < share * len(frame):
-            held.add(names[i])
-            rows += counts[names[i]]
-    mask = groups.isin(held)
-    return frame[~mask], frame[mask]
+def _named(parts: dict[str, DataFrame], spec: DataSpec) -> dict[str, DataFrame]:
+    """Call the parts that the spec names train and test."""
+    asked = ((spec.train_split, "train"), (spec.test_split, "test"))
+    names = {PARTS.get(part, part): where for part, where in asked if part}
+    require({*names} <= {*parts}, f"there is no part {brief(*names)}: the parts are {brief(*parts)}")
+    return {names.get(where, where): part for where, part in parts.items()}
 
 
 def _answers(where: str, part: DataFrame) -> list[dict[str, list]]:
-    """{"text", "start"} of each question's answers, both lists empty where it has none, after all checks of a part."""
+    """Check a part, and return {"text", "start"} of each question's answers, both lists empty where it has none."""
     for column in [c for c in ("question", "context", "title") if c in part]:
         wrong = [i for i, value in enumerate(part[column]) if not isinstance(value, str)]
         if wrong:
             raise DataError(
                 f"{where} column {column!r} has no text in {len(wrong)} rows, first in row {wrong[0]} (from 0)"
             )
-    found = []
+    checked = []
     for i, (answers, context) in enumerate(zip(part["answers"], part["context"], strict=True)):
         try:
             texts, starts = [*answers["text"]], [*answers["answer_start"]]
@@ -109,12 +107,12 @@ def _answers(where: str, part: DataFrame) -> list[dict[str, list]]:
             if context[start : start + len(text)] != text:
                 what = f"{where} row {i} (from 0): the answer {text[:40]!r} is not at character {start} of its context"
                 raise DataError(f"{what}: correct answer_start")
-        found.append({"text": texts, "start": starts})
-    return found
+        checked.append({"text": texts, "start": starts})
+    return checked
 
 
 def windows(dataset: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, int]:
-    """Token ids of a part of a question answering task, and how many paragraphs needed more than one window.
+    """Return the token ids of a part of a question answering task, and how many paragraphs needed several windows.
 
     One row per window: input_ids, attention_mask, token_type_ids (where there are any), start_positions and
     end_positions of the first answer (0 where it is not in the window), ``row`` (the question it belongs to), ``first``
@@ -136,7 +134,7 @@ def windows(dataset: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset,
                 f"max_length={max_length} leaves {max(0, max_length - longest - special)} tokens of a paragraph beside "
                 f"the longest question, of {longest}: expected more than the {stride} that windows share; raise it"
             )
-        found = tokenizer(
+        encoded = tokenizer(
             questions,
             rows["context"],
             truncation="only_second",
@@ -146,16 +144,16 @@ def windows(dataset: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset,
             return_offsets_mapping=True,
             return_attention_mask=True,
         )
-        columns = {name: found[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in found}
+        columns = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
         columns |= {name: [] for name in BESIDE}
-        for i, row in enumerate(found["overflow_to_sample_mapping"]):
-            answers, inside = rows["answers"][row], [part == 1 for part in found.sequence_ids(i)]
-            first, last = np.where(np.array(inside)[:, None], np.array(found["offset_mapping"][i]), -1).T
+        for i, row in enumerate(encoded["overflow_to_sample_mapping"]):
+            answers, inside = rows["answers"][row], [part == 1 for part in encoded.sequence_ids(i)]
+            first, last = np.where(np.array(inside)[:, None], np.array(encoded["offset_mapping"][i]), -1).T
             begin, end = _span(first, last, answers)
             values = (begin, end, start + row, first.tolist(), last.tolist(), rows["context"][row], answers["text"])
             for name, value in zip(BESIDE, values, strict=True):
                 columns[name].append(value)
-        several += sum(count > 1 for count in Counter(found["overflow_to_sample_mapping"]).values())
+        several += sum(count > 1 for count in Counter(encoded["overflow_to_sample_mapping"]).values())
         chunks.append(Dataset.from_dict(columns))
     if several:
         what = f"{several} of {len(dataset)} paragraphs are read in several windows of {max_length} tokens"
@@ -164,7 +162,7 @@ def windows(dataset: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset,
 
 
 def _span(first: np.ndarray, last: np.ndarray, answers: dict) -> tuple[int, int]:
-    """The first and last token of the first answer; (0, 0) where there is none or not all of it is here."""
+    """Return the first and last token of the first answer; (0, 0) where there is none or the window lacks a part."""
     if not answers["text"]:
         return 0, 0
     begin = answers["start"][0]
@@ -174,10 +172,10 @@ def _span(first: np.ndarray, last: np.ndarray, answers: dict) -> tuple[int, int]
     return (int(inside[0]), int(inside[-1])) if whole else (0, 0)
 
 
-def answers_of(logits: Sequence[Any], dataset: Dataset) -> list[str]:
-    """The answer to each question; ``logits`` holds start and end logits (2, n) of each window of ``windows``.
+def best_answers(logits: Sequence[Any], dataset: Dataset) -> list[str]:
+    """Return the answer to each question; ``logits`` holds start and end logits (2, n) of each window of ``windows``.
 
-    The best of ``spans_of``. Where some questions of the data set have no answer: "" if the first token (CLS) beats
+    The best of ``best_spans``. Where some questions of the data set have no answer: "" if the first token (CLS) beats
     every span in every window.
     """
     empty = any(not texts for texts in dataset["gold"])
@@ -185,15 +183,16 @@ def answers_of(logits: Sequence[Any], dataset: Dataset) -> list[str]:
     for both, question in zip(logits, dataset["row"], strict=True):
         start, end = np.asarray(both)
         least[question] = min(least.get(question, np.inf), float(start[0] + end[0]))
-    spans = zip(sorted(least), spans_of(logits, dataset), strict=True)
+    spans = zip(sorted(least), best_spans(logits, dataset), strict=True)
     return ["" if empty and least[question] > span["logit"] else span["answer"] for question, span in spans]
 
 
-def spans_of(logits: Sequence[Any], dataset: Dataset) -> list[dict[str, Any]]:
-    """The best span of each question: "answer", its characters "start" to "end" in the paragraph, the sum of its logits
-    "logit", the largest of all windows, and "score", its probability among the tokens of its window.
+def best_spans(logits: Sequence[Any], dataset: Dataset) -> list[dict[str, Any]]:
+    """Return the best span of each question in all its windows.
 
-    A span has at most 30 tokens; arguments as in ``answers_of``.
+    A span is "answer", its characters "start" to "end" in the paragraph, "logit", the sum of its two logits, and
+    "score", its probability among the tokens of its window. It has at most 30 tokens. Arguments as
+    ``best_answers``.
     """
     best: dict[int, dict[str, Any]] = {}
     for both, row in zip(logits, dataset, strict=True):
@@ -211,29 +210,29 @@ def spans_of(logits: Sequence[Any], dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def examples(dataset: Dataset) -> list[int]:
-    """The example that each row of a tokenized data set belongs to: itself, or the question whose window it is."""
+    """Return the example that each row of a tokenized data set belongs to: itself, or the question of the window."""
     return [*dataset["row"]] if "row" in dataset.column_names else [*range(len(dataset))]
 
 
 def rows_of(dataset: Dataset, wanted: Any) -> list[int]:
-    """The rows of the examples number ``wanted``: of question answering all windows of those questions."""
+    """Return the rows of the examples number ``wanted``: for question answering all windows of those questions."""
     owners = examples(dataset)
     names = sorted(set(owners))
     chosen = {names[i] for i in wanted}
     return [row for row, owner in enumerate(owners) if owner in chosen]
 
 
-def judge(logits: Sequence[Any], dataset: Dataset) -> np.ndarray:
-    """(Q,): the F1 of each question's answer, 0..1. Raises DataError where logits are not finite."""
+def question_f1(logits: Sequence[Any], dataset: Dataset) -> np.ndarray:
+    """Return (Q,) the F1 of each question's answer, 0..1. Raises DataError where logits are not finite."""
     if not all(np.isfinite(np.asarray(both)).all() for both in logits):
         raise DataError("logits hold NaN or infinity: expected numbers, has the model diverged?")
     gold = dict(zip(dataset["row"], dataset["gold"], strict=True))
-    found = answers_of(logits, dataset)
-    return np.array([max(f1(a, g) for g in gold[q] or [""]) for q, a in zip(sorted(gold), found, strict=True)])
+    answers = best_answers(logits, dataset)
+    return np.array([max(f1(a, g) for g in gold[q] or [""]) for q, a in zip(sorted(gold), answers, strict=True)])
 
 
 def f1(said: str, gold: str) -> float:
-    """Overlap of the words of two answers (Rajpurkar et al., 2016): the harmonic mean of precision and recall."""
+    """Return the overlap of the words of two answers: the harmonic mean of precision and recall (Rajpurkar, 2016)."""
     a, b = words(said), words(gold)
     if not a or not b:
         return float(a == b)
@@ -242,6 +241,6 @@ def f1(said: str, gold: str) -> float:
 
 
 def words(text: str) -> list[str]:
-    """The words of an answer in lower case, without punctuation and articles."""
+    """Return the words of an answer in lower case, without punctuation and articles."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()

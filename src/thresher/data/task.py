@@ -16,9 +16,20 @@ class DataError(ValueError):
     """The data cannot be used: one line that says what was wrong, what was expected and what to do."""
 
 
+def brief(*items: object) -> str:
+    """Join items by commas, in 300 characters at most."""
+    return textwrap.shorten(", ".join(map(str, items)), 300, placeholder=" ...")
+
+
+def require(condition: object, message: str) -> None:
+    """Raise DataError with ``message`` unless the condition holds."""
+    if not condition:
+        raise DataError(message)
+
+
 @dataclass
 class Task:
-    """A data set in parts: raw text, and labels 0..K-1 in the order of `labels` (floats for regression)."""
+    """Hold a data set in parts: raw text, and labels 0..K-1 in the order of ``labels`` (floats for regression)."""
 
     train: Dataset | None
     validation: Dataset | None
@@ -34,21 +45,27 @@ class Task:
 
 
 def with_columns(test: DataFrame, used: Sequence[str], names: Sequence[str]) -> DataFrame:
-    """The test part with the further columns ``names`` as numbers, or as strings with None where there is no value.
+    """Return the test part with the columns ``names`` as numbers, or as strings with None where there is no value.
 
     Raises:
         DataError: it has no such column, or the column is ``used``: it is the text or the label.
     """
     for name in names:
-        if name not in test:
-            known = textwrap.shorten(", ".join(map(str, test)), 300, placeholder=" ...")
-            raise DataError(f"the test part has no column {name!r}: its columns are {known}")
-        if name in used:
-            free = [str(column) for column in test if column not in used]
-            raise DataError(f"{name!r} is the text or the label: name another column ({', '.join(free) or 'none'})")
+        require(name in test, f"the test part has no column {name!r}: its columns are {brief(*test)}")
+        free = [column for column in test if column not in used] if name in used else ()
+        require(name not in used, f"{name!r} is the text or the label: name another column ({brief(*free) or 'none'})")
         if test[name].dtype.kind not in "biuf":
             values = test[name].astype(object)
-            test = test.assign(
-                **{name: [None if empty else str(v) for v, empty in zip(values, values.isna(), strict=True)]}
-            )
+            strings = [None if empty else str(v) for v, empty in zip(values, values.isna(), strict=True)]
+            test = test.assign(**{name: strings})
     return test
+
+
+def task_parts(
+    train, validation, test: DataFrame, columns: Sequence[str], beside: Sequence[str]
+) -> list[Dataset | None]:
+    """Return tables as data sets of the ``columns``; test has those ``beside`` them as well."""
+    from datasets import Dataset
+
+    tables = [(train, columns), (validation, columns), (test, [*columns, *beside])]
+    return [t if t is None else Dataset.from_pandas(t[[*names]], preserve_index=False) for t, names in tables]

@@ -27,8 +27,9 @@ from ..core.cost import LayerCost, dense_macs, tokens_by_layer
 from ..core.pruner import TokenPruner
 from ..core.tokens import LAYOUTS
 from ..data import qa
-from ..data.load import Task
-from ..stats.metrics import bootstrap_interval, compute_metric
+from ..data.task import Task
+from ..stats.bootstrap import bootstrap_interval
+from ..stats.metrics import compute_metric
 from .hardware import environment, torch_threads
 from .latency import timed
 from .predict import Predictions, Text, counts_of, logits_of, outcome, packed, plain, predict, ready

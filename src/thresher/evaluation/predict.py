@@ -25,9 +25,9 @@ from ..core.architecture import find_architecture
 from ..core.cost import dense_macs, macs
 from ..core.pruner import METHODS
 from ..core.tokens import LAYOUTS
-from ..data import qa, reranking
+from ..data import qa
 from ..methods.topk import REPLAY, TopK
-from ..stats.metrics import MEANS, compute_metric
+from ..stats.metrics import MEANS, RANKING, compute_metric, query_gains
 
 
 @dataclass
@@ -174,13 +174,13 @@ def _logits(model: Any, output: Any, lengths: Tensor) -> list[Tensor]:
 def outcome(predictions: Predictions, dataset: Dataset, metric: str) -> tuple[Any, Any]:
     """(answers, labels) as ``compute_metric`` takes them: logits and the column ``labels``; of the windows of question
     answering the F1 of each question's answer, of reranking what each query gained, and ones."""
-    if metric in MEANS:
-        if metric in reranking.METRICS:
-            gains = reranking.judge(predictions.logits, dataset, metric)
-        else:
-            gains = qa.judge(predictions.logits, dataset)
-        return gains, np.ones(len(gains))
-    return predictions.logits, np.asarray(dataset["labels"])
+    if metric in RANKING:
+        gains = query_gains(predictions.logits, dataset["row"], dataset["labels"], metric)
+    elif metric in MEANS:
+        gains = qa.question_f1(predictions.logits, dataset)
+    else:
+        return predictions.logits, np.asarray(dataset["labels"])
+    return gains, np.ones(len(gains))
 
 
 def quality(predictions: Predictions, dataset: Dataset, metric: str) -> float:

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..api import MODULE, dense
 from ..data import qa
-from ..data.load import DataError, Task, positions
-from ..data.models import reading
+from ..data.models import positions, reading
+from ..data.task import DataError, Task
 from ..evaluation.predict import Predictions, outcome, predict, quality
 from ..reports.audit_page import ALL, LEVEL, WORST, worst
 from ..reports.trace import trace
@@ -183,7 +183,7 @@ def _answers(predictions: Predictions, test: Dataset, task: Task) -> Answers:
     quality(predictions, test, task.metric)
     if task.kind == "qa":
         found, _ = outcome(predictions, test, task.metric)
-        return Answers(100 * np.asarray(found), qa.answers_of(predictions.logits, test))
+        return Answers(100 * np.asarray(found), qa.best_answers(predictions.logits, test))
     logits, labels = np.asarray(predictions.logits), np.asarray(test["labels"])
     wanted = len(task.labels) or 1
     if logits.shape[1] < wanted or (wanted == 1) != (logits.shape[1] == 1):

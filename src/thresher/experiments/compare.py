@@ -14,13 +14,16 @@ from typing import Any
 import torch
 
 from ..core.pruner import METHODS, TokenPruner
-from ..data.load import Task, load_task, tokenize
+from ..data.load import load_task
 from ..data.models import clip, load
+from ..data.task import Task
+from ..data.tokenize import tokenize
 from ..evaluation.benchmark import measure
 from ..evaluation.rows import row, whole, write_csv
 from ..reports.plots import pareto
+from ..stats.bootstrap import pooled_interval
 from ..stats.letters import groups
-from ..stats.metrics import MEANS, pooled_interval
+from ..stats.metrics import MEANS
 from . import train as jobs
 
 CLAIM, TABLE, PICTURE = "compare.json", "compare.csv", "compare.png"

@@ -15,8 +15,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..api import dense
 from ..data import qa
-from ..data.load import Task, load_task, tokenize
+from ..data.load import load_task
 from ..data.models import clip, load, reading
+from ..data.task import Task
+from ..data.tokenize import tokenize
 from ..evaluation.benchmark import measure
 from ..evaluation.hardware import environment
 from ..evaluation.predict import Text, plain, predict, quality, replayed
@@ -210,9 +212,9 @@ def dense_of(model: str, against: str | None) -> PreTrainedModel | None:
 
 
 def names_of(model: PreTrainedModel) -> list[str] | None:
-    """The classes of a model in their order; None where it has no names for them."""
+    """Return the classes of a model in their order: none of a model of numbers, None where it has no names for them."""
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    return names if len(names) > 1 and not all(name.startswith("LABEL_") for name in names) else None
+    return [] if len(names) == 1 else names if not all(name.startswith("LABEL_") for name in names) else None
 
 
 def tested(model: str, data: str, max_length: int, layout: str, metric: str | None, limit: int | None, columns: dict):

@@ -17,15 +17,18 @@ from ..api import prune, unprune
 from ..core.architecture import find_architecture
 from ..core.pruner import METHODS, TokenPruner
 from ..data import qa
-from ..data.load import DataError, Task, load_task, tokenize
+from ..data.load import load_task
 from ..data.models import clip, for_task, load, make_method, reading
+from ..data.task import DataError, Task
+from ..data.tokenize import tokenize
 from ..evaluation.hardware import environment, has_bf16
 from ..evaluation.latency import compare
 from ..evaluation.predict import Predictions, outcome, predict, quality
 from ..evaluation.rows import row
 from ..methods.topk import REPLAY, TopK
 from ..reports import plots
-from ..training.checkpoints import Interrupt, Order, last_checkpoint, step_of, writing
+from ..training.checkpoints import Order, last_checkpoint, step_of, writing
+from ..training.interrupt import Interrupt
 from ..training.monitor import Watch, prefix_drop
 from ..training.trainer import Collator, PruningTrainer, Ranking
 from . import recipes
@@ -193,7 +196,8 @@ class Training:
                 trainer.add_callback(Watch(trainer, parts["validation"], task.metric))
             set_seed(recipe.seed)
             self._train(trainer)
-        trainer.reached.update(trainer.calibrate())  # once more in fp32, in which the model is measured
+        if self.bf16 or not recipe.prune_epochs:
+            trainer.reached.update(trainer.calibrate())  # in fp32, in which the model is measured
         if pruner is not None and pruner.needs_table:
             trainer.reached.update(self._timed(net, parts["validation"]))
         if getattr(pruner, "holes", False):

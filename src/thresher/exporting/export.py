@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..api import MODULE
-from ..data.load import positions
+from ..data.models import positions
 from ..evaluation.hardware import environment
 from ..evaluation.rows import folder_written_whole
 

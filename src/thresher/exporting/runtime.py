@@ -110,7 +110,7 @@ class Runtime:
             torch.stack([o["start_logits"], o["end_logits"]])[:, : len(r["input_ids"])].float().numpy()
             for o, r in zip(outputs, cut, strict=True)
         ]
-        return [{n: x for n, x in span.items() if n != "logit"} for span in qa.spans_of(logits, cut)]
+        return [{n: x for n, x in span.items() if n != "logit"} for span in qa.best_spans(logits, cut)]
 
 
 def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Iterable[int] = ()) -> Runtime:

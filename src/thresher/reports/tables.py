@@ -25,6 +25,7 @@ KEYS = 3  # up to this rank columns stay as long as joining the keys makes room
 IDENTITY = ("task", "model", "target_flops", "seed", "runtime", "precision", "threads")  # shown where they vary
 NUMBERS = ("target_flops", "seed", "threads")  # of them
 FIELD = {"layout": "layout", "batch": "batch_size"}  # columns that a terminal shows only where they vary
+BASELINES = ("random", "firstk")  # methods that choose as many tokens as another one, without looking at them
 REFERENCE = "\N{MULTIPLICATION SIGN} torch fp32 padded"
 
 
@@ -318,3 +319,38 @@ def number(value: float | None) -> str:
 def text(value: Any) -> str:
     """A value as a cell."""
     return NOTHING if value is None else str(value)
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """Say what a run of ``bench`` found in three lines: quality, cost, and what the choice of the tokens is worth.
+
+    Of several runtimes and precisions the first is told; a line whose figures were not measured is left out.
+    """
+    where = next(((r["runtime"], r["precision"]) for r in rows), None)
+    same = [r for r in rows if (r["runtime"], r["precision"]) == where]
+    pruned = [r for r in same if r["mode"] == "pruned" and r["method"] not in BASELINES]
+    if not pruned:
+        return []
+    first = pruned[0]
+    lines = []
+    if first["quality"] is not None:
+        lines.append(
+            f"{first['method']}: {first['metric']} {fixed(first['quality_dense'])} dense, {fixed(first['quality'])} "
+            f"pruned: drop {drop(first)} points on {first['n_examples']:,} texts (95 % interval)"
+        )
+    speeds = [f"{fixed(r['speedup_unpadded'], 2)} times as fast at batch size {r['batch_size']}" for r in pruned]
+    ways = {r["batch_size"]: r["layout"] for r in same if r["mode"] == "dense-unpadded" and is_dense(r)}
+    if first["speedup_unpadded"]:
+        how = ", ".join(dict.fromkeys(way for way in ways.values() if way)) or "without padding"
+        threads = f"{first['threads']} thread{'s' * (first['threads'] != 1)}"
+        lines.append(
+            f"{fixed(first['flops_ratio'], 2)} times fewer FLOPs; against the fastest dense model ({how}): "
+            f"{', '.join(speeds)}; {threads}"
+        )
+    chance = next((r for r in same if r["method"] == "random" and r["quality"] is not None), None)
+    if chance:
+        lines.append(
+            f"random tokens, as many, on the same weights: {chance['metric']} {fixed(chance['quality'])}, drop "
+            f"{drop(chance)}"
+        )
+    return lines

@@ -71,7 +71,7 @@ def trace(model, tokenizer, text: str, text_pair: str | None = None, max_length:
     Raises:
         ValueError: the model is not pruned, or its tokenizer does not tell the characters of a token.
     """
-    from ..data.load import positions
+    from ..data.models import positions
 
     pruner = getattr(model, "token_pruner", None)
     if pruner is None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import qa
-from ..data.load import load_task, tokenize
+from ..data.load import load_task
 from ..data.task import DataError, Task
+from ..data.tokenize import tokenize
 from ..evaluation.predict import Predictions, predict
 
 
@@ -72,7 +73,7 @@ class Sample:
     def _answers(self, predictions: Predictions) -> np.ndarray | None:
         """(Q,) the class or the words of each answer; None for numbers."""
         if isinstance(predictions.logits, list):
-            return np.array(qa.answers_of(predictions.logits, self.rows), dtype=object)
+            return np.array(qa.best_answers(predictions.logits, self.rows), dtype=object)
         return None if predictions.logits.shape[1] == 1 else predictions.logits.argmax(1).numpy()
 
 
@@ -95,7 +96,7 @@ def texts_of(
     Raises DataError: no such data, only a test part, data of another kind than the model's, a length of questions.
     """
     names = [net.config.id2label[i] for i in range(net.config.num_labels)]
-    named = names if len(names) > 1 and not all(name.startswith("LABEL_") for name in names) else None
+    named = [] if len(names) == 1 else names if not all(name.startswith("LABEL_") for name in names) else None
     try:
         task = load_task(data, labels=named, **columns)
     except DataError as error:

@@ -14,8 +14,9 @@ LEVEL = 0.05
 
 
 def upper(errors: int, n: int, level: float = LEVEL) -> float:
-    """The least rate p at which ``errors`` or fewer in ``n`` have a probability of at most ``level`` (Clopper and
-    Pearson, Biometrika 1934, one-sided): the true rate is above it in at most ``level`` of all draws.
+    """Return the least rate at which ``errors`` or fewer in ``n`` have a probability of at most ``level``.
+
+    Clopper and Pearson (Biometrika 1934), one-sided: the true rate is above it in at most ``level`` of all draws.
 
     Raises ValueError unless 0 <= errors <= n, n >= 1 and 0 < level < 1.
     """
@@ -26,12 +27,12 @@ def upper(errors: int, n: int, level: float = LEVEL) -> float:
 
 
 def lower(errors: int, n: int, level: float = LEVEL) -> float:
-    """The counterpart of ``upper``: the true rate is below it in at most ``level`` of all draws."""
+    """Return the counterpart of ``upper``: the true rate is below it in at most ``level`` of all draws."""
     return 1 - upper(n - errors, n, level)
 
 
 def paired_upper(lost: int, won: int, n: int, level: float = LEVEL) -> float:
-    """An upper bound on P(lost) - P(won), of ``n`` pairs of which so many were lost and won: the drop of accuracy.
+    """Return an upper bound on P(lost) - P(won), the drop of accuracy, of ``n`` pairs with so many lost and won.
 
     ``upper(lost) - lower(won)``, each at half the level: conservative by Bonferroni's inequality, whatever the
     dependence of the two counts. Arguments as ``upper``; a pair cannot be both.
@@ -42,7 +43,7 @@ def paired_upper(lost: int, won: int, n: int, level: float = LEVEL) -> float:
 
 
 def least(limit: float, paired: bool = False, level: float = LEVEL) -> int:
-    """The fewest examples with which a bound can be at most ``limit``, if not one of them is wrong.
+    """Return the fewest examples with which a bound can be at most ``limit``, if not one of them is wrong.
 
     Raises ValueError unless 0 < limit < 1.
     """
@@ -56,7 +57,7 @@ def least(limit: float, paired: bool = False, level: float = LEVEL) -> int:
 
 
 def passing(bounds: Iterable[float], limit: float) -> int:
-    """How many pass before the first bound above ``limit``; later ones are not looked at.
+    """Count how many pass before the first bound above ``limit``; later ones are not looked at.
 
     Testing in a sequence that was fixed before the examples were seen (Maurer, Hothorn and Lehmacher, 1995; so in
     Angelopoulos et al., "Learn then Test", 2021): if each bound is wrong in at most ``level`` of all draws, then in at

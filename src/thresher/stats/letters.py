@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from .metrics import answers_of, compute_metric, points_of, resamples
+from .bootstrap import resamples
+from .metrics import checked_answers, compute_metric, points_of
 from .paired import holm
 
 
 def groups(
     metric: str, labels: Any, answers: Mapping[str, Any], level: float = 0.05, n: int | None = None, seed: int = 0
 ) -> dict[str, str]:
-    """The methods, best mean quality first, and the letters of each: those that share a letter cannot be told apart.
+    """Return the letters of each method, best mean quality first: methods that share a letter cannot be told apart.
 
-    Every two methods are compared by the paired bootstrap of their difference (as in ``metrics.pooled_interval``:
+    Every two methods are compared by the paired bootstrap of their difference (as in ``bootstrap.pooled_interval``:
     examples and seeds are drawn anew, the same for both), two-sided, and Holm's correction (Scand. J. Statist. 1979)
     holds the chance of any wrong difference at ``level``. The letters are a compact letter display by insertion and
     absorption (Piepho, JCGS 2004): "a" is the best method and all that may be as good; a method
@@ -46,29 +47,29 @@ def groups(
 def p_values(
     metric: str, labels: Any, runs: Mapping[str, Mapping], pairs: Sequence[tuple[str, str]], n: int, seed: int = 0
 ) -> list[float]:
-    """Two-sided bootstrap p-values of the differences of pairs; ``runs`` holds the answers of each method by seed."""
+    """Return two-sided bootstrap p-values of pairs; ``runs`` holds the answers of each method by seed."""
     labels, points = np.asarray(labels), {}
-    given = {(name, s): answers_of(metric, labels, a) for name, of in runs.items() for s, a in of.items()}
+    given = {(name, s): checked_answers(metric, labels, a) for name, of in runs.items() for s, a in of.items()}
     for times, _ in resamples(len(labels), 1, n, seed):
         for key, answers in given.items():
             points.setdefault(key, []).append(points_of(metric, labels, answers, times))
     points = {key: np.concatenate(drawn) for key, drawn in points.items()}
-    chance, found = np.random.default_rng(seed).random((max(map(len, runs.values()), default=1), n)), []
+    chance, values = np.random.default_rng(seed).random((max(map(len, runs.values()), default=1), n)), []
     for a, b in pairs:
         shared = [s for s in runs[a] if s in runs[b]]
         if not shared:
-            found.append(1.0)
+            values.append(1.0)
             continue
         gaps = np.array([points[a, s] - points[b, s] for s in shared])  # (seeds, draws)
         which = (chance[: len(shared)] * len(shared)).astype(int)
         gap = np.take_along_axis(gaps, which, 0).mean(0)
         tail = min((gap <= 1e-9).sum(), (gap >= -1e-9).sum())
-        found.append(min(1.0, 2 * (1 + int(tail)) / (n + 1)))
-    return found
+        values.append(min(1.0, 2 * (1 + int(tail)) / (n + 1)))
+    return values
 
 
 def letters(ordered: Sequence[str], apart: set[tuple[str, str]]) -> dict[str, str]:
-    """A compact letter display: two of ``ordered`` share a letter unless they are a pair of ``apart``."""
+    """Return a compact letter display: two of ``ordered`` share a letter unless they are a pair of ``apart``."""
     sets = [frozenset(ordered)]
     for pair in sorted(apart, key=lambda pair: [ordered.index(name) for name in pair]):
         split = [part for one in sets for part in ([one - {name} for name in pair] if one >= {*pair} else [one])]

@@ -1,26 +1,26 @@
-"""The quality of answers in points of 100, and its bootstrap intervals."""
+"""The quality of answers in points of 100, and what each query gains where candidates are ranked."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from ..data import reranking
-from ..data.task import DataError
-
-DRAWN = 200  # at a time, which bounds the memory
-MEANS = ("qa_f1", *reranking.METRICS)
+RANKING = ("map", "mrr")
+MEANS = ("qa_f1", *RANKING)
+DIVERGED = "hold NaN or infinity: expected numbers, has the model diverged?"
 
 
 def compute_metric(task_metric: str, predictions: Any, labels: Any) -> float:
-    """Accuracy, f1 (of class 1), matthews, pearson, qa_f1, map or mrr, in points (100 is perfect; 0 where it is
-    undefined).
+    """Return accuracy, f1 (of class 1), matthews, pearson, qa_f1, map or mrr, in points: 100 is perfect, 0 undefined.
 
-    predictions: (B,) classes or values, or (B, K) logits; labels: (B,). For ``MEANS`` predictions are what each
-    question (``qa.judge``) or query (``reranking.judge``) gained, and labels ones. Raises DataError if they do not fit.
+    Args:
+        predictions: (N,) classes or values, or (N, K) logits. For ``MEANS`` (N,) what each question or query gained.
+        labels: (N,); for ``MEANS`` ones.
+
+    Raises:
+        ValueError: predictions and labels do not fit, or are not finite.
     """
     from scipy.stats import pearsonr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -30,9 +30,9 @@ def compute_metric(task_metric: str, predictions: Any, labels: Any) -> float:
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if not len(predictions) == len(labels) > (task_metric == "pearson"):
         what = f"{len(predictions)} predictions for {len(labels)} labels"
-        raise DataError(f"{what}: expected as many (1 or more, for pearson 2)")
+        raise ValueError(f"{what}: expected as many (1 or more, for pearson 2)")
     if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
-        raise DataError("predictions or labels hold NaN or infinity: expected numbers, has the model diverged?")
+        raise ValueError(f"predictions or labels {DIVERGED}")
     if predictions.ndim == 2:
         predictions = predictions[:, 0] if predictions.shape[1] == 1 else predictions.argmax(1)
     with warnings.catch_warnings():  # both libraries warn where a metric is undefined (one class, a constant)
@@ -41,54 +41,42 @@ def compute_metric(task_metric: str, predictions: Any, labels: Any) -> float:
     return 100 * float(np.nan_to_num(getattr(score, "statistic", score)))
 
 
-def bootstrap_interval(
-    metric: str, labels: Any, predictions_a: Any, predictions_b: Any = None, n: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a quality, or of the paired difference a - b, in points.
+def query_gains(logits: Any, queries: Any, labels: Any, metric: str) -> np.ndarray:
+    """Return (Q,) the average precision ("map") or the reciprocal rank ("mrr") of each query, 0..1.
 
-    labels (N,); predictions: ``predicting.Predictions``, logits (N, K), or classes or values (N,). The examples are
-    drawn anew ``n`` times, the same for a and b.
+    Of equal scores the irrelevant candidates come first, so that a model that tells nothing apart gains nothing by the
+    order of the data.
+
+    Args:
+        logits: (N, 2) of the classes, 1 being relevant, or (N, 1) of one score.
+        queries: (N,) numbers; the queries come in their order.
+        labels: (N,) 1 where the candidate is relevant.
+
+    Raises:
+        ValueError: logits are not finite.
     """
-    return pooled_interval(metric, [(labels, predictions_a, predictions_b)], n, seed)
+    logits, queries, labels = np.asarray(logits, dtype=float), np.asarray(queries), np.asarray(labels)
+    if not np.isfinite(logits).all():
+        raise ValueError(f"logits {DIVERGED}")
+    scores, gains = logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0), []
+    for query in np.unique(queries):
+        own = queries == query
+        relevant = labels[own][np.lexsort((labels[own], -scores[own]))] == 1
+        ranks = 1 + np.flatnonzero(relevant)
+        precisions = np.arange(1, len(ranks) + 1) / ranks
+        gains.append(precisions.mean() if metric == "map" else precisions[0])
+    return np.array(gains)
 
 
-def pooled_interval(metric: str, runs: Iterable[tuple], n: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """``bootstrap_interval`` of the mean over training seeds; ``runs`` holds (labels, a, b or None) of each.
-
-    All seeds answer the same N examples. A draw takes the same examples of all, and draws the seeds as well.
-    """
-    runs = [[(np.asarray(labels), answers_of(metric, labels, p)) for p in ab if p is not None] for labels, *ab in runs]
-    if len({(len(run), len(run[0][0])) for run in runs}) != 1:
-        raise ValueError("the runs do not pair: expected the same examples, and a second prediction in all or none")
-    draws = []
-    for times, which in resamples(len(runs[0][0][0]), len(runs), n, seed):
-        points = [[points_of(metric, labels, answers, times) for labels, answers in run] for run in runs]
-        found = np.array([a - sum(b) for a, *b in points])  # (runs, draws)
-        draws += np.take_along_axis(found, which.T, 0).mean(0).tolist()
-    low, high = np.percentile(draws, (2.5, 97.5)).tolist()
-    return low, high
-
-
-def resamples(examples: int, seeds: int, n: int, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """``n`` bootstrap draws, D at a time: how often each example is in it (D, examples), and which seeds (D, seeds)."""
-    rng = np.random.default_rng(seed)
-    for start in range(0, n, DRAWN):
-        times, which = [], []
-        for _ in range(min(DRAWN, n - start)):
-            times.append(np.bincount(rng.integers(examples, size=examples), minlength=examples).astype(float))
-            which.append(rng.integers(seeds, size=seeds))
-        yield np.array(times), np.array(which)
-
-
-def answers_of(metric: str, labels: Any, predictions: Any) -> np.ndarray:
-    """(N,) classes or values, after the checks of ``compute_metric``."""
+def checked_answers(metric: str, labels: Any, predictions: Any) -> np.ndarray:
+    """Return (N,) classes or values, after the checks of ``compute_metric``."""
     answers = np.asarray(getattr(predictions, "logits", predictions))
     compute_metric(metric, answers, labels)
     return answers if answers.ndim == 1 else answers[:, 0] if answers.shape[1] == 1 else answers.argmax(1)
 
 
 def points_of(metric: str, labels: np.ndarray, answers: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """(D,): ``compute_metric`` of D draws at once; labels and answers (N,), ``times`` (D, N) each example counts."""
+    """Return (D,) the metric of D draws at once; labels and answers (N,), ``times`` (D, N) each example counts."""
     if metric == "accuracy":
         above, below = times @ (labels == answers), times.sum(1)
     elif metric == "f1":

@@ -16,7 +16,7 @@ DRAWS, RESAMPLES, CHUNK, TINY = 10_000, 2000, 100, 1e-9
 
 
 def paired_test(change: np.ndarray) -> float:
-    """Two-sided exact sign test of ``change`` (n,): McNemar's exact test where answers are right or wrong.
+    """Return p of the exact sign test of ``change`` (n,), two-sided: McNemar's where answers are right or wrong.
 
     p of as uneven a split between losses and gains, were both equally likely; examples that did not change say nothing.
     """
@@ -27,7 +27,7 @@ def paired_test(change: np.ndarray) -> float:
 
 
 def interval(change: np.ndarray, unit: float | None, level: float = 0.95) -> tuple[float, float] | None:
-    """Confidence interval of the mean of ``change`` (n,).
+    """Return the confidence interval of the mean of ``change`` (n,).
 
     Right or wrong: Tango's score interval (Statistics in Medicine 17, 1998), which has a width where nothing changed.
     Else the percentile bootstrap over examples; None where all changed by the same, of which it knows nothing.
@@ -40,8 +40,8 @@ def interval(change: np.ndarray, unit: float | None, level: float = 0.95) -> tup
         if n < 2 or np.ptp(change) == 0:
             return None
         options = {"method": "percentile", "n_resamples": RESAMPLES, "batch": CHUNK}
-        found = bootstrap((change,), np.mean, confidence_level=level, rng=0, **options)
-        return float(found.confidence_interval.low), float(found.confidence_interval.high)
+        result = bootstrap((change,), np.mean, confidence_level=level, rng=0, **options)
+        return float(result.confidence_interval.low), float(result.confidence_interval.high)
     lost, gained, z = (change > 0).sum(), (change < 0).sum(), norm.isf((1 - level) / 2)
 
     def away(drop: float) -> float:
@@ -58,7 +58,7 @@ def interval(change: np.ndarray, unit: float | None, level: float = 0.95) -> tup
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Adjusted p values (Holm, 1979): below a level, all of them together are wrong with at most that probability."""
+    """Return adjusted p values (Holm, 1979): all that are below a level are wrong with at most that probability."""
     p, adjusted = np.asarray(p, float), np.empty(len(p))
     order = p.argsort()
     adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
@@ -66,7 +66,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def excess_tests(change: np.ndarray, members: np.ndarray, unit: float | None) -> np.ndarray:
-    """(S,) one-sided p of each slice's mean change against chance: as large a one in any n of the N examples.
+    """Return (S,) the one-sided p of each slice's mean change: as large a one in any n of the N examples.
 
     members: (S, N) bool. A permutation test of the slice against the other examples. Right or wrong it is exact: of D
     examples that changed, k fall into the slice (hypergeometric), and of these some are losses (the same again).
@@ -77,16 +77,16 @@ def excess_tests(change: np.ndarray, members: np.ndarray, unit: float | None) ->
         sizes = members.sum(1).tolist()
         return np.array([_above(s, n, lost, gained, len(change)) for s, n in zip(sums, sizes, strict=True)])
     rng, weights = np.random.default_rng(0), members.astype(float)
-    found, reached = weights @ change, np.zeros(len(members))
+    sums, reached = weights @ change, np.zeros(len(members))
     close = 1e-9 * np.abs(change).sum()  # sums in another order
     for _ in range(DRAWS // CHUNK):
         drawn = weights @ rng.permuted(np.tile(change, (CHUNK, 1)), axis=1).T
-        reached += (drawn >= found[:, None] - close).sum(1)
+        reached += (drawn >= sums[:, None] - close).sum(1)
     return (1 + reached) / (1 + DRAWS)
 
 
 def detectable(change: np.ndarray, member: np.ndarray, unit: float | None, level: float) -> float | None:
-    """The smallest mean change of a slice, ``member`` (N,) bool, at which ``excess_tests`` would fall to ``level``.
+    """Return the least mean change of a slice, ``member`` (N,) bool, at which ``excess_tests`` falls to ``level``.
 
     The other examples are left as they are. Right or wrong: how many more unchanged examples of the slice would have to
     be lost, found with the test itself; where there are not enough of them, None. Else by the normal approximation.
@@ -110,7 +110,7 @@ def detectable(change: np.ndarray, member: np.ndarray, unit: float | None, level
 
 
 def _above(least: int, n: int, lost: int, gained: int, total: int) -> float:
-    """P(losses - gains >= ``least``) among ``n`` examples drawn from ``total`` with ``lost`` and ``gained``."""
+    """Return P(losses - gains >= ``least``) among ``n`` examples drawn from ``total`` with ``lost`` and ``gained``."""
     from scipy.special import gammaln
 
     def choices(m: int, k: np.ndarray) -> np.ndarray:

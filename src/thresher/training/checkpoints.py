@@ -1,48 +1,24 @@
-"""Training that is interrupted and goes on where it was, as if nothing had been."""
+"""Resume a training exactly: which checkpoint is whole, and in which order the batches come."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import signal
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 
-
-class Interrupt(TrainerCallback):
-    """Within the context Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.asked, self.before = False, None
-
-    def __enter__(self):
-        with suppress(ValueError):  # not the main thread, which alone gets signals
-            self.before = signal.signal(signal.SIGINT, self._ask)
-
-    def __exit__(self, *_):
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _ask(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.asked:
-            control.should_save = control.should_training_stop = True
+from ..core.compat import TRAINER_STATE
 
 
 class Order(TrainerCallback):
-    """The order of an epoch's batches follows from its number.
+    """Seed the random numbers of each epoch by its number, so that the order of its batches can be drawn again.
 
-    The Trainer skips the batches that an interrupted epoch has seen, but draws the order of batches grouped by length
-    from wherever the random numbers stand: some rows would come twice and some not at all.
+    A resumed Trainer skips the batches that the interrupted epoch has seen, but draws the order of batches grouped by
+    length from the random numbers as they stand: some rows would come twice and some not at all.
     """
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -54,15 +30,15 @@ class Order(TrainerCallback):
 
 
 def step_of(checkpoint: Path) -> int:
-    """Steps that had been made when a checkpoint was written."""
+    """Read the number of steps off the name of a checkpoint."""
     return int(checkpoint.name.split("-")[1])
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; one that was cut off while it was written is removed."""
+    """Find the newest complete checkpoint, and remove those that were cut off while they were written."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         with suppress(OSError, ValueError):
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # the Trainer writes it last
+            json.loads((checkpoint / TRAINER_STATE).read_text())  # the Trainer writes it last
             return checkpoint
         shutil.rmtree(checkpoint, ignore_errors=True)
     return None
@@ -70,11 +46,11 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 @contextmanager
 def writing(folder: Path):
-    """Say where writing failed: libraries name neither the file nor, in torch.save, the reason."""
+    """Name the folder where writing failed: libraries name neither the file nor, in torch.save, the reason."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        told = isinstance(error, OSError) and error.filename is not None
-        if told or (isinstance(error, RuntimeError) and "inline_container" not in str(error)):
+        named = isinstance(error, OSError) and error.filename is not None
+        if named or (isinstance(error, RuntimeError) and "inline_container" not in str(error)):
             raise
         raise OSError(f"cannot write in {folder}, is the disk full? ({str(error).splitlines()[0]})") from error

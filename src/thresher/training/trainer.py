@@ -17,6 +17,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
 from ..api import prune, unprune
 from ..core.architecture import Architecture
+from ..core.compat import TrainerNames
 from ..core.pruner import MODULE, Choice, Record, TokenPruner, pruner_of
 from ..core.view import View
 from ..evaluation.latency import latency_table
@@ -24,15 +25,21 @@ from ..methods.parts.distillation import LOGITS, distillation
 
 # columns of a data set that take a teacher's place
 TAUGHT = {f"teacher_{name}": name for name in (*LOGITS, "ranking")}
-PER_TOKEN = ("teacher_ranking", "teacher_start_logits", "teacher_end_logits")
-CALIBRATION_ROWS = 256
+TOKEN_COLUMNS = ("teacher_ranking", "teacher_start_logits", "teacher_end_logits")  # of TAUGHT, a number for each token
+COUNTS = "token_counts"  # the column of the counts that a baseline replays
+FREEZES = "freeze_without_gradient"  # the key that marks the method's parameter group
+CALIBRATION_ROWS = 256  # on which a budget is kept while the training goes on
 
 
 def param_groups(model: nn.Module, lr: float, pruner_lr: float | None = None, weight_decay: float = 0.0) -> list[dict]:
-    """Parameter groups for any optimiser: the method's own parameters get ``pruner_lr`` (None: the
-    method's ``lr``) and no weight decay.
+    """Divide the parameters into groups for any optimiser: the method's get ``pruner_lr`` and no weight decay.
 
-    Give the optimiser ``rest`` as well: ``optimizer.register_step_pre_hook(rest)``.
+    Give the optimiser ``freeze_without_gradient``, too: ``optimizer.register_step_pre_hook(freeze_without_gradient)``.
+
+    Args:
+        lr: learning rate of the model.
+        pruner_lr: learning rate of the method. Default: the method's ``lr``.
+        weight_decay: of the model.
     """
     pruner = pruner_of(model)
     own = {id(p) for p in pruner.parameters()}
@@ -41,38 +48,39 @@ def param_groups(model: nn.Module, lr: float, pruner_lr: float | None = None, we
 
 
 def pruner_group(pruner: TokenPruner, lr: float | None) -> dict:
-    """The parameter group of a method."""
+    """Make the parameter group of a method."""
     lr = pruner.lr if lr is None else lr
-    return {"params": list(pruner.parameters()), "lr": lr, "weight_decay": 0.0, "rests": True}
+    return {"params": list(pruner.parameters()), "lr": lr, "weight_decay": 0.0, FREEZES: True}
 
 
-def rest(optimizer: torch.optim.Optimizer, *_) -> None:
-    """Before a step: a method's parameter whose gradient is zero stays where it is; momentum would carry it on.
+def freeze_without_gradient(optimizer: torch.optim.Optimizer, *_) -> None:
+    """Leave out of a step the method's parameters whose gradient is zero: momentum would carry them on.
 
-    A hard stage has a gradient of zero, and not none, because DDP waits for one of every parameter.
+    A hook before the optimiser's step. In a hard stage gradients are zero, and not None, since DDP waits for one of
+    every parameter.
     """
     for group in optimizer.param_groups:
-        for parameter in group["params"] if group.get("rests") else ():
+        for parameter in group["params"] if group.get(FREEZES) else ():
             if parameter.grad is not None and not parameter.grad.any():
                 parameter.grad = None
 
 
 def join_backward(model: nn.Module, args: Any, outputs: Any) -> Any:
-    """Forward hook for DDP: the method's parameters take part in every answer, in a hard stage with weight zero.
+    """Add the method's parameters to every output with weight zero, so that DDP finds all of them in the graph.
 
-    DDP waits for a gradient of each parameter, and looks for unused ones in the answers; one that is in the loss alone
-    is an error.
+    A forward hook. DDP waits for a gradient of each parameter and looks for unused ones in the outputs; one that is
+    part of the loss alone is an error.
     """
     if model.training and torch.is_grad_enabled():
-        nothing = sum(0.0 * parameter.sum() for parameter in pruner_of(model).parameters())
+        zero = sum(0.0 * parameter.sum() for parameter in pruner_of(model).parameters())
         for name in ("loss", *LOGITS):
             if outputs.get(name) is not None:
-                outputs[name] = outputs[name] + nothing
+                outputs[name] = outputs[name] + zero
     return outputs
 
 
 class Ranking(TokenPruner):
-    """Scores the last layer and lets nothing leave: a teacher's view of which tokens matter."""
+    """Score the tokens of the last layer and drop none: the ranking that a teacher gives."""
 
     def bind(self, model: Architecture) -> None:
         self.architecture, self.sites = model, (model.depth - 1,)
@@ -82,22 +90,24 @@ class Ranking(TokenPruner):
 
 
 class Collator(DataCollatorWithPadding):
-    """Pads the inputs, and with them the columns that hold a number for each token (``PER_TOKEN``)."""
+    """Pad the inputs, and with them the columns that hold a number for each token (``TOKEN_COLUMNS``)."""
 
     def __call__(self, features: list[dict]) -> dict[str, Any]:
         features = [dict(row) for row in features]
-        numbers = {name: [torch.as_tensor(f.pop(name)) for f in features] for name in PER_TOKEN if name in features[0]}
+        numbers = {
+            name: [torch.as_tensor(f.pop(name)) for f in features] for name in TOKEN_COLUMNS if name in features[0]
+        }
         batch = super().__call__(features)
         side = getattr(self.tokenizer, "padding_side", "right")
         for name, rows in numbers.items():
             padded = pad_sequence(rows, batch_first=True, padding_side=side)
-            more = batch["input_ids"].shape[1] - padded.shape[1]
-            batch[name] = F.pad(padded, (more, 0) if side == "left" else (0, more))
+            missing = batch["input_ids"].shape[1] - padded.shape[1]
+            batch[name] = F.pad(padded, (missing, 0) if side == "left" else (0, missing))
         return batch
 
 
-class PruningTrainer(Trainer):
-    """transformers' Trainer for a model that ``prune`` was called on.
+class PruningTrainer(TrainerNames, Trainer):
+    """Train a pruned model: transformers' Trainer with the method's loss, a teacher's, and budgets that are kept.
 
     Args:
         teacher: a frozen model whose answers are distilled, usually the dense fine-tuned model. A column
@@ -110,10 +120,11 @@ class PruningTrainer(Trainer):
         calibration_dataset: inputs on which a budget is kept, never a test set; default: ``eval_dataset``, else
             ``train_dataset``.
 
-    The rest is as in ``transformers.Trainer``: mixed precision, accumulation, checkpointing, resuming, DDP.
-    """
+    Mixed precision, gradient accumulation and checkpointing, resuming, DDP and PEFT work as in the Trainer itself.
 
-    loss_is_scaled_for_ga = False  # the terms are means over a batch, not over what is accumulated
+    Raises:
+        ValueError: the model is not pruned, or a value is out of range.
+    """
 
     def __init__(
         self,
@@ -153,15 +164,19 @@ class PruningTrainer(Trainer):
         """The method that is trained."""
         return pruner_of(self.model)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list({*self._signature_columns, *TAUGHT, "token_counts"})
+    def extra_columns(self) -> set[str]:
+        """The columns of a data set that the loss reads and the model's forward does not."""
+        return {*TAUGHT, COUNTS}
+
+    def may_be_best(self) -> bool:
+        """Whether the model as it is may be the best one: not before the hard stage, when no budget is met yet."""
+        return self.pruner.phase(self.pruner.progress) == "hard"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Task loss, distillation and the method's own loss; only the task loss in evaluation."""
+        """Add up the losses of the task, the distillation and the method; in evaluation the task's alone."""
         inputs = dict(inputs)
         answers = {name: inputs.pop(column) for column, name in TAUGHT.items() if column in inputs}
-        with self.pruner.hooks.asking(counts=inputs.pop("token_counts", None)):
+        with self.pruner.hooks.asking(counts=inputs.pop(COUNTS, None)):
             if any(name in inputs for name in self.label_names):
                 task, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
             else:
@@ -169,8 +184,8 @@ class PruningTrainer(Trainer):
         if not model.training:
             return (task, outputs) if return_outputs else task
         record = self.pruner.record
-        lacks = not answers or (self.pruner.ranks_teacher and "ranking" not in answers)
-        if lacks and self.teacher is not None:
+        asks = not answers or (self.pruner.ranks_teacher and "ranking" not in answers)
+        if asks and self.teacher is not None:
             with torch.no_grad():
                 answers = dict(self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})) | answers
             if self.pruner.ranks_teacher:
@@ -190,7 +205,7 @@ class PruningTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model=None):
-        """The Trainer's optimiser with a group of its own for the method's parameters."""
+        """Make the Trainer's optimiser, with a group of its own for the method's parameters."""
         if self.optimizer is None:
             super().create_optimizer(model)
             own = list(self.pruner.parameters())
@@ -199,7 +214,7 @@ class PruningTrainer(Trainer):
                 for group in self.optimizer.param_groups:
                     group["params"] = [p for p in group["params"] if id(p) not in ids]
                 self.optimizer.add_param_group(pruner_group(self.pruner, self.pruner_lr))
-                self.optimizer.register_step_pre_hook(rest)
+                self.optimizer.register_step_pre_hook(freeze_without_gradient)
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -210,7 +225,7 @@ class PruningTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, *args, **kwargs):
-        """As in ``transformers.Trainer``; a teacher whose ranking is wanted scores its last layer meanwhile."""
+        """Train as the Trainer does; a teacher whose ranking is wanted scores its last layer meanwhile."""
         ranks = self.teacher is not None and self.pruner.ranks_teacher
         if ranks:
             prune(self.teacher, Ranking(), layout="mask")
@@ -220,44 +235,43 @@ class PruningTrainer(Trainer):
             if ranks:
                 unprune(self.teacher)
 
-    def _determine_best_metric(self, metrics, trial) -> bool:
-        """Before the hard stage nothing is the best: the budget is not met yet."""
-        hard = self.pruner.phase(self.pruner.progress) == "hard"
-        return hard and super()._determine_best_metric(metrics, trial)
-
     def calibrate(self, rows: int | None = None) -> dict[str, float]:
-        """Let the method meet its budget on (``rows`` of) the calibration data; returns what it reached."""
-        reached = self._shown(self.pruner.calibrate, rows)
+        """Bring the method onto its budget on (``rows`` of) the calibration data; returns what it reached.
+
+        All processes go on with what the first one found.
+        """
+        reached = self._on_calibration_data(self.pruner.calibrate, rows)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for parameter in self.pruner.parameters():
-                torch.distributed.broadcast(parameter.data, src=0)
+            state = [{name: tensor.cpu() for name, tensor in self.pruner.state_dict().items()}]
+            torch.distributed.broadcast_object_list(state, src=0, device=self.args.device)
+            self.pruner.load_state_dict(state[0])
         return reached
 
     @torch.no_grad()
-    def _shown(self, look: Callable, rows: int | None) -> Any:
-        """``look(forward, batches)`` at (``rows`` of) the calibration data, in evaluation mode."""
+    def _on_calibration_data(self, act: Callable, rows: int | None) -> Any:
+        """Call ``act(forward, batches)`` with (``rows`` of) the calibration data, in evaluation mode."""
         data = self.calibration_dataset or self.eval_dataset or self.train_dataset
-        data = self._remove_unused_columns(data) if hasattr(data, "column_names") else data
+        data = self.used_columns(data) if hasattr(data, "column_names") else data
         if rows is not None and rows < len(data):  # spread over all, which may be in the order of their labels
             data = Subset(data, [i * len(data) // rows for i in range(rows)])
         loader = DataLoader(data, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
-        batches = [{k: v for k, v in b.items() if k not in (*TAUGHT, "token_counts", "labels")} for b in loader]
+        batches = [{k: v for k, v in b.items() if k not in (*TAUGHT, COUNTS, "labels")} for b in loader]
         was_training = self.model.training
         self.model.eval()
 
         def forward(batch: dict) -> Record:
-            answers = self.model(**self._prepare_inputs(dict(batch)))
+            answers = self.model(**{k: v.to(self.args.device) if torch.is_tensor(v) else v for k, v in batch.items()})
             self.pruner.record.answers = answers
             return self.pruner.record
 
         try:
-            return look(forward, batches)
+            return act(forward, batches)
         finally:
             self.model.train(was_training)
 
 
 class _Stages(TrainerCallback):
-    """Tells the method how far the training is; has it meet its budget whenever the hard stage begins, pauses or ends.
+    """Tell the method how far the training is, and calibrate it when the hard stage begins, pauses or ends.
 
     That is at the end of a step, before anything is evaluated or saved: what is saved meets the budget, and training
     that resumes there has nothing to catch up on.
@@ -265,11 +279,13 @@ class _Stages(TrainerCallback):
 
     def __init__(self, trainer: PruningTrainer):
         self.trainer, self.phase = trainer, None
+        self.calibrated = False  # on all rows, since the last step
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._move(state)
+        self.calibrated = False
         if type(self.trainer.pruner).prepare is not TokenPruner.prepare:
-            self.trainer._shown(self.trainer.pruner.prepare, CALIBRATION_ROWS)
+            self.trainer._on_calibration_data(self.trainer.pruner.prepare, CALIBRATION_ROWS)
         if self.phase == "hard" and state.global_step == 0:
             self.trainer.calibrate(CALIBRATION_ROWS)
 
@@ -278,11 +294,14 @@ class _Stages(TrainerCallback):
         self._move(state)
         pauses = last or control.should_evaluate or state.epoch % 1 == 0
         if self.phase == "hard" and (self.phase != before or pauses):
-            self.trainer.calibrate(None if last else CALIBRATION_ROWS)
+            self.trainer.reached.update(self.trainer.calibrate(None if last else CALIBRATION_ROWS))
+            self.calibrated = last
 
     def on_train_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            self._move(state)
+        if state.global_step < state.max_steps:  # interrupted
+            return
+        self._move(state)
+        if not self.calibrated or (state.best_model_checkpoint and args.load_best_model_at_end):
             self.trainer.reached.update(self.trainer.calibrate())
 
     def _move(self, state) -> None:
