@@ -61,7 +61,7 @@ def test_a_site_whose_mask_lets_everything_stay_is_not_scored():
     record = forward_of(model)(BERT.batch(LENGTHS))
     assert [count.scored for count in record.counts[:3]] == [False, True, True]
     assert [view.score is None for view in record.sites] == [True, False, False]
-    assert torch.equal(record.sites[0].keep, record.sites[0].alive) and not record.sites[1].idle
+    assert torch.equal(record.sites[0].keep, record.sites[0].alive) and not record.sites[1].passed
     found = method.cost_of(method.mask, *rows_of(record))
     assert found == pytest.approx(float(record.used.float() / record.dense), rel=1e-6) and found < 0.95
 
@@ -105,7 +105,7 @@ def test_holes_leave_by_relative_rank_and_nothing_comes_back():
             score = view.alive.float() if view.score is None else view.score
             order = sorted(free[row].nonzero()[:, 0].tolist(), key=lambda i: (-score[row, i].item(), i))
             bins = bin_of(torch.arange(len(order)), torch.tensor(len(order)), 8)
-            stay = {i for r, i in enumerate(order) if r < 2 or method.mask[view.site][bins[r]]}
+            stay = {i for r, i in enumerate(order) if r < 2 or method.mask[view.number][bins[r]]}
             kept = (view.keep[row] & free[row]).nonzero()[:, 0].tolist()
             assert set(kept) == stay
     alive = [set(i[a].tolist()) for v in method.record.sites for i, a in [(v.after.index[0], v.after.alive[0])]]

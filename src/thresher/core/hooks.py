@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from . import compat
 from .architecture import Architecture, find_architecture
-from .attention import register
+from .attention import PREFIX, register
 from .cost import LayerCount
 from .pruner import Options, Record, TokenPruner, pruner_of
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
@@ -158,14 +158,10 @@ class Hooks:
         elif base.__dict__.get("_old_forward") is self:  # accelerate laid its own forward over this one
             base._old_forward = self.inner or MethodType(type(base).forward, base)
 
-    def __getstate__(self) -> dict:
-        """What a copy or a pickle takes along."""
-        return self.__dict__
-
     def __setstate__(self, state: dict) -> None:
         """Register the attention function anew: a fresh process knows none of ours."""
         self.__dict__.update(state)
-        if self.architecture.shows_inputs:
+        if self.implementation.startswith(PREFIX):
             register(self.original)
 
     # --- what belongs to a thread ------------------------------------------------------------------------------------
@@ -445,7 +441,10 @@ class Hooks:
         call.counts.append(LayerCount(tokens.live, passed, charged, predictor, spent))
         if site is not None and site.number >= 0:
             call.sites.append(site)
-            call.previous = site if scored else call.previous
+            if scored:
+                call.previous = site
+            else:
+                site.after = tokens
         call.layer += 1
         call.states = call.site = None
         if call.layer == self.architecture.depth:
