@@ -13,7 +13,6 @@ import transformers
 
 import thresher
 from thresher.evaluation.predict import Predictions, predict
-from thresher.experiments.train import Training
 
 
 def cached_answers(runs: Path, net, folder: Path, part, **how) -> Predictions:
@@ -36,10 +35,3 @@ def cached_answers(runs: Path, net, folder: Path, part, **how) -> Predictions:
     torch.save({field.name: getattr(answers, field.name) for field in fields(answers)}, aside)
     os.replace(aside, file)
     return answers
-
-
-class CachedTraining(Training):
-    """``thresher train`` that asks finished models once."""
-
-    def _asked(self, net, folder: Path, part, **how) -> Predictions:
-        return cached_answers(self.out.parent.parent, net, folder, part, **how)

@@ -19,6 +19,7 @@ import json
 import os
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -90,12 +91,13 @@ def run(entry: Entry) -> None:
 
         rows, extra = speed.KINDS[entry.kind](entry, RUNS), {}
     else:
-        from answer_cache import CachedTraining
-        from thresher.experiments.train import SUMMARY, Recipe
+        from answer_cache import cached_answers
+        from thresher.experiments.spec import SUMMARY, TrainSpec
+        from thresher.experiments.train import train
         from thresher.stats.metrics import MEANS
 
-        recipe = Recipe(**{"method_options": {}, **entry.recipe(RUNS)})
-        rows = CachedTraining(recipe, RUNS / entry.name, sys.stderr.isatty()).run(fresh=False)
+        spec = TrainSpec(**entry.recipe(RUNS), out=RUNS / entry.name)
+        rows = train(spec, progress=sys.stderr.isatty(), ask=partial(cached_answers, RUNS))
         summary = json.loads((RUNS / entry.name / SUMMARY).read_text())
         method = f"{entry.method}-{entry.variant}".strip("-")
         rows = [{**rows[-1], "model": entry.model, "method": method, "target_flops": entry.target}]

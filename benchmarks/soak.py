@@ -54,7 +54,7 @@ def measure_soak(entry, runs: Path) -> list[dict]:
     from entries import TASKS
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row
-    from thresher.experiments.evaluate import export
+    from thresher.experiments.export import export
     from thresher.exporting.export import FORMATS
 
     setting, model = TASKS[entry.task], runs / entry.needs[0]

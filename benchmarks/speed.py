@@ -18,10 +18,10 @@ def measure_task(entry, runs: Path) -> list[dict]:
     or with "replayed" False their own."""
     from entries import ENTRIES, TASKS
     from thresher.data.load import load_task
+    from thresher.data.models import load
     from thresher.data.tokenize import tokenize
     from thresher.evaluation.benchmark import measure
     from thresher.evaluation.predict import predict
-    from thresher.experiments.train import load
 
     setting = TASKS[entry.task]
     first, *others = entry.needs
@@ -88,7 +88,7 @@ def measure_runtimes(entry, runs: Path) -> list[dict]:
     """A pruned model and its dense one in every runtime and precision, in one interleaved run; quality on the whole
     test part, or on so many of its texts, drawn at random."""
     from entries import TASKS
-    from thresher.experiments.train import bench
+    from thresher.experiments.bench import bench
 
     setting, (dense, pruned) = TASKS[entry.task], entry.needs
     rows = bench(

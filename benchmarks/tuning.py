@@ -34,7 +34,7 @@ def measure_tune(entry, runs: Path) -> list[dict]:
     from thresher.data.models import load
     from thresher.data.tokenize import tokenize
     from thresher.evaluation.predict import predict
-    from thresher.experiments.train import SUMMARY
+    from thresher.experiments.spec import SUMMARY
     from thresher.experiments.tune import tune
     from thresher.reports.tables import kept
 

@@ -26,6 +26,7 @@ def main() -> int:
 
     from thresher.evaluation.rows import write_rows
     from thresher.experiments import train as jobs
+    from thresher.experiments.bench import bench
     from thresher.reports.tables import table
     from thresher.reports.trace import html, terminal, trace
 
@@ -49,7 +50,7 @@ def main() -> int:
         threads=1,
     )
     console.rule("2/3  measure: dense padded, dense unpadded, pruned, and baselines with the same counts")
-    rows = jobs.bench(
+    rows = bench(
         str(OUT / "model"),
         DATA,
         max_length=MAX_LENGTH,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,3 +69,17 @@ def test_hf_hook():
     compat.load_offloaded(model)
     assert not model[0].weight.is_meta and model[0].weight.abs().sum() > 0
     assert compat.execution_device(nn.Linear(2, 2)) == torch.device("cpu")
+
+
+def test_int_mm():
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-9, 9, (32, 32), generator=draw, dtype=torch.int8) for _ in range(2))
+    product = compat.int8_product(x, weight.t())
+    assert product.dtype == torch.int32 and torch.equal(product, (x.long() @ weight.long().t()).int())
+
+
+def test_is_amx_tile_supported():
+    """The name is there, and says what the kernel says of the processor."""
+    assert isinstance(torch.cpu._is_amx_tile_supported(), bool)
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert not compat.has_amx() or not flags or "amx_tile" in flags

@@ -145,6 +145,7 @@ def test_whole_floats_are_classes(tmp_path):
     assert notices == [
         "column 'label' holds only 0.0, 1.0, which are read as 2 classes: for a regression name the metric pearson"
     ]
+    assert loaded(path, labels=[], metric="f1")[0].kind == "classification", "of a model with one output, too"
     for options in ({"metric": "pearson"}, {"labels": []}):
         task, notices = loaded(path, **options)
         assert (task.kind, notices) == ("regression", []) and {*task.train["label"]} == {0.0, 1.0}

@@ -21,6 +21,8 @@ from thresher.data.task import DataError
 from thresher.data.tokenize import tokenize
 from thresher.evaluation import predict as predicting
 from thresher.experiments import train as jobs
+from thresher.experiments.bench import bench
+from thresher.experiments.evaluate import evaluate
 from thresher.training.trainer import Collator, distillation
 
 NO_TARGET = {"target_flops": None}
@@ -154,9 +156,9 @@ def test_the_main_job_on_questions(farm, tmp_path):
     summary = json.loads((out / jobs.SUMMARY).read_text())
     assert len(summary["predictions"]["pruned"]) == 40
     assert np.mean(summary["predictions"]["pruned"]) * 100 == pytest.approx(rows[1]["quality"], abs=1e-3)
-    evaluated = jobs.evaluate(str(out), str(farm / "farm"), max_length=32)
+    evaluated = evaluate(str(out), str(farm / "farm"), max_length=32)
     assert evaluated[0]["quality"] == pytest.approx(rows[1]["quality"], abs=1e-6)
-    timed = jobs.bench(str(out), str(farm / "farm"), max_length=32, repeats=1, batch_size=(8,), baselines=("random",))
+    timed = bench(str(out), str(farm / "farm"), max_length=32, repeats=1, batch_size=(8,), baselines=("random",))
     assert {row["metric"] for row in timed} == {"qa_f1"}
     assert next(r for r in timed if r["method"] == "top")["quality"] == pytest.approx(rows[1]["quality"], abs=1e-6)
 
@@ -195,8 +197,8 @@ def test_limits_and_counts_are_of_questions(farm, tmp_path):
             str(farm / "model"), str(farm / "farm"), out, method="topk", keep=0.5, **untrained | NO_TARGET
         )
         assert [row["n_examples"] for row in rows] == [40, 40]
-        assert {row["n_examples"] for row in jobs.evaluate(out, str(farm / "farm"), max_length=12, limit=20)} == {20}
-        timed = jobs.bench(out, str(farm / "farm"), max_length=12, limit=20, repeats=1, batch_size=(4,), baselines=())
+        assert {row["n_examples"] for row in evaluate(out, str(farm / "farm"), max_length=12, limit=20)} == {20}
+        timed = bench(out, str(farm / "farm"), max_length=12, limit=20, repeats=1, batch_size=(4,), baselines=())
         assert {row["n_examples"] for row in timed} == {20}
 
 
@@ -213,9 +215,9 @@ def test_a_head_of_another_size_is_made_anew(farm, tmp_path):
 def test_models_and_data_have_to_fit(farm, tmp_path):
     toy = make_toy(tmp_path)
     with pytest.raises(ValueError, match=r"BertForSequenceClassification: .* wants a model that answers questions"):
-        jobs.evaluate(toy.model, str(farm / "farm"), max_length=32)
+        evaluate(toy.model, str(farm / "farm"), max_length=32)
     with pytest.raises(ValueError, match=r"BertForQuestionAnswering: .* wants a classifier"):
-        jobs.evaluate(str(farm / "model"), toy.data, max_length=32)
+        evaluate(str(farm / "model"), toy.data, max_length=32)
 
 
 def test_parts_are_chosen_as_for_other_data(tmp_path):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from support.toy import OPTIONS, make_toy, write
 from thresher.cli import app as cli
-from thresher.cli import console
+from thresher.cli.compare import followed
 from thresher.evaluation.rows import read_rows, row
 from thresher.experiments import train as jobs
 from thresher.experiments.compare import BASELINES, Run, compare
@@ -104,8 +104,8 @@ def test_files_hold_the_rows(compared):
 
 def test_the_same_call_trains_nothing_and_more_may_be_asked(toy, compared, monkeypatch):
     trained = []
-    run = jobs.Training._data
-    monkeypatch.setattr(jobs.Training, "_data", lambda self: trained.append(self.out.name) or run(self))
+    run = jobs.load_data
+    monkeypatch.setattr(jobs, "load_data", lambda spec: trained.append(spec.out.name) or run(spec))
     rows = compare(toy.model, toy.data, compared.out, time=False, **compared.options)
     assert set(trained) == {"tome-0.5-s0", "tome-0.5-s1"}, "what failed is tried again"
     known = {r["method"]: r["quality"] for r in compared.rows}
@@ -244,7 +244,7 @@ def test_the_command(toy, tmp_path):
 def test_progress_is_a_table_of_seeds():
     runs = [Run("dense", None, 0, "done", {"quality": 90.0, "metric": "accuracy", "flops_ratio": 1.0})]
     runs += [Run("ltp", 0.5, 0, "running"), Run("ltp", 0.5, 1, "failed", reason="out of reach\nand more")]
-    lines = [line.split() for line in printed(console.followed(runs)).splitlines() if line.strip()]
+    lines = [line.split() for line in printed(followed(runs)).splitlines() if line.strip()]
     assert lines[0] == ["method", "target", "seed", "0", "seed", "1"]
     assert (
         lines[2][:3] == ["dense", "90.00", "accuracy,"] and " ".join(lines[3]) == "ltp 0.5 running failed, out of reach"

@@ -10,14 +10,15 @@ from support.toy import OPTIONS, make_toy
 from thresher.data.models import make_method
 from thresher.experiments import recipes
 from thresher.experiments import train as jobs
+from thresher.experiments.spec import TrainSpec
 
 
 @pytest.mark.parametrize("task", recipes.TASKS)
 @pytest.mark.parametrize("method", ["ltp", "top"])
 def test_every_recipe_is_one_that_train_takes(method, task):
-    found = recipes.recipe(f"{method}-{task}")
-    made = jobs.Recipe(model="m", data="d", **found)
+    made = TrainSpec(model="m", data="d", out="o", recipe=f"{method}-{task}").completed()
     assert made.method == make_method(made.method, made.method_options).name == method
+    assert made.method_options["target_flops"] == 0.4, "no recipe sets a budget, and a method that has one gets it"
     assert made.prune_epochs >= 2 and made.max_length >= 64
 
 

@@ -26,6 +26,8 @@ from thresher.cli import app as cli
 from thresher.data.task import DataError
 from thresher.evaluation.rows import ROW_FIELDS
 from thresher.experiments import train as jobs
+from thresher.experiments.bench import bench
+from thresher.experiments.evaluate import evaluate
 from thresher.training.checkpoints import step_of
 
 UNTRAINED = OPTIONS | {"epochs": 0, "prune_epochs": 0}
@@ -123,12 +125,15 @@ def test_what_was_saved_does_what_was_measured(toy, trained):
 
 
 def test_evaluate_says_the_same(toy, trained):
-    pruned, dense = jobs.evaluate(str(trained.out), toy.data, max_length=32)
+    pruned, dense = evaluate(str(trained.out), toy.data, max_length=32)
     for name in ("quality", "quality_dense", "flops_ratio", "mode", "method", "tokens_mean", "n_examples"):
         assert pruned[name] == pytest.approx(trained.rows[1][name]), name
     assert dense["flops_ratio"] == 1 and dense["mode"] == "dense-unpadded"
-    with pytest.warns(UserWarning, match="max_length=10000 is more than the 512 positions"):
-        (row,) = jobs.evaluate(str(trained.out / "dense"), toy.data, max_length=10**4, limit=8)
+    with (
+        pytest.warns(UserWarning, match="max_length=10000: the model was trained at 32"),
+        pytest.warns(UserWarning, match="max_length=10000 is more than the 512 positions"),
+    ):
+        (row,) = evaluate(str(trained.out / "dense"), toy.data, max_length=10**4, limit=8)
     assert row["max_length"] == 512, "what the positions allow"
     assert row["method"] == "dense" and row["n_examples"] == 8
 
@@ -136,19 +141,19 @@ def test_evaluate_says_the_same(toy, trained):
 def test_bench_rows(toy, trained):
     said = []
     few = {"repeats": 1, "limit": 8, "max_length": 32}
-    rows = jobs.bench(str(trained.out), toy.data, batch_size=(1, 4), progress=lambda *a: said.append(a), **few)
+    rows = bench(str(trained.out), toy.data, batch_size=(1, 4), progress=lambda *a: said.append(a), **few)
     found = {(row["method"], row["mode"], row["batch_size"]) for row in rows}
     modes = {("dense", "dense-padded"), ("dense", "dense-unpadded"), ("ltp", "pruned")}
     modes |= {("random", "pruned"), ("firstk", "pruned")}
     assert found == {(*mode, size) for mode in modes for size in (1, 4)} and len(rows) == 10 and said
-    expected = jobs.evaluate(str(trained.out), toy.data, max_length=32, limit=8)[0]
+    expected = evaluate(str(trained.out), toy.data, max_length=32, limit=8)[0]
     for row in rows:
         assert row["latency_ms_p50"] > 0 and row["n_examples"] == 8 and row["split"] == "test"
         if row["method"] == "ltp":
             assert row["flops_ratio"] == pytest.approx(expected["flops_ratio"])
             assert row["efficiency"] == pytest.approx(row["speedup_unpadded"] / row["flops_ratio"])
     with pytest.raises(ValueError, match="is not pruned: there is nothing to compare"):
-        jobs.bench(str(trained.out / "dense"), toy.data, **few)
+        bench(str(trained.out / "dense"), toy.data, **few)
 
 
 def test_bf16_is_for_training_alone(toy, trained, tmp_path, monkeypatch):
@@ -158,7 +163,7 @@ def test_bf16_is_for_training_alone(toy, trained, tmp_path, monkeypatch):
     options = OPTIONS | {"epochs": 0, "prune_epochs": 1, "bf16": True, "dense_model": str(trained.out / "dense")}
     rows = jobs.train(toy.model, toy.data, str(tmp_path / "out"), **options)
     assert len(seen[-1].logits) == 48 and not torch.equal(seen[-1].logits, seen[-1].logits.bfloat16().float())
-    assert jobs.evaluate(str(tmp_path / "out"), toy.data)[0]["flops_ratio"] == pytest.approx(rows[1]["flops_ratio"])
+    assert evaluate(str(tmp_path / "out"), toy.data)[0]["flops_ratio"] == pytest.approx(rows[1]["flops_ratio"])
 
 
 # --- other recipes ---------------------------------------------------------------------------------------------------
@@ -338,12 +343,12 @@ def test_interrupted_training_goes_on(toy, trained, tmp_path, monkeypatch, capsy
 
 
 def test_interrupted_after_training_nothing_is_trained_again(toy, trained, tmp_path, monkeypatch):
-    out, row = tmp_path / "out", jobs.Training._row
-    monkeypatch.setattr(jobs.Training, "_row", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    out, row = tmp_path / "out", jobs.measured_row
+    monkeypatch.setattr(jobs, "measured_row", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         jobs.train(toy.model, toy.data, str(out), **OPTIONS)
     assert not out.exists()
-    monkeypatch.setattr(jobs.Training, "_row", row)
+    monkeypatch.setattr(jobs, "measured_row", row)
     monkeypatch.setattr(jobs.Trainer, "training_step", lambda *a, **k: pytest.fail("trained again"))
     jobs.train(toy.model, toy.data, str(out), **OPTIONS)
     assert_same(out, trained.out)

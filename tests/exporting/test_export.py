@@ -18,7 +18,7 @@ from support.methods import METHODS
 from support.tiny import tiny_tokenizer
 from thresher import ToP, TopK, export, load_runtime, prune
 from thresher.cli import app as cli
-from thresher.cli.info import describe
+from thresher.experiments.describe import describe
 from thresher.exporting import export as exporting
 from thresher.exporting.export import inputs_of
 from thresher.methods.parts.rank_bins import within

@@ -18,8 +18,9 @@ from thresher.data.tokenize import tokenize
 from thresher.evaluation import benchmark as bench
 from thresher.evaluation import predict as predicting
 from thresher.evaluation.roofline import Roofline
-from thresher.experiments import evaluate as evaluating
+from thresher.experiments import bench as benching
 from thresher.experiments import train as jobs
+from thresher.experiments.bench import bench as timed_rows
 from thresher.exporting.export import fingerprint
 from thresher.stats.metrics import compute_metric
 
@@ -62,15 +63,15 @@ def made(monkeypatch) -> dict:
             models[folder.name] = noted[folder.name]["net"]
         return Opened(folder, threads)
 
-    monkeypatch.setattr(evaluating.exporting, "export", export)
-    monkeypatch.setattr(evaluating, "load_runtime", opened)
+    monkeypatch.setattr(benching.exporting, "export", export)
+    monkeypatch.setattr(benching, "load_runtime", opened)
     noted["threads"] = threads_of
     return noted
 
 
 def test_graphs_are_of_the_right_models_and_texts(trained, made, tmp_path):
     data, out = trained
-    timed = jobs.bench(out, data, **FEW, **ALL, threads=1, graphs=tmp_path)
+    timed = timed_rows(out, data, **FEW, **ALL, threads=1, graphs=tmp_path)
     pairs = {"onnx-fp32", "onnx-int8", "openvino-fp32", "openvino-int8"}
     assert set(made) - {"threads"} == {f"{name}-{pair}" for name in ("dense", "pruned") for pair in pairs}
     assert set(made["threads"].values()) == {1} and {r["threads"] for r in timed} == {1}
@@ -94,15 +95,16 @@ def test_graphs_are_of_the_right_models_and_texts(trained, made, tmp_path):
     assert where == {(*kind, mode) for kind in kinds for mode in modes}
 
 
+@pytest.mark.filterwarnings("ignore:max_length=31")
 def test_graphs_are_used_again_and_never_those_of_another_model(trained, made, tmp_path):
     data, out = trained
     options = {**FEW, "runtime": ("onnx",), "precision": ("fp32",), "graphs": tmp_path}
-    jobs.bench(out, data, **options)
+    timed_rows(out, data, **options)
     first = set(made) - {"threads"}
     made_before = {name: made.pop(name) for name in first}
-    jobs.bench(out, data, **options)
+    timed_rows(out, data, **options)
     assert set(made) == {"threads"}, "nothing is exported anew"
-    jobs.bench(out, data, **options | {"max_length": 31})
+    timed_rows(out, data, **options | {"max_length": 31})
     assert set(made) - {"threads"} == first, "another longest input is another graph"
     for name in first:
         made.pop(name)
@@ -111,7 +113,7 @@ def test_graphs_are_used_again_and_never_those_of_another_model(trained, made, t
     spec.write_text(json.dumps(json.loads(spec.read_text()) | {"source": "of another model"}))
     for name in first:
         made.pop(name)
-    jobs.bench(out, data, **options | {"max_length": 31})
+    timed_rows(out, data, **options | {"max_length": 31})
     assert set(made) - {"threads"} == {"pruned-onnx-fp32"}
 
 
@@ -119,7 +121,7 @@ def test_what_does_not_go_together_is_refused(trained):
     data, out = trained
     for wrong in ({"runtime": ("tensorrt",)}, {"precision": ("int4",)}, {"runtime": ("onnx",), "precision": ("bf16",)}):
         with pytest.raises(ValueError, match="does not go with what else was asked for; there is torch: fp32, bf16"):
-            jobs.bench(out, data, **FEW, **wrong)
+            timed_rows(out, data, **FEW, **wrong)
 
 
 def test_what_follows_another_runtime_runs_once_untimed():

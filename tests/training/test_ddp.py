@@ -12,6 +12,7 @@ import torch
 
 SCRIPT = Path(__file__)
 STEPS, ROWS = 6, 8
+PATHS = (SCRIPT.parents[1], SCRIPT.parents[2] / "src")
 
 
 def train(folder: str, stage: str) -> None:
@@ -19,34 +20,38 @@ def train(folder: str, stage: str) -> None:
     from transformers import TrainerCallback
 
     from support.training import rows, trainer
-    from thresher import LTP
+    from thresher import LTP, TopK
 
     torch.set_num_threads(1)
     seen = []
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            seen.append(model.token_pruner.threshold.detach().clone())
+            seen.append(getattr(model.token_pruner, "threshold", torch.zeros(())).detach().clone())
 
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     # the penalty of a budget is not linear: half a batch each has not quite the gradient of the whole
     method = LTP(weight=1.0, soft_until=1.0) if stage == "soft" else LTP(target_flops=0.5, soft_until=0.5)
+    method = TopK() if stage == "fields" else method
     options = {"per_device_train_batch_size": ROWS // world, "max_steps": STEPS, "max_grad_norm": 0.0}
     if stage == "soft":
         options |= {"optim": "sgd", "learning_rate": 0.05, "pruner_lr": 1.0}
     else:  # where DDP looks for parameters without a part in the forward, it must not take the resting ones for such
         options |= {"pruner_lr": 0.05, "ddp_find_unused_parameters": True}
     made = trainer(Path(folder) / "checkpoints", method, data=rows(ROWS * STEPS), callbacks=[Watch()], **options)
-    before = made.pruner.threshold.detach().clone()
+    before = getattr(made.pruner, "threshold", torch.zeros(())).detach().clone()
+    if stage == "fields":  # found otherwise in each process
+        made.pruner.calibrate = lambda forward, batches: setattr(made.pruner, "keep", 0.5 + 0.1 * rank) or {}
     made.train()
     found = {name: p.detach() for name, p in made.model.named_parameters()}
+    found |= {"keep": torch.tensor(getattr(made.pruner, "keep", 0.0))}
     torch.save({"before": before, "seen": seen, "after": found}, f"{folder}/{world}-{rank}.pt")
 
 
 def launch(folder: Path, stage: str, processes: int) -> list[dict]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), str(folder), stage]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, PATHS))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=560)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{processes}-{rank}.pt") for rank in range(processes)]
@@ -78,6 +83,13 @@ def test_ranks_agree_through_both_stages(tmp_path):
     assert all(torch.equal(*pair) for pair in zip(first["seen"], second["seen"], strict=True))
     assert len(first["seen"]) == STEPS and ((first["seen"][1] - first["before"]).abs() > 1e-3).all()
     assert all((one - first["seen"][2]).std() < 1e-6 for one in first["seen"][2:]), "one shift for all"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ranks_agree_on_fields(tmp_path):
+    first, second = launch(tmp_path, "fields", 2)
+    assert first["after"]["keep"] == second["after"]["keep"] == 0.5
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from thresher.data.load import load_task
 from thresher.data.tokenize import tokenize
 from thresher.evaluation.predict import predict, quality
 from thresher.experiments import train as jobs
-from thresher.training.monitor import prefix_drop
 
 
 def test_every_epoch_is_watched_on_the_validation_part(tmp_path):
@@ -35,13 +34,16 @@ def test_the_drop_of_a_prefix_is_measured_and_nothing_changes(tmp_path):
     prune(model, ToP(bins=4, holes=True))
     task = load_task(toy.data)
     rows, _ = tokenize(task.test, task, tokenizer, 32)
-    assert prefix_drop(model, rows, "accuracy") == {
-        "prefix_drop": 0,
-        "prefix_flops_fraction": 1,  # nothing leaves, so nothing is scored
-    }
+
+    def judge() -> tuple[float, float]:
+        said = predict(model, rows)
+        return quality(said, rows, "accuracy"), said.macs_used / said.macs_dense
+
+    nothing = {"prefix_drop": 0, "prefix_flops_fraction": 1}  # nothing leaves, so nothing is scored
+    assert model.token_pruner.ablations(judge) == nothing
     model.token_pruner.mask[:, :2] = False
     before, own = model.token_pruner.mask.clone(), quality(predict(model, rows), rows, "accuracy")
-    found = prefix_drop(model, rows, "accuracy")
+    found = model.token_pruner.ablations(judge)
     assert model.token_pruner.mask.equal(before)
     model.token_pruner.prefix()
     after = predict(model, rows)
@@ -49,3 +51,4 @@ def test_the_drop_of_a_prefix_is_measured_and_nothing_changes(tmp_path):
     assert found["prefix_flops_fraction"] == after.macs_used / after.macs_dense < 1
     model.token_pruner.mask.copy_(before)
     assert not torch.equal(after.logits, predict(model, rows).logits)
+    assert ToP(bins=4).ablations(judge) == {}, "masks without holes have nothing to compare"

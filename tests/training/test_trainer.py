@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from support.families import NO_DROPOUT, TEXT
+from support.families import FAMILIES, NO_DROPOUT, TEXT
 from support.training import BATCH, EPOCH, SOFT, Watch, build, inputs, losses, rows, trainer
 from thresher import LTP, ToP, TopK, prune
 from thresher.training.trainer import PruningTrainer, distillation, freeze_without_gradient, param_groups
@@ -253,3 +253,20 @@ def test_an_interrupted_training_leaves_the_teacher_unpruned(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             made.train()
         assert not hasattr(teacher, "token_pruner")
+
+
+def test_accumulating_halves_is_one_batch_where_the_model_counts_items(tmp_path):
+    """Decoders' losses are sums over the items of all accumulated batches, once they are told how many there are."""
+    moved = []
+    for size, steps in ((BATCH, 1), (BATCH // 2, 2)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        options |= {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+        data = rows(1).remove_columns("labels").map(lambda row: {"labels": row["input_ids"]}).select([0] * BATCH)
+        model = FAMILIES["llama"].build()
+        start = model.model.norm.weight.detach().clone()
+        made = trainer(tmp_path, TopK(keep=0.6, protect=(0, -1)), model, data, **options)
+        made.data_collator = lambda batch: {k: torch.tensor([row[k] for row in batch]) for k in batch[0]}
+        made.train()
+        moved.append(model.model.norm.weight.detach() - start)
+    assert moved[0].abs().max() > 1e-3
+    torch.testing.assert_close(moved[1], moved[0], atol=1e-6, rtol=1e-4)

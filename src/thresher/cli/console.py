@@ -1,26 +1,32 @@
-"""What every command of the command line shares: mistakes in one line, quiet libraries, results shown and written."""
+"""What every command shares: mistakes in one line, quiet libraries, results shown and written."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
+
+RESUMED = ("train", "compare")  # go on where they were interrupted
 
 
 class Group(TyperGroup):
-    """Mistakes end in one line and code 2, interruptions in code 130; THRESHER_DEBUG=1 shows tracebacks."""
+    """End the user's mistakes in one line and code 2, interruptions in code 130; THRESHER_DEBUG=1 shows tracebacks.
+
+    A mistake is what Thresher and the libraries below it raise for bad input: ValueError (DataError is one), OSError,
+    SafetensorError, and an ImportError that says what to install. Everything else is a fault of ours: it keeps its
+    traceback and ends in code 1.
+    """
 
     def invoke(self, ctx):
         try:
@@ -28,47 +34,119 @@ class Group(TyperGroup):
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand in ("train", "compare")
-            resume = "; run the same command again to resume" if resumes else ""
-            say(f"interrupted{resume}", "yellow")
+            resumes = "; run the same command again to resume" if ctx.invoked_subcommand in RESUMED else ""
+            say(f"interrupted{resumes}", "yellow")
             raise typer.Exit(130) from None
         except Exception as error:
-            from safetensors import SafetensorError
-
-            known = (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError)
-            if os.environ.get("THRESHER_DEBUG") or not isinstance(error, known):
+            if os.environ.get("THRESHER_DEBUG") or not is_mistake(error):
                 raise
-            broken = "corrupted checkpoint: " if isinstance(error, SafetensorError) else ""
-            say(f"error: {broken}{first_line(error)}", "red")
+            say(f"error: {first_line(error)}", "red")
             raise typer.Exit(2) from None
 
 
-def given(values: dict[str, Any], *without: str) -> dict[str, Any]:
-    """What the library is given: its own defaults stand where nothing was asked for."""
-    return {k: v for k, v in values.items() if v is not None and k not in (*without, "json_file", "quiet", "verbose")}
+def is_mistake(error: Exception) -> bool:
+    """Whether an error is about what the user gave, and not a fault of the library."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, ImportError):  # Python names the module that it did not find, an error of ours does not
+        return error.name is None
+    return isinstance(error, (ValueError, OSError, SafetensorError))
 
 
-def start(verbose: bool, quiet: bool, *files: Path | None, folder: Path | None = None) -> None:
-    """Before the work: see that the results can be written, and quieten the libraries."""
-    for path in (folder, *files):
-        if path is None or str(path) == "-":
-            continue
-        if path.exists() and path.is_dir() != (path is folder):
-            raise ValueError(f"cannot write {path}: it is a {'file' if path is folder else 'folder'}")
-        parents = (path.absolute() / "any" if path is folder else path.absolute()).parents
-        try:
-            with tempfile.TemporaryFile(dir=next(parent for parent in parents if parent.exists())):
-                pass
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}") from None
-    warnings.showwarning = (lambda *_: None) if quiet else notice
-    if not verbose:
-        os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        from transformers.utils import logging
+class Screen:
+    """Where a command tells its progress and its result.
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    json: a file for the result, "-" for standard output alone; quiet: no progress and no notices; verbose: let the
+        libraries below talk; files: what the command will write, and whether it is a file or a folder.
+
+    Raises:
+        ValueError: something cannot be written there; it is told before the work.
+    """
+
+    def __init__(self, json: Path | None, quiet: bool, verbose: bool, files: Iterable[tuple[Path | None, str]] = ()):
+        self.json, self.quiet = json, quiet
+        for path, kind in (*files, (json, "file")):
+            if path is not None and str(path) != "-":
+                check_writable(Path(path), kind)
+        warnings.showwarning = (lambda *_: None) if quiet else notice
+        log = logging.getLogger("thresher")
+        log.handlers = [Notices()]
+        log.setLevel(logging.ERROR if quiet else logging.INFO)
+        if not verbose:
+            quieten()
+
+    @property
+    def alone(self) -> bool:
+        """Whether standard output is for the JSON alone."""
+        return str(self.json) == "-"
+
+    @property
+    def size(self) -> Any:
+        """Columns and lines of the terminal."""
+        return Console().size
+
+    def say(self, text: str) -> None:
+        """A notice on standard error."""
+        if not self.quiet:
+            say(text)
+
+    def show(self, rows: list[dict], table: Callable[[list[dict], int], Any] | None = None) -> None:
+        """Write the rows where that was asked for, and print ``table(rows, width)`` unless they are printed."""
+        if self.json is not None:
+            write(rows, self.json)
+        if table is not None and not self.alone:
+            screen = Console(highlight=False)
+            screen.print(table(rows, screen.width))
+
+    def print(self, *things: Any) -> None:
+        """Print what belongs to the result, unless the JSON is printed."""
+        for thing in things if not self.alone else ():
+            Console().print(thing, markup=False, highlight=False, soft_wrap=isinstance(thing, str), crop=False)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Send to standard error what libraries print on the way: it is not the result."""
+        with redirect_stdout(sys.stderr):
+            yield
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[str, int, int | None], None]]:
+        """A bar on a terminal; it is told what is going on, the steps done and all of them."""
+        from rich.progress import Progress
+
+        hidden = self.quiet or not sys.stderr.isatty()
+        with self.aside(), Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
+            task = bar.add_task("")
+            yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+class Notices(logging.Handler):
+    """Shows what the library logs, one line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(first_line(record.getMessage()))
+
+
+def check_writable(path: Path, kind: str) -> None:
+    """Raise ValueError if no such file or folder can be written."""
+    if path.exists() and path.is_dir() != (kind == "folder"):
+        raise ValueError(f"cannot write {path}: it is a {'file' if kind == 'folder' else 'folder'}")
+    parents = (path.absolute() / "any" if kind == "folder" else path.absolute()).parents
+    try:
+        with tempfile.TemporaryFile(dir=next(parent for parent in parents if parent.exists())):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def quieten() -> None:
+    """Silence the progress bars and the notices of the libraries below."""
+    os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def notice(message, category, filename, *_) -> None:
@@ -78,103 +156,26 @@ def notice(message, category, filename, *_) -> None:
 
 
 def first_line(error: Any) -> str:
+    """The first line of a message."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"corrupted checkpoint: {line}" if type(error).__name__ == "SafetensorError" else line
 
 
 def say(text: str, style: str = "") -> None:
+    """Print a line on standard error."""
     Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def measure(
-    job: Callable[..., list[dict]],
-    json_file: Path | None,
-    *arguments: str,
-    show: Callable | None = None,
-    **options: Any,
-) -> None:
-    """Run a job and show its rows, as a table (``tables.table`` unless ``show`` makes it), and as JSON where that was
-    asked for."""
-    from ..evaluation import rows as report
-    from ..reports.tables import table
-
-    with redirect_stdout(sys.stderr):  # whatever transformers prints on the way is not the result
-        rows = job(*arguments, **options)
-    if str(json_file) == "-":
-        return write(rows, json_file)
-    if json_file is not None:
-        report.write_rows(json_file, rows)
-    screen = Console()
-    screen.print((show or table)(rows, screen.width))
-
-
-@contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal; it is told what is going on, the steps done and all of them."""
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
-        task = bar.add_task("")
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-
-
-@contextmanager
-def follow(quiet: bool) -> Iterator[Callable[[list], None]]:
-    """A table that follows ``compare.Run``s on a terminal; elsewhere a line for each that ends. It is told all runs."""
-    from rich.live import Live
-
-    ended: set[str] = set()
-    with (
-        Live(console=Console(stderr=True), transient=True, auto_refresh=False)
-        if shown(quiet)
-        else nullcontext() as live
-    ):
-
-        def tell(runs: list) -> None:
-            for run in runs if live is None and not quiet else ():
-                if run.state in ("done", "failed") and run.name not in ended:
-                    ended.add(run.name)
-                    say(f"{run.name}: {outcome(run)}")
-            if live is not None:
-                live.update(followed(runs), refresh=True)
-
-        yield tell
-
-
-def shown(quiet: bool) -> bool:
-    """Whether there is a terminal to draw on."""
-    return not quiet and sys.stderr.isatty()
-
-
-def followed(runs: list) -> Table:
-    """Methods and targets by seeds, and how far each is."""
-    seeds, lines = list(dict.fromkeys(run.seed for run in runs)), {}
-    for run in runs:
-        lines.setdefault((run.method, run.target), {})[run.seed] = outcome(run)
-    table = Table("method", "target", *(f"seed {seed}" for seed in seeds), box=box.SIMPLE_HEAD)
-    for (method, target), of in lines.items():
-        table.add_row(method, "" if target is None else f"{target:g}", *(of.get(seed, "") for seed in seeds))
-    return table
-
-
-def outcome(run: Any) -> str:
-    """The state of a ``compare.Run``, and its figures once it is done."""
-    if run.state == "done":
-        return f"{run.row['quality']:.2f} {run.row['metric']}, {run.row['flops_ratio']:.2f} times fewer FLOPs"
-    return f"failed, {first_line(run.reason)}" if run.state == "failed" else run.state
-
-
-def write(rows: list[dict], json_file: Path | None) -> None:
+def write(rows: list[dict], file: Path) -> None:
     """``{"rows": [...]}`` into a file, or to the screen for "-"; what is no number becomes null."""
     from ..evaluation.rows import whole
 
-    if json_file is None:
-        return
     text = json.dumps({"rows": rows}, default=lambda value: value.item() if hasattr(value, "item") else str(value))
     text = json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1, ensure_ascii=False)
-    if str(json_file) == "-":
+    if str(file) == "-":
         print(text)
     else:
-        with whole(json_file) as temporary:
+        with whole(file) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")

@@ -61,6 +61,14 @@ class Architecture:
     max_tokens: int | None
     hidden: int
 
+    @classmethod
+    def sketch(cls, name: str, depth: int) -> Architecture:
+        """Describe a model of which no more than its depth is known, to read what a checkpoint says of its pruning."""
+        flags = dict.fromkeys(("drops_inside", "shows_inputs", "passes_arguments", "relative", "binary_mask", "causal"))
+        sizes = {"first_site": 0, "last_site": depth - 1, "max_tokens": None, "hidden": 0, "costs": ()}
+        lists = {"layers": [], "arguments": [], "protected": (), "block": "", "reads_first_only": False}
+        return cls(name=name, base=None, depth=depth, **flags, **sizes, **lists)
+
     @property
     def text(self) -> bool:
         """Whether the model reads token ids."""

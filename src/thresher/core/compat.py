@@ -155,3 +155,14 @@ def execution_device(model: nn.Module) -> torch.device | str | int:
             return parameter.device
     devices = (getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in model.modules())
     return next((device for device in devices if device is not None), "cpu")
+
+
+# --- torch 2.13: what a processor can do ------------------------------------------------------------------------------
+def int8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """(n, m) int32: the product of int8 matrices (n, k) and (k, m). Raises RuntimeError where there is no kernel."""
+    return torch._int_mm(x, weight)
+
+
+def has_amx() -> bool:
+    """Whether the processor has matrix instructions (AMX); False where torch does not say."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())

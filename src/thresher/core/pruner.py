@@ -211,6 +211,13 @@ class TokenPruner(nn.Module):
         """
         return {}
 
+    def ablations(self, judge: Callable[[], tuple[float, float]]) -> dict[str, float]:
+        """Measure, once training is over, what a part of the method is worth; the method is then as before.
+
+        judge: gives quality in points, and the share of the dense MACs, on the validation part as the method is now.
+        """
+        return {}
+
     def metrics(self) -> dict[str, float]:
         """What to watch while training; ``PruningTrainer`` logs it."""
         return {}

@@ -98,7 +98,8 @@ def _table(name: str, parts: dict, spec: DataSpec, flaws: Flaws, labels, need_la
     parts = choose_parts(parts, spec.train_split, spec.test_split, label if need_labels else None)
     if not need_labels and any(unlabelled(part, label).any() for part in parts.values()):
         label = None
-    if label and spec.metric != "pearson" and (labels is None or len(labels)):
+    numbers = labels is not None and not labels if spec.metric is None else spec.metric == "pearson"
+    if label and not numbers:
         parts = as_classes(parts, label, flaws)
     for where, part in parts.items():
         check(where, part, columns, label)

@@ -97,8 +97,12 @@ def reading(read: Callable, model: str, **options):
         return read(model, **options)
     except SafetensorError as error:
         raise ValueError(f"corrupted checkpoint: the weights in {model} cannot be read ({error})") from error
-    except (OSError, ValueError, KeyError) as error:
-        line = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
+    except Exception as error:  # of many kinds: a file that was spoiled fails wherever it is used first
+        if isinstance(error, ImportError):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        line = "its weights do not fit its config.json" if "ignore_mismatched_sizes" in line else line
         raise ValueError(f"{model!r} cannot be loaded, expected a model folder or a hub id: {line}") from error
 
 

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 
+from ..core.compat import has_amx
 from .rows import whole
 
 Measured = TypeVar("Measured")
@@ -28,7 +29,7 @@ def has_bf16() -> bool:
     """Whether bf16 autocast pays: on GPUs that have it and on CPUs with AMX (elsewhere it is slower than fp32)."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    return has_amx()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..core.compat import int8_product
 from ..core.cost import LayerCost, LayerCount
 from .hardware import environment, hardware, remembered, torch_threads
 
@@ -36,7 +37,7 @@ class Roofline:
 
     Attributes:
         peak: GFLOP/s of torch's matrix products by precision; what this machine and torch cannot do is absent. That of
-            int8 is torch._int_mm's, a weak ceiling: other runtimes may be faster.
+            int8 is torch's own, a weak ceiling: other runtimes may be faster.
         bandwidth: GB/s at which weights are read that lie beyond the caches.
         threads, hardware, device, versions, date: of the measurement.
     """
@@ -161,7 +162,7 @@ def _measure(threads: int, seconds: float, device: str) -> Roofline:
 
 def _peak(dtype: torch.dtype, seconds: float, device: str) -> float:
     """GFLOP/s of the best product of ever more tokens with ever larger weights, which lie as nn.Linear holds them."""
-    product = torch._int_mm if dtype == torch.int8 else torch.mm
+    product = int8_product if dtype == torch.int8 else torch.mm
     best = 0.0
     for rows, width in ((rows, factor * rows) for rows in ROWS for factor in (1, 4)):
         x = torch.ones(rows, width, dtype=dtype, device=device)

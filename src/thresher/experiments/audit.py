@@ -28,6 +28,7 @@ from ..reports.audit_page import ALL, LEVEL, WORST, worst
 from ..reports.trace import trace
 from ..stats.paired import detectable, excess_tests, holm, interval, paired_test
 from .evaluate import dense_of, names_of, tested
+from .spec import AuditSpec, job
 
 SMALLEST = 10  # examples of a group that is looked at
 FEW, MANY = 10, 50  # numbers of more values are cut at their quartiles; other columns may have so many values
@@ -43,22 +44,8 @@ class Answers:
     words: list[str]
 
 
-def audit(
-    model: str,
-    data: str,
-    *,
-    against: str | None = None,
-    by: Sequence[str] = (),
-    examples: int = 2,
-    batch_size: int = 32,
-    max_length: int = 256,
-    limit: int | None = None,
-    layout: str = "auto",
-    threads: int | None = None,
-    metric: str | None = None,
-    progress: Callable[[str, int, int], Any] | None = None,
-    **columns,
-) -> list[dict]:
+@job(AuditSpec)
+def audit(spec: AuditSpec, *, progress: Callable[[str, int, int], Any] | None = None) -> list[dict]:
     """Compare a saved pruned model with the dense one on slices of the test part.
 
     Scores are right or wrong (accuracy, points; pair by pair where a task reranks), the F1 of an answer (points) or
@@ -66,12 +53,10 @@ def audit(
     intervals and tests.
 
     Args:
-        model: folder of the pruned model.
-        data: see ``thresher.data.load_task``; ``columns`` are its options.
-        against: the dense model, by default ``dense`` in the model's folder, else the model itself without pruning.
-        by: further columns. Numbers of more than 10 values are cut at their quartiles; empty values and groups of less
-            than 10 examples are left out, with a warning that counts them.
-        examples: lost examples to show of each of the three slices that lose most; 0: none.
+        spec: see ``AuditSpec``. ``against``: the dense model, by default ``dense`` in the model's folder, else the
+            model itself without pruning. ``by``: further columns; numbers of more than 10 values are cut at their
+            quartiles; empty values and groups of less than 10 examples are left out, with a warning that counts them.
+            ``examples``: lost examples to show of each of the three slices that lose most; 0: none.
         progress: called with what is going on, the examples done and all of them.
 
     Returns:
@@ -90,37 +75,35 @@ def audit(
         ValueError: a model that is not pruned, or a dense one that is or that answers something else.
         DataError: no labels, or a column that cannot be used.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    by = tuple(dict.fromkeys(by))
-    net, max_length, task, test = tested(model, data, max_length, layout, metric, limit, columns | {"beside": by})
+    by = tuple(dict.fromkeys(spec.by))
+    net, max_length, task, test = tested(spec, spec.layout, beside=by)
     if not hasattr(net, MODULE):
-        raise ValueError(f"{model} is not pruned: there is nothing to audit; thresher train makes a pruned model")
-    tokenizer = reading(AutoTokenizer.from_pretrained, model)
-    if examples and not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{model} has no fast tokenizer, which the examples need: ask for 0 examples")
-    other = dense_of(model, against)
+        raise ValueError(f"{spec.model} is not pruned: there is nothing to audit; thresher train makes a pruned model")
+    tokenizer = reading(AutoTokenizer.from_pretrained, spec.model)
+    if spec.examples and not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{spec.model} has no fast tokenizer, which the examples need: ask for 0 examples")
+    other = dense_of(spec.model, spec.against)
     if other is not None:
-        _check_pair(net, other, against or f"{model}/dense", tokenizer, max_length)
+        _check_pair(net, other, spec.against or f"{spec.model}/dense", tokenizer, max_length)
     cuts = {name: groups(task.test[name], name) for name in by}  # mistakes are told before anything runs
 
     def run(name: str, asked: PreTrainedModel) -> Predictions:
         tell = progress and (lambda done, total: progress(f"{name} model", done, total))
-        return predict(asked, test, batch_size=batch_size, progress=tell)
+        return predict(asked, test, batch_size=spec.batch_size, progress=tell)
 
     after = run("pruned", net)
     with nullcontext() if other else dense(net):
         before = run("dense", other or net)
     said = {"dense": _answers(before, test, task), "pruned": _answers(after, test, task)}
     cost = _costs(after, test)
-    lengths = cost[:, 0]
-    cuts = {LENGTH: quarters(lengths), **({CLASS: _classes(task)} if task.kind == "classification" else {}), **cuts}
+    cuts = {LENGTH: quarters(cost[:, 0]), **({CLASS: _classes(task)} if task.kind == "classification" else {}), **cuts}
     rows, members = _rows(task, said, cost, cuts)
     rows[0] |= {"metric": task.metric}
     rows[0] |= {f"metric_{name}": quality(p, test, task.metric) for name, p in (("dense", before), ("pruned", after))}
-    rows[0] |= {"model": Path(model).name, "task": task.name, "against": against or ("dense" if other else None)}
-    for row in worst(rows)[:WORST] if examples else ():
-        picked = _picked(members[rows.index(row)], said, lengths, examples)
+    against = spec.against or ("dense" if other else None)
+    rows[0] |= {"model": Path(spec.model).name, "task": task.name, "against": against}
+    for row in worst(rows)[:WORST] if spec.examples else ():
+        picked = _picked(members[rows.index(row)], said, cost[:, 0], spec.examples)
         row["examples"] = [_example(i, net, tokenizer, task, said, max_length) for i in picked]
     return rows
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..core.pruner import METHODS, TokenPruner
 from ..data.load import load_task
@@ -24,7 +22,8 @@ from ..reports.plots import pareto
 from ..stats.bootstrap import pooled_interval
 from ..stats.letters import groups
 from ..stats.metrics import MEANS
-from . import train as jobs
+from .spec import SUMMARY, CompareSpec, TrainingSpec, TrainSpec, job
+from .train import train
 
 CLAIM, TABLE, PICTURE = "compare.json", "compare.csv", "compare.png"
 BASELINES = ("random", "firstk")
@@ -51,43 +50,22 @@ class Run:
         return "-".join([self.method, *([] if self.target is None else [f"{self.target:g}"]), f"s{self.seed}"])
 
 
-def compare(
-    model: str,
-    data: str,
-    out: str | Path,
-    *,
-    methods: Sequence[str] = ("topk", *BASELINES, "ltp", "evit"),
-    targets: Sequence[float] = (0.5, 0.3),
-    seeds: Sequence[int] = (0,),
-    untrained: bool = False,
-    time: bool = True,
-    at: tuple[int, ...] | None = None,
-    repeats: int = 5,
-    threads: int | None = None,
-    progress: Callable[[list[Run]], Any] | None = None,
-    **options,
-) -> list[dict]:
+@job(CompareSpec)
+def compare(spec: CompareSpec, *, progress: Callable[[list[Run]], Any] | None = None) -> list[dict]:
     """Train every method to every budget from one dense teacher per seed, and compare what came of it on the test part.
 
-    Each run is one of ``jobs.train`` in a folder of its own in ``out`` ("dense-s0", "ltp-0.5-s0"): the same call goes
-    on where it was interrupted, and one with more methods, targets or seeds adds theirs. A run that fails (a budget out
+    Each run is one of ``train`` in a folder of its own in ``out`` ("dense-s0", "ltp-0.5-s0"): the same call goes on
+    where it was interrupted, and one with more methods, targets or seeds adds theirs. A run that fails (a budget out
     of reach) is noted with its reason and stops no other. Budgets are met on the validation part; the test part
     chooses nothing.
 
     Args:
-        model, data, options: as for ``jobs.train`` (``epochs=0`` takes a fine-tuned ``model`` as the teacher).
-        methods: those with ``target_flops``; "random" and "firstk" always take part.
-        targets: shares of the dense MACs to be left, on the validation part.
-        seeds: of training; the parts of the data do not change.
-        untrained: only meet the budget, by the method's knob, without any training.
-        time: also time seed 0 (the first seed) of all, beside dense padded and unpadded, in one interleaved run.
-        at: layers after which tokens leave, for all methods; default: each method's own.
-        repeats: of each measurement of time.
+        spec: see ``CompareSpec``; ``epochs=0`` takes a fine-tuned model as the teacher.
         progress: called with all runs whenever one begins or ends.
 
     Returns:
         Rows: for each target the methods, best quality first, after the dense model; means over the seeds, with the
-        pooled interval of the drop and, at each target, the ``group`` (see ``groups.groups``). Where times were taken
+        pooled interval of the drop and, at each target, the ``group`` (see ``letters.groups``). Where times were taken
         there is a row for batch size 1 and one for 32. They are also in ``out/compare.csv``, and in
         ``out/compare.png`` where matplotlib is there.
 
@@ -95,47 +73,53 @@ def compare(
         ValueError: a method without a budget, a target outside (0, 1], data without labels, an ``out`` that holds
             something else or the comparison of other settings; or the dense model cannot be trained.
     """
-    out, methods = Path(out), tuple(dict.fromkeys((*methods, *BASELINES)))
-    targets, seeds = tuple(dict.fromkeys(targets)), tuple(dict.fromkeys(seeds))
-    _check(methods, targets, seeds, untrained)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    options = {"untrained": untrained, "at": at} | {name: v for name, v in options.items() if v is not None}
-    columns = {name: options[name] for name in ("config", "text", "label", "metric", "limit") if name in options}
-    task = load_task(data, **columns)
-    _claim(out, {"model": str(model), "data": str(data), **json.loads(json.dumps(options))})
-    if options.pop("untrained"):
-        options["prune_epochs"] = 0
-    own = {} if options.pop("at") is None else {"at": at}
+    methods, targets, seeds = (
+        tuple(dict.fromkeys(values)) for values in ((*spec.methods, *BASELINES), spec.targets, spec.seeds)
+    )
+    _check(methods, targets, seeds, spec.untrained)
+    task = load_task(spec)
+    _claim(spec.out, _settings(spec))
     teachers = [Run("dense", None, seed) for seed in seeds]
     runs = [Run(method, target, seed) for seed in seeds for target in targets for method in methods]
-    tell = progress or (lambda runs: None)
     for run in (*teachers, *runs):
-        given = {"seed": run.seed, "method": run.method, "method_options": {}, "progress": False, **options}
-        if run.method == "dense":
-            given["prune_epochs"] = 0
-        else:
-            given["method_options"] = {"target_flops": run.target, **own}
-            given["dense_model"] = str(out / f"dense-s{run.seed}")
         run.state = "running"
-        tell([*teachers, *runs])
-        try:
-            with redirect_stdout(io.StringIO()):  # the trainer's log, which the run's own summary holds
-                run.row = jobs.train(str(model), str(data), str(out / run.name), **given)[-1]
-            summary = json.loads((out / run.name / jobs.SUMMARY).read_text())
-            run.answers, run.state = summary["predictions"]["pruned"], "done"
-        except ValueError as error:
-            if run.method == "dense":
-                raise
-            run.reason, run.state = str(error), "failed"
-        tell([*teachers, *runs])
+        if progress:
+            progress([*teachers, *runs])
+        _train(run, spec)
+        if progress:
+            progress([*teachers, *runs])
     done = [run for run in runs if run.state == "done" and run.seed == seeds[0]]
-    times = _times(out, teachers[0], done, task, options.get("max_length", 256), repeats) if time and done else {}
+    times = _times(spec, teachers[0], done, task) if spec.time and done else {}
     rows = list(_rows(task, teachers, runs, times))
-    write_csv(out / TABLE, rows)
+    write_csv(spec.out / TABLE, rows)
     if find_spec("matplotlib") and any(r["mode"] == "pruned" and r["quality"] is not None for r in rows):
-        pareto(rows, out / PICTURE, f"{task.name}, {Path(model).name}")
+        pareto(rows, spec.out / PICTURE, f"{task.name}, {Path(spec.model).name}")
     return rows
+
+
+def _train(run: Run, spec: CompareSpec) -> None:
+    """Train one model and note what came of it; that a dense model fails is an error."""
+    shared = {f.name: getattr(spec, f.name) for f in fields(TrainingSpec)}
+    shared |= {"prune_epochs": 0} if spec.untrained or run.method == "dense" else {}
+    own = {}
+    if run.method != "dense":
+        own = {"target_flops": run.target, "at": spec.at, "dense_model": str(spec.out / f"dense-s{run.seed}")}
+    one = TrainSpec(**shared, **own, method=run.method, seed=run.seed, out=spec.out / run.name)
+    try:
+        with redirect_stdout(io.StringIO()):  # the trainer's log, which the run's own summary holds
+            run.row = train(one, progress=False)[-1]
+        run.answers = json.loads((one.out / SUMMARY).read_text())["predictions"]["pruned"]
+        run.state = "done"
+    except ValueError as error:
+        if run.method == "dense":
+            raise
+        run.reason, run.state = str(error), "failed"
+
+
+def _settings(spec: CompareSpec) -> dict[str, Any]:
+    """What all runs of a comparison share."""
+    names = [f.name for f in fields(TrainingSpec) if f.metadata.get("saved", True) and f.name != "threads"]
+    return json.loads(json.dumps({name: getattr(spec, name) for name in (*names, "untrained", "at")}))
 
 
 def _check(methods: tuple, targets: tuple, seeds: tuple, untrained: bool) -> None:
@@ -162,7 +146,7 @@ def _claim(out: Path, settings: dict) -> None:
     if out.exists() and any(out.iterdir()) and not file.exists():
         raise ValueError(f"{out} is not empty and holds no {CLAIM}: choose another folder for the comparison")
     there = json.loads(file.read_text()) if file.exists() else settings
-    if there != settings and any(out.glob(f"*/{jobs.SUMMARY}")):
+    if there != settings and any(out.glob(f"*/{SUMMARY}")):
         names = sorted(name for name in {*there, *settings} if there.get(name) != settings.get(name))
         other = "; ".join(f"{name}: {there.get(name)!r} there, {settings.get(name)!r} asked" for name in names)
         raise ValueError(f"{out} belongs to another comparison ({other}): choose another folder")
@@ -170,12 +154,12 @@ def _claim(out: Path, settings: dict) -> None:
         aside.write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def _times(out: Path, teacher: Run, runs: list[Run], task: Task, max_length: int, repeats: int) -> dict:
+def _times(spec: CompareSpec, teacher: Run, runs: list[Run], task: Task) -> dict:
     """What ``bench.measure`` says of time, a list of one dictionary per batch size, by method and target and, for the
     dense model, by method and mode. All models are in memory at once."""
-    against, tokenizer = load(str(out / teacher.name))
-    nets = {(run.method, run.target): load(str(out / run.name))[0] for run in runs}
-    max_length = clip(max_length, against.config)
+    against, tokenizer = load(str(spec.out / teacher.name))
+    nets = {(run.method, run.target): load(str(spec.out / run.name))[0] for run in runs}
+    max_length = clip(spec.max_length, against.config)
     test = tokenize(task.test, task, tokenizer, max_length)[0]
     first, *rest = nets
     rows = measure(
@@ -184,7 +168,7 @@ def _times(out: Path, teacher: Run, runs: list[Run], task: Task, max_length: int
         task,
         max_length=max_length,
         limit=TIMED,
-        repeats=repeats,
+        repeats=spec.repeats,
         baselines={f"{method} {target:g}": nets[method, target] for method, target in rest},
         against=against,
     )

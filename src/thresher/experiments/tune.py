@@ -7,7 +7,6 @@ never those of a test part.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ..core.pareto import pareto_front
@@ -24,40 +22,23 @@ from ..data.models import clip, load, make_method
 from ..evaluation.hardware import environment
 from ..evaluation.latency import compare
 from ..evaluation.predict import Text
+from ..evaluation.rows import folder_written_whole
 from ..methods.topk import TopK
 from ..reports import plots
 from ..search.explore import LIMITS, SCORES, Search
 from ..search.reference import Sample, texts_of, tokenized
 from ..stats import bounds
-from ..training.checkpoints import writing
-from .train import SUMMARY, TIMED
+from .spec import COLUMNS, SUMMARY, TuneSpec, job, task_entry
+from .train import TIMED
 
 PICTURE = "tuning.png"
+BUDGETS = ("target_flops", "target_latency_ms", "max_disagreement", "max_drop")
 SEARCHED, PROFILING, FEWEST = 256, 96, 32  # texts to search on, to try single layers on, and the fewest
 TESTED = 8  # texts to test on, in multiples of the fewest that the bound needs
 
 
-def tune(
-    model: str,
-    data: str,
-    out: str,
-    *,
-    target_flops: float | None = None,
-    target_latency_ms: float | None = None,
-    max_disagreement: float | None = None,
-    max_drop: float | None = None,
-    method: str = "auto",
-    method_options: dict | None = None,
-    batch_size: int = 32,
-    max_length: int = 256,
-    min_length: int | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    threads: int | None = None,
-    plot: str | Path | None = None,
-    progress: Callable[[str, int, int | None], Any] | None = None,
-    **columns: Any,
-) -> list[dict]:
+@job(TuneSpec)
+def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | None = None) -> list[dict]:
     """Find at which layers how many tokens can leave a finished model, under one budget; save the model so pruned.
 
     1. Each layer alone, at a few shares: how far the answers are from the dense model's (``samples.divergence``).
@@ -104,9 +85,10 @@ def tune(
         ValueError: not one budget, one out of reach, too few texts, no schedule that passes the test, a pruned model, a
             method without such a schedule, data that do not fit, a folder that is not empty.
     """
-    given = {"target_flops": target_flops, "target_latency_ms": target_latency_ms}
-    given |= {"max_disagreement": max_disagreement, "max_drop": max_drop}
-    name, value = _budget(given)
+    name, value = _budget({name: getattr(spec, name) for name in BUDGETS})
+    model, data, out, method, method_options = spec.model, spec.data, spec.out, spec.method, spec.method_options
+    plot, max_length, min_length, seed, limit = spec.plot, spec.max_length, spec.min_length, spec.seed, spec.limit
+    batch_size, columns = spec.batch_size, {name: getattr(spec, name) for name in COLUMNS}
     known, options = sorted(n for n, kind in METHODS.items() if issubclass(kind, TopK)), dict(method_options or {})
     if method == "auto":
         if options:
@@ -123,8 +105,6 @@ def tune(
         raise ValueError(f"{out} is there and not empty: choose another folder for the result")
     if plot is not None and find_spec("matplotlib") is None:
         raise ValueError("the picture needs matplotlib, which is missing: pip install 'thresher[plot]'")
-    if threads is not None:
-        torch.set_num_threads(threads)
     started = time.time()
     net, tokenizer = load(model)
     if hasattr(net, "token_pruner"):
@@ -178,6 +158,7 @@ def tune(
             "min_length": min_length,
             **columns,
         },
+        "task": task_entry(spec, task, max_length),
         "reached": reached,
         "texts": {"searched": searched, "tested": tested, "max_length": max_length, "tokens_mean": tokens},
         "profile": search.profiled,
@@ -233,15 +214,9 @@ def _timed(net: PreTrainedModel, sample: Sample, asked: float) -> dict[str, floa
 
 def _finish(net: PreTrainedModel, tokenizer: Any, out: Path, summary: dict, limit: float | None) -> None:
     """Write the result aside, then move it into place as a whole."""
-    aside = out.with_name(f".{out.name}.tuning")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with writing(aside):
+    with folder_written_whole(out) as aside:
         net.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         (aside / SUMMARY).write_text(json.dumps(summary, indent=1))
         if find_spec("matplotlib"):
             plots.search(summary["schedules"], summary["profile"], aside / PICTURE, limit)
-    if out.exists():
-        out.rmdir()
-    aside.rename(out)

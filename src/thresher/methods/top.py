@@ -373,6 +373,18 @@ class ToP(TokenPruner):
         self.mask.copy_(mask)
         return {"latency_fraction" if self.needs_table else "flops_fraction": reached}
 
+    def ablations(self, judge: Callable[[], tuple[float, float]]) -> dict[str, float]:
+        """Measure what holes are worth: the points that masks without them lose, and the share of MACs then left."""
+        if not self.holes:
+            return {}
+        mask, (quality, _) = self.mask.clone(), judge()
+        self.prefix()
+        try:
+            other, fraction = judge()
+        finally:
+            self.mask.copy_(mask)
+        return {"prefix_drop": quality - other, "prefix_flops_fraction": fraction}
+
     @torch.no_grad()
     def prefix(self) -> None:
         """Let every site keep its best ranks, in as many bins as it keeps now: masks without holes are what a top-k in

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from ..core.compat import TRAINER_STATE
@@ -42,15 +41,3 @@ def last_checkpoint(folder: Path) -> Path | None:
             return checkpoint
         shutil.rmtree(checkpoint, ignore_errors=True)
     return None
-
-
-@contextmanager
-def writing(folder: Path):
-    """Name the folder where writing failed: libraries name neither the file nor, in torch.save, the reason."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        named = isinstance(error, OSError) and error.filename is not None
-        if named or (isinstance(error, RuntimeError) and "inline_container" not in str(error)):
-            raise
-        raise OSError(f"cannot write in {folder}, is the disk full? ({str(error).splitlines()[0]})") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datasets import Dataset
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from ..data import qa
 from ..evaluation.predict import predict, quality
@@ -35,17 +35,3 @@ class Watch(TrainerCallback):
         kept = found.kept.float().mean(0) / found.tokens_mean
         logs |= {f"eval_kept_{layer}": share for layer, share in zip(trainer.pruner.sites, kept.tolist(), strict=True)}
         trainer.log({name: round(value, 4) for name, value in logs.items()})
-
-
-def prefix_drop(model: PreTrainedModel, dataset: Dataset, metric: str) -> dict[str, float]:
-    """Points that are lost on ``dataset`` by masks without holes (``ToP.prefix``), and the share of the dense MACs that
-    is then left; the masks are left as they are."""
-    pruner = model.token_pruner
-    mask, own = pruner.mask.clone(), quality(predict(model, dataset), dataset, metric)
-    pruner.prefix()
-    try:
-        found = predict(model, dataset)
-    finally:
-        pruner.mask.copy_(mask)
-    drop = own - quality(found, dataset, metric)
-    return {"prefix_drop": drop, "prefix_flops_fraction": found.macs_used / found.macs_dense}

@@ -1,0 +1,44 @@
+"""The command ``bench``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from ..experiments.spec import BenchSpec
+
+if TYPE_CHECKING:
+    from .console import Screen
+
+
+def bench(spec: BenchSpec, screen: Screen) -> None:
+    """Time a pruned model beside the dense one, padded and unpadded, on the same texts.
+
+    \b
+    Examples:
+      thresher bench runs/reviews
+      thresher bench runs/reviews --data reviews.csv --batch-size 1,8,32 --plot reviews.png
+      thresher bench runs/reviews --data reviews.csv --runtime torch,onnx,openvino --precision fp32,bf16,int8
+      thresher bench --roofline --threads 1
+    """
+    if spec.roofline:
+        return roofline(spec, screen)
+    if spec.model is None:
+        raise ValueError("name the folder of a pruned model, or ask for --roofline alone")
+    if spec.plot is not None and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'thresher[plot]'")
+    from ..experiments.bench import bench as job
+    from ..reports.tables import table
+
+    with screen.progress() as tell:
+        rows = job(spec, progress=tell)
+    screen.show(rows, table)
+
+
+def roofline(spec: BenchSpec, screen: Screen) -> None:
+    """What this machine can do, and no model."""
+    from ..evaluation.roofline import roofline as measured
+    from ..evaluation.roofline import table
+
+    line = measured(spec.threads)
+    screen.show([line.to_dict()], lambda rows, width: table(line))

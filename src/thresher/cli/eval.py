@@ -1,0 +1,27 @@
+"""The command ``eval``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..experiments.spec import EvalSpec
+
+if TYPE_CHECKING:
+    from .console import Screen
+
+
+def evaluate(spec: EvalSpec, screen: Screen) -> None:
+    """Quality and MACs of a model on the test part of a data set.
+
+    \b
+    Examples:
+      thresher eval runs/reviews
+      thresher eval runs/reviews --data reviews.csv --threads 1
+      thresher eval runs/sst2 --data glue --config sst2 --json sst2.json
+    """
+    from ..experiments.evaluate import evaluate as job
+    from ..reports.tables import table
+
+    with screen.aside():
+        rows = job(spec)
+    screen.show(rows, table)

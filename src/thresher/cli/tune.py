@@ -1,0 +1,39 @@
+"""The command ``tune``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from ..experiments.spec import SUMMARY, TuneSpec
+
+if TYPE_CHECKING:
+    from .console import Screen
+
+
+def tune(spec: TuneSpec, screen: Screen) -> None:
+    """Find a pruning schedule for a fine-tuned model under one budget, without any training.
+
+    \b
+    Examples:
+      thresher tune runs/dense --data texts.csv --target-flops 0.5 --out runs/fast
+      thresher tune runs/dense --data texts.csv --max-disagreement 0.02 --out runs/safe --plot safe.png
+      thresher tune runs/dense --data glue --config sst2 --max-drop 0.01 --method vatp --out runs/sst2
+    """
+    from ..experiments.tune import tune as job
+    from ..reports.tables import schedules
+    from ..stats import bounds
+
+    for name in ("max_disagreement", "max_drop"):
+        limit = getattr(spec, name)
+        if limit is not None and 0 < limit < 1:
+            least = bounds.least(limit, paired=name == "max_drop")
+            screen.say(
+                f"{name}={limit:g} with 95 % confidence takes {least} texts to test on, if none of them goes wrong"
+            )
+    with screen.progress() as tell:
+        rows = job(spec, progress=tell)
+    screen.show(rows, schedules)
+    texts = json.loads((spec.out / SUMMARY).read_text())["texts"]
+    screen.say(f"searched on {texts['searched']} texts of {texts['tokens_mean']:g} tokens: for others it may not hold")
+    screen.say(f"the model is in {spec.out}")

@@ -1,0 +1,44 @@
+"""Follow texts, or a picture, through a pruned model: which token leaves after which layer."""
+
+from __future__ import annotations
+
+from ..data.load import load_task
+from ..data.models import clip, load, load_vision
+from ..reports import patches
+from ..reports.trace import Trace, html, trace
+from .spec import ShowSpec, job
+
+
+@job(ShowSpec)
+def followed_texts(spec: ShowSpec) -> list[Trace]:
+    """What happens to each text; a page of it where one is asked for."""
+    pruned, tokenizer = load(spec.model, spec.layout)
+    max_length = clip(spec.max_length, pruned.config)
+    traces = [trace(pruned, tokenizer, *text, max_length=max_length) for text in texts_of(spec)]
+    if spec.html:
+        html(traces, spec.html)
+    return traces
+
+
+@job(ShowSpec)
+def followed_picture(spec: ShowSpec) -> patches.PatchTrace:
+    """What happens to the patches of a picture; a page and a drawing of it where they are asked for."""
+    traced = patches.trace(*load_vision(spec.model, spec.layout), spec.image)
+    if spec.html:
+        patches.html([traced], spec.html)
+    if spec.png:
+        patches.png(traced, spec.png)
+    return traced
+
+
+def texts_of(spec: ShowSpec) -> list[tuple[str | None, ...]]:
+    """The texts to follow, alone or in pairs, ``limit`` at most."""
+    if spec.texts:
+        texts = [(text, spec.pair) for text in spec.texts]
+    elif spec.file:
+        texts = [(line, None) for line in spec.file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        task = load_task(spec, need_labels=False)
+        rows = task.test.select(range(min(spec.limit, len(task.test))))
+        texts = [tuple(row[column] for column in task.text_columns) for row in rows]
+    return texts[: spec.limit]

@@ -1,0 +1,369 @@
+"""The specifications: one dataclass is an experiment's argument in Python, its saved recipe and its command's options.
+
+A field with a help text is an option of the command; a field without one is for Python alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..data.spec import DataSpec, option
+from .recipes import recipe
+
+SUMMARY = "thresher.json"  # what a trained, tuned or exported folder says of itself
+COLUMNS = ("config", "text", "label", "train_split", "test_split")  # how a data set is read
+AMOUNTS = ("target_flops", "target_latency", "target_latency_ms", "keep", "r")  # options that say how much is left
+TARGET_FLOPS = 0.4  # where none of them is given
+log = logging.getLogger("thresher")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Name a saved model."""
+
+    model: str = option("A folder, or the name of a model on the hub.", MISSING, metavar="MODEL", argument=True)
+
+    def completed(self) -> ModelSpec:
+        """Settle every field that was left open."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec(DataSpec, ModelSpec):
+    """Name a model and the data that it works on; what is left open is as the model was trained.
+
+    Raises:
+        ValueError: ``completed`` finds no data named, neither here nor in the model's folder.
+    """
+
+    lacking: ClassVar[str] = "name the data (--data): the folder of the model does not say what it was trained on"
+
+    data: str | None = option(
+        "A csv, tsv, json, jsonl or parquet file, a folder, a hub id; default: as trained.", metavar="PATH|ID"
+    )
+    max_length: int | None = option(
+        "Tokens of a text; the rest is cut; default: as trained, else 256.", metavar="N", min=3
+    )
+    threads: int | None = option("Threads of the processor; default: all.", metavar="N", min=1)
+
+    def __post_init__(self) -> None:
+        data = self.data
+        super().__post_init__()
+        object.__setattr__(self, "data", None if data is None else str(data))
+        object.__setattr__(self, "model", self.model and str(self.model))
+        for field in fields(self):
+            if "Path" in str(field.type) and isinstance(value := getattr(self, field.name), str):
+                object.__setattr__(self, field.name, Path(value))
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether data are read at all."""
+        return True
+
+    def completed(self) -> TaskSpec:
+        """Take data, columns, metric and length from the model's folder where they are open, and log what was taken.
+
+        Columns belong to one data set: for another one they are not taken.
+        """
+        known = remembered(self.model)
+        open_ = [f.name for f in fields(self) if f.metadata.get("help") and getattr(self, f.name) is None]
+        names = {"metric", "max_length"}
+        if self.wants_data:
+            names |= {"data"} if self.data is None else set()
+            names |= {*COLUMNS} if self.data is None or located(self.data) == known.get("data") else set()
+        taken = {name: known[name] for name in known if name in names and name in open_ and known[name] is not None}
+        if taken:
+            log.info("as trained: %s", ", ".join(f"{name} {_words(value)}" for name, value in taken.items()))
+        spec = replace(self, **taken)
+        if spec.wants_data and spec.data is None:
+            raise ValueError(self.lacking)
+        if self.max_length and self.max_length != known.get("max_length", self.max_length):
+            what = f"max_length={self.max_length}: the model was trained at {known['max_length']}"
+            warnings.warn(f"{what}, at which alone its quality and its savings are known", stacklevel=2)
+        return spec if spec.max_length else replace(spec, max_length=256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec(TaskSpec):
+    """Say what ``evaluate`` measures."""
+
+    batch_size: int = option("Texts in a batch.", 32, metavar="N", min=1)
+    layout: str = option("auto, mask, padded or packed.", "auto", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSpec(TaskSpec):
+    """Say what ``bench`` times; ``examples``, ``batches`` and ``baselines`` are those of ``benchmark.measure``."""
+
+    model: str | None = option("The folder of a pruned model.", metavar="DIR", argument=True)
+    against: str | None = option("Another model to compare with.", metavar="MODEL")
+    runtime: tuple[str, ...] = option("torch, onnx, openvino.", ("torch",), metavar="A[,B]")
+    precision: tuple[str, ...] = option("fp32, bf16, int8.", ("fp32",), metavar="A[,B]")
+    batch_size: tuple[int, ...] = option("Texts in a batch.", (1, 32), metavar="M[,N]")
+    layout: str = option("auto, mask, padded or packed, of the pruned model in torch.", "auto", metavar="NAME")
+    repeats: int = option("Times that each measurement is made.", 5, metavar="N", min=1)
+    graphs: Path | None = option("Keep the exported graphs there.", metavar="DIR")
+    roofline: bool = option("Measure what this machine can do, and no model.", False, flag="--roofline")
+    plot: Path | None = option("Draw time and quality as a PNG.", writes="file", metavar="FILE")
+    examples: int = 64
+    batches: int = 8
+    baselines: tuple[str, ...] = ("random", "firstk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSpec(TaskSpec):
+    """Say what ``audit`` compares, and in which slices."""
+
+    against: str | None = option("The dense model to compare with.", metavar="DENSE")
+    by: tuple[str, ...] = option("Columns of groups: dialect, source, ...", (), metavar="COLUMN[,..]")
+    examples: int = option("Lost examples to show of each of the worst slices.", 2, metavar="N", min=0)
+    html: Path | None = option("Write a page for the browser.", writes="file", metavar="FILE")
+    batch_size: int = option("Texts in a batch.", 32, metavar="N", min=1)
+    layout: str = option("auto, mask, padded or packed.", "auto", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSpec(TaskSpec):
+    """Say what graph ``export`` writes; texts of the train part of the data calibrate int8 in OpenVINO."""
+
+    lacking: ClassVar[str] = "int8 in OpenVINO needs texts to calibrate on: name the data (--data)"
+
+    out: Path = option("The folder for the graph.", MISSING, writes="folder", metavar="DIR")
+    format: str = option("onnx or openvino.", "onnx", metavar="NAME")
+    precision: str = option("fp32, bf16 (openvino) or int8.", "fp32", metavar="NAME")
+    metric: str | None = None  # nothing is measured
+
+    @property
+    def wants_data(self) -> bool:
+        return (self.format, self.precision) == ("openvino", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowSpec(TaskSpec):
+    """Say which texts, or which picture, ``show`` follows through the layers."""
+
+    lacking: ClassVar[str] = "give one of --text, --file, --data and --image; --pair goes with one --text"
+
+    texts: list[str] | None = option("A text; may be given several times.", flag="--text", metavar="TEXT")
+    pair: str | None = option("The text beside it, for models that read pairs.", metavar="TEXT")
+    file: Path | None = option("One text per line.", metavar="FILE")
+    image: Path | None = option("A picture, for models that read pictures.", metavar="FILE")
+    text: tuple[str, ...] | None = option("Text columns of the data, if unusual.", flag="--columns", metavar="A[,B]")
+    limit: int | None = option("Texts to show.", 10, metavar="N", min=1)
+    html: Path | None = option("Write a page for the browser.", writes="file", metavar="FILE")
+    png: Path | None = option("Draw what is left of the picture as a PNG.", writes="file", metavar="FILE")
+    layout: str = option("auto, mask, padded or packed.", "auto", metavar="NAME")
+    label: str | None = None  # neither is read
+    metric: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named = sum(map(bool, (self.texts, self.file, self.data, self.image)))
+        if named > 1 or (self.pair and len(self.texts or ()) != 1):
+            raise ValueError(self.lacking)
+        if self.png and not self.image:
+            raise ValueError("--png draws a picture: give one with --image, or ask for --html")
+
+    @property
+    def wants_data(self) -> bool:
+        return not (self.texts or self.file or self.image)
+
+    def completed(self) -> ShowSpec:
+        """A picture has neither columns nor a length."""
+        return self if self.image else super().completed()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSpec(TaskSpec):
+    """Say what ``tune`` searches for: one budget, a method, the texts."""
+
+    out: Path = option("The folder for the pruned model.", MISSING, writes="folder", metavar="DIR")
+    target_flops: float | None = option("Budget: share of the dense MACs to be left.")
+    target_latency_ms: float | None = option("Budget: mean ms per text, one at a time.")
+    max_disagreement: float | None = option("Budget: share of texts with another answer than the dense model's.")
+    max_drop: float | None = option("Budget: drop of accuracy, as a share; needs labels.")
+    method: str = option("topk, spatten, vatp, entropy, ats; auto: the best.", "auto", metavar="NAME")
+    seed: int = option("Of the order of the texts.", 0, metavar="N")
+    plot: Path | None = option("Draw cost and divergence as a PNG.", writes="file", metavar="FILE")
+    batch_size: int = option("Texts in a batch.", 32, metavar="N", min=1)
+    min_length: int | None = option(
+        "Leave out texts of fewer tokens, to search on such as will be served.", metavar="N", min=1
+    )
+    metric: str | None = None  # the budget says what is measured
+    method_options: dict | None = None
+
+
+def _shares(value: str) -> float | int | tuple:
+    """Read shares (0.5) or numbers (64) of tokens, one or several with commas between them."""
+    found = tuple(float(share) if "." in share else int(share) for share in value.split(","))
+    return found[0] if len(found) == 1 else found
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """Name a pruning method and its options.
+
+    method: a pruning method, or "dense": the same extra steps and distillation with nothing pruned.
+    method_options: its fields, e.g. ``{"target_flops": 0.4}``; those below are short for the most usual ones.
+    """
+
+    method: str | None = option("ltp, top, topk, ...; default: ltp.", metavar="NAME")
+    target_flops: float | None = option("Share of the dense MACs to be left; default: 0.4.", saved=False)
+    target_latency: float | None = option("Share of the dense time to be left (top).", saved=False)
+    target_latency_ms: float | None = option("Mean milliseconds per text, one at a time (top).", saved=False)
+    keep: float | tuple | None = option(
+        "Share (0.5) or number (64) kept, for topk and its kin.", saved=False, metavar="K", parser=_shares
+    )
+    at: tuple[int, ...] | None = option("Layers after which tokens leave.", saved=False, metavar="1,2,4")
+    method_options: dict | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options of the method that were given."""
+        given = {
+            f.name: getattr(self, f.name) for f in fields(MethodSpec) if f.name not in ("method", "method_options")
+        }
+        return {name: value for name, value in given.items() if value is not None} | (self.method_options or {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpec(TaskSpec):
+    """Say how a model is trained, with or without pruning.
+
+    prune_lr, pruner_lr: peak learning rates of the training with pruning (default: ``lr``) and of the method's own
+        parameters (default: the method's).
+    distill: weight of the dense model's answers against the labels.
+    """
+
+    epochs: float | None = option("Dense fine-tuning; 0 if MODEL is fine-tuned; default: 3.", metavar="N", min=0)
+    prune_epochs: float | None = option("Training with pruning; default: 3.", metavar="N", min=0)
+    lr: float | None = option("Peak learning rate; default: 5e-5.")
+    dropout: float | None = option("Dropout rate; default: the model's own.")
+    bf16: bool | None = option("In bfloat16; default: where it is fast.", flag="--bf16/--no-bf16")
+    freeze_embeddings: bool = option("Keep the embeddings as they are.", True)
+    batch_size: int | None = option("Texts in a batch; default: 32.", metavar="N", min=1)
+    prune_lr: float | None = None
+    pruner_lr: float | None = None
+    distill: float = 0.5
+
+    def completed(self) -> TrainingSpec:
+        usual = {"epochs": 3, "prune_epochs": 3, "lr": 5e-5, "batch_size": 32}
+        return replace(super().completed(), **{n: v for n, v in usual.items() if getattr(self, n) is None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec(MethodSpec, TrainingSpec):
+    """Say how ``train`` makes a pruned model; the saved fields decide the result.
+
+    recipe: a method and a task, "top-mrpc" (see ``recipes``), whose settings stand where none is given.
+    dense_model: a folder to take the dense fine-tuned model from.
+    replay: folder of a pruned model; the method keeps as many tokens of each text as that one does.
+    """
+
+    out: Path = option("The folder for the pruned model.", MISSING, writes="folder", saved=False, metavar="DIR")
+    recipe: str | None = option("Settings of a method and a task: top-mrpc.", saved=False, metavar="M-TASK")
+    fresh: bool = option("Ignore what an interrupted run left.", False, saved=False, flag="--fresh")
+    seed: int = option("Of initialisation, order and dropout.", 0, metavar="N")
+    threads: int | None = option("Threads of the processor; default: all.", saved=False, metavar="N", min=1)
+    dense_model: str | None = None
+    replay: str | None = None
+
+    def completed(self) -> TrainSpec:
+        """Settle the open fields: by the recipe, by the model's folder, by what is usual; all options in one place."""
+        preset = {"method": "ltp", "method_options": {}} if self.recipe is None else recipe(self.recipe)
+        usual, method = preset.pop("method_options"), self.method or preset["method"]
+        given = self.options
+        if not self.replay and not {*given} & {*AMOUNTS} and has_budget(method):
+            given["target_flops"] = TARGET_FLOPS
+        options = (usual if method == preset["method"] else {}) | given
+        open_ = {name: value for name, value in preset.items() if getattr(self, name) is None}
+        loose = dict.fromkeys(f.name for f in fields(MethodSpec))
+        spec = replace(self, recipe=None, **loose | open_ | {"method": method, "method_options": options})
+        return super(TrainSpec, spec).completed()
+
+    def saved(self) -> dict[str, Any]:
+        """The fields that decide the result, as they stand in thresher.json."""
+        names = [f.name for f in fields(self) if f.metadata.get("saved", True)]
+        return json.loads(json.dumps({name: getattr(self, name) for name in names}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSpec(TrainingSpec):
+    """Say which methods ``compare`` trains to which budgets; ``repeats`` is of each measurement of time."""
+
+    out: Path = option("The folder for all runs, the table and the figure.", MISSING, writes="folder", metavar="DIR")
+    methods: tuple[str, ...] = option(
+        "Methods; random and firstk always take part.", ("topk", "random", "firstk", "ltp", "evit"), metavar="A[,B]"
+    )
+    targets: tuple[float, ...] = option("Shares of the dense MACs to be left.", (0.5, 0.3), metavar="A[,B]")
+    seeds: tuple[int, ...] = option("Seeds of the training.", (0,), metavar="A[,B]")
+    untrained: bool = option("Meet the budget only, without training a method.", False, flag="--untrained")
+    time: bool = option("Time the first seed of all in one run.", True)
+    at: tuple[int, ...] | None = option("Layers after which tokens leave.", metavar="1,2,4")
+    repeats: int = 5
+
+
+def job(kind: type) -> Callable[[Callable], Callable]:
+    """Decorate an experiment: it takes a specification, or the fields of one, model, data and out by their place.
+
+    The specification is completed, and the number of threads is the one asked for while the experiment runs.
+    """
+    names = {f.name for f in fields(kind)}
+    places = [name for name in ("model", "data", "out") if name in names]
+
+    def wrap(experiment: Callable) -> Callable:
+        @functools.wraps(experiment)
+        def run(*given: Any, **more: Any) -> Any:
+            if given and isinstance(given[0], kind):
+                return run_completed(given[0].completed(), **more)
+            own = {name: more.pop(name) for name in [*more] if name in names}
+            return run_completed(kind(**dict(zip(places, given, strict=False)), **own).completed(), **more)
+
+        def run_completed(spec: Any, **more: Any) -> Any:
+            from ..evaluation.hardware import torch_threads
+
+            with torch_threads(spec.threads):
+                return experiment(spec, **more)
+
+        return run
+
+    return wrap
+
+
+def task_entry(spec: TaskSpec, task: Any, max_length: int) -> dict[str, Any]:
+    """What a folder remembers of its task, for ``TaskSpec.completed``."""
+    found = {} if task.kind == "qa" else {"text": list(task.text_columns), "label": task.label_column}
+    read = {name: getattr(spec, name) for name in COLUMNS} | found
+    return {"data": located(spec.data), **read, "metric": task.metric, "max_length": max_length}
+
+
+def remembered(model: str | None) -> dict[str, Any]:
+    """The task that a folder was trained or tuned on; nothing for other folders and for models of the hub."""
+    try:
+        return dict(json.loads((Path(model or "") / SUMMARY).read_text(encoding="utf-8"))["task"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def located(data: str) -> str:
+    """The data as another working directory would name them."""
+    return str(Path(data).expanduser().absolute()) if Path(data).expanduser().exists() else data
+
+
+def has_budget(method: str) -> bool:
+    """Whether a method meets a share of the MACs."""
+    from .. import api  # noqa: F401  makes the methods known by name
+    from ..core.pruner import METHODS
+
+    return method in METHODS and "target_flops" in {f.name for f in fields(METHODS[method])}
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
