@@ -61,13 +61,7 @@ def prune(
     if method is None:
         entry = _saved_entry(model, target, stored)
         method = TokenPruner.from_dict(entry)
-    if method.hooks is not None and method.hooks.model is not target and pruner_of(method.hooks.model) is method:
-        raise ValueError(
-            f"this {type(method).__name__} prunes another model, a {type(method.hooks.model).__name__}: "
-            "prune with copy.deepcopy of it"
-        )
-    for kind in {type(c).__name__ for c in _adapters(model).values() if not hasattr(c, "modules_to_save")}:
-        raise ValueError(f"an adapter of {kind} saves no module beside its own: prune the model without it")
+    _check_free(method, model, target)
     hooks = Hooks(target, method, layout, None if before is None else before.hooks.original)
     if method is not before:
         _bind(method, hooks.info)
@@ -122,6 +116,19 @@ def _saved_entry(model: nn.Module, target: PreTrainedModel, stored: Stored | Non
             "pass checkpoint=, the folder of a pruned model"
         )
     return getattr(target.config, CONFIG_KEY)
+
+
+def _check_free(method: TokenPruner, model: nn.Module, target: PreTrainedModel) -> None:
+    """Raise ValueError where a method prunes another model, or an adapter of ``model`` could not save it."""
+    other = None if method.hooks is None else method.hooks.model
+    if other not in (None, target) and pruner_of(other) is method:
+        raise ValueError(
+            f"this {type(method).__name__} prunes another model, a {type(other).__name__}: prune with copy.deepcopy of it"
+        )
+    for adapter in _adapters(model).values():
+        if not hasattr(adapter, "modules_to_save"):
+            kind = type(adapter).__name__
+            raise ValueError(f"an adapter of {kind} saves no module beside its own: prune the model without it")
 
 
 def _bind(method: TokenPruner, info: ModelInfo) -> None:
