@@ -75,10 +75,7 @@ def prune(
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
     own_configuration(model)
     _exchange(hooks, None if before is None else before.hooks)
-    if before is not None:
-        before.hooks = None
-    method.hooks = hooks
-    _place(model, target, method)
+    _place(model, target, hooks)
     return model
 
 
@@ -123,7 +120,8 @@ def _check_free(method: TokenPruner, model: nn.Module, target: PreTrainedModel) 
     other = None if method.hooks is None else method.hooks.model
     if other not in (None, target) and pruner_of(other) is method:
         raise ValueError(
-            f"this {type(method).__name__} prunes another model, a {type(other).__name__}: prune with copy.deepcopy of it"
+            f"this {type(method).__name__} prunes another model, a {type(other).__name__}: "
+            "prune with copy.deepcopy of it"
         )
     for adapter in _adapters(model).values():
         if not hasattr(adapter, "modules_to_save"):
@@ -163,9 +161,13 @@ def own_configuration(model: nn.Module) -> None:
             module.config = copy.deepcopy(module.config, memo)
 
 
-def _place(model: nn.Module, target: PreTrainedModel, method: TokenPruner) -> None:
+def _place(model: nn.Module, target: PreTrainedModel, hooks: Hooks) -> None:
     """Make a method a submodule of its model, on the device that this runs on, and name it in the configuration."""
-    if pruner_of(target) is not method:
+    method, before = hooks.method, pruner_of(target)
+    if before is not None:
+        before.hooks = None
+    method.hooks = hooks
+    if before is not method:
         method.to(execution_device(target))
         method.train(target.training)
         setattr(target, MODULE, method)
