@@ -128,8 +128,7 @@ def measure_coverage(entry, runs: Path) -> list[dict]:
     from thresher.data.models import load
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row
-    from thresher.experiments.tune import PROFILING, SEARCHED, TESTED
-    from thresher.search.explore import Search
+    from thresher.search.explore import PROFILING, SEARCHED, TESTED, Budget, Samples, ScheduleSearch
     from thresher.search.reference import Sample, tokenized
     from thresher.stats.bounds import least
 
@@ -143,11 +142,11 @@ def measure_coverage(entry, runs: Path) -> list[dict]:
 
     searched, profiled = sample(task.train, SEARCHED), sample(task.train, PROFILING)
     pool = sample(task.test, options["pool"])
-    search, answers, rows = Search(net, {"topk": ("topk", {})}, searched, profiled, False, lambda *_: None), {}, []
+    search, answers, rows = ScheduleSearch(net, {"topk": ("topk", {})}, Samples(searched, profiled)), {}, []
     search.profile()
     for limit in options["limits"]:
         n, trials = TESTED * least(limit), []
-        for trial in search.sequence("disagreement", limit):
+        for trial in search.sequence(Budget("max_disagreement", limit)):
             trials.append(trial)
             if trial not in answers:
                 search.apply(*trial)

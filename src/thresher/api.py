@@ -62,13 +62,7 @@ def prune(
     if method is None:
         entry = _saved_entry(model, target, stored)
         method = TokenPruner.from_dict(entry)
-    if method.hooks is not None and method.hooks.model is not target and pruner_of(method.hooks.model) is method:
-        raise ValueError(
-            f"this {type(method).__name__} prunes another model, a {type(method.hooks.model).__name__}: "
-            "prune with copy.deepcopy of it"
-        )
-    for kind in {type(c).__name__ for c in _adapters(model).values() if not hasattr(c, "modules_to_save")}:
-        raise ValueError(f"an adapter of {kind} saves no module beside its own: prune the model without it")
+    _check_free(method, model, target)
     hooks = Hooks(target, method, layout, None if before is None else before.hooks.original)
     if method is not before:
         _bind(method, hooks.architecture)
@@ -82,10 +76,7 @@ def prune(
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
     own_configuration(model)
     _exchange(hooks, None if before is None else before.hooks)
-    if before is not None:
-        before.hooks = None
-    method.hooks = hooks
-    _place(model, target, method)
+    _place(model, target, hooks)
     return model
 
 
@@ -125,6 +116,20 @@ def _saved_entry(model: nn.Module, target: PreTrainedModel, stored: Stored | Non
     return getattr(target.config, CONFIG_KEY)
 
 
+def _check_free(method: TokenPruner, model: nn.Module, target: PreTrainedModel) -> None:
+    """Raise ValueError where a method prunes another model, or an adapter of ``model`` could not save it."""
+    other = None if method.hooks is None else method.hooks.model
+    if other not in (None, target) and pruner_of(other) is method:
+        raise ValueError(
+            f"this {type(method).__name__} prunes another model, a {type(other).__name__}: "
+            "prune with copy.deepcopy of it"
+        )
+    for adapter in _adapters(model).values():
+        if not hasattr(adapter, "modules_to_save"):
+            kind = type(adapter).__name__
+            raise ValueError(f"an adapter of {kind} saves no module beside its own: prune the model without it")
+
+
 def _bind(method: TokenPruner, info: Architecture) -> None:
     """Fit a method to a model; what one that is fitted has learned is kept where it fits this model, too."""
     if method.architecture is None or not tensors_of(method):
@@ -157,9 +162,13 @@ def own_configuration(model: nn.Module) -> None:
             module.config = copy.deepcopy(module.config, memo)
 
 
-def _place(model: nn.Module, target: PreTrainedModel, method: TokenPruner) -> None:
+def _place(model: nn.Module, target: PreTrainedModel, hooks: Hooks) -> None:
     """Make a method a submodule of its model, on the device that this runs on, and name it in the configuration."""
-    if pruner_of(target) is not method:
+    method, before = hooks.method, pruner_of(target)
+    if before is not None:
+        before.hooks = None
+    method.hooks = hooks
+    if before is not method:
         method.to(execution_device(target))
         method.train(target.training)
         setattr(target, MODULE, method)

@@ -125,6 +125,16 @@ def test_all_linear_leaves_the_methods_own_perceptrons_alone(base, order):
     assert all(p.grad is not None for p in pruner_of(tuned.get_base_model()).parameters())
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_set_on_the_attribute_reaches_the_method(base, order):
+    tuned = order(base, TopK(keep=0.9))
+    few = answers(order(base, TopK(keep=0.3)))
+    before = answers(tuned)
+    tuned.token_pruner.keep = 0.3
+    assert torch.equal(answers(tuned), few) and not torch.equal(before, few)
+    assert tuned.token_pruner.keep == pruner_of(tuned.get_base_model()).keep == 0.3
+
+
 def test_unprune_and_dense_reach_the_model_inside(base, tmp_path):
     tuned = get_peft_model(Auto.from_pretrained(base), lora())
     expected = answers(tuned)

@@ -82,6 +82,22 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777, "as any new folder"
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    folder, move = tmp_path / "result", report.os.replace
+    folder.mkdir()
+    (folder / "old").write_text("old")
+
+    def fails(source, target):
+        if str(source).endswith(".tmp"):
+            raise PermissionError(13, "Permission denied", str(target))
+        move(source, target)
+
+    monkeypatch.setattr(report.os, "replace", fails)
+    with pytest.raises(PermissionError), report.folder_written_whole(folder, replace=True) as aside:
+        (aside / "a").write_text("a")
+    assert [p.name for p in folder.iterdir()] == ["old"] and [*tmp_path.iterdir()] == [folder]
+
+
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space"), SafetensorError("I/O error"), RuntimeError("inline_container")]
 )

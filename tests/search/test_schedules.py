@@ -108,3 +108,17 @@ def test_curves_pass_through_what_was_measured_and_never_fall():
     at = {share: LEVELS.index(share) for share in (0.75, 0.5, 0.0)}
     assert found[0, [at[0.75], at[0.5], at[0.0]]] == pytest.approx([0.1, 0.3, 0.3])
     assert found[1, [at[0.75], at[0.5], at[0.0]]] == pytest.approx([0.0, 0.0, 4.0])
+
+
+@pytest.mark.parametrize("kind", ["macs", "time"])
+def test_dense_is_the_model_without_hooks(kind):
+    """The table's dense curve may be below the layers one by one, which run with hooks."""
+    searched, _ = space(table=TABLE if kind == "time" else None)
+    if kind == "macs":
+        assert searched.dense == searched.cost((0, 0, 0, 0))
+        return
+    whole = replace(searched.table, dense=((10.0, 40.0), (4.0, 16.0)))
+    quick = replace(searched, table=whole)
+    assert quick.dense == pytest.approx(0.4 * sum(LENGTHS) / len(LENGTHS))
+    assert quick.dense < quick.cost((0, 0, 0, 0)) == searched.cost((0, 0, 0, 0))
+    assert quick.strongest == searched.strongest, "what the search finds does not hang on it"

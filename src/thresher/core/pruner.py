@@ -449,13 +449,17 @@ class TokenPruner(nn.Module):
 def pruner_of(model: nn.Module) -> TokenPruner | None:
     """The method that prunes ``model``, None where nothing does.
 
-    peft's ``modules_to_save`` puts a wrapper in its place, with a copy for each adapter: the active one's acts.
+    peft's ``modules_to_save`` puts a wrapper in its place, with a copy for each adapter: the active one's acts. It is
+    handed what was set on the wrapper.
     """
     module = getattr(model, MODULE, None)
     if module is None or isinstance(module, TokenPruner):
         return module
     active = [] if module.disable_adapters else [n for n in module.active_adapters if n in module.modules_to_save]
-    return module.modules_to_save[active[0]] if active else module.original_module
+    method = module.modules_to_save[active[0]] if active else module.original_module
+    for name in [name for name in vars(module) if not name.startswith("_") and name != "training"]:
+        setattr(method, name, vars(module).pop(name))
+    return method
 
 
 def read_state(state: Tensor) -> dict:

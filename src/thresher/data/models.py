@@ -187,3 +187,9 @@ def positions(model_or_config: Any) -> int | None:
         return min(t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables)
     limit = getattr(config, "max_position_embeddings", None) or 0  # XLNet's is -1, and DeBERTa-v3's is not used
     return limit if limit > 0 and getattr(config, "position_biased_input", True) else None
+
+
+def class_names(model: PreTrainedModel) -> list[str] | None:
+    """Return the classes of a model in their order: none of a model of numbers, None where it has no names for them."""
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    return [] if len(names) == 1 else names if not all(name.startswith("LABEL_") for name in names) else None

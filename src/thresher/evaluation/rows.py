@@ -128,14 +128,19 @@ def folder_written_whole(folder: str | Path, *, replace: bool = False) -> Iterat
             shutil.rmtree(temporary, ignore_errors=True)  # of a process of the same number
             temporary.mkdir(parents=True)
             yield temporary
-            if replace and folder.exists():
-                os.replace(folder, before)
-            elif folder.exists():
+            if folder.exists() and not replace:
                 folder.rmdir()
-            os.replace(temporary, folder)
+            if folder.exists():
+                os.replace(folder, before)
+            try:
+                os.replace(temporary, folder)
+            except BaseException:
+                if before.exists():
+                    os.replace(before, folder)
+                raise
+            shutil.rmtree(before, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(before, ignore_errors=True)
 
 
 def _beside(path: Path, kind: str = "tmp") -> Path:

@@ -21,13 +21,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..api import MODULE, dense
 from ..data import qa
-from ..data.models import positions, reading
+from ..data.models import class_names, positions, reading
 from ..data.task import DataError, Task
 from ..evaluation.predict import Predictions, outcome, predict, quality
 from ..reports.audit_page import ALL, LEVEL, WORST, worst
 from ..reports.trace import trace
 from ..stats.paired import detectable, excess_tests, holm, interval, paired_test
-from .evaluate import dense_of, names_of, tested
+from .evaluate import dense_of, tested
 from .spec import AuditSpec, job
 
 SMALLEST = 10  # examples of a group that is looked at
@@ -152,7 +152,7 @@ def _check_pair(net, other, name: str, tokenizer, max_length: int) -> None:
     if kinds[0] != kinds[1] or net.config.num_labels != other.config.num_labels:
         what = [f"{type(m).__name__} with {m.config.num_labels} outputs" for m in (other, net)]
         raise ValueError(f"{name} is a {what[0]}, expected one like the {what[1]}")
-    mine, theirs = names_of(net), names_of(other)
+    mine, theirs = class_names(net), class_names(other)
     if mine and theirs and mine != theirs:
         raise ValueError(f"{name} has the labels {', '.join(theirs)}, the pruned model {', '.join(mine)}")
     if reading(AutoTokenizer.from_pretrained, other.config._name_or_path).get_vocab() != tokenizer.get_vocab():

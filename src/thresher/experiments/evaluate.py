@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..api import dense
 from ..data import qa
 from ..data.load import load_task
-from ..data.models import clip, load
+from ..data.models import class_names, clip, load
 from ..data.task import Task
 from ..data.tokenize import tokenize
 from ..evaluation.hardware import environment
@@ -69,7 +69,8 @@ def evaluate(spec: EvalSpec) -> list[dict]:
 def tested(spec: TaskSpec, layout: str, beside: tuple[str, ...] = ()) -> Tested:
     """Load a model and the ``limit`` examples of the test part; the labels are in the model's order."""
     net, tokenizer = load(spec.model, layout)
-    task = load_task(replace(spec, limit=None), labels=names_of(net), beside=beside)  # which is of the test part here
+    whole = replace(spec, limit=None)  # which is of the test part here
+    task = load_task(whole, labels=class_names(net), beside=beside)
     max_length = clip(spec.max_length, net.config)
     if (task.kind == "qa") != type(net).__name__.endswith("ForQuestionAnswering"):
         wanted = "a model that answers questions" if task.kind == "qa" else "a classifier"
@@ -83,9 +84,3 @@ def dense_of(model: str, against: str | None) -> PreTrainedModel | None:
     """The model to compare with: ``against``, else ``dense`` in the model's folder; None where there is neither."""
     own = os.path.join(model, "dense")
     return load(against or own)[0] if against or os.path.isdir(own) else None
-
-
-def names_of(model: PreTrainedModel) -> list[str] | None:
-    """Return the classes of a model in their order: none of a model of numbers, None where it has no names for them."""
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    return [] if len(names) == 1 else names if not all(name.startswith("LABEL_") for name in names) else None

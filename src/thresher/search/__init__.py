@@ -1,1 +1,1 @@
-"""ROOM"""
+"""Search a pruning schedule for a finished model, without training."""

@@ -1,24 +1,26 @@
-"""The schedules of one model that a search runs: what each layer bears, what each score does, and what is best.
+"""Search the schedules of one model: what each layer bears, which score does best, which schedule keeps the budget.
 
 No label is needed: what is measured is how far the pruned model's answers are from the dense model's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from ..api import prune, unprune
+from ..core.cost import LatencyTable
 from ..core.pareto import pareto_front
 from ..core.pruner import METHODS
 from ..data.models import make_method
-from ..evaluation.latency import latency_table
 from ..evaluation.predict import Text
 from ..methods.topk import TopK
 from ..stats import bounds
-from .reference import Sample
+from .reference import Comparison, Sample
 from .schedules import LEVELS, Left, Space, curves, neighbours
 
 PROFILED = (0.75, 0.5, 0.3, 0.15, 0.0)  # shares at which each layer is tried alone
@@ -30,13 +32,95 @@ SCORES = {  # that "auto" compares: name -> method and its options
     **{name: (name, {}) for name in ("topk", "vatp", "spatten", "entropy")},
     "entropy, column": ("entropy", {"criterion": "column"}),
 }
-Trial = tuple[str, Left]  # a score and a schedule
 LIMITS = {"max_disagreement": "disagreement", "max_drop": "drop of accuracy"}
+SEARCHED, PROFILING, FEWEST = 256, 96, 32  # texts to search on, to try single layers on, and the fewest
+TESTED = 8  # texts to test on, in multiples of the fewest that the bound needs
+Scores = Mapping[str, tuple[str, dict]]  # of a score its method and the options
+Trial = tuple[str, Left]  # a score and a schedule
 
 
-def served(net: PreTrainedModel, scores: dict) -> dict:
+@dataclass(frozen=True)
+class Budget:
+    """One bound on a schedule: on its cost ("target_flops", "target_latency_ms") or on its answers (``LIMITS``).
+
+    Raises:
+        ValueError: a value that is no share, or of "target_latency_ms" no number above 0.
+    """
+
+    name: str
+    value: float
+
+    def __post_init__(self) -> None:
+        number = not isinstance(self.value, bool) and 0 < self.value < (float("inf") if self.of_time else 1)
+        if not number:
+            expected = "milliseconds" if self.of_time else "a share between 0 and 1"
+            raise ValueError(f"{self.name}={self.value!r}: expected {expected}")
+
+    @classmethod
+    def only(cls, given: Mapping[str, float | None]) -> Budget:
+        """The one budget that was given. Raises ValueError: none or several were."""
+        named = {name: value for name, value in given.items() if value is not None}
+        if len(named) != 1:
+            raise ValueError(f"expected one budget of {', '.join(given)}, got {', '.join(named) or 'none'}")
+        return cls(*next(iter(named.items())))
+
+    @property
+    def of_time(self) -> bool:
+        return self.name == "target_latency_ms"
+
+    @property
+    def of_answers(self) -> bool:
+        return self.name in LIMITS
+
+    @property
+    def of_accuracy(self) -> bool:
+        return self.name == "max_drop"
+
+    @property
+    def limit(self) -> float | None:
+        """The most that answers may differ; None where the budget is one of cost."""
+        return self.value if self.of_answers else None
+
+    def check(self, task: str, numbers: bool) -> None:
+        """Raise ValueError where answers to a kind of ``task`` cannot be compared; ``numbers``: they are numbers."""
+        if self.of_answers and (numbers or (self.of_accuracy and task == "qa")):
+            answers = "classes" if self.of_accuracy else "classes and answers"
+            raise ValueError(f"{self.name} is for models that give {answers}: this one is for {task}")
+
+    def split(self, count: int, kind: str = "") -> tuple[int, int]:
+        """How many of ``count`` texts (of some ``kind``) to test on and how many to search on. Raises ValueError: they
+        are too few."""
+        least = bounds.least(self.value, paired=self.of_accuracy) if self.of_answers else 0
+        if count < least + FEWEST:
+            more = f", and {self.name}={self.value:g} {least} more to test on" if least else ""
+            raise ValueError(f"{count} texts{kind} are too few: the search needs {FEWEST} at least{more}")
+        tested = min(TESTED * least, max(least, count - SEARCHED))
+        return tested, min(SEARCHED, count - tested)
+
+
+def scores_of(method: str, options: dict[str, Any] | None) -> Scores:
+    """The scores to search with: those of "auto", or one method.
+
+    Raises:
+        ValueError: an unknown method, one without a share for each site, options that it does not take or that the
+            search decides.
+    """
+    options = dict(options or {})
+    if method == "auto" and options:
+        raise ValueError(f"method_options {', '.join(sorted(options))} are of one method: name it")
+    if method != "auto":
+        make_method(method, options)
+        known = sorted(name for name, kind in METHODS.items() if issubclass(kind, TopK))
+        if method not in known:
+            raise ValueError(f"{method} has no share to keep at each site: expected auto or one of {', '.join(known)}")
+    if decided := {"at", "keep"} & {*options}:
+        raise ValueError(f"{', '.join(sorted(decided))} is what is searched for: leave it out of method_options")
+    return SCORES if method == "auto" else {method: (method, options)}
+
+
+def served(net: PreTrainedModel, scores: Scores) -> Scores:
     """Those of ``scores`` that a model can serve. Raises ValueError, as the first does, where it can serve none."""
-    found, refusals = {}, []
+    able, refusals = {}, []
     for name, (method, options) in scores.items():
         try:
             prune(net, make_method(method, {"keep": 1.0, "at": ()} | options))
@@ -44,45 +128,97 @@ def served(net: PreTrainedModel, scores: dict) -> dict:
             refusals.append(refusal)
         else:
             unprune(net)
-            found[name] = method, options
-    if not found:
+            able[name] = method, options
+    if not able:
         raise refusals[0]
-    return found
+    return able
 
 
-class Search:
-    """The schedules of one model that were run, and what they did to one sample of texts; single layers are tried on
-    another one. ``scores`` as ``SCORES``; the search begins with the first."""
+@dataclass(frozen=True)
+class Samples:
+    """The texts of a search: every schedule runs on ``search``, single layers on ``profile``; what is on ``test``
+    chooses nothing."""
+
+    search: Sample
+    profile: Sample
+    test: Sample | None = None
+
+
+class ScheduleSearch:
+    """The schedules of one model that were run, and what they did to its answers; ``find`` is the whole search.
+
+    1. Each layer alone, at a few shares: how far the answers are from the dense model's (``reference.divergence``).
+    2. Dynamic programming over layers and levels, as if what the layers do added up (``Space.frontier``), for the
+       budget and for a range of others.
+    3. The best for the budget is run with each of the scores, and the search goes on with the one whose answers are
+       nearest to the dense model's; where that is not the one of the profile, the profile is taken again.
+    4. Those schedules are run, and the best is refined: its neighbours are run, in the order of what the sum says, and
+       whichever is better takes its place.
+
+    A budget of answers is met by a test on texts that chose nothing: the schedules that were run are tried from the
+    mildest to the strongest, each with an exact upper bound at 5 %, up to the first whose bound is above the budget;
+    the last before it is taken. The true rate on texts like these is then above the budget in at most 5 % of all draws
+    of them. Disagreement has Clopper and Pearson's one-sided bound; the drop of accuracy, P(right when dense, wrong
+    when pruned) - P(the reverse), the conservative difference of two such bounds at 2.5 % each
+    (``bounds.paired_upper``). Texts are taken to be independent; questions on one article are not quite.
+
+    Args:
+        net: the dense model; at the end of ``find`` it is pruned by the schedule that was chosen.
+        scores: as ``SCORES``; the search begins with the first that the model serves.
+        samples: with the dense model's answers.
+        table: prices schedules in time; None: in MACs.
+        tell: called with what is going on, steps done and all steps.
+
+    Attributes:
+        rows: of each trial what it cost and did.
+        profiled: layer -> share that stays after it alone -> divergence.
+    """
 
     def __init__(
-        self, net: PreTrainedModel, scores: dict, sample: Sample, profiling: Sample, timed: bool, tell: Callable
+        self,
+        net: PreTrainedModel,
+        scores: Scores,
+        samples: Samples,
+        table: LatencyTable | None = None,
+        tell: Callable[[str, int, int | None], Any] = lambda what, done, total: None,
     ):
-        self.net, self.scores, self.sample = net, served(net, scores), sample
-        self.profiling, self.tell, self.score = profiling, tell, next(iter(self.scores))
+        self.net, self.scores, self.samples = net, served(net, scores), samples
+        self.tell, self.score = tell, next(iter(self.scores))
         info = prune(net, TopK(keep=1.0, at=())).token_pruner.architecture
         unprune(net)
         kind = METHODS[self.scores[self.score][0]]
-        self.space = Space(
-            *(info, Text(net, sample.rows, None).lengths, kind.needs_attention and kind.scores_all),
-            table=latency_table(net) if timed else None,
-        )
+        lengths = Text(net, samples.search.rows, None).lengths
+        self.space = Space(info, lengths, kind.needs_attention and kind.scores_all, table)
         if not self.space.layers:
             raise ValueError(f"{info.name} has no layer after which tokens could leave")
-        self.cost = "latency_ms" if timed else "flops_fraction"
+        self.cost = "flops_fraction" if table is None else "latency_ms"
         self.rows: dict[Trial, dict] = {}
 
-    def budget(self, name: str, value: float) -> float:
+    def find(self, budget: Budget) -> dict:
+        """The row of the best schedule within a budget, by which the model is pruned now.
+
+        Raises:
+            ValueError: the budget is out of reach, or no schedule passes the test.
+        """
+        most = self.most(budget)
+        self.profile()
+        trial = self.test(budget) if budget.of_answers else self.meet(most)
+        self.rows[trial]["chosen"] = True
+        self.apply(*trial)
+        return self.rows[trial]
+
+    def most(self, budget: Budget) -> float:
         """The budget as a cost of the space; infinite for one of answers. Raises ValueError if it is out of reach."""
-        if name in LIMITS:
+        if budget.of_answers:
             return float("inf")
-        unit = self.space.dense if name == "target_flops" else 1.0
-        least, most = self.space.cost(self.space.strongest) / unit, self.space.dense / unit
-        if not least <= value < most:
+        unit = 1.0 if budget.of_time else self.space.dense
+        least, dense = self.space.cost(self.space.strongest) / unit, self.space.dense / unit
+        if not least <= budget.value < dense:
             raise ValueError(
-                f"{name}={value:g} is out of reach on these texts: expected from {least:.3g} up to {most:.3g}, "
-                "which the dense model takes"
+                f"{budget.name}={budget.value:g} is out of reach on these texts: expected from {least:.3g} up to "
+                f"{dense:.3g}, which the dense model takes"
             )
-        return value * unit
+        return budget.value * unit
 
     def apply(self, score: str, left: Left) -> None:
         """Prune the model by a schedule."""
@@ -95,16 +231,15 @@ class Search:
         """The row of a schedule with the present score, run once."""
         if (trial := (self.score, left)) not in self.rows:
             self.apply(*trial)
-            found = self.sample.compare(self.net)
-            drop = None if found.lost is None else float(found.lost.mean() - found.won.mean())
+            outcome = self.samples.search.compare(self.net)
             self.rows[trial] = {
                 "method": self.score,
                 **self.space.fields(left),
-                "flops_fraction": found.flops_fraction,
+                "flops_fraction": outcome.flops_fraction,
                 "latency_ms": None if self.space.table is None else self.space.cost(left),
-                "divergence": found.divergence,
-                "disagreement": None if found.differs is None else float(found.differs.mean()),
-                "drop": drop,
+                "divergence": outcome.divergence,
+                "disagreement": None if outcome.differs is None else float(outcome.differs.mean()),
+                "drop": None if outcome.lost is None else float(outcome.lost.mean() - outcome.won.mean()),
                 "tested": None,
                 "bound": None,
                 "chosen": False,
@@ -112,28 +247,27 @@ class Search:
         return self.rows[trial]
 
     def profile(self) -> None:
-        """``profiled``: layer -> share that stays after it alone -> divergence, and what follows from it. A layer to
-        which nothing matters is run once."""
-        layers, found = self.space.layers, {}
+        """Try each layer alone, one to which nothing matters once; then the best schedules if the damage adds up."""
+        layers, damage = self.space.layers, {}
         for i, layer in enumerate(layers):
-            found[layer] = {}
+            damage[layer] = {}
             for j, share in enumerate(reversed(PROFILED)):
                 self.tell("trying layers alone", i * len(PROFILED) + j, len(layers) * len(PROFILED))
-                idle = j and found[layer][PROFILED[-1]] < IDLE
+                idle = j and damage[layer][PROFILED[-1]] < IDLE
                 if not idle:
                     self.apply(self.score, (0,) * i + (LEVELS.index(share),) * (len(layers) - i))
-                found[layer][share] = 0.0 if idle else self.profiling.compare(self.net).divergence
-        self.profiled, damage = found, curves(found.values())
-        self.damage, self.fronts = damage, [self.space.frontier(damage**power) for power in POWERS]
+                damage[layer][share] = 0.0 if idle else self.samples.profile.compare(self.net).divergence
+        self.profiled, self.damage = damage, curves(damage.values())
+        self.fronts = [self.space.frontier(self.damage**power) for power in POWERS]
 
     def choose(self, left: Left) -> bool:
-        """Go on with the score that does the least under one schedule; whether it is another one."""
-        before, far = self.score, {}
+        """Go on with the score that does the least damage under one schedule; say whether it is another one."""
+        before, divergence = self.score, {}
         for i, score in enumerate(self.scores):
             self.tell("comparing scores", i, len(self.scores))
             self.score = score
-            far[score] = self.run(left)["divergence"]
-        self.score = min(far, key=lambda score: (far[score], score != before))
+            divergence[score] = self.run(left)["divergence"]
+        self.score = min(divergence, key=lambda score: (divergence[score], score != before))
         if self.score != before:
             self.profile()
         return self.score != before
@@ -146,12 +280,12 @@ class Search:
     def survey(self, budgets: Iterable[float]) -> list[Left]:
         """The better offer for each budget that can be reached."""
         least, budgets = self.space.cost(self.space.strongest), list(budgets)
-        found = []
+        tried = []
         for i, budget in enumerate(budgets):
             self.tell("running schedules", i, len(budgets))
             if least <= budget < self.space.dense:
-                found.append(min(self.offers(budget), key=lambda left: self.run(left)["divergence"]))
-        return list(dict.fromkeys(found))
+                tried.append(min(self.offers(budget), key=lambda left: self.run(left)["divergence"]))
+        return list(dict.fromkeys(tried))
 
     def refine(self, left: Left, budget: float, looks: int) -> Left:
         """The best that is found by going from neighbour to neighbour under a budget of cost; layers to which nothing
@@ -177,19 +311,20 @@ class Search:
         within = [trial for trial in self.rows if self.space.cost(trial[1]) <= budget]
         return min(within, key=lambda trial: (self.rows[trial]["divergence"], trial != best))
 
-    def sequence(self, kind: str, limit: float) -> list[Trial]:
-        """The schedules to test, the mildest first: those on the front, more of them where "disagreement" or "drop", as
-        the search's own texts have it, comes to ``limit``."""
+    def sequence(self, budget: Budget) -> list[Trial]:
+        """The schedules to test, the mildest first: those on the front, more of them where the disagreement or the drop
+        of the search's own texts comes to the limit."""
+        kind = "drop" if budget.of_accuracy else "disagreement"
 
         def surveyed() -> tuple[list[Left], list[Left]]:
-            found = self.survey(share * self.space.dense for share in SHARES) or [self.space.strongest]
-            return found, [left for left in found if self.run(left)[kind] <= limit]
+            tried = self.survey(share * self.space.dense for share in SHARES) or [self.space.strongest]
+            return tried, [left for left in tried if self.run(left)[kind] <= budget.value]
 
-        found, good = surveyed()
-        if self.choose(good[-1] if good else found[0]):
-            found, good = surveyed()
+        tried, good = surveyed()
+        if self.choose(good[-1] if good else tried[0]):
+            tried, good = surveyed()
         edge = self.space.cost(good[-1]) if good else self.space.dense
-        after = [self.space.cost(left) for left in found if self.space.cost(left) < edge]
+        after = [self.space.cost(left) for left in tried if self.space.cost(left) < edge]
         for share in (0.25, 0.5, 0.75):  # a closer look where the budget seems to be
             for left in self.survey([edge + share * (max(after, default=edge / 2) - edge)]):
                 self.refine(left, self.space.cost(left), LOOKS // 3)
@@ -197,33 +332,25 @@ class Search:
         front = pareto_front(self.rows.values(), lambda row: row["flops_fraction"], lambda row: row["divergence"])
         return [trials[id(row)] for row in reversed(front)]
 
-    def test(self, name: str, limit: float, sample: Sample) -> Trial:
-        """The strongest schedule in a row of passes; the sequence is fixed by the sample of the search."""
-        sequence = self.sequence("drop" if name == "max_drop" else "disagreement", limit)
-        tested = []
+    def test(self, budget: Budget) -> Trial:
+        """The strongest schedule in a row of passes; the sequence is fixed by the texts of the search."""
+        sequence = self.sequence(budget)
 
-        def bound(trial: Trial) -> float:
-            self.tell("testing schedules", len(tested), len(sequence))
+        def bound(step: int, trial: Trial) -> float:
+            self.tell("testing schedules", step, len(sequence))
             self.apply(*trial)
-            result, row = sample.compare(self.net), self.rows[trial]
-            tested.append(trial)
-            if name == "max_drop":
-                lost, won = int(result.lost.sum()), int(result.won.sum())
-                row["tested"] = (lost - won) / len(result.lost)
-                row["bound"] = bounds.paired_upper(lost, won, len(result.lost))
-            else:
-                wrong = int(result.differs.sum())
-                row["tested"] = wrong / len(result.differs)
-                row["bound"] = bounds.upper(wrong, len(result.differs))
-            return row["bound"]
+            rate, most = rate_of(self.samples.test.compare(self.net), budget)
+            self.rows[trial] |= {"tested": rate, "bound": most}
+            return most
 
-        passed = bounds.passing(map(bound, sequence), limit)
+        passed = bounds.passing((bound(step, trial) for step, trial in enumerate(sequence)), budget.value)
         if not passed:
             first = self.rows[sequence[0]]
             raise ValueError(
-                f"no schedule passes {name}={limit:g}: the mildest, with {first['flops_fraction']:.2f} of the MACs, "
-                f"has a {LIMITS[name]} of {first['tested']:.4f} on {len(sample.dense.tokens)} texts, at most "
-                f"{first['bound']:.4f} with 95 % confidence; give more texts or a larger {name}"
+                f"no schedule passes {budget.name}={budget.value:g}: the mildest, with {first['flops_fraction']:.2f} "
+                f"of the MACs, has a {LIMITS[budget.name]} of {first['tested']:.4f} on "
+                f"{len(self.samples.test.dense.tokens)} texts, at most {first['bound']:.4f} with 95 % confidence; give "
+                f"more texts or a larger {budget.name}"
             )
         return sequence[passed - 1]
 
@@ -231,3 +358,12 @@ class Search:
         """What the profile says a schedule does."""
         levels, rows = np.array([0, *left]), self.damage
         return sum(max(0.0, row[b] - row[a]) for row, a, b in zip(rows, levels, levels[1:], strict=False))
+
+
+def rate_of(outcome: Comparison, budget: Budget) -> tuple[float, float]:
+    """The disagreement, or the drop of accuracy, of a test, and its exact upper bound."""
+    if budget.of_accuracy:
+        count, lost, won = len(outcome.lost), int(outcome.lost.sum()), int(outcome.won.sum())
+        return (lost - won) / count, bounds.paired_upper(lost, won, count)
+    count, wrong = len(outcome.differs), int(outcome.differs.sum())
+    return wrong / count, bounds.upper(wrong, count)

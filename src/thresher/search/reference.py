@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from ..data import qa
 from ..data.load import load_task
+from ..data.models import class_names
+from ..data.spec import DataSpec
 from ..data.task import DataError, Task
 from ..data.tokenize import tokenize
 from ..evaluation.predict import Predictions, predict
@@ -53,22 +55,22 @@ class Sample:
     def __init__(self, net: PreTrainedModel, rows: Dataset, batch_size: int):
         self.rows, self.batch_size = rows, batch_size
         self.dense = predict(net, rows, batch_size=batch_size)
-        self.said = self._answers(self.dense)
-        classes = self.said is not None and not isinstance(self.dense.logits, list)
+        self.answers = self._answers(self.dense)
+        classes = self.answers is not None and not isinstance(self.dense.logits, list)
         self.labels = np.asarray(rows["labels"]) if classes and "labels" in rows.column_names else None
 
     def compare(self, net: PreTrainedModel) -> Comparison:
         """Run a pruned model beside the dense one's answers. Raises DataError where its logits are not finite."""
-        found = predict(net, self.rows, batch_size=self.batch_size)
-        far = divergence(self.dense.logits, found.logits).mean().item()
-        if not np.isfinite(far):
+        pruned = predict(net, self.rows, batch_size=self.batch_size)
+        mean = divergence(self.dense.logits, pruned.logits).mean().item()
+        if not np.isfinite(mean):
             raise DataError("logits hold NaN or infinity: expected numbers, has the model diverged?")
-        said, right = self._answers(found), {}
+        answers, right = self._answers(pruned), {}
         if self.labels is not None:
-            before, after = self.said == self.labels, said == self.labels
+            before, after = self.answers == self.labels, answers == self.labels
             right = {"lost": before & ~after, "won": after & ~before}
-        differs = None if said is None else said != self.said
-        return Comparison(far, found.macs_used / found.macs_dense, differs, **right)
+        differs = None if answers is None else answers != self.answers
+        return Comparison(mean, pruned.macs_used / pruned.macs_dense, differs, **right)
 
     def _answers(self, predictions: Predictions) -> np.ndarray | None:
         """(Q,) the class or the words of each answer; None for numbers."""
@@ -80,53 +82,55 @@ class Sample:
 def texts_of(
     net: PreTrainedModel,
     tokenizer: Any,
-    data: str,
+    data: DataSpec,
     *,
     labelled: bool,
     seed: int,
-    limit: int | None,
     min_length: int | None = None,
-    **columns: Any,
 ) -> tuple[Task, Dataset, int]:
-    """(task, texts, how many are of the validation part): these in a random order, then those of the train part. The
-    test part is not among them, nor what has less than ``min_length`` tokens, special ones included.
+    """(task, texts, how many are of the validation part): these in a random order, then those of the train part;
+    ``data.limit`` of them. The test part is not among them, nor what has less than ``min_length`` tokens, special ones
+    included.
 
     Labels are in the model's order; data without any, or with others than the model's, is taken unless ``labelled``.
 
     Raises DataError: no such data, only a test part, data of another kind than the model's, a length of questions.
     """
-    names = [net.config.id2label[i] for i in range(net.config.num_labels)]
-    named = [] if len(names) == 1 else names if not all(name.startswith("LABEL_") for name in names) else None
-    try:
-        task = load_task(data, labels=named, **columns)
-    except DataError as error:
-        if labelled:
-            raise DataError(f"a drop of accuracy is measured on labelled texts: {error}") from None
-        task = replace(load_task(data, need_labels=False, **columns), label_column=None)
-    if task.train is None:
-        raise DataError(f"{data} has a test part only, on which nothing may be chosen: give train or validation texts")
-    asked, numbers = type(net).__name__.endswith("ForQuestionAnswering"), len(names) == 1
-    if (task.kind == "qa") != asked:
-        raise DataError(
-            f"the model is a {type(net).__name__}, {data} is of {task.kind}: give texts of the model's kind"
-        )
-    if not asked and numbers != (task.kind == "regression"):
-        task = replace(task, label_column=None)  # they are not the labels that the model has learned
+    task = _task(net, replace(data, limit=None), labelled)
     rng = np.random.default_rng(seed)
     parts = [part.select(rng.permutation(len(part))) for part in (task.validation, task.train)]
     if min_length is not None:
-        if asked:
+        if task.kind == "qa":
             raise DataError(
                 "min_length is for texts: a question is as long as its paragraph, which is cut into windows"
             )
-        given = (tokenized(part, task, tokenizer, None)["input_ids"] if len(part) else [] for part in parts)
-        parts = [
-            part.select([row for row, ids in enumerate(each) if len(ids) >= min_length])
-            for part, each in zip(parts, given, strict=True)
-        ]
+        ids = [tokenized(part, task, tokenizer, None)["input_ids"] if len(part) else [] for part in parts]
+        long = [[row for row, text in enumerate(texts) if len(text) >= min_length] for texts in ids]
+        parts = [part.select(rows) for part, rows in zip(parts, long, strict=True)]
     texts = concatenate_datasets(parts)
-    texts = texts.select(range(min(limit or len(texts), len(texts))))
+    texts = texts.select(range(min(data.limit or len(texts), len(texts))))
     return task, texts, min(len(parts[0]), len(texts))
+
+
+def _task(net: PreTrainedModel, data: DataSpec, labelled: bool) -> Task:
+    """The task of a model on ``data``, with labels where the model has learned them."""
+    try:
+        task = load_task(data, labels=class_names(net))
+    except DataError as error:
+        if labelled:
+            raise DataError(f"a drop of accuracy is measured on labelled texts: {error}") from None
+        task = replace(load_task(data, need_labels=False), label_column=None)
+    if task.train is None:
+        raise DataError(
+            f"{data.data} has a test part only, on which nothing may be chosen: give train or validation texts"
+        )
+    answers, numbers = type(net).__name__.endswith("ForQuestionAnswering"), net.config.num_labels == 1
+    if (task.kind == "qa") != answers:
+        raise DataError(
+            f"the model is a {type(net).__name__}, {data.data} is of {task.kind}: give texts of the model's kind"
+        )
+    other = not answers and numbers != (task.kind == "regression")  # not the labels that the model has learned
+    return replace(task, label_column=None) if other else task
 
 
 def tokenized(texts: Dataset, task: Task, tokenizer: Any, max_length: int | None) -> Dataset:
