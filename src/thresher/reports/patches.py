@@ -32,7 +32,7 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Patch:
-    """One patch of the picture; ``layer`` and ``score`` as in ``show.Token``."""
+    """One patch of the picture; ``layer`` and ``score`` as in ``trace.Token``."""
 
     row: int
     column: int
@@ -49,7 +49,7 @@ class PatchTrace:
         special: tokens before the patches (class, distillation, register), and the layer at which each leaves.
         picture: PIL image as the model reads it: resized and cropped; not compared.
         left: layer at which tokens may leave -> tokens left after it, special ones included.
-        layer_macs, macs, prediction, probabilities, model, method: as in ``show.Trace``.
+        layer_macs, macs, prediction, probabilities, model, method: as in ``trace.Trace``.
     """
 
     image: str
