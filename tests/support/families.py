@@ -167,5 +167,37 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama": Family("LlamaForCausalLM", "LlamaConfig", DECODER, "decoder", sharpen=4.0),
     "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", DECODER, "decoder", sharpen=4.0),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        DECODER | {"head_dim": 8, "attn_logit_softcapping": 2.0, "sliding_window": 8, "query_pre_attn_scalar": 8},
+        "decoder",
+        sharpen=6.0,
+        implementation="eager",
+    ),
+    "gpt-oss": Family(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        DECODER | {"head_dim": 8, "sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+        "decoder",
+        sharpen=4.0,
+        implementation="eager",
+    ),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "vocab_size": 97, "pad_token_id": 0}
+        | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        "decoder",
+        sharpen=4.0,
+    ),
+    "layoutlm": _text("LayoutLM"),
+    "roformer": Family(
+        "RoFormerForSequenceClassification",
+        "RoFormerConfig",
+        TEXT | NO_DROPOUT | {"embedding_size": 32},
+        packed=False,
+        implementation="eager",
+    ),
     "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", DECODER | {"head_dim": 8}, "decoder", sharpen=4.0),
 }

@@ -81,7 +81,7 @@ METHODS = {
 }
 # What a method says (a regular expression) on families that it cannot serve: {"mine": {"siglip": "shows no keys"}}
 REFUSES: dict[str, dict[str, str]] = {
-    method: dict.fromkeys(("mpnet", "deberta-v2", "siglip-vision"), "needs the keys or values")
+    method: dict.fromkeys(("mpnet", "deberta-v2", "roformer", "siglip-vision"), "needs the keys or values")
     for method in ("ats", "vatp", "tome", "tofu", "ltmp")
 }
 REFUSES["ats"]["whisper-encoder"] = "which has no class token"

@@ -32,6 +32,8 @@ class Architecture:
         relative: positions enter as a bias between pairs, which packed rows cannot carry.
         binary_mask: the block reads its attention mask as 0/1, whatever the type.
         causal: a decoder.
+        causal_by_default: what attention takes the absence of a mask for; sdpa takes a module that says nothing of it
+            for causal.
         arguments: names of the layer's arguments, the hidden states first.
         costs: MACs of each layer call.
         first_site, last_site: the layers between which tokens may leave.
@@ -52,6 +54,7 @@ class Architecture:
     relative: bool
     binary_mask: bool
     causal: bool
+    causal_by_default: bool
     arguments: list[str]
     costs: tuple[LayerCost, ...]
     first_site: int
@@ -65,6 +68,7 @@ class Architecture:
     def sketch(cls, name: str, depth: int) -> Architecture:
         """Describe a model of which no more than its depth is known, to read what a checkpoint says of its pruning."""
         flags = dict.fromkeys(("drops_inside", "shows_inputs", "passes_arguments", "relative", "binary_mask", "causal"))
+        flags["causal_by_default"] = False
         sizes = {"first_site": 0, "last_site": depth - 1, "max_tokens": None, "hidden": 0, "costs": ()}
         lists = {"layers": [], "arguments": [], "protected": (), "block": "", "reads_first_only": False}
         return cls(name=name, base=None, depth=depth, **flags, **sizes, **lists)
@@ -103,6 +107,7 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
     groups = getattr(base.config, "num_hidden_groups", None)  # ALBERT calls the same few layers again and again
     depth = base.config.num_hidden_layers * base.config.inner_group_num if groups else len(layers)
     cores = [m for m in block.modules() if compat.calls_attention_interface(m)]
+    check_alike(layers, name, bool(cores))
     inside = returns_residual_state(layer, block)
     causal = any(getattr(m, "is_causal", False) is True for m in block.modules())
     text, head = base.main_input_name == "input_ids", type(model).__name__
@@ -119,6 +124,7 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
         relative=any(argument in arguments for argument in ("relative_pos", "position_bias")),
         binary_mask=any(compat.reads_binary_mask(m) for m in block.modules()),
         causal=causal,
+        causal_by_default=bool(getattr(cores[0], "is_causal", True)) if cores else causal,
         arguments=arguments,
         costs=tuple(layer_cost(layers[i % len(layers)], name, base.config) for i in range(depth)),
         first_site=int(text and mixes),  # DeBERTa may mix neighbours after its first layer: none may leave there
@@ -152,6 +158,24 @@ def find_layers(model: PreTrainedModel) -> tuple[PreTrainedModel, list[nn.Module
             f"prune(model.{paths[id(inner[0])]}, ...)"
         )
     return inner[0], layers_of(inner[0])
+
+
+def check_alike(layers: list[nn.Module], name: str, shows: bool) -> None:
+    """Raise ValueError where a layer mixes tokens otherwise than by attention, or otherwise than the first one."""
+    for number, layer in enumerate(layers):
+        block = dict(layer.named_children()).get(name)
+        if block is None or shows != any(compat.calls_attention_interface(m) for m in block.modules()):
+            raise ValueError(
+                f"layer {number} ({type(layer).__name__}) has no attention block like {name!r} of layer 0: tokens "
+                "that leave would change what its other mixing (convolution, state space, linear attention) "
+                "gives their neighbours; such hybrid models cannot be pruned"
+            )
+        mixers = {type(m).__name__ for m in layer.modules() if isinstance(m, nn.Conv1d) and m.kernel_size[0] > 1}
+        if mixers:
+            raise ValueError(
+                f"layer {number} ({type(layer).__name__}) mixes neighbouring tokens by a convolution beside its "
+                "attention: tokens that leave would change it; such models cannot be pruned"
+            )
 
 
 def attention_block(layer: nn.Module) -> str:
@@ -202,12 +226,13 @@ def returns_residual_state(layer: nn.Module, block: nn.Module) -> bool:
 
 def linear_size(module: nn.Module) -> int:
     """Weights of all linear maps below ``module``: its MACs per token."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, compat.Conv1D)))
 
 
 def layer_cost(layer: nn.Module, block: str, config) -> LayerCost:
     """MACs of one layer per token and per pair of tokens."""
     attention = linear_size(layer.get_submodule(block))
-    head_dim = getattr(config, "head_dim", None)
+    known = (getattr(m, "head_dim", None) for m in layer.get_submodule(block).modules())
+    head_dim = next((size for size in known if isinstance(size, int)), None)
     width = config.hidden_size if head_dim is None else head_dim * config.num_attention_heads
     return LayerCost(attention, linear_size(layer) - attention, width)

@@ -94,7 +94,7 @@ class PrunedAttention:
                 outputs.append(output.flatten(0, 1))
         if scores:
             site.scores = tokens.pad(joined(scores)[None])
-        return F.pad(joined(outputs).to(dtype), (0, 0, 0, 0, 0, tokens.spare))[None], None
+        return F.pad(joined(outputs).to(dtype), (0, 0, 0, 0, 0, tokens.spare))[None].contiguous(), None
 
 
 def register(base: str) -> str:

@@ -22,6 +22,7 @@ from transformers.masking_utils import (  # 5.23
     sdpa_mask,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # 5.23
+from transformers.pytorch_utils import Conv1D  # 5.23
 from transformers.utils.import_utils import is_tracing  # 5.23
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ALL_MASK_ATTENTION_FUNCTIONS",
     "AttentionInterface",
     "AttentionMaskInterface",
+    "Conv1D",
     "bidirectional_mask_function",
     "is_tracing",
     "sdpa_mask",

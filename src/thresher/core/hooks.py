@@ -34,6 +34,7 @@ TOKEN_ARGUMENTS = {
     "position_ids": (-1,),
     "relative_pos": (-2, -1),
     "position_bias": (-2, -1),
+    "sinusoidal_pos": (-2,),
 }
 _THREAD = threading.local()  # .calls and .options: {Hooks: CallState} and {Hooks: Options} of the running thread
 
@@ -328,9 +329,10 @@ class Hooks:
             states = call.tokens.put_back(hidden) if "hidden_states" in call.wants else None
             call.seen.append((states, call.tokens))
         shows = call.site is not None and (call.site.acts or call.layout is Packed)
-        if not shows and not call.tokens.touched:
+        masks = arch.causal and not arch.shows_inputs  # eager attention takes no mask for no mask, and not for causal
+        if not (shows or masks or call.tokens.touched):
             return None
-        if call.tokens.touched:
+        if masks or call.tokens.touched:
             self.narrow(call.tokens, hidden, kwargs)
         if not shows:
             return (hidden,), kwargs
@@ -375,7 +377,10 @@ class Hooks:
             mask = kwargs.get("attention_mask")
             if mask is not None and arch.binary_mask:  # 1.0 from a model that was given no mask is no bias
                 mask = mask.long()
-            kwargs["attention_mask"] = tokens.mask(mask, hidden.dtype, arch.causal, self.eager)
+            causal = kwargs.get("is_causal")
+            causal = arch.causal_by_default and self.original != "eager" if causal is None else causal
+            needed = arch.causal and not arch.shows_inputs
+            kwargs["attention_mask"] = tokens.mask(mask, hidden.dtype, causal or needed, self.eager, needed)
 
     def narrowed(self, tokens: Tokens, name: str, value: Any, dims: tuple[int, ...]) -> Any:
         if isinstance(value, (tuple, list)):  # (cos, sin)
@@ -540,6 +545,11 @@ def reshaped(call: CallState, output: Any) -> Any:
 def check_possible(model: Architecture, pruner: TokenPruner, layout: str) -> None:
     """Raise ValueError where a method or a layout does not fit a model."""
     name = type(model.base).__name__
+    if not model.passes_arguments and "attention_mask" not in model.arguments:
+        raise ValueError(
+            f"{name} cannot be pruned: its layers take no attention mask and hand their attention block no arguments, "
+            "so that no tokens can be hidden from it"
+        )
     if layout == "packed" and not model.packable:
         raise ValueError(
             f"layout='packed' is not possible with {name}: its attention takes position biases "
