@@ -83,3 +83,21 @@ def test_is_amx_tile_supported():
     assert isinstance(torch.cpu._is_amx_tile_supported(), bool)
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     assert not compat.has_amx() or not flags or "amx_tile" in flags
+
+
+@pytest.mark.parametrize(("format", "int8"), [("onnx", False), ("onnx", True), ("openvino", False), ("openvino", True)])
+def test_exporters(format, int8):
+    """Their names, and that batch and length of their graphs are open."""
+    exporter, config = compat.graph_exporter(format, int8, [{}])
+    assert callable(exporter.export) and config.dynamic is True and (config.quantizer is not None) == int8
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries below, of one another
+def test_exported_model_names_its_inputs(tmp_path):
+    model, inputs = FAMILIES["bert"].build(), {"input_ids": torch.tensor([[5, 6], [7, 8]])}
+    exporter, config = compat.graph_exporter("onnx", False)
+    exporter.export(model, inputs, config=config).save_pretrained(tmp_path)
+    exported, names = compat.open_exported(str(tmp_path))
+    assert names == ("input_ids",) and exported.config.num_labels == model.config.num_labels
+    with torch.no_grad():
+        torch.testing.assert_close(exported(**inputs)["logits"], model(**inputs).logits, atol=1e-4, rtol=0)

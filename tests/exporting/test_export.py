@@ -259,9 +259,9 @@ def test_nothing_is_half_written(tmp_path, monkeypatch, exported):
         def export(self, *arguments, **options):
             return Exported()
 
-    monkeypatch.setattr(exporting, "_exporter", lambda *_: (Exporter(), None))
+    monkeypatch.setattr(exporting, "graph_exporter", lambda *_: (Exporter(), None))
     monkeypatch.setattr(exporting, "_difference", lambda *_: 0.5)
-    with pytest.raises(RuntimeError, match=r"differ by 0\.5"):
+    with pytest.raises(ValueError, match=r"differ by 0\.5"):
         export(model, folder)
     assert not os.listdir(tmp_path)
     monkeypatch.setattr(exporting, "_difference", lambda *_: 0.0)
@@ -276,26 +276,43 @@ def test_nothing_is_half_written(tmp_path, monkeypatch, exported):
         assert sorted(os.listdir(folder)) == ["model.onnx", "thresher.json"] and os.listdir(tmp_path) == ["graph"]
 
 
-@pytest.mark.parametrize(("change", "said"), [(float("nan"), "differ by nan"), (0.5, r"differ by 0\.5")])
-def test_a_graph_that_answers_otherwise_is_refused(tmp_path, monkeypatch, exported, change, said):
-    model, _, _ = exported
-
-    class Wrong:
-        def forward(self, **inputs):
-            return {"logits": model(**inputs).logits + (change if inputs["input_ids"].shape[1] == 7 else 0.0)}
-
-    class Exported:
-        def export(self, *arguments, **options):
-            return self
-
-        def save_pretrained(self, folder):
-            pass
-
-    monkeypatch.setattr(exporting, "_exporter", lambda *_: (Exported(), None))
-    monkeypatch.setattr("thresher.exporting.runtime.load_runtime", lambda folder: Wrong())
-    with pytest.raises(RuntimeError, match=said):
-        export(model, tmp_path / "graph")
+def test_a_graph_that_answers_otherwise_is_refused(tmp_path, monkeypatch):
+    model = prune(classifier(), TopK(keep=0.6))
+    monkeypatch.setattr(exporting, "CLOSE", 0.0)  # which no graph reaches
+    with pytest.raises(ValueError, match=r"answers otherwise than the model \(logits differ by .*nothing was written"):
+        export(model, tmp_path / "graph", max_length=16)
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.classifier.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="differ by nan"):
+        export(model, tmp_path / "graph", max_length=16)
     assert not os.listdir(tmp_path)
+
+
+def test_a_graph_without_a_tokenizer_tells_segments_apart(tmp_path):
+    model = prune(classifier(), TopK(keep=0.6))
+    export(model, tmp_path / "graph", max_length=32)
+    graph, inputs = load_runtime(tmp_path / "graph"), inputs_of(model, None, 2, 12)
+    assert set(graph.spec["inputs"]) == {"input_ids", "attention_mask", "token_type_ids"}
+    assert inputs["token_type_ids"].any(), "the check of the graph sees both segments"
+    plain = {name: x for name, x in inputs.items() if name != "token_type_ids"}
+    with torch.no_grad():
+        both, first = (model(**kinds).logits for kinds in (inputs, plain))
+    assert (both - first).abs().max() > 1e-3
+    for given, expected in ((inputs, both), (plain, first)):
+        torch.testing.assert_close(graph.forward(**given)["logits"], expected, atol=1e-4, rtol=0)
+
+
+def test_segments_are_never_dropped_in_silence(tmp_path):
+    model, tokenizer = prune(classifier(vocab_size=len(tiny_tokenizer())), TopK(keep=0.6)), tiny_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    export(model, tmp_path / "graph", tokenizer=tokenizer, max_length=32)
+    graph, inputs = load_runtime(tmp_path / "graph"), inputs_of(model, None, 2, 12)
+    with pytest.raises(ValueError, match="without token_type_ids: it would drop them"):
+        graph.forward(**inputs)
+    inputs["token_type_ids"].zero_()
+    with torch.no_grad():
+        torch.testing.assert_close(graph.forward(**inputs)["logits"], model(**inputs).logits, atol=1e-4, rtol=0)
 
 
 def test_a_trained_model_is_not_written_over(tmp_path, exported):

@@ -1,1 +1,1 @@
-"""ROOM"""
+"""The command line: one command for each experiment."""

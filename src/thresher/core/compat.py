@@ -159,6 +159,35 @@ def execution_device(model: nn.Module) -> torch.device | str | int:
     return next((device for device in devices if device is not None), "cpu")
 
 
+# --- the exporters: transformers 5.23 ---------------------------------------------------------------------------------
+def graph_exporter(format: str, int8: bool, calibration: Any = None) -> tuple[Any, Any]:
+    """The exporter of a format ("onnx", "openvino") and its configuration, of which batch and length are open.
+
+    ``int8``: dynamic in ONNX Runtime, static in OpenVINO, on ``calibration``. Raises ImportError where a package is
+    missing.
+    """
+    try:
+        from transformers import exporters
+
+        if format == "onnx":
+            config = exporters.OnnxRuntimeDynamicConfig(per_channel=True)
+            quantizer = exporters.OnnxRuntimeQuantizer(config) if int8 else None
+            return exporters.OnnxExporter(), exporters.OnnxConfig(dynamic=True, quantizer=quantizer)
+        quantizer = exporters.NNCFOpenVINOQuantizer(None, calibration) if int8 else None
+        return exporters.OpenVINOExporter(), exporters.OpenVINOConfig(dynamic=True, quantizer=quantizer)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"the {format} export needs pip install 'thresher[{format}]': {error}") from error
+
+
+def open_exported(folder: str, **options: Any) -> tuple[Any, tuple[str, ...]]:
+    """The model that an exporter wrote, ready to run on the processor, and the names of its inputs."""
+    from transformers.exporters import ExportedModel
+
+    exported = ExportedModel.from_pretrained(folder, device="cpu", **options)
+    (runner,) = exported.runners.values()
+    return exported, tuple(runner.metadata.kwargs)
+
+
 # --- torch 2.13: what a processor can do ------------------------------------------------------------------------------
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """(n, m) int32: the product of int8 matrices (n, k) and (k, m). Raises RuntimeError where there is no kernel."""

@@ -49,8 +49,7 @@ def audit(spec: AuditSpec, *, progress: Callable[[str, int, int], Any] | None = 
     """Compare a saved pruned model with the dense one on slices of the test part.
 
     Scores are right or wrong (accuracy, points; pair by pair where a task reranks), the F1 of an answer (points) or
-    the absolute error (the labels' unit); a drop above 0 is a loss in all of them. See ``thresher.stats.paired`` for
-    intervals and tests.
+    the absolute error (the labels' unit); a drop above 0 is a loss. ``thresher.stats.paired`` has intervals and tests.
 
     Args:
         spec: see ``AuditSpec``. ``against``: the dense model, by default ``dense`` in the model's folder, else the
@@ -67,7 +66,7 @@ def audit(spec: AuditSpec, *, progress: Callable[[str, int, int], Any] | None = 
         excess, p_more, p_more_holm: the drop less that of the others, and the test whether it is by chance.
         detectable: the drop from which on it would have been told from chance; None: no drop would.
         worse: whether it was, and is a drop. Holm's correction is over all slices.
-        tokens, macs: the share of tokens left after the last site, and of the dense model's MACs.
+        tokens, macs: the shares of tokens left after the last site, and of the dense MACs.
         examples: row of the test part, label, answers of both models, and the trace of the text (``show.Trace``).
         The first row has the task's own metric as well: metric, metric_dense, metric_pruned.
 

@@ -1,1 +1,1 @@
-"""ROOM"""
+"""Graphs of models for ONNX Runtime and OpenVINO, and what runs them."""

@@ -9,6 +9,7 @@ Shapes: B batch, N tokens; both stay open in the graph.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import warnings
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..api import MODULE
+from ..core.compat import graph_exporter
 from ..data.models import positions
 from ..evaluation.hardware import environment
 from ..evaluation.rows import folder_written_whole
@@ -53,23 +55,52 @@ def export(
 
     Args:
         model: a text model that classifies or answers questions, pruned or not.
-        format: "onnx" or "openvino".
-        precision: "fp32"; "int8": weights per channel, activations dynamic (onnxruntime.quantization) or static (nncf);
-            "bf16": OpenVINO computes in bf16.
+        tokenizer: saved with the graph, which takes the inputs that it makes; without one the graph takes all that the
+            model tells apart, and ``load_runtime`` takes tensors alone.
+        format, precision: "onnx" or "openvino"; "fp32", "bf16" (in which OpenVINO computes), or "int8": weights per
+            channel, activations dynamic (onnxruntime.quantization) or static (nncf).
         calibration: batches of inputs, for int8 in OpenVINO; a few hundred examples of the training part.
         max_length: tokens of the longest input to serve, default 512 or what the positions allow; for the check, and
             where ``load_runtime`` cuts.
 
     Returns:
-        What thresher.json says; ``difference``: the largest difference of logits from the model's, over inputs of
-        several shapes (random tokens).
+        What thresher.json says; ``difference``: the largest one of logits, over random inputs of several shapes.
 
     Raises:
         ValueError: unknown format or precision, int8 in OpenVINO without calibration, another kind of model, a folder
-            that holds something else than an exported model.
-        RuntimeError: the fp32 graph answers otherwise than the model.
+            that holds something else than an exported model; the fp32 graph answers otherwise than the model.
         ImportError: a package is missing.
     """
+    folder = Path(folder)
+    _check_request(model, format, precision, calibration)
+    _check_folder(folder)
+    pruner, longest = getattr(model, MODULE, None), min(max_length or 512, positions(model) or 512)
+    spec = {
+        "format": format,
+        "precision": precision,
+        "architecture": type(model).__name__,
+        "pruning": None if pruner is None else pruner.to_dict(),
+        "max_length": longest,
+        "source": fingerprint(model),
+        "versions": environment()["versions"],
+    }
+    with _padded(model):
+        with _quiet():
+            exporter, config = graph_exporter(format, precision == "int8", calibration)
+            exported = exporter.export(model, inputs_of(model, tokenizer, 2, min(16, longest)), config=config)
+        with folder_written_whole(folder, replace=True) as aside:
+            exported.save_pretrained(aside)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(aside)
+            (aside / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
+            spec["difference"] = _checked(model, tokenizer, aside, spec)
+            (aside / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
+            _check_folder(folder)  # what came there meanwhile is not ours to replace
+    return spec
+
+
+def _check_request(model: PreTrainedModel, format: str, precision: str, calibration: Any) -> None:
+    """Raise ValueError for a graph that cannot be made."""
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: expected {' or '.join(FORMATS)}")
     if precision not in FORMATS[format]:
@@ -84,38 +115,19 @@ def export(
         raise ValueError(
             f"{what}: models of tokens are exported that classify or answer questions ({', '.join(HEADS)})"
         )
-    folder, pruner = Path(folder), getattr(model, MODULE, None)
-    _check(folder)
-    longest = min(max_length or 512, positions(model) or 512)
-    spec = {
-        "format": format,
-        "precision": precision,
-        "architecture": type(model).__name__,
-        "pruning": None if pruner is None else pruner.to_dict(),
-        "max_length": longest,
-        "source": fingerprint(model),
-        "versions": environment()["versions"],
-    }
-    exporter, config = _exporter(format, precision, calibration)
-    with _padded(model):
-        sample = inputs_of(model, tokenizer, 2, min(16, longest))
-        with _quiet():
-            exported = exporter.export(model, sample, config=config)
-        with folder_written_whole(folder, replace=True) as aside:
-            exported.save_pretrained(aside)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(aside)
-            (aside / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
-            shapes = [shape for shape in SHAPES if shape[1] <= longest] + [(1, longest)]
-            spec["difference"] = _difference(model, tokenizer, aside, shapes)
-            if precision == "fp32" and not spec["difference"] <= CLOSE:  # nor where it is no number
-                raise RuntimeError(
-                    f"the {format} graph answers otherwise than the model: logits differ by {spec['difference']:.2g}, "
-                    f"expected {CLOSE} at most; it was not written"
-                )
-            (aside / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
-            _check(folder)  # what came there meanwhile is not ours to replace
-    return spec
+
+
+def _checked(model: PreTrainedModel, tokenizer: Any, folder: Path, spec: dict[str, Any]) -> float:
+    """The largest difference of logits; ValueError where an fp32 graph answers otherwise than its model."""
+    longest = spec["max_length"]
+    shapes = [shape for shape in SHAPES if shape[1] <= longest] + [(1, longest)]
+    difference = _difference(model, tokenizer, folder, shapes)
+    if spec["precision"] == "fp32" and not difference <= CLOSE:  # nor where it is no number
+        raise ValueError(
+            f"{type(model).__name__} cannot be exported: the {spec['format']} graph answers otherwise than the model "
+            f"(logits differ by {difference:.2g}, expected {CLOSE} at most); nothing was written"
+        )
+    return difference
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -138,32 +150,22 @@ def source_of(folder: Path) -> tuple[str | None, int | None] | None:
 
 
 def inputs_of(model: PreTrainedModel, tokenizer: Any, batch: int, length: int) -> dict[str, Tensor]:
-    """Random inputs (B, N) of a model, the first row without padding, the others shorter and shorter."""
-    names = getattr(tokenizer, "model_input_names", ("input_ids", "attention_mask"))
+    """Random inputs (B, N) of a model, the first row without padding, the others shorter and shorter.
+
+    ``token_type_ids`` are among them if the tokenizer makes them; without a tokenizer, if the model tells segments
+    apart: a graph that was not traced with them would drop them.
+    """
     draw = torch.Generator().manual_seed(batch * 1000 + length)
     ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=draw)
     own = torch.arange(length) < torch.linspace(length, max(1, length // 2), batch).long()[:, None]
     ids[~own] = getattr(model.config, "pad_token_id", None) or 0
-    found = {"input_ids": ids, "attention_mask": own.long()}
-    if "token_type_ids" in names and getattr(model.config, "type_vocab_size", 0) > 0:
-        found["token_type_ids"] = torch.zeros_like(ids)
-    return {name: x.to(model.device) for name, x in found.items()}
-
-
-def _exporter(format: str, precision: str, calibration: Iterable[dict] | None) -> tuple[Any, Any]:
-    """transformers' exporter and its configuration."""
-    try:
-        from transformers import exporters
-
-        with _quiet():
-            if format == "onnx":
-                config = exporters.OnnxRuntimeDynamicConfig(per_channel=True)
-                quantizer = exporters.OnnxRuntimeQuantizer(config) if precision == "int8" else None
-                return exporters.OnnxExporter(), exporters.OnnxConfig(dynamic=True, quantizer=quantizer)
-            quantizer = exporters.NNCFOpenVINOQuantizer(None, calibration) if precision == "int8" else None
-            return exporters.OpenVINOExporter(), exporters.OpenVINOConfig(dynamic=True, quantizer=quantizer)
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"the {format} export needs pip install 'thresher[{format}]': {error}") from error
+    inputs = {"input_ids": ids, "attention_mask": own.long()}
+    segments = getattr(model.config, "type_vocab_size", 0)
+    made = segments > 1 if tokenizer is None else segments > 0 and "token_type_ids" in tokenizer.model_input_names
+    if made and "token_type_ids" in inspect.signature(model.forward).parameters:
+        second = (torch.arange(length) >= (length + 1) // 2).long() * (segments > 1)
+        inputs["token_type_ids"] = second.expand_as(ids).contiguous()
+    return {name: x.to(model.device) for name, x in inputs.items()}
 
 
 @contextmanager
@@ -212,7 +214,7 @@ def _difference(model: PreTrainedModel, tokenizer: Any, folder: Path, shapes: It
     return float(worst)
 
 
-def _check(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     """Refuse a folder that holds anything but an exported model."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         if json.loads((folder / SPEC).read_text())["format"] in FORMATS:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.compat import open_exported
 from ..data import qa
 from ..data.models import reading
 from ..evaluation.hardware import has_bf16
@@ -34,8 +35,18 @@ class Runtime:
         self.answers = spec["architecture"].endswith("ForQuestionAnswering")
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """logits (B, K), or start_logits and end_logits (B, N), of input_ids, attention_mask, ... (B, N)."""
-        output = self.exported(**inputs)
+        """logits (B, K), or start_logits and end_logits (B, N), of input_ids, attention_mask, ... (B, N).
+
+        ``token_type_ids`` may be left out: they are 0, as in the model. Raises ValueError where the graph would drop
+        some that are not.
+        """
+        takes, kinds = self.spec["inputs"], inputs.get("token_type_ids")
+        if kinds is None and "token_type_ids" in takes:
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        dropped = kinds is not None and "token_type_ids" not in takes and getattr(self.config, "type_vocab_size", 0) > 1
+        if dropped and kinds.any():
+            raise ValueError("this graph was exported for a tokenizer without token_type_ids: it would drop them")
+        output = self.exported(**{name: value for name, value in inputs.items() if name in takes})
         names = ("start_logits", "end_logits") if self.answers else ("logits",)
         return {name: torch.as_tensor(output[name]) for name in names}
 
@@ -135,18 +146,16 @@ def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Ite
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no exported model (thresher export makes one): {error}") from None
     try:
-        from transformers.exporters import ExportedModel
-
         options = _options(kind, precision, threads or torch.get_num_threads())
+        exported, names = open_exported(str(folder), **options)
     except ImportError as error:
         raise ImportError(f"running {folder} needs pip install 'thresher[{kind}]': {error}") from error
-    exported = ExportedModel.from_pretrained(folder, device="cpu", **options)
     tokenizer = None
     if (Path(folder) / "tokenizer_config.json").exists():
         from transformers import AutoTokenizer
 
         tokenizer = reading(AutoTokenizer.from_pretrained, str(folder))
-    return Runtime(exported, tokenizer, spec, lengths)
+    return Runtime(exported, tokenizer, spec | {"inputs": names}, lengths)
 
 
 def _options(kind: str, precision: str, threads: int) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""The stages of a training, each alone: what it leaves in its folder, and that it is not run again."""
+
+from __future__ import annotations
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from support.toy import OPTIONS, make_toy
+from thresher.data.models import load
+from thresher.evaluation.predict import predict
+from thresher.experiments import train as stages
+from thresher.experiments.spec import SUMMARY, TrainSpec
+from thresher.experiments.workspace import Workspace
+
+FEW = {name: value for name, value in OPTIONS.items() if name != "progress"} | {"epochs": 1, "prune_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> SimpleNamespace:
+    return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+def run_of(toy, out, **options) -> stages.Run:
+    spec = TrainSpec(model=toy.model, data=toy.data, out=out, **FEW | options).completed()
+    work = Workspace(spec.out, spec.saved())
+    assert work.finished(fresh=False) is None
+    return stages.Run(spec, work, stages.load_data(spec), False, stages.asked)
+
+
+@pytest.fixture(scope="module")
+def staged(toy, tmp_path_factory) -> SimpleNamespace:
+    run = run_of(toy, tmp_path_factory.mktemp("staged") / "out")
+    dense = stages.fine_tune(run)
+    taught = stages.teach(run, dense)
+    pruned = stages.prune_and_train(run, dense, lambda: taught)
+    return SimpleNamespace(run=run, dense=dense, taught=taught, pruned=pruned)
+
+
+def refused(*_, **__):
+    raise AssertionError("the stage was run again")
+
+
+def test_each_stage_has_a_folder_of_its_own(staged):
+    folder = staged.run.work.folder
+    assert {path.name for path in folder.iterdir()} == {"recipe.json", "dense", "taught", "pruned"}
+    assert (staged.dense, staged.pruned) == (folder / "dense", folder / "pruned")
+    assert not staged.run.spec.out.exists()
+    stage = json.loads((staged.pruned / "stage.json").read_text())
+    assert stage["steps"] == 9 and stage["reached"]["flops_fraction"] == pytest.approx(0.5, rel=0.05)
+
+
+def test_the_teacher_is_the_dense_model(staged):
+    run, net = staged.run, staged.run.model(staged.dense).eval()
+    expected = predict(net, run.data.train, batch_size=64).logits
+    torch.testing.assert_close(torch.tensor(staged.taught["teacher_logits"]), expected, atol=1e-6, rtol=0)
+    assert staged.taught["input_ids"] == run.data.train["input_ids"]
+
+
+def test_what_is_there_is_not_made_again(staged, monkeypatch):
+    monkeypatch.setattr(stages, "run_trainer", refused)
+    monkeypatch.setattr(stages, "predict", refused)
+    again = stages.Run(**vars(staged.run) | {"ask": refused})
+    dense = stages.fine_tune(again)
+    taught = stages.teach(again, dense)
+    assert taught[:] == staged.taught[:]
+    assert stages.prune_and_train(again, dense, refused) == staged.pruned
+
+
+def test_answers_may_come_from_elsewhere(staged):
+    asked = []
+
+    def ask(net, folder, texts, **how):
+        asked.append((folder, len(texts)))
+        return predict(net, texts, **how)
+
+    run = stages.Run(**vars(staged.run) | {"ask": ask})
+    summary = stages.measure(run, staged.dense, staged.pruned)
+    assert asked == [(staged.dense, 48)], "the pruned model is new and asked here"
+    dense, pruned = summary["rows"]
+    assert summary == stages.measure(staged.run, staged.dense, staged.pruned) | {"rows": [dense, pruned]}
+    said = predict(load(str(staged.pruned))[0], run.data.test)
+    assert pruned["flops_ratio"] == pytest.approx(said.macs_dense / said.macs_used)
+
+
+def test_a_model_pruned_without_training_needs_no_teacher(toy, tmp_path):
+    run = run_of(toy, tmp_path / "out", epochs=0, prune_epochs=0)
+    dense = stages.fine_tune(run)
+    pruned = stages.prune_and_train(run, dense, refused)
+    started = time.time()
+    stages.finish(run, dense, pruned, stages.measure(run, dense, pruned) | {"seconds": time.time() - started})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "dense", SUMMARY} <= names and "stage.json" not in names
+    assert json.loads((tmp_path / "out" / "dense" / SUMMARY).read_text())["task"]["max_length"] == 32
