@@ -140,7 +140,7 @@ def test_layers_called_outside_the_forward_raise():
         torch.testing.assert_close(model.encoder(states).last_hidden_state, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore")  # torch says that its tracer is deprecated, in several ways
 def test_tracing_is_refused():
     model, batch = prune(BERT.build(return_dict=False), TopK(keep=0.5)), BERT.batch()
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace would freeze how many tokens stay"):
