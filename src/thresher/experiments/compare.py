@@ -11,13 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..core.pruner import METHODS, TokenPruner
+from ..core.pruner import METHODS
 from ..data.load import load_task
 from ..data.models import clip, load
 from ..data.task import Task
 from ..data.tokenize import tokenize
 from ..evaluation.benchmark import measure
 from ..evaluation.rows import row, whole, write_csv
+from ..methods.parts.budget import Budgeted
 from ..reports.plots import pareto
 from ..stats.bootstrap import pooled_interval
 from ..stats.letters import groups
@@ -125,7 +126,7 @@ def _settings(spec: CompareSpec) -> dict[str, Any]:
 def _check(methods: tuple, targets: tuple, seeds: tuple, untrained: bool) -> None:
     """Raise ValueError for what cannot be compared."""
     able = sorted(name for name, of in METHODS.items() if "target_flops" in {f.name for f in fields(of)})
-    turned = [name for name in able if METHODS[name].knob is not TokenPruner.knob]
+    turned = [n for n in able if issubclass(METHODS[n], Budgeted) and METHODS[n].knob is not Budgeted.knob]
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"unknown pruning method {method!r}; those with a budget: {', '.join(able)}")
