@@ -13,7 +13,9 @@ from support.families import FAMILIES
 from thresher import TokenPruner, prune
 from thresher.core.attention import key_mask
 from thresher.core.pruner import Choice
-from thresher.core.tokens import LAYOUTS
+from thresher.core.scoring import additive
+from thresher.core.tokens import LAYOUTS, Masked
+from thresher.core.view import Site
 
 SEEN = ("bert", "distilbert", "albert", "mpnet", "deberta-v2", "modernbert", "vit", "whisper-encoder", "llama", "qwen3")
 AT = (0, 1, 2)
@@ -176,3 +178,30 @@ def test_a_mask_that_is_traced_is_there_for_batches_with_padding():
         traced = torch.jit.trace(lambda x: key_mask(**given, attention_mask=x), torch.ones(2, 4, dtype=torch.long))
     padded = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     assert torch.equal(traced(padded), key_mask(**given, attention_mask=padded))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt-oss"])
+def test_rows_and_columns_of_a_decoder_that_is_given_no_mask(family, layout):
+    """What a token sees ends with itself; soft caps and sinks are in the probabilities."""
+    batch = FAMILIES[family].batch((9, 9))
+    del batch["attention_mask"]
+    attentions = own_attention(family, batch | {"use_cache": False})
+    for site, seen in enumerate(watch(family, layout, batch)):
+        for name, row in (("first", 0), ("last", 8)):
+            torch.testing.assert_close(seen[name], attentions[site][:, :, row].transpose(1, 2), atol=1e-5, rtol=1e-4)
+        received = attentions[site].sum(2).mean(1)
+        torch.testing.assert_close(seen["received"], received, atol=1e-5, rtol=1e-4)
+
+
+def test_the_readout_is_the_first_protected_token_else_the_first_live_one():
+    tokens = Masked.start(torch.zeros(3, 4, 1), None).drop(
+        torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]]).bool()
+    )
+    protected = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    assert Site(0, 0, tokens, protected, None).view.readout.tolist() == [2, 0, 2]
+
+
+def test_a_query_that_sees_nobody_has_no_nan():
+    bias = additive(torch.tensor([[0.0, float("-inf")], [float("-inf"), float("-inf")]]), 2, False, torch.device("cpu"))
+    assert bias.softmax(-1).isfinite().all() and bias[0].softmax(-1).tolist() == [1.0, 0.0]

@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 
 from support.families import FAMILIES
 from thresher import LTP, TopK, prune
@@ -143,3 +144,21 @@ def test_a_hard_stage_leaves_the_thresholds_alone(layout):
     model = trained("bert", method, layout, progress=0.9)
     (loss_of("bert", model) + method.loss(None, {}, method.record)).backward()
     assert method.threshold.grad.abs().max() == 0, "DDP needs a gradient, and none may move them"
+
+
+def test_heads_that_read_the_first_token_alone_leave_faded_states_as_they_are():
+    """A token keeps its old state as far as its gate is closed, where a head reads it; other gradients stay."""
+    states = {}
+    for head in ("ForSequenceClassification", "ForTokenClassification"):
+        model = getattr(transformers, f"Bert{head}")(FAMILIES["bert"].build().config)
+        model.bert.load_state_dict(FAMILIES["bert"].build().bert.state_dict(), strict=False)
+        method = LTP(init=1.6, temperature=0.3, straight_through=False, at=(0, 1, 2))
+        prune(model, method).train()
+        method.progress = 0.0
+        with torch.no_grad():
+            states[head] = model(**FAMILIES["bert"].batch((12,)), output_hidden_states=True).hidden_states
+    gates = method.record.sites[0].view.tokens.log_gate
+    assert gates is None, "the first site is entered by whole tokens"
+    read, faded = states["ForSequenceClassification"][1], states["ForTokenClassification"][1]
+    torch.testing.assert_close(read[:, 0], faded[:, 0], atol=1e-5, rtol=0)
+    assert (read[:, 1:] - faded[:, 1:]).abs().max() > 1e-3
