@@ -109,7 +109,7 @@ def test_rows_are_the_models_own(family, layout):
 
 
 @pytest.mark.parametrize("family, layout", [case for case in CASES if case[1] != "mask"])
-def test_a_view_shows_the_same_whatever_the_executor(family, layout):
+def test_a_view_shows_the_same_whatever_the_layout(family, layout):
     """With tokens gone: dead slots and padding neither vote nor show."""
     batch = FAMILIES[family].batch()
     pairs = zip(

@@ -60,7 +60,7 @@ def test_keeping_every_token_is_dense(method, family, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_executors_agree(method, family, layout):
+def test_layouts_agree(method, family, layout):
     if why := refusal(method, family, layout):
         with pytest.raises((ValueError, RuntimeError), match=why):
             matrix(method, True, family, layout)
@@ -71,14 +71,15 @@ def test_executors_agree(method, family, layout):
     assert difference(answers, dense_answers(family)) > 1e-3, "tokens left and nothing changed"
 
 
+@pytest.mark.parametrize("method", ["topk", "threshold"])
 @pytest.mark.parametrize("lengths", [(9, 9, 9), (12, 12, 5, 5, 1)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_executors_agree_without_padding_and_on_runs_of_equal_length(family, lengths):
+def test_layouts_agree_without_padding_and_on_runs_of_equal_length(family, lengths, method):
     batch = FAMILIES[family].batch(lengths)
     if len(set(lengths)) == 1:
         batch.pop("attention_mask", None)
     layouts = [e for e in LAYOUTS if not refusal("topk", family, e)]
-    answers = [answers_of(family, TopK(keep=0.5), e, batch)[0] for e in layouts]
+    answers = [answers_of(family, METHODS[method][1](), e, batch)[0] for e in layouts]
     assert all(difference(a, answers[0]) <= TOLERANCE for a in answers)
 
 

@@ -96,7 +96,7 @@ def test_patches_lie_where_they_are_read():
 
 
 @pytest.mark.parametrize("layout", ["mask", "padded", "packed"])
-def test_the_executor_does_not_matter(layout):
+def test_the_layout_does_not_matter(layout):
     reference, shown = traced(), traced(layout=layout)
     assert [patch.layer for patch in shown.patches] == [patch.layer for patch in reference.patches]
     for patch, expected in zip(shown.patches, reference.patches, strict=True):

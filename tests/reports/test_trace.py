@@ -38,7 +38,7 @@ def test_every_token_is_accounted_for(method):
 
 
 @pytest.mark.parametrize("layout", ["mask", "padded", "packed"])
-def test_the_executor_does_not_matter(layout):
+def test_the_layout_does_not_matter(layout):
     reference, shown = traced(), traced(layout=layout)
     assert [token.layer for token in shown.tokens] == [token.layer for token in reference.tokens]
     for token, expected in zip(shown.tokens, reference.tokens, strict=True):

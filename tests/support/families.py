@@ -197,6 +197,7 @@ FAMILIES: dict[str, Family] = {
         "RoFormerConfig",
         TEXT | NO_DROPOUT | {"embedding_size": 32},
         packed=False,
+        sharpen=4.0,
         implementation="eager",
     ),
     "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", DECODER | {"head_dim": 8}, "decoder", sharpen=4.0),
