@@ -15,7 +15,15 @@ from pathlib import Path
 
 OUT, DATA = Path("runs/quickstart"), "bbc-news"
 METHOD, OPTIONS = "topk", {"keep": (0.4, 0.1), "at": (0, 2)}  # shares of what arrives that layers 0 and 2 keep
-TRAINING = {"epochs": 2, "prune_epochs": 2, "batch_size": 16, "lr": 2e-4, "dropout": 0.0, "limit": 700}
+TRAINING = {
+    "epochs": 2,
+    "prune_epochs": 2,
+    "batch_size": 16,
+    "lr": 2e-4,
+    "prune_lr": 5e-5,
+    "dropout": 0.0,
+    "limit": 700,
+}
 LENGTH = 96
 
 
