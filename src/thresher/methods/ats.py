@@ -34,8 +34,8 @@ class ATS(TopK):
     drops the query rows of a layer       tokens leave after attention,        the same: a token still serves as key
                                           before the FFN                       and value in that layer
     the class token asks                  the first protected token asks       a decoder has its last token
-    each head by itself                   heads are averaged                   one choice for all heads
-    points at any even spacing            points at (2k - 1) / 2K              no chance in evaluation
+    sums over heads                       heads are averaged                   the same share of all
+    a fixed even grid                     points at (2k - 1) / 2K              no point lies on an end
     images without padding                sums over live tokens, in order      padding adds nothing
     ====================================  ===================================  ======================================
     """

@@ -72,9 +72,9 @@ class DynamicViT(TopK):
     def score(self, view: View) -> Tensor:
         embed, votes = self.embed[view.site], view.tokens.votes[..., None]
         x = embed(view.hidden.to(embed[1].weight.dtype))
-        own, rest = x.tensor_split(2, dim=-1)
-        mean = (rest * votes).sum(1, keepdim=True) / votes.sum(1, keepdim=True).clamp(min=1e-6)
-        stays, leaves = self.decide[view.site](torch.cat([own, mean.expand_as(rest)], -1)).float().unbind(-1)
+        local, shared = x.tensor_split(2, dim=-1)
+        mean = (shared * votes).sum(1, keepdim=True) / votes.sum(1, keepdim=True).clamp(min=1e-6)
+        stays, leaves = self.decide[view.site](torch.cat([local, mean.expand_as(shared)], -1)).float().unbind(-1)
         return stays - leaves
 
     def gates(self, score: Tensor, view: View) -> Tensor:

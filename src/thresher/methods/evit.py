@@ -29,8 +29,9 @@ class EViT(TopK):
     ===================================  ====================================  =====================================
     paper                                here                                  why
     ===================================  ====================================  =====================================
-    the fused token is appended          it takes the place of the best of     tokens stay in their order
-                                         those that it is made of
+    kept tokens in the order of their    tokens stay in their order; the       positions and layouts agree
+    score, the fused one behind          fused one takes the place of the
+                                         best of those that it is made of
     what is fused is gone                put back as the fused token after     heads that read all tokens
                                          the last layer
     the class token asks                 the first protected token asks        models without a class token

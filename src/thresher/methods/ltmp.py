@@ -34,9 +34,9 @@ class LTMP(LTP):
     ===================================  =================================  ==========================================
     paper                                here                               why
     ===================================  =================================  ==========================================
-    merges, then scores what it merged   a pair is judged by the attention  one attention gives both choices
+    merging, then pruning of the rest    a pair is judged by the attention  one attention gives both choices
                                          that its second token receives
-    merges softly, too                   in the soft stage a token to be    the threshold learns from what it costs to
+    merges in training as well           in the soft stage a token to be    the threshold learns from what it costs to
                                          merged is hidden, as one that      lose it; the hard stage loses less
                                          leaves
     attention                            relative to uniform                a threshold carries over lengths

@@ -38,7 +38,7 @@ class LTP(Thresholded):
                                         rows alone
     gate scales the layer's output      log(gate) on the key in the         0 is removal and 1 is presence; in pre-LN
                                         following layers                    models the next LayerNorm undoes a scale
-    each layer has its gate alone       gates multiply over layers          what has left does not come back
+    each layer scales its own output    gates multiply over layers          what has left does not come back
     gates half open                     rounded, straight through           half-open gates carry what hard removal then
                                                                             takes away
     [CLS] may leave                     [CLS] never leaves                  only masking would survive it

@@ -44,8 +44,8 @@ class PoWERBERT(TopK):
     ===================================  ====================================  =======================================
     paper                                here                                  why
     ===================================  ====================================  =======================================
-    ranks are places in a padded text,   relative ranks in ``bins``; counts    lengths of texts differ
-    counts of a padded length            are shares of a text's length
+    a parameter for each rank up to the  relative ranks in ``bins``; counts    lengths of texts differ
+    padded length, counts of it          are shares of a text's length
     a parameter scales the state         its logarithm on the key in the       0 is removal, see ``LTP``
                                          following layers
     the count after a site follows the   the same; but gates of several sites  what several sites took together falls

@@ -40,9 +40,9 @@ class SpAtten(TopK):
         return tuple(range(max(model.first_site, model.depth // 6), model.last_site + 1, 2))
 
     def score(self, view: View) -> Tensor:
-        received, before = view.attention_received(), view.previous
-        if before is None:
+        received, previous = view.attention_received(), view.previous
+        if previous is None:
             return received
         total = received.new_zeros(len(received), view.tokens.width)
-        total = total.scatter_add(1, before.tokens.index, before.score)  # dead slots have received nothing
+        total = total.scatter_add(1, previous.tokens.index, previous.score)  # dead slots have received nothing
         return received + total.gather(1, view.tokens.index).masked_fill(~view.alive, 0.0)

@@ -57,6 +57,8 @@ class TRBERT(Thresholded):
     states, of the fine-tuned model       the model in training
     enters neither layer 1 nor L/2        leaves before the FFN of layers 0    as with all methods here
                                           and L/2 - 1
+    keeps as many of all texts of a       texts do not meet                    answers do not depend on the batch
+    batch as of the one that keeps most
     no floor                              ``min_keep`` best tokens stay        as in ``LTP``
     any task                              classes, numbers, labelled tokens,   a reward needs the loss of each text
                                           answers
@@ -128,10 +130,15 @@ class TRBERT(Thresholded):
             return self.rest()
         runs = [self._run(forward, batch) for _ in range(self.rollouts)]
         task, used, dense, likely = (torch.stack(x) for x in zip(*runs, strict=True))  # (K, B)
-        left = float(used.sum() / dense.sum())
-        alpha = self.slope(left)
+        fraction = float(used.sum() / dense.sum())
+        alpha = self.slope(fraction)
         reward = -task - alpha * used / dense
-        self.watched = {"reward": float(reward.mean()), "task_loss": float(task.mean()), "left": left, "alpha": alpha}
+        self.watched = {
+            "reward": float(reward.mean()),
+            "task_loss": float(task.mean()),
+            "left": fraction,
+            "alpha": alpha,
+        }
         loss = self.rest() - ((reward - reward.mean(0)) * likely).mean()
         if self.progress < self.guided * self.soft_until:
             self.guide = saliency(self, forward)
@@ -145,11 +152,11 @@ class TRBERT(Thresholded):
         self.record = record
         return loss
 
-    def slope(self, left: float) -> float:
-        """Compute alpha, the price of MACs while a share ``left`` of them is left."""
+    def slope(self, fraction: float) -> float:
+        """Compute alpha, the price of MACs while this ``fraction`` of them is left."""
         if self.target_flops is None:
             return 0.1 if self.weight is None else self.weight
-        return 2 * (PENALTY if self.weight is None else self.weight) * (left - self.target_now)
+        return 2 * (PENALTY if self.weight is None else self.weight) * (fraction - self.target_now)
 
     def _run(self, forward: Callable, batch: dict) -> tuple[Tensor, ...]:
         """Run once; (B,) each: task loss, MACs, dense MACs, and the log likelihood of the choices that were made."""
