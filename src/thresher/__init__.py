@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .exporting.runtime import load_runtime
     from .methods.adapler import AdapLeR
     from .methods.ats import ATS
+    from .methods.baselines import FirstK, Random
     from .methods.dynamicvit import DynamicViT
     from .methods.entropy import Entropy
     from .methods.evit import EViT
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .methods.threshold import Threshold
     from .methods.tome import ToFu, ToMe
     from .methods.top import ToP
-    from .methods.topk import FirstK, Random, TopK
+    from .methods.topk import TopK
     from .methods.transkimmer import Transkimmer
     from .methods.trbert import TRBERT
     from .methods.vatp import VATP
@@ -63,6 +64,7 @@ _HOMES = {
     "methods.dynamicvit": ("DynamicViT",),
     "methods.adapler": ("AdapLeR",),
     "methods.ats": ("ATS",),
+    "methods.baselines": ("FirstK", "Random"),
     "methods.entropy": ("Entropy",),
     "methods.ltmp": ("LTMP",),
     "methods.evit": ("EViT",),
@@ -73,7 +75,7 @@ _HOMES = {
     "methods.threshold": ("Threshold",),
     "methods.top": ("ToP",),
     "methods.tome": ("ToFu", "ToMe"),
-    "methods.topk": ("FirstK", "Random", "TopK"),
+    "methods.topk": ("TopK",),
     "methods.transkimmer": ("Transkimmer",),
     "methods.trbert": ("TRBERT",),
     "methods.vatp": ("VATP",),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.families import FAMILIES
-from thresher import LTP, FirstK, Random, Threshold, TopK, prune
+from thresher import LAT, LTP, DynamicViT, FirstK, PoWERBERT, Random, Threshold, TopK, prune
 from thresher.api import calling
 from thresher.core.pruner import METHODS, TokenPruner
 from thresher.core.tokens import LAYOUTS
@@ -121,6 +121,14 @@ def test_baselines_replay_the_counts_of_another_method(baseline, layout):
 def test_a_keep_outside_its_range_is_refused_by_name(keep):
     with pytest.raises(ValueError, match=r"keep=.*expected a share in \(0, 1\] or a whole number of tokens from 1 up"):
         pruned(TopK(keep=keep))
+
+
+@pytest.mark.parametrize("keep", [4, 1, (0.5, 4, 0.5), "replay"], ids=str)
+@pytest.mark.parametrize("method", [DynamicViT, PoWERBERT, LAT])
+def test_a_count_where_a_share_is_meant_is_refused(method, keep):
+    """What these methods train on are shares; 4 would be a share of 400 %."""
+    with pytest.raises(ValueError, match=r"keep=.*expected a share in \(0, 1\], as in 0.5; a number of tokens is not"):
+        pruned(method(keep=keep))
 
 
 def test_one_keep_too_few_is_refused():
@@ -373,6 +381,13 @@ def test_a_row_keeps_its_best_tokens(stage):
 def test_ltp_refuses_what_cannot_be(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
         LTP(**wrong)
+
+
+@pytest.mark.parametrize("name", ["ltp", "transkimmer", "adapler", "trbert", "ltmp", "dynamicvit", "powerbert", "top"])
+@pytest.mark.parametrize("soft_until", [1.5, -0.1])
+def test_a_soft_stage_that_is_no_share_is_refused(name, soft_until):
+    with pytest.raises(ValueError, match=rf"soft_until={soft_until}: expected a share of the training in \[0, 1\]"):
+        METHODS[name](soft_until=soft_until)
 
 
 def test_a_method_that_says_nothing_is_an_error():

@@ -68,6 +68,13 @@ def test_the_best_tokens_rise_above_the_others(kind, found):
     assert overlap(score, teacher, torch.ones_like(score).bool(), 4) == found
 
 
+def test_of_an_odd_number_of_tokens_the_better_half_is_rounded_up():
+    score, teacher, free = torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[1.0, 3.0, 2.0]]), torch.ones(1, 3).bool()
+    assert overlap(score, teacher, free, 20) == 0.5, "the best two: 0 and 1 here, 1 and 2 of the teacher"
+    five = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]])
+    assert overlap(five, five[:, [2, 1, 0, 3, 4]], torch.ones(1, 5).bool(), 20) == 1, "the best three, in another order"
+
+
 def test_pairs_among_the_best_alone_leave_the_others_where_they_are():
     torch.manual_seed(0)
     score, teacher = torch.rand(2, 7, requires_grad=True), torch.rand(2, 7)

@@ -16,9 +16,10 @@ from support.methods import Holes
 from support.toy import OPTIONS, make_toy
 from thresher import ToP, prune
 from thresher.experiments import train as jobs
+from thresher.methods.parts.constraint import rows_of
 from thresher.methods.parts.gates import chance, odds, sample
-from thresher.methods.parts.rank_bins import bin_of, within
-from thresher.methods.top import BOUND, rows_of
+from thresher.methods.parts.rank_bins import bin_of, kept_of_bins, nearest_mask, within
+from thresher.methods.top import BOUND
 
 BERT = FAMILIES["bert"]
 LENGTHS = (24, 18, 10, 21)
@@ -295,6 +296,7 @@ def test_what_is_watched():
         ({"soft_until": 1.5}, r"soft_until=1.5: expected a share of the training in \[0, 1\]"),
         ({"ramp": -0.1}, "ramp=-0.1: expected a share"),
         ({"rank_weight": -1}, "rank_weight=-1: expected a number from 0 up"),
+        ({"rank_decay": 2}, r"rank_decay=2: expected a share of rank_weight in \[0, 1\]"),
     ],
 )
 def test_numbers_it_cannot_take_are_named(options, problem):
@@ -370,7 +372,7 @@ def test_expected_counts_are_those_of_the_bins_that_short_texts_fall_into():
     hard = method.cost_of(method.rank > 0, tokens.long(), protected)
     assert method.expected(tokens, protected).item() == pytest.approx(hard, rel=1e-5)
     share = torch.linspace(1, 0, 32).expand(3, 32)
-    stay, bins = method.stays(share, 26), bin_of(torch.arange(4), torch.tensor(4), 32)
+    stay, bins = kept_of_bins(share, 26, method.floor), bin_of(torch.arange(4), torch.tensor(4), 32)
     of_four = 2 + share[0][bins[2:]].sum().item()  # the floor stays for certain
     assert stay(0, torch.tensor([1.0, 2.0, 0.0, 4.0])).tolist() == pytest.approx([1, 2, 0, of_four], abs=1e-5)
     assert stay(0, torch.tensor([0.5])).item() == pytest.approx(0.5)
@@ -397,3 +399,92 @@ def test_the_expected_cost_is_that_of_the_inputs_that_were_looked_at():
     loss = method.loss(None, {}, method.record)
     loss.backward()
     assert method.rank.grad.abs().sum() > 0, "the budget moves the masks all the same"
+
+
+# --- the released code's settings ------------------------------------------------------------------------------------
+def test_as_published_has_the_settings_of_the_released_code():
+    published = ToP.as_published(target_flops=0.6)
+    settings = {
+        "at": tuple(range(1, 11)),
+        "bins": 50,
+        "topk": 20,
+        "rank_loss": "arp2-topk",
+        "rank_weight": 0.01,
+        "rank_decay": 0.01,
+        "site_gates": True,
+        "holes": True,
+        "floor": 0,
+        "ramp": 0.25,
+        "soft_until": 1.0,
+        "target_flops": 0.6,
+    }
+    assert {name: getattr(published, name) for name in settings} == settings
+    assert [published.phase(progress) for progress in (0.0, 0.999, 1.0)] == ["soft", "soft", "hard"]
+    assert ToP.as_published(depth=6).at == (1, 2, 3, 4)
+    assert ToP.as_published(bins=512, topk=60).bins == 512
+
+
+def test_as_published_trains_softly_to_the_end_and_then_prunes_on_budget():
+    method = ToP.as_published(depth=6, target_flops=0.8, bins=8)
+    model, batch = pruned(method, num_hidden_layers=6).train(), BERT.batch(LENGTHS)
+    assert method.early == [0], "of six layers the second one alone learns the ranking"
+    weights, ranking = [], torch.rand(len(LENGTHS), 24, generator=torch.Generator().manual_seed(0))
+    for method.progress in (0.05, 0.125, 0.25, 0.999):
+        BERT.run(model, batch)
+        losses = []
+        for method.rank_weight in (0.0, 0.01):
+            losses.append(method.loss(None, batch, method.record, {"ranking": ranking}))
+        weights.append(((losses[1] - losses[0]) / method.ranking_loss_of(method.record, {"ranking": ranking})).item())
+        losses[1].backward()
+        assert method.soft and method.gate.grad.abs().sum() > 0 and method.rank.grad.abs().sum() > 0
+    assert weights == pytest.approx([0.008, 0.005, 0.0001, 0.0001], rel=0.02, abs=2e-6)
+    method.progress = 1.0
+    reached = method.calibrate(forward_of(model.eval()), [batch])["flops_fraction"]
+    record = forward_of(model)(batch)
+    assert reached == pytest.approx(0.8, rel=0.05)
+    assert float(record.used.float() / record.dense) == pytest.approx(reached, rel=1e-6)
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+def test_of_two_masks_the_one_within_the_budget_is_taken_though_the_other_is_nearer():
+    costs = {4: 1.0, 3: 0.8, 2: 0.55, 1: 0.2, 0: 0.1}
+    odds, gates_on = torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.zeros(1, 1, dtype=torch.bool)
+    found, mask = nearest_mask(odds, gates_on, lambda mask: costs[int(mask.sum())], 0.5, 0.51)
+    assert found == 0.2 and mask.tolist() == [[True, False, False, False]]
+    found, mask = nearest_mask(odds, gates_on, lambda mask: costs[int(mask.sum())], 0.5, 0.56)
+    assert found == 0.55 and mask.tolist() == [[True, True, False, False]]
+
+
+def test_calibration_stays_within_the_budget_where_the_nearest_mask_does_not():
+    method = ToP(bins=2, floor=0, at=(0,))
+    model, batch = pruned(method), BERT.batch((60, 41, 33, 52))
+    lengths = rows_of(forward_of(model)(batch))
+    half, none = (method.cost_of(torch.tensor([mask]), *lengths) for mask in ([True, False], [False, False]))
+    method.target_flops = half / 1.05
+    assert half > 0.4 > none
+    assert method.calibrate(forward_of(model), [batch]) == {"flops_fraction": none}
+    assert not method.mask.any()
+
+
+def test_a_row_that_could_lose_all_is_counted_with_the_token_that_it_keeps():
+    method = ToP(bins=4, floor=0, protect=())
+    model = pruned(method)
+    method.mask.zero_()
+    record = forward_of(model)(BERT.batch(LENGTHS))
+    assert record.counts[-1].n_attention.tolist() == [1] * 4
+    found = method.cost_of(method.mask, *rows_of(record))
+    assert found == pytest.approx(float(record.used.float() / record.dense), rel=1e-6)
+
+
+def test_saturated_odds_come_back_to_where_they_have_a_gradient():
+    method = ToP(bins=4, site_gates=True, rank_loss="none")
+    model = pruned(method).train()
+    with torch.no_grad():
+        method.rank.copy_(torch.tensor([50.0, 50.0, -50.0, -50.0]).expand(3, 4))
+        method.gate.fill_(-50.0)
+    method.progress = 0.1
+    BERT.run(model, BERT.batch(LENGTHS))
+    assert method.rank[0].tolist() == pytest.approx([BOUND, BOUND, -BOUND, -BOUND])
+    assert method.gate.tolist() == pytest.approx([-BOUND] * 3)
+    method.loss(None, {}, method.record).backward()
+    assert (method.gate.grad != 0).all()

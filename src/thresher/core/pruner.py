@@ -122,6 +122,7 @@ class TokenPruner(nn.Module):
     name: ClassVar[str] = ""
     lr: ClassVar[float] = 2e-2  # learning rate of its own parameters, where no other is given
     min_keep: ClassVar[int] = 1  # tokens that a row keeps at least
+    soft_until: ClassVar[float] = 0.0  # share of the training that is soft; a field where a method has a soft stage
     needs_attention: ClassVar[bool] = True
     needs_values: ClassVar[bool] = False  # whether the score takes the keys or values of the layer
     scores_all: ClassVar[bool] = True  # whether the score takes all attention probabilities, which are then charged
@@ -145,6 +146,8 @@ class TokenPruner(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
+        if not 0 <= self.soft_until <= 1:
+            raise ValueError(f"soft_until={self.soft_until}: expected a share of the training in [0, 1]")
         self.at = None if self.at is None else tuple(int(i) for i in self.at)
         self.architecture: Architecture | None = None
         self.hooks: Hooks | None = None
@@ -193,8 +196,8 @@ class TokenPruner(nn.Module):
         return False
 
     def phase(self, progress: float) -> str:
-        """Name of the training stage at ``progress`` (0..1)."""
-        return "hard"
+        """Name the training stage at ``progress`` (0..1)."""
+        return "soft" if progress < self.soft_until else "hard"
 
     def loss(self, forward: Callable[..., Any], batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
         """What the method adds to the task loss. ``forward(**override)`` runs the model again on the batch and returns

@@ -11,36 +11,45 @@ from torch import Tensor, nn
 from ..core.architecture import Architecture
 from ..core.pruner import Record
 from ..core.view import Site, View
-from .ltp import LTP
-from .parts.saliency import perceptron, perceptron_macs, saliency
+from .parts.predictor import perceptron, perceptron_macs
+from .parts.saliency import saliency
+from .parts.thresholds import Thresholded
 
 
-class AdapLeR(LTP):
-    """Contribution predictors taught by gradients (Modarressi, Mohebbi and Pilehvar, "AdapLeR: Speeding up Inference by
-    Adaptive Length Reduction", ACL 2022).
+class AdapLeR(Thresholded):
+    """Keep the tokens whose predicted contribution reaches a learned share of uniform (Modarressi, Mohebbi and
+    Pilehvar, "AdapLeR: Speeding up Inference by Adaptive Length Reduction", ACL 2022).
 
-    A perceptron at every site reads the state of each token that enters the layer; the softmax over the live tokens is
-    their contribution c. A token stays iff c >= eta / n, n live tokens, one eta per site: the threshold of ``LTP`` on a
-    score of n c, which is relative to uniform. In the soft stage a token below fades by its gate in the attention mask,
-    log sigmoid((n c - eta) / T), a smooth form of their additive mask; 1 / T grows geometrically. The loss adds
-    ``guidance`` * KL(s || c), the mean over the sites, to the task's and the budget's; s are the shares of the
-    saliencies of the live tokens.
-
-    Departures. The saliency is the derivative of the task loss by the token's gate (see ``parts.saliency``) in the
-    model that is being trained, at every soft step; the paper's is gradient times state of the true class's logit in
-    the fine-tuned model. A token leaves here after the attention of its layer, which therefore has no say. Gradients of
-    the predictors do not go on into the states that they read. Tokens leave before the FFN, not before the layer. Gates
-    may be rounded as ``LTP``'s (``straight_through=True``). The budget is ``LTP``'s: a penalty on the expected MACs,
-    those of the predictors included, and one shift of all thresholds on held-out inputs; without a target the mean
-    share of tokens that stay, as the paper's length loss.
+    A perceptron at every site reads the state of each token that enters the layer. The softmax over the n live tokens
+    is their contribution c. A token stays iff c >= eta / n, one eta per site: a threshold on n c, which is relative to
+    uniform. In the soft stage a token fades by its gate, log sigmoid((n c - eta) / T), and 1 / T grows geometrically.
+    The loss adds ``guidance`` * KL(s || c), the mean over the sites, where s are the shares of the saliencies of the
+    live tokens. The budget is that of ``LTP``, the MACs of the predictors included.
 
     Args:
         init: eta at the start.
         guidance: weight of the KL.
         temperature: T at the start of the soft stage.
         sharpen: how many times as large 1 / T is at its end.
+        straight_through: whether gates are rounded, as those of ``LTP``.
 
     The rest is as in ``LTP``.
+
+    ==================================  ====================================  ========================================
+    paper                               here                                  why
+    ==================================  ====================================  ========================================
+    saliency: gradient times state of   derivative of the task loss by the    a token leaves after the attention of its
+    the true class's logit              token's gate (``parts.saliency``)     layer, which therefore has no say
+    saliency of the fine-tuned model    of the model in training, at every    one training, no stage before it
+                                        soft step
+    gradients of the predictors reach   they stop at the states               predictors are judges, not tasks
+    the states
+    tokens leave before the layer       before the FFN                        as with all methods here
+    additive mask, piecewise linear     a smooth gate                         a gradient everywhere
+    no floor                            ``min_keep`` best tokens stay         as in ``LTP``
+    length loss with a weight           penalty on the expected MACs, one     a budget needs no search; without a
+                                        shift on held-out inputs              target the mean share that stays remains
+    ==================================  ====================================  ========================================
     """
 
     init: float = 0.25
@@ -60,8 +69,8 @@ class AdapLeR(LTP):
         self.divergence = 0.0
 
     def build(self, model: Architecture) -> None:
+        super().build(model)
         draw = torch.Generator().manual_seed(0)
-        self.threshold = nn.Parameter(torch.full((len(self.sites),), self.init))
         self.predictors = nn.ModuleList(perceptron(model.hidden, draw) for _ in self.sites)
         self.predictor_macs = perceptron_macs(model.hidden)
 
@@ -85,7 +94,8 @@ class AdapLeR(LTP):
 
     @staticmethod
     def apart(site: Site, salient: Tensor) -> Tensor:
-        """Scalar: KL between the shares of saliency (B, N) and the contributions at a site, the mean over rows."""
+        """Compute a scalar: KL of the contributions at a site from the shares of saliency (B, N), the mean over
+        rows."""
         weight = (salient + 1e-12 * site.protected) * site.tokens.votes.detach()  # where none is salient, [CLS] is
         target = weight / weight.sum(1, keepdim=True).clamp(min=1e-20)
         share = site.score / site.tokens.live[:, None]

@@ -15,22 +15,29 @@ from .topk import REPLAY, TopK
 
 
 class ATS(TopK):
-    """Adaptive token sampling (Fayyaz et al., "Adaptive Token Sampling for Efficient Vision Transformers", ECCV 2022);
-    needs no training.
+    """Sample the tokens that carry the significance, as many as the input needs (Fayyaz et al., "Adaptive Token
+    Sampling for Efficient Vision Transformers", ECCV 2022); needs no training.
 
-    The significance of token j is S_j = A_1j |V_j| / sum_k A_1k |V_k| (their eq. 4), the attention of the class token
-    times the norm of the value, over all tokens but that one. K points spread evenly over (0, 1) are looked up in the
-    inverse of its cumulative distribution (eqs. 5, 6); the tokens that they hit stay, several points on one token
-    count once. How many stay therefore depends on the input: few where few tokens carry all significance. In place of
-    their class token stands the first protected one: in a decoder the last token.
-
-    Departures. Tokens leave after attention, before the FFN, as with all methods here (theirs drops the query rows, so
-    that a token still serves as key and value in that layer: so it does here). Sums are over live tokens in their
-    order, heads are averaged, points are at (2k - 1) / 2K.
+    The significance of token j is S_j = A_1j |V_j| / sum_k A_1k |V_k| (eq. 4): the attention of the class token times
+    the norm of the value, over all tokens but that one. K points spread evenly over (0, 1) are looked up in the inverse
+    of its cumulative distribution (eqs. 5, 6). The tokens that they hit stay; several points on one token count once.
+    Few tokens stay where few carry all significance. There is no soft stage; the budget is one factor of ``keep``.
 
     Args:
         keep: a fraction of the row's survivors or a count, the protected ones included: the most tokens that stay. K is
             what is left of it for the others. With 1.0 nothing is sampled and all stay.
+        target_flops: as in ``TopK``.
+
+    ====================================  ===================================  ======================================
+    paper                                 here                                 why
+    ====================================  ===================================  ======================================
+    drops the query rows of a layer       tokens leave after attention,        the same: a token still serves as key
+                                          before the FFN                       and value in that layer
+    the class token asks                  the first protected token asks       a decoder has its last token
+    sums over heads                       heads are averaged                   the same share of all
+    a fixed even grid                     points at (2k - 1) / 2K              no point lies on an end
+    images without padding                sums over live tokens, in order      padding adds nothing
+    ====================================  ===================================  ======================================
     """
 
     keep: float | int | tuple = 0.5

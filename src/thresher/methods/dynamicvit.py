@@ -16,23 +16,31 @@ from .topk import TopK
 
 
 class DynamicViT(TopK):
-    """Dynamic token sparsification (Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token
-    Sparsification", NeurIPS 2021).
+    """Keep the tokens that a predictor prefers, at a few layers (Rao, Zhao, Liu, Lu, Zhou and Hsieh, "DynamicViT:
+    Efficient Vision Transformers with Dynamic Token Sparsification", NeurIPS 2021).
 
-    At each site a perceptron embeds the tokens; half of an embedding stays the token's own, in the place of the other
-    half stands its mean over all tokens, and a second perceptron gives the logits of staying and leaving. In the soft
-    stage the choice is drawn with Gumbel noise, straight through, under a loss on the squared distance of the mean
-    share that stays from the wanted one (their eq. 9); afterwards the tokens with the largest chance stay, a fixed
-    share.
-
-    Departures. The predictor reads what enters the layer, as theirs, but tokens leave after its attention. Gates enter
-    the attention as in ``LTP``, which for the tokens that stay is their masked softmax. A hard stage follows (theirs
-    trains softly to the end). Their distillation of the tokens is left out; the trainer distils the answers.
+    At each site a perceptron embeds the tokens. Half of an embedding stays the token's own; the place of the other half
+    takes its mean over all tokens. A second perceptron gives the logits of staying and leaving. In the soft stage the
+    choice is drawn with Gumbel noise, straight through. The loss is the squared distance of the mean share that stays
+    from the wanted one (eq. 9). Afterwards the tokens with the largest chance stay, a fixed share.
 
     Args:
-        keep: as in ``TopK``; the paper: 0.7 at three sites.
+        keep: a share, for all sites or one per site; the paper: 0.7 at three sites.
         weight: of the loss on the shares.
         soft_until: share of the training that is soft.
+        target_flops: as in ``TopK``; the shares are found before the training.
+
+    =================================  =====================================  ==========================================
+    paper                              here                                   why
+    =================================  =====================================  ==========================================
+    tokens leave before the layer      the predictor reads what enters the    as with all methods here
+    that the predictor reads           layer, tokens leave after its
+                                       attention
+    masked softmax                     gates enter the attention as in        for the tokens that stay it is the same
+                                       ``LTP``
+    soft to the end                    a hard stage follows                   weights settle with what is used
+    distils the tokens                 left out                               the trainer distils the answers
+    =================================  =====================================  ==========================================
     """
 
     keep: float | tuple = 0.7
@@ -42,6 +50,7 @@ class DynamicViT(TopK):
     name: ClassVar[str] = "dynamicvit"
     lr: ClassVar[float] = 1e-3
     needs_attention: ClassVar[bool] = False
+    takes_counts: ClassVar[bool] = False  # the loss is on shares
 
     def build(self, model: Architecture) -> None:
         super().build(model)
@@ -63,13 +72,10 @@ class DynamicViT(TopK):
     def score(self, view: View) -> Tensor:
         embed, votes = self.embed[view.site], view.tokens.votes[..., None]
         x = embed(view.hidden.to(embed[1].weight.dtype))
-        own, rest = x.tensor_split(2, dim=-1)
-        mean = (rest * votes).sum(1, keepdim=True) / votes.sum(1, keepdim=True).clamp(min=1e-6)
-        stays, leaves = self.decide[view.site](torch.cat([own, mean.expand_as(rest)], -1)).float().unbind(-1)
+        local, shared = x.tensor_split(2, dim=-1)
+        mean = (shared * votes).sum(1, keepdim=True) / votes.sum(1, keepdim=True).clamp(min=1e-6)
+        stays, leaves = self.decide[view.site](torch.cat([local, mean.expand_as(shared)], -1)).float().unbind(-1)
         return stays - leaves
-
-    def phase(self, progress: float) -> str:
-        return "soft" if progress < self.soft_until else "hard"
 
     def gates(self, score: Tensor, view: View) -> Tensor:
         return log_gate(gumbel(score))
@@ -84,7 +90,7 @@ class DynamicViT(TopK):
         return self.weight * torch.stack(terms).sum()
 
     def prepare(self, forward: Callable, batches: Iterable[dict]) -> None:
-        """Find the shares that meet ``target_flops``; they do not depend on what the predictors will learn."""
+        """Find the shares that meet ``target_flops``, which do not depend on what the predictors will learn."""
         progress, self.progress = self.progress, 1.0
         try:
             self.calibrate(forward, batches)

@@ -17,27 +17,39 @@ CRITERIA = ("row", "column")
 
 
 def row_entropy(weights: Tensor, votes: Tensor) -> Tensor:
-    """(B, N): Shannon entropy of each query row, summed over heads; see ``View.over``."""
+    """Compute (B, N), the Shannon entropy of each query row, summed over heads: a statistic, see ``core.scoring``."""
     return torch.special.entr(weights).sum((1, 3))
 
 
 def column_power(weights: Tensor, votes: Tensor) -> Tensor:
-    """(B, N): the sum over query rows and heads of the squared probabilities of each key."""
+    """Sum (B, N), the squared probabilities of each key, over query rows and heads."""
     return columns(weights.square(), votes)
 
 
 class Entropy(TopK):
-    """Top-k token pruning by an entropy of the attention; needs no training. Arguments as ``TopK``.
+    """Keep tokens by an entropy of the attention (after Su, Zhang and Zhang, "Rényi Entropy: A New Token Pruning Metric
+    for Vision Transformers", 2026); needs no training.
+
+    "row": the score is the Shannon entropy H_i = -sum_j A_ij log A_ij of the attention that token i pays, mean over
+    heads, with a minus: a token stays whose attention is selective, one that looks everywhere leaves. The criterion is
+    an old one, in this form our own. "column": the score is the squared L2 norm sum_i A_ij^2 of the attention that
+    token j receives. Of columns with equal sums it falls with the Rényi entropy of order 2: a token that few attend to
+    strongly outranks one with as much attention from all. Choice and budget are those of ``TopK``.
 
     Args:
-        criterion: "row": the Shannon entropy H_i = -sum_j A_ij log A_ij of the attention that token i pays, mean over
-            heads; a token whose attention is selective stays, one that looks everywhere goes. Not for decoders, whose
-            early tokens see few others; in layers with windows those at the edges see fewer, too. The criterion is an
-            old one, in this form our own. "column": the squared L2 norm sum_i A_ij^2 of the attention that token j
-            receives: of columns with equal sums it falls with the Rényi entropy of order 2, so that a token that few
-            attend to strongly outranks one with as much attention from all (after Su, Zhang and Zhang, "Rényi Entropy:
-            A New Token Pruning Metric for Vision Transformers", 2026, whose score, Col-Ln, is a norm of columns; here
-            n = 2, and the mean over heads is taken of the squares).
+        criterion: "row" or "column". "row" is not for decoders, whose early tokens see few others; in layers with
+            windows those at the edges see fewer, too.
+
+    The rest is as in ``TopK``.
+
+    ==================================  =============================  =========================================
+    paper                               here                           why
+    ==================================  =============================  =========================================
+    Col-Ln, a norm of order n           n = 2                          one number less to choose
+    of columns
+    mean over heads, then the norm      the mean over heads is taken   a statistic is summed head by head
+                                        of the squares
+    ==================================  =============================  =========================================
     """
 
     criterion: str = "row"

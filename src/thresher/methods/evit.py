@@ -14,20 +14,29 @@ from .topk import TopK
 
 
 class EViT(TopK):
-    """Token reorganization (Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
-    Reorganizations", ICLR 2022); works without training.
+    """Keep what the class token attends to and fuse the rest (Liang et al., "Not All Patches are What You Need:
+    Expediting Vision Transformers via Token Reorganizations", ICLR 2022); works without training.
 
-    The tokens that the class token attends to most, averaged over heads, stay; the others become one token more, the
-    sum of their states times that attention (their eq. 3). It is a token like others from then on, and may be fused
-    again.
-
-    Departures. The fused token takes the place of the best of those that it is made of, and all of these are put back
-    as it in the end. Tokens stay in their order. In place of their class token stands the first protected one. The
-    share of tokens that stay does not fall slowly as the training goes on (the authors found no difference).
+    The importance score is the attention of the class token, averaged over heads. The best-scored tokens stay. The
+    others become one token more, the sum of their states times that attention (eq. 3). It is a token like others from
+    then on, and may be fused again. There is no soft stage; the budget is one factor of ``keep``.
 
     Args:
         keep: as in ``TopK``; the fused token comes on top.
         fuse: whether the others are fused, or dropped.
+        target_flops: as in ``TopK``.
+
+    ===================================  ====================================  =====================================
+    paper                                here                                  why
+    ===================================  ====================================  =====================================
+    kept tokens in the order of their    tokens stay in their order; the       positions and layouts agree
+    score, the fused one behind          fused one takes the place of the
+                                         best of those that it is made of
+    what is fused is gone                put back as the fused token after     heads that read all tokens
+                                         the last layer
+    the class token asks                 the first protected token asks        models without a class token
+    the share falls slowly in training   it is fixed                           the authors found no difference
+    ===================================  ====================================  =====================================
     """
 
     keep: float | int | str | tuple = 0.7

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..core.architecture import Architecture
+from ..core.pareto import pareto_front
 from ..core.pruner import Choice, Record
 from ..core.view import View
 from .parts.distillation import distillation
-from .parts.selection import kept_count, top_k
+from .parts.selection import all_but_last, kept_count, top_k
 from .topk import TopK
 
 Schedule = tuple[float, ...]
@@ -21,27 +22,36 @@ KEEPS_ALL = 1.0
 
 
 class LAT(TopK):
-    """Length-Adaptive Transformer (Kim and Cho, "Length-Adaptive Transformer: Train Once with Length Drop, Use Anytime
-    with Search", ACL 2021): one training serves all budgets, ``budget`` chooses one at any time.
+    """Train one model for every budget and choose a schedule at any time (Kim and Cho, "Length-Adaptive Transformer:
+    Train Once with Length Drop, Use Anytime with Search", ACL 2021).
 
     The tokens that receive most attention stay. In training their number is drawn anew at every step, layer by layer,
-    no more than a share ``drop`` fewer than in the layer before (LengthDrop); each step trains the model with all
+    no more than a share ``drop`` fewer than in the layer before (LengthDrop). Each step trains the model with all
     tokens and, by the answers of that one alone, the smallest and ``drawn`` other ones (the sandwich rule, distilled in
     place). After the training an evolutionary search on held-out inputs finds, for many budgets, the schedule whose
-    answers are nearest to those with all tokens.
-
-    Departures. Numbers of tokens are shares of a text's length. The search minimizes the divergence of the answers on
-    unlabelled inputs (theirs maximizes a score on labelled ones), and is short. Between two schedules that it found,
-    ``budget`` interpolates. LayerDrop is left out.
+    answers are nearest to those with all tokens. ``budget`` chooses one.
 
     Args:
+        keep: the schedule, a share for all sites or one per site; 1 before a budget is chosen.
         target_flops: the budget that holds until another one is chosen.
         drop: the largest share that a layer may drop while training. Default: over all layers as much as 0.2 in each
             of twelve.
         drawn: random models that are trained in each step.
         generations: of the search; 30 new schedules each.
+        seed: of the search.
         frontier: what the search found, (share of the MACs, shares kept at each site), from small to large.
         at: default: every layer but the last.
+
+    =================================  ======================================  ======================================
+    paper                              here                                    why
+    =================================  ======================================  ======================================
+    numbers of tokens                  shares of a text's length               lengths of texts differ
+    the search maximizes a score on    it minimizes the divergence of the      needs no labels; and it is short
+    labelled inputs                    answers on unlabelled inputs
+    budgets that the search met        ``budget`` interpolates between two     any budget
+                                       schedules
+    LayerDrop                          left out                                layers are not tokens
+    =================================  ======================================  ======================================
     """
 
     keep: float | tuple = 1.0
@@ -53,6 +63,7 @@ class LAT(TopK):
 
     name: ClassVar[str] = "lat"
     learned: ClassVar[tuple[str, ...]] = ("keep", "frontier")
+    takes_counts: ClassVar[bool] = False  # schedules are shares
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,8 +72,7 @@ class LAT(TopK):
         self.frontier = tuple((float(share), tuple(map(float, keep))) for share, keep in self.frontier)
         self.running: Schedule | None = None  # in training
 
-    def default_at(self, model: Architecture) -> tuple[int, ...]:
-        return tuple(range(model.first_site, max(model.first_site, model.depth - 2) + 1))
+    default_at = all_but_last
 
     def build(self, model: Architecture) -> None:
         super().build(model)
@@ -85,7 +95,7 @@ class LAT(TopK):
     # --- any budget ----------------------------------------------------------------------------------------------
     @property
     def budget(self) -> float | None:
-        """MACs to be left, as a share of the dense model's; None: as ``keep`` says. Settable at any time.
+        """The MACs to be left, as a share of the dense model's; None: as ``keep`` says. Settable at any time.
 
         Raises ValueError where no search was made or the budget lies outside of what it found.
         """
@@ -104,7 +114,7 @@ class LAT(TopK):
         self.target_flops = value
 
     def _schedule(self, share: float) -> Schedule:
-        """Between the two schedules of the frontier next to a share of the MACs."""
+        """Interpolate between the two schedules of the frontier next to a share of the MACs."""
         ends = [*self.frontier, (KEEPS_ALL, (KEEPS_ALL,) * len(self.sites))]
         after = next(i for i, (at, _) in enumerate(ends) if at >= share)
         (low, few), (high, many) = ends[max(0, after - 1)], ends[after]
@@ -113,7 +123,7 @@ class LAT(TopK):
 
     # --- training ------------------------------------------------------------------------------------------------
     def draw(self) -> Schedule:
-        """A random schedule: at each site a share that is left of those before."""
+        """Draw a random schedule: at each site a share that is left of those before."""
         return tuple(round(1 - self.most * share, 3) for share in torch.rand(len(self.sites)).tolist())
 
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
@@ -136,49 +146,42 @@ class LAT(TopK):
             return {}
         batches = list(batches)
         if not self.frontier:
-            before = self.keep
+            keep = self.keep
             try:
                 self.frontier = self._evolved(forward, batches)
             finally:
-                self.keep = before
+                self.keep = keep
         if self.target_flops is not None:
             self.budget = max(self.target_flops, self.frontier[0][0])
         return super().calibrate(forward, batches)
 
     @torch.no_grad()
     def _evolved(self, forward: Callable, batches: list[dict]) -> tuple:
-        """The schedules that no other one beats in both MACs and answers."""
+        """Search for the schedules that no other one beats in both MACs and answers."""
         self.keep, draw = KEEPS_ALL, random.Random(self.seed)
         whole = [forward(batch).answers for batch in batches]
 
-        def judged(schedule: Schedule) -> tuple[float, float, Schedule]:
-            self.keep, far, used, dense = schedule, 0.0, 0.0, 0.0
+        def trial(schedule: Schedule) -> tuple[float, float, Schedule]:
+            self.keep, divergence, used, dense = schedule, 0.0, 0.0, 0.0
             for batch, answers in zip(batches, whole, strict=True):
                 record = forward(batch)
-                far += float(distillation(record.answers, answers, 1.0, batch.get("attention_mask")))
+                divergence += float(distillation(record.answers, answers, 1.0, batch.get("attention_mask")))
                 used, dense = used + float(record.used), dense + float(record.dense)
-            return used / dense, far, schedule
+            return used / dense, divergence, schedule
 
-        known = {
-            s: judged(s) for s in {tuple(round(1 - i * self.most / 8, 3) for _ in self.sites) for i in range(1, 13)}
-        }
+        def front() -> list[tuple[float, float, Schedule]]:
+            return pareto_front(sorted(trials.values()), lambda one: one[0], lambda one: one[1])
+
+        even = {tuple(round(1 - i * self.most / 8, 3) for _ in self.sites) for i in range(1, 13)}
+        trials = {schedule: trial(schedule) for schedule in even}
         for _ in range(self.generations):
-            best = front(known.values())
+            best = front()
             for _ in range(15):
                 one, other = (draw.choice(best)[2] for _ in range(2))
                 mutated = [x if draw.random() < 0.5 else draw.uniform(0.3, 1) for x in one]
                 mean = [(a + b) / 2 for a, b in zip(one, other, strict=True)]
-                for new in (mutated, mean):
-                    schedule = tuple(round(x, 3) for x in new)
-                    if schedule not in known:
-                        known[schedule] = judged(schedule)
-        return tuple((share, schedule) for share, _, schedule in front(known.values()))
-
-
-def front(judged: Iterable[tuple[float, float, Schedule]]) -> list[tuple[float, float, Schedule]]:
-    """Those of (cost, distance, ...) that no other beats in both, by rising cost."""
-    kept: list = []
-    for one in sorted(judged):
-        if not kept or one[1] < kept[-1][1]:
-            kept.append(one)
-    return kept
+                for child in (mutated, mean):
+                    schedule = tuple(round(x, 3) for x in child)
+                    if schedule not in trials:
+                        trials[schedule] = trial(schedule)
+        return tuple((share, schedule) for share, _, schedule in front())

@@ -17,23 +17,33 @@ from .tome import STAYS, bipartite_matching
 
 
 class LTMP(LTP):
-    """Learned thresholds token merging and pruning (Bonnaerens and Dambre, "Learned Thresholds Token Merging and
+    """Merge and prune tokens by learned thresholds (Bonnaerens and Dambre, "Learned Thresholds Token Merging and
     Pruning for Vision Transformers", TMLR 2023).
 
-    In each layer the pairs of ``ToMe`` whose similarity is not below a learned threshold are merged, and then the
-    tokens whose attention received is below another one leave. Keys weigh by size.
-
-    Departures. A pair is judged by the attention that its second token receives.
-    In the soft stage a token that would be merged is hidden, as one that would leave: the threshold learns
-    from what it costs to lose it, and the hard stage loses less. Scores are relative to uniform attention. The budget
-    is ``LTP``'s: its penalty is the paper's, with a target that falls, and in the end one number, added to the
-    thresholds for pruning and taken off those for merging, meets it on held-out inputs.
+    In each layer the pairs of ``ToMe`` whose similarity is not below a learned threshold are merged. Then the tokens
+    leave whose attention received is below another threshold, as in ``LTP``. Keys weigh by size. In the soft stage both
+    thresholds learn by their gates. The budget is that of ``LTP``: in the end one number, added to the thresholds for
+    pruning and taken off those for merging, meets it on held-out inputs.
 
     Args:
         temperature: of the gates of both; the paper: 0.1.
         merge_init: the threshold on the similarity at the start; the paper: 0.9.
 
     The rest is as in ``LTP``.
+
+    ===================================  =================================  ==========================================
+    paper                                here                               why
+    ===================================  =================================  ==========================================
+    merging, then pruning of the rest    a pair is judged by the attention  one attention gives both choices
+                                         that its second token receives
+    merges in training as well           in the soft stage a token to be    the threshold learns from what it costs to
+                                         merged is hidden, as one that      lose it; the hard stage loses less
+                                         leaves
+    attention                            relative to uniform                a threshold carries over lengths
+    squared distance from the target     the same, with a target that       the weights follow slowly
+                                         falls
+    meets it by training alone           one number on held-out inputs      counts drift as the weights learn
+    ===================================  =================================  ==========================================
     """
 
     init: float = 0.0
@@ -60,7 +70,7 @@ class LTMP(LTP):
         return super().gates(score, view) + log_gate(apart / self.temperature)
 
     def knob(self) -> Callable[[float], None]:
-        """One shift of all thresholds, towards removing more."""
+        """Return the knob: one shift of all thresholds, towards removing more."""
         turn, start = super().knob(), self.merge_threshold.detach().clone()
 
         def both(by: float) -> None:

@@ -14,37 +14,46 @@ from ..core.scoring import columns
 from ..core.tokens import CLOSED
 from ..core.view import View
 from .parts.rank_bins import bin_of
-from .parts.selection import ranks
+from .parts.selection import all_but_last, ranks
 from .topk import TopK
 
 
 def others(weights: Tensor, votes: Tensor) -> Tensor:
-    """(B, N): what each token receives from others; see ``View.over``."""
+    """Sum (B, N), the attention that each token receives from others: a statistic, see ``core.scoring``."""
     return columns(weights, votes) - (weights.diagonal(dim1=-2, dim2=-1) * votes[:, None]).sum(1)
 
 
 class PoWERBERT(TopK):
-    """Progressive word-vector elimination (Goyal et al., "PoWER-BERT: Accelerating BERT Inference via Progressive
-    Word-vector Elimination", ICML 2020).
+    """Learn by rank how many tokens each layer keeps (Goyal, Choudhury, Raje, Chakaravarthy, Sabharwal and Verma,
+    "PoWER-BERT: Accelerating BERT Inference via Progressive Word-vector Elimination", ICML 2020).
 
-    The score of a token is the attention that it receives from the others, over heads (their section 3.2). In the soft
-    stage ("soft-extract") each token is multiplied by the retention parameter of its rank, one per layer and rank, in
-    [0, 1] and 1 at the start, which learns with the weights under a penalty; then the mass of a layer's parameters says
-    how many tokens it keeps of every input, no more than the layer before, and the weights are trained on with these.
-
-    Departures. Ranks are relative, in ``bins``, and counts are shares of a text's length (theirs are counts of a
-    padded length). A retention parameter enters the attention of the following layers as its logarithm on the key,
-    see ``LTP``; those of several sites add up, while the count after a site follows the least mass so far, as the
-    paper's does, so that what several sites took together falls to the last knob. The budget is a FLOPs target: its
-    penalty is ``LTP``'s and, when the shares are known, one factor of all of them meets it on held-out inputs;
-    without a target the penalty is the paper's, the mass of each layer times its number, times ``weight``.
+    The importance score is the attention that a token receives from the others, over heads (section 3.2). In the soft
+    stage ("soft-extract") a token is multiplied by the retention parameter of its rank, one per layer and rank, in
+    [0, 1] and 1 at the start, which learns with the weights under a penalty. Then the mass of a layer's parameters says
+    how many tokens it keeps of every input, no more than the layer before. The weights are trained on with these. The
+    budget is a penalty on the MACs and one factor of all shares on held-out inputs.
 
     Args:
         keep: the shares, of each site's survivors; found by the training, 1 before.
         weight: of the penalty. Default 10 with a target, 0.01 without.
         bins: of relative rank.
         soft_until: share of the training that is soft.
+        target_flops: as in ``TopK``.
         at: default: every layer but the last.
+
+    ===================================  ====================================  =======================================
+    paper                                here                                  why
+    ===================================  ====================================  =======================================
+    a parameter for each rank up to the  relative ranks in ``bins``; counts    lengths of texts differ
+    padded length, counts of it          are shares of a text's length
+    a parameter scales the state         its logarithm on the key in the       0 is removal, see ``LTP``
+                                         following layers
+    the count after a site follows the   the same; but gates of several sites  what several sites took together falls
+    least mass so far                    add up as logarithms                  to the last knob
+    penalty: mass of each layer times    penalty of ``LTP`` on the MACs, one   a budget needs no search; without a
+    its number                           factor on held-out inputs             target the paper's remains, times
+                                                                               ``weight``
+    ===================================  ====================================  =======================================
     """
 
     keep: float | tuple = 1.0
@@ -54,13 +63,13 @@ class PoWERBERT(TopK):
 
     name: ClassVar[str] = "powerbert"
     lr: ClassVar[float] = 1e-2
+    takes_counts: ClassVar[bool] = False  # shares are what the retention parameters say
 
     @property
     def statistic(self) -> Callable:
         return others
 
-    def default_at(self, model: Architecture) -> tuple[int, ...]:
-        return tuple(range(model.first_site, max(model.first_site, model.depth - 2) + 1))
+    default_at = all_but_last
 
     def build(self, model: Architecture) -> None:
         super().build(model)
@@ -68,9 +77,6 @@ class PoWERBERT(TopK):
 
     def score(self, view: View) -> Tensor:
         return view.reduce_attention(others)
-
-    def phase(self, progress: float) -> str:
-        return "soft" if progress < self.soft_until else "hard"
 
     def gates(self, score: Tensor, view: View) -> Tensor:
         free = view.alive & ~view.protected
@@ -85,17 +91,18 @@ class PoWERBERT(TopK):
         if not self.soft:
             return self.rest()
         if self.target_flops is not None:
-            return self.penalty(record, self.progress / max(1e-9, self.soft_until), self.weight)
+            return self.penalty(record, self.softened, self.weight)
         number = torch.tensor([layer + 1.0 for layer in self.sites], device=self.retention.device)
         return (0.01 if self.weight is None else self.weight) * (number * self.retention.sum(1)).sum()
 
     def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
         """Read the shares off the retention parameters, once these have learned, and meet ``target_flops``."""
         with torch.no_grad():
-            left = self.retention.clamp(0, 1).mean(1).cummin(0).values.tolist()  # of all tokens, after each site
-        if left[-1] < 1:
-            before = [1.0, *left[:-1]]
+            masses = self.retention.clamp(0, 1).mean(1).cummin(0).values.tolist()  # of all tokens, after each site
+        if masses[-1] < 1:
+            entering = [1.0, *masses[:-1]]
             self.keep = tuple(
-                min(1.0, max(0.001, round(x / max(y, 1e-3), 3))) for x, y in zip(left, before, strict=True)
+                min(1.0, max(0.001, round(after / max(before, 1e-3), 3)))
+                for after, before in zip(masses, entering, strict=True)
             )
         return super().calibrate(forward, batches)

@@ -12,18 +12,26 @@ from .topk import TopK
 
 
 class SpAtten(TopK):
-    """Cascade token pruning (Wang, Zhang and Han, "SpAtten", HPCA 2021, section III-A); needs no training.
+    """Keep the tokens that received most attention over all sites so far (Wang, Zhang and Han, "SpAtten: Efficient
+    Sparse Attention Architecture with Cascade Token and Head Pruning", HPCA 2021, section III-A); needs no training.
 
-    The importance of a token is the attention that it received in all sites so far, of heads and live query rows; what
-    has left never comes back. Arguments as ``TopK``, whose score is that of one layer.
-
-    Departures. Scores are relative to uniform attention, so that each layer counts alike as tokens leave (theirs are
-    plain sums). Layers that are not sites do not contribute: their probabilities are not made. Cascade head pruning,
-    local value pruning and progressive quantization are left out.
+    The importance score is accumulated: the attention that a token received in all sites so far, of heads and live
+    query rows. What has left never comes back. Choice and budget are those of ``TopK``, whose score is that of one
+    layer.
 
     Args:
         keep: as in ``TopK``.
+        target_flops: as in ``TopK``.
         at: default: every second layer after the first sixth of the depth.
+
+    ==================================  ================================  ==============================================
+    paper                               here                              why
+    ==================================  ================================  ==============================================
+    plain sums                          relative to uniform attention     each layer counts alike as tokens leave
+    every layer contributes             sites alone                       other layers do not make their probabilities
+    prunes heads and local values,      left out                          tokens are the subject
+    quantizes progressively
+    ==================================  ================================  ==============================================
     """
 
     name: ClassVar[str] = "spatten"
@@ -32,9 +40,9 @@ class SpAtten(TopK):
         return tuple(range(max(model.first_site, model.depth // 6), model.last_site + 1, 2))
 
     def score(self, view: View) -> Tensor:
-        received, before = view.attention_received(), view.previous
-        if before is None:
+        received, previous = view.attention_received(), view.previous
+        if previous is None:
             return received
         total = received.new_zeros(len(received), view.tokens.width)
-        total = total.scatter_add(1, before.tokens.index, before.score)  # dead slots have received nothing
+        total = total.scatter_add(1, previous.tokens.index, previous.score)  # dead slots have received nothing
         return received + total.gather(1, view.tokens.index).masked_fill(~view.alive, 0.0)

@@ -12,13 +12,22 @@ from ..core.view import View
 
 
 class Threshold(TokenPruner):
-    """Manual thresholds on the attention received: LTP's own baseline (Kim et al., KDD 2022).
+    """Keep the tokens whose score reaches a threshold set by hand: LTP's own baseline (Kim et al., "Learned Token
+    Pruning for Transformers", KDD 2022); needs no training.
 
-    The unit is relative to uniform attention: 1 is what every token would get if attention were even, so a threshold
-    carries over lengths. A published absolute threshold at padded length 128 becomes 128 times as much here.
+    The importance score is the attention received, relative to uniform: 1 is what every token would get if attention
+    were even. How many tokens stay depends on the input. There is no soft stage and no budget.
 
     Args:
         threshold: for all sites, or one per site. Up to 1 a row always keeps a token by itself.
+
+    ======================================  ===================  ======================================
+    paper                                   here                 why
+    ======================================  ===================  ======================================
+    score divided by the padded length:     times the live       a threshold carries over lengths
+    a threshold at length 128               tokens: 128 times
+                                            as much
+    ======================================  ===================  ======================================
     """
 
     threshold: float | tuple = 0.5

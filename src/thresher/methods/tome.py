@@ -14,32 +14,37 @@ from ..core.architecture import Architecture
 from ..core.pruner import Choice
 from ..core.view import View
 from .parts.budget import Budgeted
-from .parts.selection import check_keep, top_k
-from .topk import per_site
+from .parts.selection import check_keep, per_site, top_k
 
 STAYS = 2.0  # a score above that of any token that may be merged
 
 
 class ToMe(Budgeted):
-    """Token merging by bipartite soft matching (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023); needs
-    no training.
+    """Merge the most similar tokens by bipartite soft matching (Bolya, Fu, Dai, Zhang, Feichtenhofer and Hoffman,
+    "Token Merging: Your ViT But Faster", ICLR 2023); needs no training.
 
     In each layer the tokens are dealt in turn into two sets. Each token of the first finds the most similar one of the
-    second, by the cosine of their keys, averaged over heads; the r most similar pairs become one token, the mean of
-    their states, each weighed by the number of tokens that it stands for. From then on this number weighs the token as
-    a key: its logarithm is added to the logits ("proportional attention", their eq. 1).
-
-    In the end every token is put back as the one that holds it, so that heads that read all tokens, and means over
-    them, see each merged one as often as it counts.
-
-    Departures. Protected tokens are in neither set (their class token is in the first and never merged, which is the
-    same). Padding is in neither set. Tokens stay in their order. For texts, whose lengths differ, r is a share.
+    second, by the cosine of their keys, averaged over heads. The r most similar pairs become one token, the mean of
+    their states, each weighed by its size, the number of tokens that it stands for. The logarithm of the size is added
+    to the logits of the merged key ("proportional attention", eq. 1). After the last layer every token is put back as
+    the one that holds it: heads that read all tokens see a merged one as often as it counts.
 
     Args:
         r: tokens merged in each layer: a share of the row's tokens or a count, for all sites or one per site. No more
             than those of the first set, half of what is not protected, are ever merged; 0 merges nothing.
         target_flops: as in ``TopK``, by one factor of ``r``.
         at: default: every layer.
+
+    ============================  ==========================  ====================================================
+    paper                         here                        why
+    ============================  ==========================  ====================================================
+    the class token is in the     protected tokens are in     the same: neither is ever merged
+    first set and never merged    neither set
+    images have no padding        padding is in neither set   texts of a batch do not meet
+    kept and merged tokens are    tokens stay in their order  the layouts agree on it
+    concatenated
+    r is a count                  r may be a share            lengths of texts differ
+    ============================  ==========================  ====================================================
     """
 
     r: float | int | tuple = 0.1
@@ -70,7 +75,7 @@ class ToMe(Budgeted):
             raise ValueError(f"r={self.r!r}: target_flops takes shares above 0, which it can change")
 
     def knob(self) -> Callable[[float], None]:
-        """One factor of all shares."""
+        """Return the knob: one factor of all shares."""
         return self.turn_shares("r", 1)
 
     def score_and_choose(self, view: View) -> tuple[Tensor, Choice]:
@@ -92,7 +97,7 @@ class ToMe(Budgeted):
 
 
 def _merged(share: float | int, live):
-    """How many of ``live`` tokens, a number or (B,), are to be merged."""
+    """Count how many of ``live`` tokens, a number or (B,), are to be merged."""
     if isinstance(share, int):
         return share
     thousandths = live * round(share * 1000)
@@ -114,20 +119,27 @@ def bipartite_matching(view: View) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class ToFu(ToMe):
-    """Token fusion (Kim et al., "Token Fusion: Bridging the Gap between Token Pruning and Token Merging", WACV 2024);
-    needs no training.
+    """Fuse the most similar tokens: drop in early layers, merge in late ones (Kim, Gao, Hsu, Shen and Jin, "Token
+    Fusion: Bridging the Gap between Token Pruning and Token Merging", WACV 2024); needs no training.
 
-    The pairs are ``ToMe``'s. In early layers, which answer a mean of two tokens with something else than the mean of
-    their answers, the first of each pair is dropped; in later ones the pair becomes its mean with the length of the
-    longer of the two (MLERP), since means are shorter than what they are means of.
-
-    Departures. Theirs measures where layers turn from one to the other; here it is ``prunes``. A longer one is the
-    longest of all that are merged into one token at once. What was dropped is put back as what it was then.
+    The pairs are those of ``ToMe``. An early layer answers the mean of two tokens with something else than the mean of
+    its answers: there the first token of each pair is dropped. In a late layer the pair becomes its mean with the
+    length of the longer of the two (MLERP), since a mean is shorter than what it is made of.
 
     Args:
         prunes: the share of the depth that prunes; the layers behind it merge.
 
     The rest is as in ``ToMe``.
+
+    ================================  =====================================  ===================================
+    paper                             here                                   why
+    ================================  =====================================  ===================================
+    measures where layers turn from   ``prunes`` says it                     needs no look at data
+    one to the other
+    the longer of two                 the longest of all that are merged     several may be merged into one
+                                      into one token at once                 token of the second set
+    a dropped token is gone           put back as it was when it left        heads that read all tokens
+    ================================  =====================================  ===================================
     """
 
     prunes: float = 0.5

@@ -9,30 +9,41 @@ from torch import Tensor, nn
 
 from ..core.architecture import Architecture
 from ..core.view import View
-from .ltp import LTP
 from .parts.gates import gumbel
+from .parts.thresholds import Thresholded
 
 
-class Transkimmer(LTP):
-    """Skim predictors trained with Gumbel noise (Guan et al., "Transkimmer: Transformer Learns to Layer-wise Skim", ACL
-    2022); tokens that are skimmed keep the state that they had.
+class Transkimmer(Thresholded):
+    """Skim the tokens that a predictor in every layer can do without (Guan, Li, Leng, Lin and Guo, "Transkimmer:
+    Transformer Learns to Layer-wise Skim", ACL 2022).
 
-    A two-layer perceptron reads the state of each token that enters a layer and gives two logits. In the soft stage the
-    token stays if that of staying, with Gumbel noise on both, is the larger one (a choice that is rounded in the
-    forward pass, straight through); afterwards the same without noise.
-
-    Departures. The predictor reads what enters the layer, as theirs, but tokens leave after its attention, before the
-    FFN, as with all methods here. A skimmed token is gone from attention, whose probabilities then add up to one again
-    (theirs are multiplied by the mask). A hard stage without noise follows (theirs samples in evaluation). The budget
-    is ``LTP``'s: a penalty on the expected MACs, those of the predictors included, and one shift of all logits on
-    held-out inputs; without a target the penalty is the paper's mean share of tokens that stay. The logits start at
-    ``start`` apart, not 10: a training has hundreds of steps, not tens of thousands.
+    A two-layer perceptron reads the state of each token that enters a layer and gives two logits, of staying and of
+    leaving. In the soft stage Gumbel noise is added to both, and the token stays if the logit of staying is the larger
+    one, rounded straight through. Afterwards there is no noise. A skimmed token keeps the state that it had. The budget
+    is that of ``LTP``, the MACs of the predictors included; its shift is one of all logits.
 
     Args:
         start: how much larger the logit of staying is at the start.
         temperature: of the Gumbel softmax; the paper: 1.
+        init: the difference of the logits from which on a token stays, at the start.
 
     The rest is as in ``LTP``.
+
+    =====================================  =================================  ========================================
+    paper                                  here                               why
+    =====================================  =================================  ========================================
+    a token leaves before the attention    after it, before the FFN           as with all methods here
+    that follows its predictor
+    attention probabilities times the      a skimmed token is no key,         0 is removal
+    mask                                   probabilities add up to one
+    evaluation samples                     a hard stage without noise         answers are the same every time
+                                           follows
+    mean share of tokens that stay         penalty on the expected MACs, one  a budget needs no search; without a
+                                           shift on held-out inputs           target the paper's penalty remains
+    no floor                               ``min_keep`` best tokens stay      as in ``LTP``
+    logits start 10 apart                  ``start`` = 4 apart                a training has hundreds of steps, not
+                                                                              tens of thousands
+    =====================================  =================================  ========================================
     """
 
     temperature: float = 1.0

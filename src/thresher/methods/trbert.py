@@ -14,30 +14,23 @@ from ..core.cost import dense_macs, macs
 from ..core.pruner import Choice, Record
 from ..core.tokens import take
 from ..core.view import Site, View
-from .ltp import LTP
 from .parts.budget import PENALTY
-from .parts.saliency import perceptron, perceptron_macs, saliency, task_losses
+from .parts.predictor import perceptron, perceptron_macs
+from .parts.saliency import saliency, task_losses
 from .parts.selection import top_k
+from .parts.thresholds import Thresholded
 
 
-class TRBERT(LTP):
-    """Dynamic token reduction by a policy (Ye, Lin, Huang and Sun, "TR-BERT: Dynamic Token Reduction for Accelerating
-    BERT Inference", NAACL 2021).
+class TRBERT(Thresholded):
+    """Keep the tokens that a policy, learned by reinforcement, lets stay (Ye, Lin, Huang and Sun, "TR-BERT: Dynamic
+    Token Reduction for Accelerating BERT Inference", NAACL 2021).
 
-    At each site a perceptron reads the state of each token and gives the chance that it stays: drawn in the sampled
-    stage, rounded afterwards. There the policies learn by REINFORCE: the reward of a run is -(task loss) - alpha *
-    (share of the MACs left), its baseline the mean reward of the ``rollouts`` runs of the same text. In the ``guided``
-    share of that stage one more run follows a guide, the most salient tokens, as many as the policy expects to stay,
-    and the policy imitates it: it learns the likelihood of those choices.
-
-    Departures. The weights learn with the policies from the start, by the task loss and the distillation of one more
-    run that is drawn (theirs are frozen first); in the hard stage the policies rest. alpha is the slope of ``LTP``'s
-    penalty at the MACs of these runs, so that it grows while more is left than is asked for now; the rest is
-    ``LTP``'s one shift on held-out inputs. Without a target alpha is ``weight``, as theirs. MACs are counted where
-    theirs has kept tokens. The guide is the saliency of ``parts.saliency`` in the model that is being trained;
-    theirs multiplies gradients with the change of states of the fine-tuned one. Tokens leave before the FFN of layers
-    0 and L/2 - 1, theirs enter neither layer 1 nor L/2. A row keeps its ``min_keep`` best tokens. Classification,
-    regression, labelled tokens and answers in a text are what is rewarded.
+    At each site a perceptron reads the state of each token and gives the chance that it stays. In the sampled stage
+    choices are drawn, afterwards they are rounded. The policies learn by REINFORCE: the reward of a run is -(task loss)
+    - alpha * (share of the MACs left), its baseline the mean reward of the ``rollouts`` runs of the same text. In the
+    ``guided`` share of the sampled stage one more run follows a guide: the most salient tokens stay, as many as the
+    policy expects to. The policy imitates it, by the likelihood of those choices. The last stage of the budget is the
+    shift of ``LTP``.
 
     Args:
         rollouts: K runs of each text for the reward; the paper: 8.
@@ -45,9 +38,31 @@ class TRBERT(LTP):
         guidance: weight of the imitation.
         start: the logit of staying at the start.
         temperature: of the chance to stay.
+        init: the logit from which on a token stays, at the start.
         soft_until: share of the training that is sampled.
 
     The rest is as in ``LTP``; nothing is soft, so that ``straight_through`` says nothing.
+
+    ====================================  ===================================  ======================================
+    paper                                 here                                 why
+    ====================================  ===================================  ======================================
+    policies first, weights frozen, then  both from the start; the weights     one training
+    both                                  learn by one more run that is drawn
+    both learn to the end                 policies rest in the hard stage      weights settle with what is used
+    alpha is a number                     the slope of the penalty at the      grows while more is left than is asked
+                                          MACs of these runs                   for; without a target alpha is
+                                                                               ``weight``
+    counts tokens kept                    counts MACs                          the budget is one of MACs
+    guide: gradients times the change of  saliency (``parts.saliency``) of     no stage before the training
+    states, of the fine-tuned model       the model in training
+    enters neither layer 1 nor L/2        leaves before the FFN of layers 0    as with all methods here
+                                          and L/2 - 1
+    keeps as many of all texts of a       texts do not meet                    answers do not depend on the batch
+    batch as of the one that keeps most
+    no floor                              ``min_keep`` best tokens stay        as in ``LTP``
+    any task                              classes, numbers, labelled tokens,   a reward needs the loss of each text
+                                          answers
+    ====================================  ===================================  ======================================
     """
 
     temperature: float = 1.0
@@ -70,10 +85,10 @@ class TRBERT(LTP):
             raise ValueError(f"guided={self.guided}: expected a share of the sampled stage in [0, 1]")
         self.playing = False  # while runs are made for the reward
         self.guide: list[Tensor] | None = None  # per site (B, N0), while one follows it
-        self.seen: dict[str, float] = {}
+        self.watched: dict[str, float] = {}
 
     def default_at(self, model: Architecture) -> tuple[int, ...]:
-        """After the attention of the first layer and of the last one of the first half."""
+        """Name the first layer and the last one of the first half."""
         return tuple(sorted({min(max(i, model.first_site), model.last_site) for i in (0, model.depth // 2 - 1)}))
 
     def build(self, model: Architecture) -> None:
@@ -98,7 +113,7 @@ class TRBERT(LTP):
             return policy(view.hidden.detach().to(policy[0].weight.dtype)).float()[..., 0]
 
     def opening(self, score: Tensor, view: View | Site) -> Tensor:
-        """(B, N): the log odds of staying."""
+        """Compute (B, N), the log odds of staying."""
         return (score - self.threshold[self.site(view.layer)].detach()) / self.temperature
 
     def choose(self, score: Tensor, view: View) -> Choice:
@@ -111,16 +126,20 @@ class TRBERT(LTP):
         return Choice(top_k(salient, (chance * view.alive).sum(1).round(), view.alive))
 
     def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
-        rests = self.rest()
         if not self.sampled:
-            return rests
+            return self.rest()
         runs = [self._run(forward, batch) for _ in range(self.rollouts)]
         task, used, dense, likely = (torch.stack(x) for x in zip(*runs, strict=True))  # (K, B)
-        left = float(used.sum() / dense.sum())
-        alpha = self.slope(left)
+        fraction = float(used.sum() / dense.sum())
+        alpha = self.slope(fraction)
         reward = -task - alpha * used / dense
-        self.seen = {"reward": float(reward.mean()), "task_loss": float(task.mean()), "left": left, "alpha": alpha}
-        loss = rests - ((reward - reward.mean(0)) * likely).mean()
+        self.watched = {
+            "reward": float(reward.mean()),
+            "task_loss": float(task.mean()),
+            "left": fraction,
+            "alpha": alpha,
+        }
+        loss = self.rest() - ((reward - reward.mean(0)) * likely).mean()
         if self.progress < self.guided * self.soft_until:
             self.guide = saliency(self, forward)
             try:
@@ -133,14 +152,14 @@ class TRBERT(LTP):
         self.record = record
         return loss
 
-    def slope(self, left: float) -> float:
-        """alpha: the price of MACs while a share ``left`` of them is left."""
+    def slope(self, fraction: float) -> float:
+        """Compute alpha, the price of MACs while this ``fraction`` of them is left."""
         if self.target_flops is None:
             return 0.1 if self.weight is None else self.weight
-        return 2 * (PENALTY if self.weight is None else self.weight) * (left - self.target_now)
+        return 2 * (PENALTY if self.weight is None else self.weight) * (fraction - self.target_now)
 
     def _run(self, forward: Callable, batch: dict) -> tuple[Tensor, ...]:
-        """(B,) each: task loss, MACs, those of the dense model, and the log likelihood of the choices made."""
+        """Run once; (B,) each: task loss, MACs, dense MACs, and the log likelihood of the choices that were made."""
         self.playing = True
         try:
             with torch.no_grad():
@@ -152,12 +171,12 @@ class TRBERT(LTP):
         return task, macs(costs, counts), dense_macs(costs, counts[0].n_attention), likely
 
     def likelihood(self, site: Site, mean: bool = False) -> Tensor:
-        """(B,): the log likelihood of the choices at a site, the sum over the tokens that were free to leave; or the
-        mean over all of those in the batch, a scalar."""
+        """Compute (B,), the log likelihood of the choices at a site, summed over the tokens that were free to leave; or
+        a scalar, its mean over all of these tokens of the batch."""
         floor = self.best(site.score.detach(), site.protected, site.alive)
         free, odds = site.alive & ~site.protected & ~floor, self.opening(site.score, site)
         each = -F.binary_cross_entropy_with_logits(odds, site.keep.float(), reduction="none") * free
         return each.sum() / free.sum().clamp(min=1) if mean else each.sum(1)
 
     def metrics(self) -> dict[str, float]:
-        return self.seen if self.sampled else {}
+        return self.watched if self.sampled else {}

@@ -11,14 +11,21 @@ from .topk import TopK
 
 
 class VATP(TopK):
-    """Value-aware token pruning (Guo, Kamigaito and Watanabe, "Attention Score is not All You Need for Token Importance
-    Indicator in KV Cache Reduction: Value Also Matters", EMNLP 2024); needs no training.
+    """Keep the tokens that hand over most: attention received times the size of the value (Guo, Kamigaito and Watanabe,
+    "Attention Score is not All You Need for Token Importance Indicator in KV Cache Reduction: Value Also Matters",
+    EMNLP 2024); needs no training.
 
-    A token that is attended to matters as far as its value vector is large: the score is the attention received times
-    the L1 norm of the value, the mean over heads. Arguments as ``TopK``.
+    The importance score is the attention received times the L1 norm of the value, the mean over heads: a token that is
+    attended to matters as far as its value vector is large. Choice, budget and arguments are those of ``TopK``.
 
-    Departures. Theirs chooses which entries of a KV cache stay; here the tokens leave. The attention received is the
-    mean over all heads, times the mean of the norms over heads (theirs multiplies head by head).
+    ======================================  ===================================  ==================================
+    paper                                   here                                 why
+    ======================================  ===================================  ==================================
+    chooses which entries of a KV cache     tokens leave the layers behind       no cache is needed
+    stay
+    multiplies head by head                 mean over heads of each, then the    the score is made of one mean
+                                            product
+    ======================================  ===================================  ==================================
     """
 
     name: ClassVar[str] = "vatp"

@@ -334,23 +334,18 @@ def summary(rows: list[dict]) -> list[str]:
     first = pruned[0]
     lines = []
     if first["quality"] is not None:
+        kept_quality = f"{fixed(first['quality_dense'])} -> {fixed(first['quality'])}"
         lines.append(
-            f"{first['method']}: {first['metric']} {fixed(first['quality_dense'])} dense, {fixed(first['quality'])} "
-            f"pruned: drop {drop(first)} points on {first['n_examples']:,} texts (95 % interval)"
+            f"{first['method']}: {first['metric']} {kept_quality}, drop {drop(first)} ({first['n_examples']:,} texts)"
         )
-    speeds = [f"{fixed(r['speedup_unpadded'], 2)} times as fast at batch size {r['batch_size']}" for r in pruned]
-    ways = {r["batch_size"]: r["layout"] for r in same if r["mode"] == "dense-unpadded" and is_dense(r)}
     if first["speedup_unpadded"]:
-        how = ", ".join(dict.fromkeys(way for way in ways.values() if way)) or "without padding"
+        speeds = ", ".join(f"{fixed(r['speedup_unpadded'], 2)}x at {r['batch_size']}" for r in pruned)
         threads = f"{first['threads']} thread{'s' * (first['threads'] != 1)}"
         lines.append(
-            f"{fixed(first['flops_ratio'], 2)} times fewer FLOPs; against the fastest dense model ({how}): "
-            f"{', '.join(speeds)}; {threads}"
+            f"{fixed(first['flops_ratio'], 2)}x fewer FLOPs; {speeds.replace('at', 'at batch', 1)} "
+            f"vs the fastest dense, {threads}"
         )
     chance = next((r for r in same if r["method"] == "random" and r["quality"] is not None), None)
     if chance:
-        lines.append(
-            f"random tokens, as many, on the same weights: {chance['metric']} {fixed(chance['quality'])}, drop "
-            f"{drop(chance)}"
-        )
+        lines.append(f"random tokens, same counts and weights: {fixed(chance['quality'])}, drop {drop(chance)}")
     return lines

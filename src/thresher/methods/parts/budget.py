@@ -1,4 +1,4 @@
-"""Meeting a budget of FLOPs by one number: the mixin of all methods that have one, and the search for the number."""
+"""Meet a budget of FLOPs by one number: the mixin of all methods that have one, and the search for the number."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PENALTY = 10.0  # weight of the squared distance from the target
 
 
 class Budgeted(TokenPruner):
-    """A method with a budget: ``target_flops``, the MACs to be left as a share of the dense model's on the same
-    unpadded inputs. Its ``knob`` is turned on a calibration set until the budget is met.
+    """Bring a method onto a budget: ``target_flops``, the MACs to be left as a share of the dense model's on the same
+    unpadded inputs. The ``knob`` of the method is turned on a calibration set until the budget is met.
     """
 
     target_flops: ClassVar[float | None] = None  # a field of each method, in its own place
@@ -29,13 +29,19 @@ class Budgeted(TokenPruner):
         if self.target_flops is not None and not 0 < self.target_flops <= 1:
             raise ValueError(f"target_flops={self.target_flops}: expected a fraction of the dense MACs in (0, 1]")
 
+    @property
+    def softened(self) -> float:
+        """The share of the soft stage that is over."""
+        return self.progress / max(1e-9, self.soft_until)
+
     def knob(self) -> Callable[[float], None] | None:
-        """A function of one number that changes how much is removed: 0 as it is now, more removes more. None: there is
-        no such number."""
+        """Return a function of one number that changes how much is removed: 0 as it is now, more removes more. None:
+        there is no such number."""
         return None
 
     def turn_shares(self, field: str, sign: int) -> Callable[[float], None]:
-        """A knob that multiplies ``shares``, the values of a ``field``, by exp(``sign`` * by), in thousandths."""
+        """Return a knob that multiplies ``shares``, the values of a ``field``, by exp(``sign`` * by), in
+        thousandths."""
         start = self.shares
 
         def turn(by: float) -> None:
@@ -74,21 +80,21 @@ class Budgeted(TokenPruner):
         return {"flops_fraction": reached, "shift": tried[-1][1]}
 
     def penalty(self, record: Record, share: float, weight: float | None = None) -> Tensor:
-        """Scalar: ``weight`` (10) times the squared distance of the share of the MACs from what is asked for when a
-        ``share`` of the soft stage is over, see ``falling`` (Bonnaerens and Dambre, TMLR 2023)."""
+        """Compute a scalar: ``weight`` (10) times the squared distance of the share of the MACs from what is asked for
+        when a ``share`` of the soft stage is over, see ``falling`` (Bonnaerens and Dambre, TMLR 2023)."""
         distance = record.flops_fraction() - falling(self.target_flops, share)
         return (PENALTY if weight is None else weight) * distance**2
 
 
 def falling(target: float, share: float) -> float:
-    """The share of the MACs that is asked for when a ``share`` of a soft stage is over: from 1 to ``target`` in its
-    first half."""
+    """Compute the share of the MACs that is asked for when a ``share`` of a soft stage is over: it falls from 1 to
+    ``target`` over the first half."""
     return 1 + (target - 1) * min(1.0, 2 * share)
 
 
 def bisect_to_budget(falling: Callable[[float], float], target: float) -> float:
-    """Bring a falling function as close to ``target`` as can be found, from 0 on; returns its value there, where it
-    was called last."""
+    """Bring a falling function as close to ``target`` as can be found, from 0 on. Returns its value there; the last
+    call was there too."""
     tried: dict[float, float] = {}
     last = 0.0
 
@@ -97,12 +103,12 @@ def bisect_to_budget(falling: Callable[[float], float], target: float) -> float:
         last, tried[at] = at, falling(at)
         return tried[at]
 
-    before, at, value = 0.0, 0.0, call(0.0)
+    past, at, value = 0.0, 0.0, call(0.0)
     step = 0.05 if value > target else -0.05
     while abs(value - target) > TOLERANCE * target and (value > target) == (step > 0) and abs(at) <= FAR:
-        before, at, step = at, at + step, 2 * step
+        past, at, step = at, at + step, 2 * step
         value = call(at)
-    low, high, halve = min(before, at), max(before, at), False
+    low, high, halve = min(past, at), max(past, at), False
     while abs(value - target) > TOLERANCE * target and abs(at) <= FAR and high - low > NEAR:
         above, below, width = tried[low] - target, target - tried[high], high - low
         share = 0.5 if halve else min(max(above / (above + below), 0.02), 0.98)  # halfway, or on the line between

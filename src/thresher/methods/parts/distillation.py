@@ -1,4 +1,4 @@
-"""How far the answers of a model are from those of its teacher. Needs torch only."""
+"""Measure how far the answers of a model are from those of its teacher. Needs torch only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ NEVER = -1e4  # the logit of a token that is not there
 
 
 def distillation(student: Any, teacher: Any, temperature: float = 2.0, mask: Tensor | None = None) -> Tensor:
-    """Scalar: how far the student's answers are from the teacher's; both are model outputs or dictionaries of logits.
+    """Compute a scalar: how far the student's answers are from the teacher's; both are model outputs or dictionaries of
+    logits.
 
     T^2 KL(teacher || student) at temperature T (Hinton et al., 2015), the mean over the batch and over the heads; the
     squared difference for a regression head of one number. ``mask`` (B, N): the tokens that are there, among which a

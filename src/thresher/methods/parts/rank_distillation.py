@@ -1,4 +1,4 @@
-"""Learning a teacher's ranking of tokens: pairwise losses, and how far two rankings agree.
+"""Learn a teacher's ranking of tokens: pairwise losses, and how far two rankings agree.
 
 Shapes: B rows, N slots, K best tokens. ``free`` (B, N) bool: the tokens that are ranked.
 """
@@ -18,7 +18,7 @@ RANK_LOSSES = ("arp2", "arp2-topk", "ndcg", "none")
 
 
 def ranking_loss(score: Tensor, teacher: Tensor, free: Tensor, k: int, kind: str) -> Tensor:
-    """Scalar: how far ``score`` (B, N) is from ordering the ``free`` tokens as ``teacher`` (B, N) does.
+    """Compute a scalar: how far ``score`` (B, N) is from ordering the ``free`` tokens as ``teacher`` (B, N) does.
 
     The mean of log2(1 + exp(-(s_i - s_j))) over the pairs that the teacher ranks i before j, i among its best ``k``,
     weighted by the difference of their relevance, k less the rank and 0 behind the best ("arp2", after LambdaARPLoss2
@@ -33,24 +33,24 @@ def ranking_loss(score: Tensor, teacher: Tensor, free: Tensor, k: int, kind: str
     if kind == "arp2-topk":
         weight = weight * (relevance > 0)[:, None, :]
     if kind == "ndcg":
-        found = 1 / (2 + ranks(score.detach(), free).float()).log2()
-        weight = weight * (found.gather(1, best)[:, :, None] - found[:, None, :]).abs()
+        discount = 1 / (2 + ranks(score.detach(), free).float()).log2()
+        weight = weight * (discount.gather(1, best)[:, :, None] - discount[:, None, :]).abs()
     pairs = F.softplus(score[:, None, :] - s[:, :, None]) / math.log(2)
     total = (weight * pairs).sum((1, 2))
     return (total / (k**2 if kind == "arp2-topk" else weight.sum((1, 2)).clamp(min=1e-6))).mean()
 
 
 def taught_by(teacher: Mapping[str, Tensor]) -> Tensor:
-    """(B, N): what tokens are ranked by. Where the teacher finds an answer, the larger of its logits, of a start and of
-    an end; elsewhere its ``ranking``, the attention that its last layer gives them."""
+    """Return (B, N), what the teacher ranks tokens by. Where it finds an answer, the larger of its logits, of a start
+    and of an end; elsewhere its ``ranking``, the attention received in its last layer."""
     if "start_logits" in teacher:
         return torch.maximum(teacher["start_logits"], teacher["end_logits"])
     return teacher["ranking"]
 
 
 def overlap(score: Tensor, teacher: Tensor, free: Tensor, k: int) -> Tensor:
-    """Scalar: the mean share of the teacher's best ``k`` of the ``free`` tokens that are among the best ``k`` here; of
-    rows with fewer than 2k tokens, the better half. 0 where no row has any."""
+    """Compute a scalar: the mean share of the teacher's best ``k`` of the ``free`` tokens that are among the best ``k``
+    here. Of rows with fewer than 2k tokens it is the better half, rounded up, instead of k. 0 where no row has any."""
     count = free.sum(1, keepdim=True)
     best = ((count + 1) // 2).clamp(max=k)
     both = (ranks(score, free) < best) & (ranks(teacher, free) < best) & free

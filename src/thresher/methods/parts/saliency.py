@@ -1,4 +1,4 @@
-"""What policies and predictors learn from: the task loss of single texts, and the tokens that it would miss."""
+"""What policies and predictors learn from: the task loss of each text, and how much it would miss each token."""
 
 from __future__ import annotations
 
@@ -7,35 +7,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...core.pruner import TokenPruner
 from ...core.view import View
 
-HIDDEN = 32  # channels between the two layers of a perceptron, in both papers
-
-
-def perceptron(size: int, draw: torch.Generator) -> nn.Sequential:
-    """A map of states (..., ``size``) to one number each, (..., 1), near 0 at the start."""
-    made = nn.Sequential(nn.Linear(size, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
-    for linear in (made[0], made[2]):
-        nn.init.normal_(linear.weight, std=0.02, generator=draw)
-        nn.init.zeros_(linear.bias)
-    return made
-
-
-def perceptron_macs(size: int) -> int:
-    """MACs of a perceptron for each token."""
-    return size * HIDDEN + HIDDEN
-
 
 def saliency(pruner: TokenPruner, forward: Callable) -> list[Tensor]:
-    """Per site (B, N): how much the task loss of the whole text would feel that a token fades, to first order.
+    """Measure per site (B, N) how much the task loss of the whole text changes as a token fades, to first order.
 
-    The absolute derivative of the loss by the logarithm of each token's gate at that site, all gates open: by the
-    gate on its key in all later attention (and on its state, where a head reads every token). This is gradient times
-    input with the gate as input. N is the width of the batch: nothing leaves. ``forward()`` runs the model, which is in
-    training mode, on a batch with labels.
+    The saliency is the absolute derivative of the loss by the logarithm of the token's gate at that site, with all
+    gates open. The gate acts on the key in all later attention, and on the state where a head reads every token: this
+    is gradient times input with the gate as input. N is the width of the batch, since nothing leaves. ``forward()``
+    runs the model, which is in training mode, on a batch with labels.
 
     Raises:
         ValueError: the batch has no labels.
@@ -59,7 +43,7 @@ def saliency(pruner: TokenPruner, forward: Callable) -> list[Tensor]:
 
 
 def task_losses(output: Mapping[str, Any], batch: Mapping[str, Any], causal: bool = False) -> Tensor:
-    """(B,): the task loss of each text, of a model's ``output`` and the labels in ``batch``.
+    """Split the task loss: (B,), that of each text, from a model's ``output`` and the labels in ``batch``.
 
     Raises:
         ValueError: no labels, or a head whose loss is none of these: one class, one number, classes of tokens (not in a

@@ -1,4 +1,4 @@
-"""Choosing by score: ranks, the k best, how many k is. Shapes: B rows, N tokens."""
+"""Choose by score: ranks, the k best, how many k is, at which layers. Shapes: B rows, N tokens."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.architecture import Architecture
+from ...core.pruner import TokenPruner
+
 
 def ranks(score: Tensor, alive: Tensor) -> Tensor:
-    """(B, N) long: the place of each live token by its score, 0 the best, the others behind; ties go to the lower
-    position."""
+    """Rank by score: (B, N) long, 0 for the best live token, dead ones behind. Ties go to the lower position."""
     order = score.masked_fill(~alive, float("-inf")).sort(dim=1, descending=True, stable=True).indices
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter(1, order, places)
 
 
 def top_k(score: Tensor, k: Tensor, alive: Tensor) -> Tensor:
-    """(B, N) bool: the ``k`` (B,) best-scored live tokens of each row."""
+    """Select the ``k`` (B,) best-scored live tokens of each row: (B, N) bool."""
     return (ranks(score, alive) < k[:, None]) & alive
 
 
 def kept_count(keep: float | int, live: Tensor, protected: Tensor | int = 0) -> Tensor:
-    """(B,) = max(protected, 1, ceil(keep * live)) for a share, in thousandths; a count is clipped to ``live`` (B,)."""
+    """Count what stays: (B,) = max(protected, 1, ceil(keep * live)) for a share, in thousandths. A count is clipped to
+    ``live`` (B,)."""
     if isinstance(keep, int):
         k = live.clamp(max=keep)
     else:
@@ -38,3 +41,13 @@ def check_keep(keep: Any, what: str = "keep", counts: bool = True) -> None:
     if not share and not (counts and count):
         also = " or a whole number of tokens from 1 up" if counts else ", as in 0.5; a number of tokens is not possible"
         raise ValueError(f"{what}={keep!r}: expected a share in (0, 1]{also}")
+
+
+def all_but_last(method: TokenPruner, model: Architecture) -> tuple[int, ...]:
+    """Name every layer but the last: a ``default_at``."""
+    return tuple(range(model.first_site, max(model.first_site, model.depth - 2) + 1))
+
+
+def per_site(value: float | int | tuple, sites: tuple[int, ...]) -> tuple:
+    """Return one value for each site: those of a tuple, or the same for all."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(sites)

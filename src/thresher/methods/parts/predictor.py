@@ -1,0 +1,22 @@
+"""The perceptron by which AdapLeR and TR-BERT judge a token's state, and its price."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+HIDDEN = 32  # channels between the two layers, in both papers
+
+
+def perceptron(size: int, draw: torch.Generator) -> nn.Sequential:
+    """Make a map of states (..., ``size``) to one number each, (..., 1), near 0 at the start."""
+    layers = nn.Sequential(nn.Linear(size, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
+    for linear in (layers[0], layers[2]):
+        nn.init.normal_(linear.weight, std=0.02, generator=draw)
+        nn.init.zeros_(linear.bias)
+    return layers
+
+
+def perceptron_macs(size: int) -> int:
+    """Count the MACs of a perceptron for each token."""
+    return size * HIDDEN + HIDDEN
