@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from support.families import FAMILIES
 from thresher import LTP, FirstK, TopK, dense, prune
@@ -58,7 +59,7 @@ def test_costs_are_the_sizes_of_the_linear_maps(family):
     def note(module, args):
         seen.append((module.weight.numel(), args[0].shape[:-1].numel()))
 
-    for module in {m for layer in stack.layers for m in layer.modules() if isinstance(m, nn.Linear)}:
+    for module in {m for layer in stack.layers for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D))}:
         module.register_forward_pre_hook(note)
     with torch.no_grad(), dense(model, unpadded=True):
         source.run(model, source.batch((11,)))
