@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -19,14 +20,16 @@ from .core.hooks import Hooks
 from .core.pruner import MODULE, TokenPruner, pruner_of
 from .core.tokens import LAYOUTS
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def prune(
-    model: nn.Module,
+    model: Model,
     method: TokenPruner | None = None,
     *,
     layout: str = "auto",
     checkpoint: str | Path | None = None,
-) -> nn.Module:
+) -> Model:
     """Prune the tokens of ``model`` while it runs; in place, reversible by ``unprune``.
 
     Args:
@@ -63,7 +66,7 @@ def prune(
         entry = _saved_entry(model, target, stored)
         method = TokenPruner.from_dict(entry)
     _check_free(method, model, target)
-    hooks = Hooks(target, method, layout, None if before is None else before.hooks.original)
+    hooks = Hooks(target, method, layout, None if before is None else before.attached().original)
     if method is not before:
         _bind(method, hooks.architecture)
     if entry is not None and stored is None and tensors_of(method):
@@ -72,7 +75,7 @@ def prune(
         if checkpoint is not None and stored.entry is not None:
             method.adopt(stored.entry)
         load_into(method, stored)
-    if before not in (None, method):
+    if before is not None and before is not method:
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
     own_configuration(model)
     _exchange(hooks, None if before is None else before.hooks)
@@ -86,7 +89,8 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
     Raises:
         TypeError: there is none.
     """
-    inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+    unwrap = getattr(model, "get_base_model", None)
+    inner = unwrap() if callable(unwrap) else model
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"prune() takes a transformers model or a PEFT model around one, got {type(model).__name__}")
     return inner
@@ -181,15 +185,16 @@ def _save_with_adapters(model: nn.Module, target: PreTrainedModel, method: Token
     """Have peft train and save the method with the adapters of ``model``, as ``modules_to_save`` does."""
     from peft.utils import ModulesToSaveWrapper
 
-    names = list(model.peft_config)
-    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+    adapters, adapted = _adapters(model), cast("Any", model)
+    names = list(adapters)
+    active = adapted.active_adapters() if callable(adapted.active_adapters) else adapted.active_adapters
     wrapper = ModulesToSaveWrapper(copy.deepcopy(method), names[0])
     for name in names:
-        config = model.peft_config[name]
+        config = adapters[name]
         wrapper.update(name)
         config.modules_to_save = [*dict.fromkeys((*(config.modules_to_save or ()), MODULE))]
     wrapper.modules_to_save[active[0]] = method
-    wrapper.set_adapter(active[0], inference_mode=model.peft_config[active[0]].inference_mode)
+    wrapper.set_adapter(active[0], inference_mode=adapters[active[0]].inference_mode)
     setattr(target, MODULE, wrapper)
 
 
@@ -198,13 +203,13 @@ def _adapters(model: nn.Module) -> dict:
     return getattr(model, "peft_config", None) or {}
 
 
-def unprune(model: nn.Module) -> nn.Module:
+def unprune(model: Model) -> Model:
     """Take the pruning off again: the model is what it was. Raises ValueError if it is not pruned."""
     target = inner_model(model)
     pruner = pruner_of(target)
     if pruner is None:
         raise ValueError(f"{type(model).__name__} is not pruned")
-    pruner.hooks.detach()
+    pruner.attached().detach()
     pruner.hooks = None
     delattr(target, MODULE)
     for adapter in _adapters(model).values():

@@ -21,7 +21,7 @@ from torch import Tensor, nn, uint8
 from transformers import PreTrainedModel
 
 from .core.compat import load_offloaded
-from .core.pruner import MODULE, TokenPruner, pruner_of, read_state
+from .core.pruner import MODULE, TokenPruner, pruner_in, read_state
 
 CONFIG_KEY = "token_pruning"
 EXTRA = "_extra_state"  # torch's name for what ``get_extra_state`` returns
@@ -42,7 +42,7 @@ class Entry(Mapping):
 
     def as_dict(self) -> dict[str, Any]:
         """The entry as config.json gets it."""
-        pruner = pruner_of(self.model)
+        pruner = pruner_in(self.model)
         tensors = tensors_of(pruner)
         return {**pruner.to_dict(), **({"weights": digest(tensors)} if tensors else {})}
 

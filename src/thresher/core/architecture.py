@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -67,11 +68,10 @@ class Architecture:
     @classmethod
     def sketch(cls, name: str, depth: int) -> Architecture:
         """Describe a model of which no more than its depth is known, to read what a checkpoint says of its pruning."""
-        flags = dict.fromkeys(("drops_inside", "shows_inputs", "passes_arguments", "relative", "binary_mask", "causal"))
-        flags["causal_by_default"] = False
-        sizes = {"first_site": 0, "last_site": depth - 1, "max_tokens": None, "hidden": 0, "costs": ()}
-        lists = {"layers": [], "arguments": [], "protected": (), "block": "", "reads_first_only": False}
-        return cls(name=name, base=None, depth=depth, **flags, **sizes, **lists)
+        flags = ("drops_inside", "shows_inputs", "passes_arguments", "relative", "binary_mask", "causal")
+        unknown: dict[str, Any] = dict.fromkeys((*flags, "causal_by_default", "reads_first_only"), False)
+        unknown |= {"base": None, "block": "", "layers": [], "arguments": [], "costs": (), "protected": ()}
+        return cls(name=name, depth=depth, first_site=0, last_site=depth - 1, max_tokens=None, hidden=0, **unknown)
 
     @property
     def text(self) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import compat
-from .scoring import CHUNK, Logits, attend_and_score, joined
+from .scoring import CHUNK, Logits, Statistic, attend_and_score, joined
 from .tokens import Packed
 from .view import AttentionInputs, Site
 
@@ -24,9 +24,9 @@ class PrunedAttention:
     def __init__(self, base: str):
         self.base = base
 
-    def __call__(self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, token_site=None, **kwargs):
+    def __call__(self, module, query, key, value, attention_mask, token_site=None, **kwargs):
         function = compat.attention_function(module, self.base)
-        kwargs.update(scaling=scaling, dropout=dropout)
+        scaling, dropout = kwargs.setdefault("scaling", None), kwargs.setdefault("dropout", 0.0)
         if token_site is None:
             return function(module, query, key, value, attention_mask, **kwargs)
         site: Site = token_site
@@ -34,17 +34,18 @@ class PrunedAttention:
         sinks = kwargs.get("s_aux", getattr(module, "sinks", None))
         logits = Logits(scaling, kwargs.get("softcap"), sinks)
         causal = self._causal(module, kwargs)
-        site.inputs = AttentionInputs(module, query, key, value, attention_mask, causal, logits)
-        fused = site.statistic is not None and logits.plain and not (dropout and module.training)
+        site.inputs = given = AttentionInputs(module, query, key, value, attention_mask, causal, logits)
+        statistic = site.statistic if logits.plain and not (dropout and module.training) else None
         if isinstance(site.tokens, Packed):
-            return self._packed(function, site, fused, kwargs)
+            output, site.scores = self._packed(function, given, site.tokens, statistic, kwargs)
+            return output, None
         sees = None
         graph, bools = torch.compiler.is_compiling(), attention_mask is not None and attention_mask.dtype == torch.bool
         if graph and bools and attention_mask.shape[-2] > 1:
             sees = attention_mask.any(-1)[:, 0]  # a query that sees nobody gets zeros, for which runtimes have others
-        if fused and graph:
-            bias = site.inputs.bias(attention_mask, query.shape[-2])
-            output, site.scores = attend_and_score(query, key, value, bias, scaling, site.tokens.votes, site.statistic)
+        if statistic is not None and graph:
+            bias = given.bias(attention_mask, query.shape[-2])
+            output, site.scores = attend_and_score(query, key, value, bias, scaling, site.tokens.votes, statistic)
             weights = None
         else:
             output, weights = function(module, query, key, value, attention_mask, **kwargs)
@@ -59,10 +60,13 @@ class PrunedAttention:
         causal = kwargs.get("is_causal")
         return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
-    def _packed(self, function, site: Site, fused: bool, kwargs: dict) -> tuple[Tensor, None]:
-        """Attend once per run of equally long neighbours, or once per sequence where a mask tells them apart."""
-        given, tokens, outputs, scores = site.inputs, site.tokens, [], []
+    def _packed(
+        self, function, given: AttentionInputs, tokens: Packed, statistic: Statistic | None, kwargs: dict
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend once per run of equally long neighbours, or once per sequence where a mask tells them apart; returns
+        the states and, where a ``statistic`` is made with them, the scores (B, N)."""
         query, key, value, dtype = given.query, given.key, given.value, given.value.dtype
+        outputs, scores, fused = [], [], statistic is not None
         if fused and query.is_cpu:  # products as small are no quicker in bf16, and each new shape costs a new kernel
             query, key, value = query.float(), key.float(), value.float()
         if given.mask is not None:  # a part of it that lets everything through becomes None, which is not causal here
@@ -80,21 +84,20 @@ class PrunedAttention:
             else:
                 step = max(1, CHUNK // (query.shape[1] * length * length)) if fused else count
             for i in range(0, count, step):
-                qkv, mask = [x[i : i + step] for x in run], masks[i]
+                (q, k, v), mask = (x[i : i + step] for x in run), masks[i]
                 if fused or tokens.log_size is not None:
                     bias = None if mask is None and given.mask is not None else given.bias(mask, length)
-                    bias = tokens.biased(bias, sequence + i, len(qkv[0]), length)
+                    bias = tokens.biased(bias, sequence + i, len(q), length)
                     mask = bias if tokens.log_size is not None else mask
-                if fused:
-                    output, score = attend_and_score(*qkv, bias, given.logits.scaling, reduce=site.statistic)
+                if statistic is not None:
+                    output, score = attend_and_score(q, k, v, bias, given.logits.scaling, reduce=statistic)
                     scores.append(score.flatten())
                 else:
-                    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(qkv[0].dtype)
-                    output, _ = function(given.module, *qkv, mask, **kwargs)
+                    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+                    output, _ = function(given.module, q, k, v, mask, **kwargs)
                 outputs.append(output.flatten(0, 1))
-        if scores:
-            site.scores = tokens.pad(joined(scores)[None])
-        return F.pad(joined(outputs).to(dtype), (0, 0, 0, 0, 0, tokens.spare))[None].contiguous(), None
+        states = F.pad(joined(outputs).to(dtype), (0, 0, 0, 0, 0, tokens.spare))[None].contiguous()
+        return states, tokens.pad(joined(scores)[None]) if scores else None
 
 
 def register(base: str) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ from transformers.masking_utils import (  # 5.23
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # 5.23
 from transformers.pytorch_utils import Conv1D  # 5.23
 from transformers.utils.import_utils import is_tracing  # 5.23
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:  # a mixin: what is above it is the Trainer of the class that takes it
+    _Trainer = object
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
@@ -65,13 +71,17 @@ def recorded_layer_class(model: PreTrainedModel) -> type[nn.Module] | None:
     return target if isinstance(target, type) else None
 
 
-@cache
 def source(kind: type[nn.Module]) -> str:
     """The text of the forward of a class of modules; empty where there is none to read."""
     try:
-        return inspect.getsource(inspect.unwrap(kind.forward))
+        return _text(inspect.unwrap(kind.forward))
     except (OSError, TypeError):
         return ""
+
+
+@cache
+def _text(function: Callable) -> str:
+    return inspect.getsource(function)
 
 
 def calls_attention_interface(module: nn.Module) -> bool:
@@ -110,7 +120,7 @@ def check(condition: Any) -> None:
 
 
 # --- the Trainer: transformers 5.17 and 5.23 --------------------------------------------------------------------------
-class TrainerNames:
+class TrainerNames(_Trainer):
     """Give names of our own to what a Trainer keeps private; a base class before ``Trainer``."""
 
     loss_is_scaled_for_ga = False  # 5.23: the loss is a mean over a batch, not over the batches that are accumulated
@@ -133,7 +143,7 @@ class TrainerNames:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list({*self._signature_columns, *self.extra_columns()})
+        self._signature_columns: Any = list({*self._signature_columns, *self.extra_columns()})
 
     def _determine_best_metric(self, metrics: dict, trial: Any) -> bool:
         return self.may_be_best() and super()._determine_best_metric(metrics, trial)
@@ -147,7 +157,8 @@ def load_offloaded(module: nn.Module) -> None:
     """Load the weights that accelerate has put away; it does so itself before a forward alone."""
     for part in module.modules():
         if any(tensor.is_meta for tensor in (*part.parameters(False), *part.buffers(False))):
-            part._hf_hook.pre_forward(part)
+            hook: Any = part._hf_hook
+            hook.pre_forward(part)
 
 
 def execution_device(model: nn.Module) -> torch.device | str | int:
@@ -173,8 +184,8 @@ def graph_exporter(format: str, int8: bool, calibration: Any = None) -> tuple[An
             config = exporters.OnnxRuntimeDynamicConfig(per_channel=True)
             quantizer = exporters.OnnxRuntimeQuantizer(config) if int8 else None
             return exporters.OnnxExporter(), exporters.OnnxConfig(dynamic=True, quantizer=quantizer)
-        quantizer = exporters.NNCFOpenVINOQuantizer(None, calibration) if int8 else None
-        return exporters.OpenVINOExporter(), exporters.OpenVINOConfig(dynamic=True, quantizer=quantizer)
+        nncf = exporters.NNCFOpenVINOQuantizer(None, calibration) if int8 else None
+        return exporters.OpenVINOExporter(), exporters.OpenVINOConfig(dynamic=True, quantizer=nncf)
     except (ImportError, AttributeError) as error:
         raise ImportError(f"the {format} export needs pip install 'thresher[{format}]': {error}") from error
 

@@ -11,8 +11,9 @@ Shapes: B texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class LayerCost:
     ffn: int
     width: int
 
-    def macs(self, n_attention, n_ffn, scored: bool = False, predictor: int = 0, spent=0):
+    def macs(self, n_attention: Any, n_ffn: Any, scored: bool = False, predictor: int = 0, spent: Any = 0) -> Any:
         """MACs of a row with ``n_attention`` tokens in the attention block and ``n_ffn`` in the FFN.
 
         Numbers or tensors alike (differentiable). ``scored`` adds the column mean's second product of queries and keys,
@@ -49,15 +50,15 @@ class LayerCount:
     spent: Tensor | int = 0
 
 
-def macs(costs: list[LayerCost], counts: list[LayerCount]) -> Tensor:
+def macs(costs: Sequence[LayerCost], counts: Sequence[LayerCount]) -> Tensor:
     """(B,) MACs of each row of a forward, one entry of ``counts`` per layer."""
-    total = 0
+    total: Any = 0
     for cost, count in zip(costs, counts, strict=True):
         total = total + cost.macs(count.n_attention, count.n_ffn, count.scored, count.predictor, count.spent)
     return total
 
 
-def dense_macs(costs: list[LayerCost], tokens):
+def dense_macs(costs: Sequence[LayerCost], tokens: Any) -> Any:
     """MACs of the unpruned model on rows of ``tokens`` tokens (number or tensor), without padding."""
     return sum(cost.macs(tokens, tokens) for cost in costs)
 
@@ -114,7 +115,8 @@ class LatencyTable:
     def time(self, counts: Iterable[LayerCount]) -> Tensor:
         """(B,) ms of the layers that ``counts`` are of (differentiable)."""
         parts = ((c.n_attention, self.scored if c.scored else self.attention, c.n_ffn) for c in counts)
-        return sum(between(n, curve) + between(n_ffn, self.ffn) for n, curve, n_ffn in parts)
+        total: Any = sum(between(n, curve) + between(n_ffn, self.ffn) for n, curve, n_ffn in parts)
+        return total
 
     def fixed(self, tokens: Tensor) -> Tensor:
         """(B,) ms of everything but the layers."""

@@ -157,7 +157,7 @@ class Hooks:
             else:
                 base.forward = self.inner
         elif base.__dict__.get("_old_forward") is self:  # accelerate laid its own forward over this one
-            base._old_forward = self.inner or MethodType(type(base).forward, base)
+            base.__dict__["_old_forward"] = self.inner or MethodType(type(base).forward, base)
 
     def __setstate__(self, state: dict) -> None:
         """Register the attention function anew: a fresh process knows none of ours."""
@@ -286,9 +286,10 @@ class Hooks:
 
     def start(self, call: CallState, hidden: Tensor, cached: bool) -> Tensor:
         """Lay out the tokens that enter the first layer."""
-        mask = call.mask
+        mask: Tensor | None = call.mask
         if mask is not None and mask.shape != hidden.shape[:2]:
-            mask, shape = compat.frames_mask(self.architecture.base, hidden.shape[1], mask), tuple(mask.shape)
+            shape = tuple(mask.shape)
+            mask = compat.frames_mask(self.architecture.base, hidden.shape[1], mask)
             call.whole = False
             if mask is None or mask.shape != hidden.shape[:2]:
                 raise ValueError(
@@ -323,37 +324,41 @@ class Hooks:
         hidden = kwargs.pop(arguments[0])
         if call.tokens is None:
             hidden = self.start(call, hidden, kwargs.get("past_key_values") is not None)
+        tokens = call.tokens
+        assert tokens is not None, "start() lays them out"
         call.states = hidden
-        call.site = self.open(call)
+        site = call.site = self.open(call, tokens)
         if call.wants:
-            states = call.tokens.put_back(hidden) if "hidden_states" in call.wants else None
-            call.seen.append((states, call.tokens))
-        shows = call.site is not None and (call.site.acts or call.layout is Packed)
+            states = tokens.put_back(hidden) if "hidden_states" in call.wants else None
+            call.seen.append((states, tokens))
+        shown = site if site is not None and (site.acts or call.layout is Packed) else None
         masks = arch.causal and not arch.shows_inputs  # eager attention takes no mask for no mask, and not for causal
-        if not (shows or masks or call.tokens.touched):
+        if not (shown or masks or tokens.touched):
             return None
-        if masks or call.tokens.touched:
-            self.narrow(call.tokens, hidden, kwargs)
-        if not shows:
+        if masks or tokens.touched:
+            self.narrow(tokens, hidden, kwargs)
+        if shown is None:
             return (hidden,), kwargs
-        if call.site.acts and not arch.shows_inputs and "output_attentions" in arguments:
+        if shown.acts and not arch.shows_inputs and "output_attentions" in arguments:
             kwargs["output_attentions"] = True
         if arch.passes_arguments:
-            kwargs["token_site"] = call.site
+            kwargs["token_site"] = shown
         else:  # the block is given no arguments of ours: the site rides on a mask that is this layer's own
-            mask = kwargs.get("attention_mask")
-            mask = call.tokens.mask(None, hidden.dtype, arch.causal, True, True) if mask is None else mask.clone()
-            mask.token_site = call.site
+            mask: Any = kwargs.get("attention_mask")
+            mask = tokens.mask(None, hidden.dtype, arch.causal, True, True) if mask is None else mask.clone()
+            mask.token_site = shown
             kwargs["attention_mask"] = mask
         return (hidden,), kwargs
 
-    def open(self, call: CallState) -> Site | None:
+    def open(self, call: CallState, tokens: Tokens) -> Site | None:
         """The site of the next layer; None: it has none, and nothing of it is needed."""
         number = self.pruner.site(call.layer) if call.options.mode == "pruned" else -1
         if number < 0 and call.layout is not Packed:
             return None
-        tokens = call.tokens
-        protected = call.protected if number < 0 else call.protected.gather(1, tokens.index) & tokens.alive
+        protected = call.protected
+        assert protected is not None, "start() says which"
+        if number >= 0:
+            protected = protected.gather(1, tokens.index) & tokens.alive
         site = Site(call.layer, number, tokens, protected, call.states)
         if number >= 0:
             site.previous, site.counts, site.passed = call.previous, call.options.counts, self.passes_by(number)
@@ -404,19 +409,20 @@ class Hooks:
         call = self.call
         if not arch.drops_inside or (call is not None and call.soft) or (site.choice is None and call is None):
             return None
-        self.drop(site)
-        if site.after is site.tokens:
+        after = self.drop(site)
+        if after is site.tokens:
             return None
-        hidden = site.after.take(output[0] if isinstance(output, tuple) else output)
+        hidden = after.take(output[0] if isinstance(output, tuple) else output)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def drop(self, site: Site) -> None:
-        """Let the method choose, once: a block that runs again repeats what was decided."""
+    def drop(self, site: Site) -> Tokens:
+        """The tokens that go on. The method chooses once: a block that runs again repeats what was decided."""
         if site.after is None:
             self.check_shown(site)
             with torch.no_grad():
                 self.pruner.select(site)
             site.after = self.pruner.reduce(site)
+        return site.after
 
     def check_shown(self, site: Site) -> None:
         if self.pruner.needs_attention and not site.ready:
@@ -432,53 +438,54 @@ class Hooks:
             return None
         given = output[0] if isinstance(output, tuple) else output
         site, tokens, inside = call.site, call.tokens, self.architecture.drops_inside
-        scored = site is not None and site.acts
-        if scored and call.soft:
-            hidden = self.fade(call, site, kwargs, given)
-        elif scored:
-            hidden = self.leave(call, site, given)
+        entered = call.states
+        assert tokens is not None and entered is not None, "before_layer() sets them"
+        if site is None or not site.acts:
+            hidden, after = self.faded(tokens, entered, given), tokens
+            call.counts.append(LayerCount(tokens.live, tokens.live))
         else:
-            hidden = self.faded(tokens, call.states, given)
-        passed = call.tokens.live if inside and scored else tokens.live
-        predictor = self.pruner.predictor_macs if scored else 0
-        charged = scored and site.statistic is not None
-        spent = site.choice.macs if scored and site.choice is not None else 0
-        call.counts.append(LayerCount(tokens.live, passed, charged, predictor, spent))
+            if call.soft:
+                hidden, after = self.fade(call, site, kwargs, entered, given)
+            else:
+                hidden, after = self.leave(site, entered, given)
+            spent = 0 if site.choice is None else site.choice.macs
+            count = after.live if inside else tokens.live, site.statistic is not None, self.pruner.predictor_macs, spent
+            call.counts.append(LayerCount(tokens.live, *count))
+            call.previous = site
         if site is not None and site.number >= 0:
             call.sites.append(site)
-            if scored:
-                call.previous = site
-            else:
+            if not site.acts:
                 site.after = tokens
-        call.layer += 1
+        call.layer, call.tokens = call.layer + 1, after
         call.states = call.site = None
         if call.layer == self.architecture.depth:
-            hidden = call.last = call.tokens.unmerge(call.tokens.restore(hidden))
+            hidden = call.last = after.unmerge(after.restore(hidden))
         if hidden is given:
             return None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def leave(self, call: CallState, site: Site, hidden: Tensor) -> Tensor:
-        """Let tokens leave, after the layer or, as is known by now, within it; their last complete states are kept."""
-        self.drop(site)
-        tokens, complete = site.tokens, call.states
-        if site.after is not tokens:
+    def leave(self, site: Site, entered: Tensor, hidden: Tensor) -> tuple[Tensor, Tokens]:
+        """Let tokens leave, after the layer or, as is known by now, within it; their last complete states are kept.
+        Returns the states and the tokens that go on."""
+        after, complete = self.drop(site), entered
+        if after is not site.tokens:
             if not self.architecture.drops_inside:
-                complete, hidden = hidden, site.after.take(hidden)
-            site.after.leave(tokens, complete)
-        call.tokens = site.after
-        return hidden
+                complete, hidden = hidden, after.take(hidden)
+            after.leave(site.tokens, complete)
+        return hidden, after
 
-    def fade(self, call: CallState, site: Site, kwargs: dict, hidden: Tensor) -> Tensor:
-        """Let tokens fade in a soft stage: gates on their keys from here on."""
+    def fade(self, call: CallState, site: Site, kwargs: dict, entered: Tensor, hidden: Tensor) -> tuple[Tensor, Tokens]:
+        """Let tokens fade in a soft stage: gates on their keys from here on. Returns as ``leave`` does."""
         if call.options.gates is None:
             self.check_shown(site)
-        tokens, call.tokens = site.tokens, site.tokens.gate(self.pruner.soften(site, call.options.gates))
+        gate = self.pruner.soften(site, call.options.gates)
+        tokens, after = site.tokens, site.tokens.gate(gate)
         mask = kwargs.get("attention_mask")
         if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
             # a 0/1 mask (DeBERTa) has no place for log(gate): there the gate scales the state, as in LTP
-            hidden = hidden * call.tokens.log_gate.exp().to(hidden.dtype)[..., None]
-        return self.faded(call.tokens if self.architecture.drops_inside else tokens, call.states, hidden)
+            assert after.log_gate is not None
+            hidden = hidden * after.log_gate.exp().to(hidden.dtype)[..., None]
+        return self.faded(after if self.architecture.drops_inside else tokens, entered, hidden), after
 
     def faded(self, tokens: Tokens, before: Tensor, after: Tensor) -> Tensor:
         """The states after a layer while gates are soft: a token keeps the one it had as far as its gate is closed.
@@ -531,7 +538,7 @@ def reshaped(call: CallState, output: Any) -> Any:
     if isinstance(output, tuple):
         raise ValueError("return_dict=False is not possible with hidden states or attentions of a pruned model")
     states = output.get("hidden_states")
-    if states is not None:
+    if states is not None and call.last is not None:
         ends = [s if s is None or s.shape[:2] == call.last.shape[:2] else call.last for s in states[len(call.seen) :]]
         entered = [None if s is None else x for s, (x, _) in zip(states, call.seen, strict=False)]
         output["hidden_states"] = (*entered, *ends)

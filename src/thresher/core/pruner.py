@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from .hooks import Hooks
 
 VERSION = 1
+Batch = dict[str, Any]  # the arguments of one call of the model
+RunAgain = Callable[..., Any]  # (**override): the model's output on the batch of the training step, run again
+RunBatch = Callable[[Batch], "Record"]  # the record of the model's forward on another batch
 MODULE = "token_pruner"  # the name of the method among the modules of the model that it prunes
 METHODS: dict[str, type[TokenPruner]] = {}
 _LAST = threading.local()  # .records: the record of the last forward of each method, for the thread that ran it
@@ -121,17 +124,16 @@ class TokenPruner(nn.Module):
 
     name: ClassVar[str] = ""
     lr: ClassVar[float] = 2e-2  # learning rate of its own parameters, where no other is given
-    min_keep: ClassVar[int] = 1  # tokens that a row keeps at least
-    soft_until: ClassVar[float] = 0.0  # share of the training that is soft; a field where a method has a soft stage
+    # Not annotated is what a method may make a field, or set for itself.
+    min_keep = 1  # tokens that a row keeps at least
+    soft_until = 0.0  # share of the training that is soft; a field where a method has a soft stage
     needs_attention: ClassVar[bool] = True
     needs_values: ClassVar[bool] = False  # whether the score takes the keys or values of the layer
     scores_all: ClassVar[bool] = True  # whether the score takes all attention probabilities, which are then charged
-    merges: ClassVar[bool] = False  # whether tokens are merged into others
+    merges = False  # whether tokens are merged into others
     sized: ClassVar[bool] = False  # whether keys then weigh by the number of tokens that they stand for
-    ranks_teacher: ClassVar[bool] = False  # whether ``loss`` wants the teacher's ranking
     learned: ClassVar[tuple[str, ...]] = ()  # fields that training or calibration changes; the state dict has them
-    needs_table: ClassVar[bool] = False  # whether the budget is one of time, priced by ``table``, a LatencyTable
-    predictor_macs: ClassVar[int] = 0  # of a predictor, for each token at a site
+    predictor_macs = 0  # of a predictor, for each token at a site
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -149,7 +151,7 @@ class TokenPruner(nn.Module):
         if not 0 <= self.soft_until <= 1:
             raise ValueError(f"soft_until={self.soft_until}: expected a share of the training in [0, 1]")
         self.at = None if self.at is None else tuple(int(i) for i in self.at)
-        self.architecture: Architecture | None = None
+        self.architecture: Architecture = None  # type: ignore[assignment]  # until bind()
         self.hooks: Hooks | None = None
         self.progress = 1.0
 
@@ -158,6 +160,16 @@ class TokenPruner(nn.Module):
         """What the score takes of the attention probabilities: it is made with the attention where that is possible.
         Default: the attention received."""
         return columns
+
+    @property
+    def ranks_teacher(self) -> bool:
+        """Whether ``loss`` wants the teacher's ranking."""
+        return False
+
+    @property
+    def needs_table(self) -> bool:
+        """Whether the budget is one of time, priced by ``table``, a LatencyTable."""
+        return False
 
     # --- what a method overrides ---------------------------------------------------------------------------------
     def score(self, view: View) -> Tensor:
@@ -199,15 +211,16 @@ class TokenPruner(nn.Module):
         """Name the training stage at ``progress`` (0..1)."""
         return "soft" if progress < self.soft_until else "hard"
 
-    def loss(self, forward: Callable[..., Any], batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+    def loss(self, forward: RunAgain, batch: Batch, record: Record, teacher: Any = None) -> Tensor | float:
         """What the method adds to the task loss. ``forward(**override)`` runs the model again on the batch and returns
-        its output. Parameters that have no part in it take part all the same, with weight 0 (see ``rest``)."""
+        its output; ``teacher``: the answers of the teacher, a mapping of tensors. Parameters that have no part in it
+        take part all the same, with weight 0 (see ``rest``)."""
         return self.rest()
 
-    def prepare(self, forward: Callable[[dict], Record], batches: Iterable[dict]) -> None:
+    def prepare(self, forward: RunBatch, batches: Iterable[Batch]) -> None:
         """Look at a calibration set before a training begins or goes on; arguments as in ``calibrate``."""
 
-    def calibrate(self, forward: Callable[[dict], Record], batches: Iterable[dict]) -> dict[str, float]:
+    def calibrate(self, forward: RunBatch, batches: Iterable[Batch]) -> dict[str, float]:
         """Bring the method onto its budget on a calibration set; returns what was reached (empty: it has none).
 
         ``forward(batch)`` runs the model and returns the ``Record``.
@@ -313,7 +326,9 @@ class TokenPruner(nn.Module):
 
     def reduce(self, site: Site) -> Tokens:
         """The tokens after a site: the others are dropped, or merged."""
-        choice, width = site.choice, self.width(site.choice.keep.shape[1], site.number)
+        choice = site.choice
+        assert choice is not None, "select() comes first"
+        width = self.width(choice.keep.shape[1], site.number)
         if choice.into is None:
             return site.tokens.drop(choice.keep, width)
         return site.tokens.merge(choice.keep, choice.into, choice.weight, width, self.sized, choice.longest)
@@ -343,17 +358,35 @@ class TokenPruner(nn.Module):
         else:
             _records()[self] = record
 
+    def last_record(self) -> Record:
+        """The record of the last forward that this thread ran.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if self.record is None:
+            raise RuntimeError(
+                "no forward has been recorded yet in this thread: call the model first (compiled models record nothing)"
+            )
+        return self.record
+
+    def attached(self) -> Hooks:
+        """The hooks of the model that it prunes.
+
+        Raises:
+            RuntimeError: it prunes none.
+        """
+        if self.hooks is None:
+            raise RuntimeError(f"this {type(self).__name__} prunes no model: prune() one first")
+        return self.hooks
+
     @property
     def report(self) -> list[dict]:
         """This thread's last forward, layer by layer: tokens entering, tokens kept, MACs, and the dense MACs.
 
         Sums over the batch; padding is not counted.
         """
-        record = self.record
-        if record is None:
-            raise RuntimeError(
-                "no forward has been recorded yet in this thread: call the model first (compiled models record nothing)"
-            )
+        record = self.last_record()
         start = record.counts[0].n_attention.float()
         return [
             {
@@ -463,6 +496,14 @@ def pruner_of(model: nn.Module) -> TokenPruner | None:
     for name in [name for name in vars(module) if not name.startswith("_") and name != "training"]:
         setattr(method, name, vars(module).pop(name))
     return method
+
+
+def pruner_in(model: nn.Module) -> TokenPruner:
+    """The method that prunes ``model``. Raises ValueError where nothing does."""
+    pruner = pruner_of(model)
+    if pruner is None:
+        raise ValueError(f"{type(model).__name__} is not pruned: prune() it first")
+    return pruner
 
 
 def read_state(state: Tensor) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def reduce_over_heads(
     step = heads  # a graph knows no sizes
     if not torch.compiler.is_compiling():
         step = max(1, CHUNK // max(1, query.shape[0] * query.shape[2] * key.shape[2]))
-    total = 0
+    total: Any = 0
     with torch.autocast(query.device.type, enabled=False):
         for h in range(0, heads, step):
             some = slice(h, h + step)
@@ -112,7 +113,8 @@ def attend_and_score(
     """
     batch, heads, length, _ = query.shape
     query, key, value = query * scaling, repeat_heads(key, query).transpose(-1, -2), repeat_heads(value, query)
-    step, outputs, total = heads, [], 0  # a graph knows no sizes
+    total: Any = 0
+    step, outputs = heads, []  # a graph knows no sizes
     if not torch.compiler.is_compiling():
         step = max(1, CACHED // (batch * length * length))
     votes = torch.ones(batch, length, device=query.device) if votes is None else votes

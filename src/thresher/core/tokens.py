@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import math
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from . import compat
 
@@ -110,8 +112,9 @@ class Tokens:
     @property
     def key_bias(self) -> Tensor | None:
         """(B, N) or None: what is added to every logit of a key."""
-        given = [x for x in (self.log_gate, self.log_size) if x is not None]
-        return sum(given) if given else None
+        if self.log_gate is None or self.log_size is None:
+            return self.log_size if self.log_gate is None else self.log_gate
+        return self.log_gate + self.log_size
 
     @property
     def sizes(self) -> Tensor:
@@ -187,7 +190,7 @@ class Tokens:
         """Whether ``keep`` drops nothing (never known while a graph is traced: there the general path is taken)."""
         return not torch.compiler.is_compiling() and bool((keep == self.alive).all())
 
-    def _copy(self) -> Tokens:
+    def _copy(self) -> Self:
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.mixed = None
@@ -320,18 +323,19 @@ class Padded(Tokens):
             return self
         slots = keep.shape[1]
         even = False
+        widest: Any = width  # in a graph a symbol
         if not torch.compiler.is_compiling():
-            fewest, width = (int(count) for count in keep.sum(1).aminmax())
-            even = fewest == width
+            fewest, widest = (int(count) for count in keep.sum(1).aminmax())
+            even = fewest == widest
         elif width is None or torch.compiler.is_exporting():
             # data-dependent, 2 at least, since 0 and 1 would be specialised; and so in a graph for good, where widths
             # that follow from the shape make formulas of formulas
-            width = keep.sum(1).max().clamp(min=min(2, slots)).item()
-            compat.check(width >= 2)
-            compat.check(width <= slots)
+            widest = keep.sum(1).max().clamp(min=min(2, slots)).item()
+            compat.check(widest >= 2)
+            compat.check(widest <= slots)
         order = torch.arange(slots, 0, -1, device=keep.device)
         new = self._copy()
-        new.source = (keep * order).topk(width, dim=1).indices  # survivors in their order, then any of the rest
+        new.source = (keep * order).topk(widest, dim=1).indices  # survivors in their order, then any of the rest
         new.alive, new.index = keep.gather(1, new.source), self.index.gather(1, new.source)
         new.touched, new.even = True, even
         new._biases(self)
@@ -341,6 +345,7 @@ class Padded(Tokens):
         return x if self.source is None else take(self.mix(x), self.source, 1)
 
     def _follow(self, before: Tokens, x: Tensor) -> Tensor:
+        assert self.source is not None, "nothing was dropped"
         return x.gather(1, self.source)
 
     def narrow(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -349,11 +354,12 @@ class Padded(Tokens):
         return x
 
     def leave(self, before: Tokens, states: Tensor) -> None:
+        assert isinstance(before, Padded)
         self.place, self.pool = before.placed(states), (*before.pool, states)
         if len(self.pool) > 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             pool = torch.cat([x.to(states.dtype) for x in self.pool], 1)  # nobody looks back: one state is enough
-            self.pool, self.place = (take(pool, self.place, 1),), torch.arange(self.place.shape[1], device=pool.device)
-            self.place = self.place.expand(len(pool), -1)
+            self.pool, width = (take(pool, self.place, 1),), self.place.shape[1]
+            self.place = torch.arange(width, device=pool.device).expand(len(pool), -1)
 
     def placed(self, states: Tensor) -> Tensor:
         """(B, N0) long: ``place`` once ``states`` (B, N, C), those of the live tokens, are the last of the pool."""
@@ -382,6 +388,9 @@ class Packed(Tokens):
     """
 
     rows: Tensor
+    full: Tensor
+    slots: Tensor | None
+    masks: dict[int, tuple[Tensor, dict[int, Tensor | None]]]
     spare: int = 0
     even: bool = False  # whether there are
     lengths: list[int]
@@ -441,6 +450,7 @@ class Packed(Tokens):
         return slots if self.slots is None else torch.searchsorted(self.slots, slots)
 
     def _follow(self, before: Tokens, x: Tensor) -> Tensor:
+        assert self.source is not None, "nothing was dropped"
         return self.pad(before._flat(x)[:, self.source])
 
     def narrow(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -449,7 +459,9 @@ class Packed(Tokens):
             return x.index_select(dim, rows % self.origin[1])
         return x.movedim(dim, 1).flatten(0, 1).index_select(0, rows)[None].movedim(1, dim)
 
-    def mask(self, mask: Tensor | None, dtype: torch.dtype, causal: bool, additive: bool) -> Tensor | None:
+    def mask(
+        self, mask: Tensor | None, dtype: torch.dtype, causal: bool, additive: bool, needed: bool = False
+    ) -> Tensor | None:
         return mask  # each sequence cuts its own part, see sequence_mask
 
     def leave(self, before: Tokens, states: Tensor) -> None:

@@ -61,7 +61,7 @@ class Site:
         self.inputs: AttentionInputs | None = None
         self.weights: Tensor | None = None
         self.scores: Tensor | None = None
-        self.score: Tensor | None = None
+        self.score: Tensor = None  # type: ignore[assignment]  # until it is made
         self.choice: Choice | None = None
         self.after: Tokens | None = None
         self.previous: Site | None = None
@@ -149,7 +149,9 @@ class View:
     @property
     def hidden(self) -> Tensor:
         """(B, N, C), the states that entered the layer."""
-        return self.tokens.pad(self._shown.hidden)
+        hidden = self._shown.hidden
+        assert hidden is not None, "a site shows its states until its forward is over"
+        return self.tokens.pad(hidden)
 
     @property
     def key(self) -> Tensor:
@@ -200,30 +202,30 @@ class View:
             with torch.autocast(shown.weights.device.type, enabled=False):
                 scores = reduce(shown.weights.float(), self.tokens.votes) / shown.weights.shape[1]
         elif isinstance(self.tokens, Packed):
-            scores = self._reduce_packed(shown.inputs, reduce)
+            scores = self._reduce_packed(self.tokens, reduce)
         else:
-            given = shown.inputs
+            given = self._inputs("queries")
             bias = given.bias(given.mask, given.query.shape[-2])
             scores = reduce_over_heads(given.query, given.key, bias, self.tokens.votes, given.logits, reduce)
         return scores.masked_fill(~self.alive, 0.0)
 
-    def _reduce_packed(self, given: AttentionInputs, reduce: Statistic) -> Tensor:
-        parts = []
-        for sequence, row, count, length in self.tokens.runs():
+    def _reduce_packed(self, tokens: Packed, reduce: Statistic) -> Tensor:
+        given, parts = self._inputs("queries"), []
+        for sequence, row, count, length in tokens.runs():
             q, k = (
                 x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1)
                 for x in (given.query, given.key)
             )
             step = 1 if given.mask is not None else max(1, CHUNK // max(1, length * length))
             for i in range(0, count, step):
-                mask = None if given.mask is None else self.tokens.sequence_mask(given.mask, sequence + i)
+                mask = None if given.mask is None else tokens.sequence_mask(given.mask, sequence + i)
                 some = q[i : i + step]
                 causal = given.mask is None and given.causal  # a part without a mask lets everything through
                 bias = additive(mask, length, causal, q.device)
-                bias = self.tokens.biased(bias, sequence + i, len(some), length)
+                bias = tokens.biased(bias, sequence + i, len(some), length)
                 votes = q.new_ones(len(some), length, dtype=torch.float32)
                 parts.append(reduce_over_heads(some, k[i : i + step], bias, votes, given.logits, reduce).flatten())
-        return self.tokens.pad(torch.cat(parts)[None])
+        return tokens.pad(torch.cat(parts)[None])
 
     def attention_from(self, slot: Tensor) -> Tensor:
         """(B, H, N) fp32: attention probabilities of one query row per sequence, at ``slot`` (B,)."""
@@ -231,7 +233,7 @@ class View:
         if weights is not None:
             at = slot.view(-1, 1, 1, 1).expand(-1, weights.shape[1], 1, weights.shape[-1])
             return weights.gather(2, at)[:, :, 0].float()
-        given, row, packed = self._shown.inputs, slot[:, None], isinstance(self.tokens, Packed)
+        given, row, packed = self._inputs("queries"), slot[:, None], isinstance(self.tokens, Packed)
         query, mask = self._padded(given.query), given.mask
         at = slot.view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[-1])
         with torch.autocast(query.device.type, enabled=False):

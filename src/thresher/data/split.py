@@ -21,7 +21,8 @@ def choose_parts(parts: dict, train: str | None, test: str | None, label: str | 
     """Return the parts to be train and test, under these names; one of them may be missing."""
     for part in filter(None, (train, test)):
         require(PARTS.get(part, part) in parts, f"there is no part {part!r}: the parts are {brief(*parts)}")
-    train, test = PARTS.get(train, train) or "train", PARTS.get(test, test)
+    train, test = (None if part is None else PARTS.get(part, part) for part in (train, test))
+    train = train or "train"
     if test is None:
         hidden = label and {"test", "validation"} <= {*parts} and unlabelled(parts["test"], label, "fi").all()
         test = "validation" if hidden or "test" not in parts else "test"

@@ -63,9 +63,12 @@ def with_columns(test: DataFrame, used: Sequence[str], names: Sequence[str]) -> 
 
 def task_parts(
     train, validation, test: DataFrame, columns: Sequence[str], beside: Sequence[str]
-) -> list[Dataset | None]:
+) -> tuple[Dataset | None, Dataset | None, Dataset]:
     """Return tables as data sets of the ``columns``; test has those ``beside`` them as well."""
     from datasets import Dataset
 
-    tables = [(train, columns), (validation, columns), (test, [*columns, *beside])]
-    return [t if t is None else Dataset.from_pandas(t[[*names]], preserve_index=False) for t, names in tables]
+    def dataset(table: DataFrame, names: Sequence[str]) -> Dataset:
+        return Dataset.from_pandas(table[[*names]], preserve_index=False)
+
+    kept = (None if table is None else dataset(table, columns) for table in (train, validation))
+    return (*kept, dataset(test, [*columns, *beside]))  # type: ignore[return-value]  # of two

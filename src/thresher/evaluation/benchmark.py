@@ -6,11 +6,10 @@ rows without padding, as ``data.tokenize`` makes them.
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
-from dataclasses import KW_ONLY, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from ..stats.bootstrap import bootstrap_interval
 from ..stats.metrics import compute_metric
 from .hardware import environment, torch_threads
 from .latency import timed
-from .predict import Predictions, Text, counts_of, logits_of, outcome, packed, plain, predict, ready
+from .predict import Predictions, Text, counts_of, in_precision, logits_of, outcome, packed, plain, predict, ready
 from .roofline import Roofline
 from .rows import row
 
@@ -61,16 +60,18 @@ class Runner:
     row: dict
     forward: Callable
     predictions: Predictions
-    costs: list[LayerCost] | None = None
+    costs: Sequence[LayerCost] = ()
     pruner: TokenPruner | None = None
     pad_to: int | None = None
     counts: Tensor | None = None
     batched: bool = False
-    times: np.ndarray | None = None
+    times: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
 
     def run(self, rows: list[int], inputs: dict[str, Tensor]) -> float:
         """Seconds of one forward."""
-        with nullcontext() if self.counts is None else self.pruner.hooks.asking(counts=self.counts[rows]):
+        if self.pruner is None or self.counts is None:
+            return timed(self.forward, inputs)
+        with self.pruner.attached().asking(counts=self.counts[rows]):
             return timed(self.forward, inputs)
 
     @property
@@ -160,10 +161,10 @@ class Benchmark:
     repeats: int = 5
     threads: int | None = None
     limit: int | None = None
-    baselines: Mapping[str, PreTrainedModel] | None = None
+    baselines: Mapping[str, PreTrainedModel] = field(default_factory=dict)
     against: PreTrainedModel | None = None
     precisions: Iterable[str] = ("fp32",)
-    graphs: Mapping[tuple[str, str], Mapping[str, Any]] | None = None
+    graphs: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
     line: Roofline | None = None
     examples: int = 64
     batches: int = 8
@@ -173,7 +174,6 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         self.modes, self.precisions = tuple(self.modes), tuple(self.precisions)
-        self.baselines, self.graphs = dict(self.baselines or {}), dict(self.graphs or {})
         for given, there in ((self.modes, MODES), (self.precisions, PRECISIONS)):
             if unknown := [value for value in given if value not in there]:
                 raise ValueError(f"{unknown[0]!r} is not measured here; there is {', '.join(there)}")
@@ -184,8 +184,8 @@ class Benchmark:
         self.total = len(set(qa.examples(self.dataset)))
         chosen = qa.rows_of(self.dataset, np.random.default_rng(0).permutation(self.total)[: self.limit])
         self.given = {"dense": self.against or self.model, "pruned": self.model, **self.baselines}
-        given = {name: counts_of(net, len(self.dataset)) for name, net in self.given.items() if name != "dense"}
-        self.counts = {name: counts[chosen] for name, counts in given.items() if counts is not None}
+        replayed = {name: counts_of(net, len(self.dataset)) for name, net in self.given.items() if name != "dense"}
+        self.counts = {name: counts[chosen] for name, counts in replayed.items() if counts is not None}
         self.dataset = self.dataset.select(chosen)
         self.text = Text(self.model, self.dataset, self.max_length)
 
@@ -193,7 +193,7 @@ class Benchmark:
         """The models by name; other precisions than fp32 are copies, and dense models are without a hook of ours."""
         made = {id(net): net for net in self.given.values()}
         if precision != "fp32":
-            made = {key: copy.deepcopy(net).to(PRECISIONS[precision]) for key, net in made.items()}
+            made = {key: in_precision(net, PRECISIONS[precision]) for key, net in made.items()}
         nets = {name: made[id(net)] for name, net in self.given.items()}
         dense = [name for name in nets if name == "dense" or (name != "pruned" and not _sites(nets[name]))]
         return nets | {name: plain(nets[name]) for name in dense}
@@ -253,7 +253,7 @@ class Benchmark:
         """How a model is run, or its ``graph``: a pruned one as it is, the dense one padded, and all dense ones in
         batches of neighbours in length and, in torch, packed."""
         pruner, costs = getattr(net, MODULE, None), find_architecture(net).costs
-        fields = dict(zip(("runtime", "precision"), where, strict=True)) | {"method": name}
+        fields: dict[str, Any] = {"runtime": where[0], "precision": where[1], "method": name}
         way = partial(Runner, forward=graph or net, predictions=own, costs=costs, pruner=pruner)
         if pruner is not None:
             kind = pruner.hooks.layout_for(soft=False, cached=False)
@@ -268,8 +268,8 @@ class Benchmark:
             yield way(padded, predictions=wide, pad_to=self.max_length)
         fields["mode"] = "dense-unpadded"
         yield way(fields | {"layout": "length-sorted"})
-        if graph is None and (net := packed(net)) is not None:
-            yield way(fields | {"layout": "packed"}, forward=net, batched=True)
+        if graph is None and (rows := packed(net)) is not None:
+            yield way(fields | {"layout": "packed"}, forward=rows, batched=True)
 
     def judge(self, own: Predictions) -> dict:
         """Quality, and for a model that is not the dense one the interval of the drop."""
@@ -307,7 +307,7 @@ class Benchmark:
         """What all rows say."""
         return {
             "task": self.task.name,
-            "model": Path(self.model.config.name_or_path).name or None,
+            "model": Path(self.model.config.name_or_path or "").name or None,
             "metric": self.task.metric,
             "selected_on": self.task.selected_on,
             "repeats": self.repeats,

@@ -14,14 +14,17 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from ..core.compat import has_amx
 from .rows import whole
 
-Measured = TypeVar("Measured")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Measured = TypeVar("Measured", bound="DataclassInstance")
 VERSIONS = ("torch", "transformers", "thresher")
 
 

@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..api import MODULE, calling, prune, unprune
 from ..core.architecture import find_architecture
 from ..core.cost import dense_macs, macs
-from ..core.pruner import METHODS
+from ..core.pruner import METHODS, pruner_of
 from ..core.tokens import LAYOUTS
 from ..data import qa
 from ..methods.topk import REPLAY, TopK
@@ -110,38 +110,39 @@ def predict(
         ValueError: no rows, padded rows, rows over ``pad_to``, counts that do not fit, a model without logits (B, K),
             scores of a model that lets tokens leave.
     """
-    model = copy.deepcopy(model).to(torch.bfloat16) if bf16 else model
-    text, pruner = Text(model, dataset, pad_to), getattr(model, MODULE, None)
+    model = in_precision(model, torch.bfloat16) if bf16 else model
+    text, pruner = Text(model, dataset, pad_to), pruner_of(model)
     counts = counts_of(model, len(dataset), counts)
     rows_dense = dense_macs(
         find_architecture(model).costs if pruner is None else pruner.architecture.costs, text.lengths
     )
-    order, logits, kept, used, scored = [], [], [], [], []
+    order: list[int] = []
+    logits, kept, used, scored = [], [], [], []
     with torch.inference_mode(), ready(model):
         for rows in text.batches(range(len(dataset)), batch_size):
             inputs = text.batch(rows, pad_to, model.device)
             with nullcontext() if counts is None else calling(model, counts=counts[rows]):
                 output = model(**inputs)
             logits += _logits(model, output, text.lengths[rows])
-            ran = pruner is not None and pruner.hooks.options.mode != "dense"  # else there is no record of it
-            left = [view.keep.sum(1) for view in pruner.record.sites] if ran else []
+            ran = pruner is not None and pruner.attached().options.mode != "dense"  # else there is no record of it
+            record = pruner.last_record() if ran and pruner is not None else None
+            sites = [] if record is None else record.sites
+            left = [site.keep.sum(1) for site in sites]
             kept.append(torch.stack(left, 1) if left else torch.zeros(len(rows), 0, dtype=torch.long))
-            used.append(macs(pruner.record.costs, pruner.record.counts) if ran else rows_dense[rows])
+            used.append(rows_dense[rows] if record is None else macs(record.costs, record.counts))
             if scores:
-                views = pruner.record.sites if ran else []
-                if not views or any(v.score is None or not torch.equal(v.keep, v.alive) for v in views):
+                if not sites or any(s.score is None or not torch.equal(s.keep, s.alive) for s in sites):
                     raise ValueError("scores=True needs a pruned model whose method scores tokens and lets none leave")
-                view = views[-1]
-                scored += [score[alive] for score, alive in zip(view.score, view.alive, strict=True)]
+                scored += [score[alive] for score, alive in zip(sites[-1].score, sites[-1].alive, strict=True)]
             order += rows
             if progress:
                 progress(len(order), len(dataset))
     back = torch.tensor(order).argsort()
-    kept, used = (torch.cat(parts).cpu()[back] for parts in (kept, used))
-    logits = [logits[i].cpu() for i in back.tolist()]
-    logits = torch.stack(logits) if logits[0].dim() == 1 else logits
-    scored = [scored[i] for i in back.tolist()] if scores else None
-    return Predictions(logits, kept, text.lengths, used, rows_dense, scored)
+    counted, spent = (torch.cat(parts).cpu()[back] for parts in (kept, used))
+    own = [logits[i].cpu() for i in back.tolist()]
+    answers = torch.stack(own) if own[0].dim() == 1 else own
+    ranked = [scored[i] for i in back.tolist()] if scores else None
+    return Predictions(answers, counted, text.lengths, spent, rows_dense, ranked)
 
 
 def logits_of(
@@ -177,7 +178,7 @@ def outcome(predictions: Predictions, dataset: Dataset, metric: str) -> tuple[An
     if metric in RANKING:
         gains = query_gains(predictions.logits, dataset["row"], dataset["labels"], metric)
     elif metric in MEANS:
-        gains = qa.question_f1(predictions.logits, dataset)
+        gains = qa.question_f1([*predictions.logits], dataset)
     else:
         return predictions.logits, np.asarray(dataset["labels"])
     return gains, np.ones(len(gains))
@@ -197,15 +198,16 @@ def replayed(model: PreTrainedModel, method: str, counts: Tensor) -> PreTrainedM
     Example:
         >>> baseline = replayed(model, "random", predict(model, rows).kept)
     """
-    known, pruner = [n for n, m in METHODS.items() if issubclass(m, TopK)], getattr(model, MODULE, None)
+    known, pruner = [n for n, m in METHODS.items() if issubclass(m, TopK)], pruner_of(model)
     name = method.replace("-", "")
     if name not in known or pruner is None:
         raise ValueError(f"expected a pruned model and one of {', '.join(known)}, got {method!r}")
     if counts.dim() != 2 or counts.shape[1] != len(pruner.sites):
         raise ValueError(f"counts have shape {tuple(counts.shape)}, expected (N, {len(pruner.sites)}): one per site")
-    baseline, again = unprune(copy.deepcopy(model)), METHODS[name](keep=REPLAY, at=pruner.sites, protect=pruner.protect)
-    prune(baseline, again, layout=pruner.hooks.layout).token_pruner.row_counts = counts
-    return baseline
+    kind: Any = METHODS[name]
+    baseline, again = unprune(copy.deepcopy(model)), kind(keep=REPLAY, at=pruner.sites, protect=pruner.protect)
+    again.row_counts = counts
+    return prune(baseline, again, layout=pruner.attached().layout)
 
 
 def counts_of(model: PreTrainedModel, total: int, counts: Tensor | None = None) -> Tensor | None:
@@ -224,8 +226,16 @@ def plain(model: PreTrainedModel) -> PreTrainedModel:
 
 def packed(model: PreTrainedModel) -> PreTrainedModel | None:
     """The dense model in packed rows, which have no padding; a copy as ``plain`` makes. None where they cannot be."""
-    net = prune(plain(model), TopK(keep=1.0, at=()))
-    return net if net.token_pruner.hooks.layout_for(soft=False, cached=False) is LAYOUTS["packed"] else None
+    keeps_all = TopK(keep=1.0, at=())
+    net = prune(plain(model), keeps_all)
+    return net if keeps_all.attached().layout_for(soft=False, cached=False) is LAYOUTS["packed"] else None
+
+
+def in_precision(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of a model in another precision."""
+    copied: nn.Module = copy.deepcopy(model)
+    copied.to(dtype)
+    return cast("PreTrainedModel", copied)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,7 @@ def _peak(dtype: torch.dtype, seconds: float, device: str) -> float:
         product(x, weight)  # kernels are made in the first call
         end, fastest = time.perf_counter() + seconds / 6, float("inf")
         for _ in _at_least(2, end):
-            fastest = min(fastest, _timed(lambda x=x, weight=weight: product(x, weight), device))
+            fastest = min(fastest, _timed(partial(product, x, weight), device))
         best = max(best, 2e-9 * rows * width * width / fastest)
         if fastest > seconds / 100:  # the next may take 16 times as long
             break
@@ -189,7 +190,7 @@ def _bandwidth(seconds: float, device: str) -> float:
     best, end = 0.0, time.perf_counter() + seconds
     for _ in _at_least(2, end):
         for read in (lambda piece: torch.mv(piece, vector), torch.sum):
-            times = [_timed(lambda piece=piece, read=read: read(piece), device) for piece in pieces]
+            times = [_timed(partial(read, piece), device) for piece in pieces]
             best = max(best, 1e-9 * pieces[0].nbytes / statistics.median(times))
     return best
 

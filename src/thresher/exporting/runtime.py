@@ -44,7 +44,7 @@ class Runtime:
         if kinds is None and "token_type_ids" in takes:
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
         dropped = kinds is not None and "token_type_ids" not in takes and getattr(self.config, "type_vocab_size", 0) > 1
-        if dropped and kinds.any():
+        if dropped and kinds is not None and kinds.any():
             raise ValueError("this graph was exported for a tokenizer without token_type_ids: it would drop them")
         output = self.exported(**{name: value for name, value in inputs.items() if name in takes})
         names = ("start_logits", "end_logits") if self.answers else ("logits",)
@@ -66,15 +66,19 @@ class Runtime:
         """
         if self.tokenizer is None:
             raise ValueError("this model was exported without its tokenizer: call forward(input_ids=..., ...)")
-        if one := isinstance(texts, str):
-            texts, pairs = [texts], None if pairs is None else [pairs]
+        one = isinstance(texts, str)
+        texts = [texts] if isinstance(texts, str) else texts
+        pairs = [pairs] if isinstance(pairs, str) else pairs
         if self.answers and pairs is None:
             raise ValueError("a model that answers questions needs paragraphs: runtime(questions, paragraphs)")
         if pairs is not None and len(pairs) != len(texts):
             raise ValueError(f"{len(texts)} texts and {len(pairs)} pairs: expected as many of both")
         if not texts:
             return []
-        found = self._answer(texts, pairs, batch_size) if self.answers else self._classify(texts, pairs, batch_size)
+        if self.answers and pairs is not None:
+            found = self._answer(texts, pairs, batch_size)
+        else:
+            found = self._classify(texts, pairs, batch_size)
         return found[0] if one else found
 
     def _run(self, rows: list[dict], batch_size: int) -> list[dict[str, Tensor]]:
@@ -112,7 +116,7 @@ class Runtime:
     def _answer(self, questions: Sequence[str], paragraphs: Sequence[str], batch_size: int) -> list[dict]:
         from datasets import Dataset
 
-        nothing = [{"text": [], "start": []}] * len(questions)
+        nothing: list[dict] = [{"text": [], "start": []}] * len(questions)
         data = Dataset.from_dict({"question": [*questions], "context": [*paragraphs], "answers": nothing})
         cut, _ = qa.windows(data, self.tokenizer, self.spec["max_length"])
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in cut.column_names]

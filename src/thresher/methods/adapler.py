@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..core.architecture import Architecture
-from ..core.pruner import Record
+from ..core.pruner import Batch, Record, RunAgain
 from ..core.view import Site, View
 from .parts.predictor import perceptron, perceptron_macs
 from .parts.saliency import saliency
@@ -75,7 +74,8 @@ class AdapLeR(Thresholded):
         self.predictor_macs = perceptron_macs(model.hidden)
 
     def score(self, view: View) -> Tensor:
-        predictor, gate = self.predictors[view.site], view.tokens.log_gate
+        predictor: Any = self.predictors[view.site]
+        gate = view.tokens.log_gate
         logit = predictor(view.hidden.detach().to(predictor[0].weight.dtype)).float()[..., 0]
         logit = logit if gate is None else logit + gate  # what has faded takes no share
         share = logit.masked_fill(~view.alive, float("-inf")).softmax(-1)
@@ -84,7 +84,7 @@ class AdapLeR(Thresholded):
     def opening(self, score: Tensor, view: View) -> Tensor:
         return super().opening(score, view) * self.sharpen**self.softened
 
-    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+    def loss(self, forward: RunAgain, batch: Batch, record: Record, teacher: Any = None) -> Tensor | float:
         budget = super().loss(forward, batch, record, teacher)
         if not self.soft:
             return budget

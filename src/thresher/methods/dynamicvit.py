@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..core.architecture import Architecture
-from ..core.pruner import Record
+from ..core.pruner import Batch, Record, RunAgain, RunBatch
 from ..core.view import View
 from .parts.gates import gumbel, log_gate
 from .topk import TopK
@@ -70,7 +70,8 @@ class DynamicViT(TopK):
         self.predictor_macs = sum(linear.weight.numel() for linear in linears) // max(1, len(self.sites))
 
     def score(self, view: View) -> Tensor:
-        embed, votes = self.embed[view.site], view.tokens.votes[..., None]
+        embed: Any = self.embed[view.site]
+        votes = view.tokens.votes[..., None]
         x = embed(view.hidden.to(embed[1].weight.dtype))
         local, shared = x.tensor_split(2, dim=-1)
         mean = (shared * votes).sum(1, keepdim=True) / votes.sum(1, keepdim=True).clamp(min=1e-6)
@@ -80,7 +81,7 @@ class DynamicViT(TopK):
     def gates(self, score: Tensor, view: View) -> Tensor:
         return log_gate(gumbel(score))
 
-    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+    def loss(self, forward: RunAgain, batch: Batch, record: Record, teacher: Any = None) -> Tensor | float:
         if not self.soft:
             return self.rest()
         kept, start, wanted, terms = record.kept(), record.counts[0].n_attention, 1.0, []
@@ -89,7 +90,7 @@ class DynamicViT(TopK):
             terms.append(((kept[site.layer] / start).mean() - wanted) ** 2)
         return self.weight * torch.stack(terms).sum()
 
-    def prepare(self, forward: Callable, batches: Iterable[dict]) -> None:
+    def prepare(self, forward: RunBatch, batches: Iterable[Batch]) -> None:
         """Find the shares that meet ``target_flops``, which do not depend on what the predictors will learn."""
         progress, self.progress = self.progress, 1.0
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.architecture import Architecture
 from ..core.pareto import pareto_front
-from ..core.pruner import Choice, Record
+from ..core.pruner import Batch, Choice, Record, RunAgain, RunBatch
 from ..core.view import View
 from .parts.distillation import distillation
 from .parts.selection import all_but_last, kept_count, top_k
@@ -126,11 +126,11 @@ class LAT(TopK):
         """Draw a random schedule: at each site a share that is left of those before."""
         return tuple(round(1 - self.most * share, 3) for share in torch.rand(len(self.sites)).tolist())
 
-    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+    def loss(self, forward: RunAgain, batch: Batch, record: Record, teacher: Any = None) -> Tensor | float:
         with torch.no_grad():
             whole = forward()
         smallest = (round(1 - self.most, 3),) * len(self.sites)
-        total = 0.0
+        total: Any = 0.0
         try:
             for schedule in (smallest, *(self.draw() for _ in range(self.drawn))):
                 self.running = schedule
@@ -140,7 +140,7 @@ class LAT(TopK):
         return total
 
     # --- search --------------------------------------------------------------------------------------------------
-    def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
+    def calibrate(self, forward: RunBatch, batches: Iterable[Batch]) -> dict[str, float]:
         """Search for schedules, once the training is over and none are known; then meet ``target_flops``."""
         if self.progress < 1:
             return {}
@@ -156,7 +156,7 @@ class LAT(TopK):
         return super().calibrate(forward, batches)
 
     @torch.no_grad()
-    def _evolved(self, forward: Callable, batches: list[dict]) -> tuple:
+    def _evolved(self, forward: RunBatch, batches: list[Batch]) -> tuple:
         """Search for the schedules that no other one beats in both MACs and answers."""
         self.keep, draw = KEEPS_ALL, random.Random(self.seed)
         whole = [forward(batch).answers for batch in batches]

@@ -50,7 +50,7 @@ class LTMP(LTP):
     merge_init: float = 0.9
 
     name: ClassVar[str] = "ltmp"
-    merges: ClassVar[bool] = True
+    merges = True
     sized: ClassVar[bool] = True
     needs_values: ClassVar[bool] = True
 

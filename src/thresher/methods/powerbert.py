@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.architecture import Architecture
-from ..core.pruner import Record
+from ..core.pruner import Batch, Record, RunAgain, RunBatch
 from ..core.scoring import columns
 from ..core.tokens import CLOSED
 from ..core.view import View
@@ -87,7 +87,7 @@ class PoWERBERT(TopK):
             self.retention.clamp_(0, 1)  # the parameters themselves: beyond the bounds they would have no gradient
         return (self.retention[view.site][bins] + CLOSED).log().clamp(max=0)
 
-    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+    def loss(self, forward: RunAgain, batch: Batch, record: Record, teacher: Any = None) -> Tensor | float:
         if not self.soft:
             return self.rest()
         if self.target_flops is not None:
@@ -95,7 +95,7 @@ class PoWERBERT(TopK):
         number = torch.tensor([layer + 1.0 for layer in self.sites], device=self.retention.device)
         return (0.01 if self.weight is None else self.weight) * (number * self.retention.sum(1)).sum()
 
-    def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
+    def calibrate(self, forward: RunBatch, batches: Iterable[Batch]) -> dict[str, float]:
         """Read the shares off the retention parameters, once these have learned, and meet ``target_flops``."""
         with torch.no_grad():
             masses = self.retention.clamp(0, 1).mean(1).cummin(0).values.tolist()  # of all tokens, after each site

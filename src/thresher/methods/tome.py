@@ -51,7 +51,7 @@ class ToMe(Budgeted):
     target_flops: float | None = field(default=None, kw_only=True)
 
     name: ClassVar[str] = "tome"
-    merges: ClassVar[bool] = True
+    merges = True
     sized: ClassVar[bool] = True
     needs_values: ClassVar[bool] = True
     scores_all: ClassVar[bool] = False

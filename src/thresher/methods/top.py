@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.architecture import Architecture
-from ..core.pruner import Choice, Record
+from ..core.pruner import Batch, Choice, Record, RunAgain, RunBatch
 from ..core.tokens import CLOSED
 from ..core.view import View
 from .parts.constraint import OVER, Constrained, lengths_of, rows_of
@@ -171,6 +171,7 @@ class ToP(Constrained):
         self.gate = nn.Parameter(torch.full((sites,), odds(GATE))) if self.site_gates else None
         self.start = [p.detach().clone() for p in (self.rank, self.gate) if p is not None]
         self.multiplier = nn.Parameter(torch.tensor([0.0, STIFF]))
+        self.mask: Tensor
         self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
         self.agreement: list[Tensor] = []
         taught = model.depth if model.finds_answers else max(model.first_site + 1, model.depth // 3)
@@ -239,7 +240,7 @@ class ToP(Constrained):
         return bool(self.current[site].all())
 
     # --- the Lagrangian ------------------------------------------------------------------------------------------
-    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+    def loss(self, forward: RunAgain, batch: Batch, record: Record, teacher: Any = None) -> Tensor | float:
         if self.soft:
             tokens, protected = self.lengths or rows_of(record)
             over = self.expected(tokens.float(), protected) - self.target_now(tokens.float(), protected)
@@ -287,7 +288,8 @@ class ToP(Constrained):
                 f"ToP distils the ranking into the first third of the layers, at={list(self.sites)} has none of "
                 "them: name an earlier layer, or train with rank_loss='none'"
             )
-        self.agreement, total = [], 0.0
+        self.agreement = []
+        total: Any = 0.0
         for site in (record.sites[i] for i in self.early):
             ranking = taught_by(teacher).gather(1, site.tokens.index)
             score = site.score if self.soft else self.score(site.view)  # tokens are chosen without gradients
@@ -308,7 +310,7 @@ class ToP(Constrained):
         return float(self.cost(tokens.float(), protected, kept_of_bins(mask, int(tokens.max()), self.floor), idle))
 
     @torch.no_grad()
-    def calibrate(self, forward: Callable, batches: Iterable[dict]) -> dict[str, float]:
+    def calibrate(self, forward: RunBatch, batches: Iterable[Batch]) -> dict[str, float]:
         """Fix the masks: as many bins off, the least odds of all sites first, as meet the target on ``batches``.
 
         ``forward(batch)`` runs the model and returns the ``Record``. Raises ValueError where the target cannot be

@@ -53,6 +53,8 @@ class TopK(Budgeted):
     @property
     def shares(self) -> tuple[float | int, ...]:
         """``keep`` at each site."""
+        assert not isinstance(self.keep, str), "a replay has counts and no shares"
+        assert not isinstance(self.keep, str), "a replay has counts and no shares"
         return per_site(self.keep, self.sites)
 
     def build(self, model: Architecture) -> None:

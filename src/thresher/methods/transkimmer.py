@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,18 +58,17 @@ class Transkimmer(Thresholded):
         super().build(model)
         size, draw = model.hidden, torch.Generator().manual_seed(0)
         self.predictor_macs = size * size + 2 * size
-        self.predictors = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size), nn.LayerNorm(size), nn.GELU(), nn.Linear(size, 2))
-            for _ in self.sites
-        )
-        for predictor in self.predictors:
-            for linear in (predictor[1], predictor[4]):
+        self.predictors = nn.ModuleList()
+        for _ in self.sites:
+            first, last = nn.Linear(size, size), nn.Linear(size, 2)
+            for linear in (first, last):
                 nn.init.normal_(linear.weight, std=0.02, generator=draw)
                 nn.init.zeros_(linear.bias)
-            predictor[4].bias.data = torch.tensor([self.start / 2, -self.start / 2])
+            last.bias.data = torch.tensor([self.start / 2, -self.start / 2])
+            self.predictors.append(nn.Sequential(nn.LayerNorm(size), first, nn.LayerNorm(size), nn.GELU(), last))
 
     def score(self, view: View) -> Tensor:
-        predictor = self.predictors[view.site]
+        predictor: Any = self.predictors[view.site]
         stays, leaves = predictor(view.hidden.to(predictor[1].weight.dtype)).float().unbind(-1)
         return stays - leaves
 

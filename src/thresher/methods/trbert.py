@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.architecture import Architecture
 from ..core.cost import dense_macs, macs
-from ..core.pruner import Choice, Record
+from ..core.pruner import Batch, Choice, Record, RunAgain
 from ..core.tokens import take
 from ..core.view import Site, View
 from .parts.budget import PENALTY
@@ -94,9 +93,10 @@ class TRBERT(Thresholded):
     def build(self, model: Architecture) -> None:
         super().build(model)
         draw = torch.Generator().manual_seed(0)
-        self.policies = nn.ModuleList(perceptron(model.hidden, draw) for _ in self.sites)
-        for policy in self.policies:
+        policies: list[Any] = [perceptron(model.hidden, draw) for _ in self.sites]
+        for policy in policies:
             nn.init.constant_(policy[2].bias, self.start)
+        self.policies = nn.ModuleList(policies)
         self.predictor_macs = perceptron_macs(model.hidden)
 
     @property
@@ -108,7 +108,7 @@ class TRBERT(Thresholded):
         return "sampled" if progress < self.soft_until else "hard"
 
     def score(self, view: View) -> Tensor:
-        policy = self.policies[view.site]
+        policy: Any = self.policies[view.site]
         with torch.set_grad_enabled(self.playing):  # of the policy alone, and not within a checkpointed layer
             return policy(view.hidden.detach().to(policy[0].weight.dtype)).float()[..., 0]
 
@@ -125,7 +125,7 @@ class TRBERT(Thresholded):
         salient = take(self.guide[view.site], view.tokens.index, 1).masked_fill(view.protected, float("inf"))
         return Choice(top_k(salient, (chance * view.alive).sum(1).round(), view.alive))
 
-    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+    def loss(self, forward: RunAgain, batch: Batch, record: Record, teacher: Any = None) -> Tensor | float:
         if not self.sampled:
             return self.rest()
         runs = [self._run(forward, batch) for _ in range(self.rollouts)]
@@ -146,9 +146,8 @@ class TRBERT(Thresholded):
                 self._run(forward, batch)
             finally:
                 self.guide = None
-            loss = (
-                loss - self.guidance * torch.stack([self.likelihood(site, True) for site in self.record.sites]).mean()
-            )
+            likely = torch.stack([self.likelihood(site, True) for site in self.last_record().sites])
+            loss = loss - self.guidance * likely.mean()
         self.record = record
         return loss
 
@@ -158,7 +157,7 @@ class TRBERT(Thresholded):
             return 0.1 if self.weight is None else self.weight
         return 2 * (PENALTY if self.weight is None else self.weight) * (fraction - self.target_now)
 
-    def _run(self, forward: Callable, batch: dict) -> tuple[Tensor, ...]:
+    def _run(self, forward: RunAgain, batch: Batch) -> tuple[Tensor, ...]:
         """Run once; (B,) each: task loss, MACs, dense MACs, and the log likelihood of the choices that were made."""
         self.playing = True
         try:
@@ -166,8 +165,9 @@ class TRBERT(Thresholded):
                 task = task_losses(forward(), batch, self.architecture.causal)
         finally:
             self.playing = False
-        costs, counts = self.record.costs, self.record.counts
-        likely = sum(self.likelihood(site) for site in self.record.sites)
+        last = self.last_record()
+        costs, counts = last.costs, last.counts
+        likely: Any = sum(map(self.likelihood, last.sites))
         return task, macs(costs, counts), dense_macs(costs, counts[0].n_attention), likely
 
     def likelihood(self, site: Site, mean: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..api import prune, unprune
 from ..core.cost import LatencyTable
 from ..core.pareto import pareto_front
-from ..core.pruner import METHODS
+from ..core.pruner import METHODS, pruner_in
 from ..data.models import make_method
 from ..evaluation.predict import Text
 from ..methods.topk import TopK
@@ -143,6 +143,13 @@ class Samples:
     profile: Sample
     test: Sample | None = None
 
+    @property
+    def tested(self) -> Sample:
+        """The texts of the test, which a budget of answers needs."""
+        if self.test is None:
+            raise ValueError("a budget of disagreement or of accuracy needs texts to test on: give Samples.test")
+        return self.test
+
 
 class ScheduleSearch:
     """The schedules of one model that were run, and what they did to its answers; ``find`` is the whole search.
@@ -184,7 +191,7 @@ class ScheduleSearch:
     ):
         self.net, self.scores, self.samples = net, served(net, scores), samples
         self.tell, self.score = tell, next(iter(self.scores))
-        info = prune(net, TopK(keep=1.0, at=())).token_pruner.architecture
+        info = pruner_in(prune(net, TopK(keep=1.0, at=()))).architecture
         unprune(net)
         kind = METHODS[self.scores[self.score][0]]
         lengths = Text(net, samples.search.rows, None).lengths
@@ -239,7 +246,7 @@ class ScheduleSearch:
                 "latency_ms": None if self.space.table is None else self.space.cost(left),
                 "divergence": outcome.divergence,
                 "disagreement": None if outcome.differs is None else float(outcome.differs.mean()),
-                "drop": None if outcome.lost is None else float(outcome.lost.mean() - outcome.won.mean()),
+                "drop": outcome.drop,
                 "tested": None,
                 "bound": None,
                 "chosen": False,
@@ -248,7 +255,8 @@ class ScheduleSearch:
 
     def profile(self) -> None:
         """Try each layer alone, one to which nothing matters once; then the best schedules if the damage adds up."""
-        layers, damage = self.space.layers, {}
+        layers = self.space.layers
+        damage: dict[int, dict[float, float]] = {}
         for i, layer in enumerate(layers):
             damage[layer] = {}
             for j, share in enumerate(reversed(PROFILED)):
@@ -292,8 +300,8 @@ class ScheduleSearch:
         matters stay as they are."""
         idle = [i for i, row in enumerate(self.damage) if row.max() < IDLE]
         for done in range(looks):
-            near = (one for one in neighbours(left) if all(one[i] == left[i] for i in idle))
-            near = sorted((one for one in near if (self.score, one) not in self.rows), key=self._sum)
+            alike = (one for one in neighbours(left) if all(one[i] == left[i] for i in idle))
+            near = sorted((one for one in alike if (self.score, one) not in self.rows), key=self._sum)
             one = next((one for one in near if self.space.cost(one) <= budget), left)
             if one == left:
                 break
@@ -339,7 +347,7 @@ class ScheduleSearch:
         def bound(step: int, trial: Trial) -> float:
             self.tell("testing schedules", step, len(sequence))
             self.apply(*trial)
-            rate, most = rate_of(self.samples.test.compare(self.net), budget)
+            rate, most = rate_of(self.samples.tested.compare(self.net), budget)
             self.rows[trial] |= {"tested": rate, "bound": most}
             return most
 
@@ -349,7 +357,7 @@ class ScheduleSearch:
             raise ValueError(
                 f"no schedule passes {budget.name}={budget.value:g}: the mildest, with {first['flops_fraction']:.2f} "
                 f"of the MACs, has a {LIMITS[budget.name]} of {first['tested']:.4f} on "
-                f"{len(self.samples.test.dense.tokens)} texts, at most {first['bound']:.4f} with 95 % confidence; give "
+                f"{len(self.samples.tested.dense.tokens)} texts, at most {first['bound']:.4f} with 95 % confidence; give "
                 f"more texts or a larger {budget.name}"
             )
         return sequence[passed - 1]
@@ -363,7 +371,9 @@ class ScheduleSearch:
 def rate_of(outcome: Comparison, budget: Budget) -> tuple[float, float]:
     """The disagreement, or the drop of accuracy, of a test, and its exact upper bound."""
     if budget.of_accuracy:
+        assert outcome.lost is not None and outcome.won is not None, "these texts have labels"
         count, lost, won = len(outcome.lost), int(outcome.lost.sum()), int(outcome.won.sum())
         return (lost - won) / count, bounds.paired_upper(lost, won, count)
+    assert outcome.differs is not None, "these answers are no numbers"
     count, wrong = len(outcome.differs), int(outcome.differs.sum())
     return wrong / count, bounds.upper(wrong, count)

@@ -27,7 +27,7 @@ from ..evaluation.predict import Predictions, predict
 def divergence(dense: Tensor | list[Tensor], pruned: Tensor | list[Tensor]) -> Tensor:
     """(N,) how far answers are from the dense model's: KL(dense || pruned) in nats, of question answering the mean of
     start and end; the squared difference of a single number. Logits as in ``Predictions``."""
-    if isinstance(dense, list):
+    if isinstance(dense, list) or isinstance(pruned, list):
         pairs = zip(dense, pruned, strict=True)
         return torch.stack([divergence(d, p).mean() for d, p in pairs])
     if dense.shape[-1] == 1:
@@ -48,6 +48,11 @@ class Comparison:
     lost: np.ndarray | None = None
     won: np.ndarray | None = None
 
+    @property
+    def drop(self) -> float | None:
+        """The share of right answers that were lost, less those won; None without labels of classes."""
+        return None if self.lost is None or self.won is None else float(self.lost.mean() - self.won.mean())
+
 
 class Sample:
     """Tokenized texts with the dense model's answers, which are asked for once."""
@@ -65,9 +70,10 @@ class Sample:
         mean = divergence(self.dense.logits, pruned.logits).mean().item()
         if not np.isfinite(mean):
             raise DataError("logits hold NaN or infinity: expected numbers, has the model diverged?")
-        answers, right = self._answers(pruned), {}
+        answers = self._answers(pruned)
+        right: dict[str, np.ndarray] = {}
         if self.labels is not None:
-            before, after = self.answers == self.labels, answers == self.labels
+            before, after = (np.asarray(given == self.labels) for given in (self.answers, answers))
             right = {"lost": before & ~after, "won": after & ~before}
         differs = None if answers is None else answers != self.answers
         return Comparison(mean, pruned.macs_used / pruned.macs_dense, differs, **right)
@@ -98,6 +104,7 @@ def texts_of(
     """
     task = _task(net, replace(data, limit=None), labelled)
     rng = np.random.default_rng(seed)
+    assert task.validation is not None and task.train is not None, "_task() refuses a test part alone"
     parts = [part.select(rng.permutation(len(part))) for part in (task.validation, task.train)]
     if min_length is not None:
         if task.kind == "qa":

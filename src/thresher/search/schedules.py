@@ -6,7 +6,7 @@ index, never falling. Shapes: N texts, L layers that can be sites, V levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -129,7 +129,7 @@ class Space:
     def _fixed(self) -> float:
         return 0.0 if self.table is None else self.table.fixed(self.lengths).mean().item()
 
-    def _counts(self, tokens: Tensor, after: dict[int, Callable], layers: range) -> list[LayerCount]:
+    def _counts(self, tokens: Tensor, after: Mapping[int, Callable[..., Tensor]], layers: range) -> list[LayerCount]:
         free = self.table is None and not self.charged  # in MACs; the table has the time of every site
         unscored = layers if free else ()
         return tokens_by_layer(tokens, after, layers, inside=self.info.drops_inside, unscored=unscored)

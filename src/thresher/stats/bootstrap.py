@@ -30,14 +30,14 @@ def pooled_interval(metric: str, runs: Iterable[tuple], n: int = 2000, seed: int
 
     All seeds answer the same N examples. A draw takes the same examples of all, and draws the seeds as well.
     """
-    runs = [
+    checked = [
         [(np.asarray(labels), checked_answers(metric, labels, p)) for p in ab if p is not None] for labels, *ab in runs
     ]
-    if len({(len(run), len(run[0][0])) for run in runs}) != 1:
+    if len({(len(run), len(run[0][0])) for run in checked}) != 1:
         raise ValueError("the runs do not pair: expected the same examples, and a second prediction in all or none")
     draws = []
-    for times, which in resamples(len(runs[0][0][0]), len(runs), n, seed):
-        points = [[points_of(metric, labels, answers, times) for labels, answers in run] for run in runs]
+    for times, which in resamples(len(checked[0][0][0]), len(checked), n, seed):
+        points = [[points_of(metric, labels, answers, times) for labels, answers in run] for run in checked]
         values = np.array([a - sum(b) for a, *b in points])  # (runs, draws)
         draws += np.take_along_axis(values, which.T, 0).mean(0).tolist()
     low, high = np.percentile(draws, (2.5, 97.5)).tolist()

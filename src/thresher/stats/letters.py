@@ -48,7 +48,8 @@ def p_values(
     metric: str, labels: Any, runs: Mapping[str, Mapping], pairs: Sequence[tuple[str, str]], n: int, seed: int = 0
 ) -> list[float]:
     """Return two-sided bootstrap p-values of pairs; ``runs`` holds the answers of each method by seed."""
-    labels, points = np.asarray(labels), {}
+    labels = np.asarray(labels)
+    points: dict[tuple, Any] = {}
     given = {(name, s): checked_answers(metric, labels, a) for name, of in runs.items() for s, a in of.items()}
     for times, _ in resamples(len(labels), 1, n, seed):
         for key, answers in given.items():

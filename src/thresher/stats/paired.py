@@ -59,9 +59,9 @@ def interval(change: np.ndarray, unit: float | None, level: float = 0.95) -> tup
 
 def holm(p: Sequence[float]) -> list[float]:
     """Return adjusted p values (Holm, 1979): all that are below a level are wrong with at most that probability."""
-    p, adjusted = np.asarray(p, float), np.empty(len(p))
-    order = p.argsort()
-    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    values, adjusted = np.asarray(p, float), np.empty(len(p))
+    order = values.argsort()
+    adjusted[order] = np.maximum.accumulate(values[order] * np.arange(len(p), 0, -1))
     return np.minimum(adjusted, 1).tolist()
 
 

@@ -18,7 +18,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 from ..api import prune, unprune
 from ..core.architecture import Architecture
 from ..core.compat import TrainerNames
-from ..core.pruner import MODULE, Choice, Record, TokenPruner, pruner_of
+from ..core.pruner import MODULE, Choice, Record, TokenPruner, pruner_in, pruner_of
 from ..core.view import View
 from ..evaluation.latency import latency_table
 from ..methods.parts.distillation import LOGITS, distillation
@@ -41,7 +41,7 @@ def param_groups(model: nn.Module, lr: float, pruner_lr: float | None = None, we
         pruner_lr: learning rate of the method. Default: the method's ``lr``.
         weight_decay: of the model.
     """
-    pruner = pruner_of(model)
+    pruner = pruner_in(model)
     own = {id(p) for p in pruner.parameters()}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     return [{"params": others, "lr": lr, "weight_decay": weight_decay}, pruner_group(pruner, pruner_lr)]
@@ -72,7 +72,7 @@ def join_backward(model: nn.Module, args: Any, outputs: Any) -> Any:
     part of the loss alone is an error.
     """
     if model.training and torch.is_grad_enabled():
-        zero = sum(0.0 * parameter.sum() for parameter in pruner_of(model).parameters())
+        zero: Any = sum(0.0 * parameter.sum() for parameter in pruner_in(model).parameters())
         for name in ("loss", *LOGITS):
             if outputs.get(name) is not None:
                 outputs[name] = outputs[name] + zero
@@ -154,7 +154,7 @@ class PruningTrainer(TrainerNames, Trainer):
         self.distill, self.temperature, self.pruner_lr = distill, temperature, pruner_lr
         self.calibration_dataset = calibration_dataset
         self.label_names = [*self.label_names] if self.label_names else ["labels"]
-        self.reached: dict[str, float] = {}
+        self.reached: dict[str, float | Tensor] = {}
         self.add_callback(_Stages(self))
         if self.args.world_size > 1:
             self.model.register_forward_hook(join_backward)
@@ -162,7 +162,7 @@ class PruningTrainer(TrainerNames, Trainer):
     @property
     def pruner(self) -> TokenPruner:
         """The method that is trained."""
-        return pruner_of(self.model)
+        return pruner_in(self.model)
 
     def extra_columns(self) -> set[str]:
         """The columns of a data set that the loss reads and the model's forward does not."""
@@ -176,23 +176,23 @@ class PruningTrainer(TrainerNames, Trainer):
         """Add up the losses of the task, the distillation and the method; in evaluation the task's alone."""
         inputs = dict(inputs)
         answers = {name: inputs.pop(column) for column, name in TAUGHT.items() if column in inputs}
-        with self.pruner.hooks.asking(counts=inputs.pop(COUNTS, None)):
+        with self.pruner.attached().asking(counts=inputs.pop(COUNTS, None)):
             if any(name in inputs for name in self.label_names):
                 task, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
             else:
                 task, outputs = None, model(**inputs)
         if not model.training:
             return (task, outputs) if return_outputs else task
-        record = self.pruner.record
+        record = self.pruner.last_record()
         asks = not answers or (self.pruner.ranks_teacher and "ranking" not in answers)
         if asks and self.teacher is not None:
             with torch.no_grad():
                 answers = dict(self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})) | answers
             if self.pruner.ranks_teacher:
-                answers["ranking"] = self.teacher.token_pruner.record.sites[-1].score
+                answers["ranking"] = pruner_in(self.teacher).last_record().sites[-1].score
         if not answers and task is None:
             raise ValueError("no labels and no teacher: there is nothing to learn from")
-        loss = 0.0 if task is None else task
+        loss: Any = 0.0 if task is None else task
         if any(name in answers for name in LOGITS):
             weight = 1.0 if task is None else self.distill
             mask = inputs.get("attention_mask")
@@ -226,14 +226,14 @@ class PruningTrainer(TrainerNames, Trainer):
 
     def train(self, *args, **kwargs):
         """Train as the Trainer does; a teacher whose ranking is wanted scores its last layer meanwhile."""
-        ranks = self.teacher is not None and self.pruner.ranks_teacher
-        if ranks:
-            prune(self.teacher, Ranking(), layout="mask")
+        ranked = self.teacher if self.pruner.ranks_teacher else None
+        if ranked is not None:
+            prune(ranked, Ranking(), layout="mask")
         try:
             return super().train(*args, **kwargs)
         finally:
-            if ranks:
-                unprune(self.teacher)
+            if ranked is not None:
+                unprune(ranked)
 
     def calibrate(self, rows: int | None = None) -> dict[str, float]:
         """Bring the method onto its budget on (``rows`` of) the calibration data; returns what it reached.
@@ -250,7 +250,7 @@ class PruningTrainer(TrainerNames, Trainer):
     @torch.no_grad()
     def _on_calibration_data(self, act: Callable, rows: int | None) -> Any:
         """Call ``act(forward, batches)`` with (``rows`` of) the calibration data, in evaluation mode."""
-        data = self.calibration_dataset or self.eval_dataset or self.train_dataset
+        data: Any = self.calibration_dataset or self.eval_dataset or self.train_dataset
         data = self.used_columns(data) if hasattr(data, "column_names") else data
         if rows is not None and rows < len(data):  # spread over all, which may be in the order of their labels
             data = Subset(data, [i * len(data) // rows for i in range(rows)])
@@ -261,8 +261,9 @@ class PruningTrainer(TrainerNames, Trainer):
 
         def forward(batch: dict) -> Record:
             answers = self.model(**{k: v.to(self.args.device) if torch.is_tensor(v) else v for k, v in batch.items()})
-            self.pruner.record.answers = answers
-            return self.pruner.record
+            record = self.pruner.last_record()
+            record.answers = answers
+            return record
 
         try:
             return act(forward, batches)
@@ -278,7 +279,8 @@ class _Stages(TrainerCallback):
     """
 
     def __init__(self, trainer: PruningTrainer):
-        self.trainer, self.phase = trainer, None
+        self.trainer = trainer
+        self.phase: str | None = None
         self.calibrated = False  # on all rows, since the last step
 
     def on_train_begin(self, args, state, control, **kwargs):

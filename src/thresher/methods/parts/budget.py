@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import ClassVar
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ...core.pruner import Record, TokenPruner
+from ...core.pruner import Batch, Record, RunBatch, TokenPruner
 
 TOLERANCE = 0.002  # of the target; tokens are discrete, so a budget is met closely and not exactly
 NEAR, FAR = 1e-6, 64.0  # how close the search looks, and how far
@@ -22,7 +22,7 @@ class Budgeted(TokenPruner):
     unpadded inputs. The ``knob`` of the method is turned on a calibration set until the budget is met.
     """
 
-    target_flops: ClassVar[float | None] = None  # a field of each method, in its own place
+    target_flops = cast("float | None", None)  # not annotated: a field of each method, in its own place
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +42,7 @@ class Budgeted(TokenPruner):
     def turn_shares(self, field: str, sign: int) -> Callable[[float], None]:
         """Return a knob that multiplies ``shares``, the values of a ``field``, by exp(``sign`` * by), in
         thousandths."""
-        start = self.shares
+        start: tuple[float, ...] = getattr(self, "shares", ())
 
         def turn(by: float) -> None:
             shares = tuple(min(1.0, max(0.001, round(share * math.exp(sign * by), 3))) for share in start)
@@ -51,16 +51,18 @@ class Budgeted(TokenPruner):
         return turn
 
     @torch.no_grad()
-    def calibrate(self, forward: Callable[[dict], Record], batches: Iterable[dict]) -> dict[str, float]:
+    def calibrate(self, forward: RunBatch, batches: Iterable[Batch]) -> dict[str, float]:
         """Turn the knob until ``target_flops`` is met on ``batches``; returns what was reached (empty: no budget).
 
         Raises:
             ValueError: the target cannot be reached.
         """
-        turn = None if self.target_flops is None else self.knob()
-        if turn is None:
+        target = self.target_flops
+        turn = None if target is None else self.knob()
+        if target is None or turn is None:
             return {}
-        batches, tried = list(batches), []
+        batches = list(batches)
+        tried: list[tuple[float, float]] = []
 
         def fraction(by: float) -> float:
             turn(by)
@@ -68,13 +70,13 @@ class Budgeted(TokenPruner):
             tried.append((float(sum(r.used for r in records) / sum(r.dense for r in records)), by))
             return tried[-1][0]
 
-        reached = bisect_to_budget(fraction, self.target_flops)
-        least = min(tried)[0] > self.target_flops * 1.02
-        if least or abs(reached - self.target_flops) > MISSED * self.target_flops:
+        reached = bisect_to_budget(fraction, target)
+        least = min(tried)[0] > target * 1.02
+        if least or abs(reached - target) > MISSED * target:
             turn(0.0)
             what = "with all gone that may leave" if least else f"the nearest that {self.name} came,"
             raise ValueError(
-                f"target_flops={self.target_flops} cannot be reached at={list(self.sites)}: {what} {reached:.3f} of "
+                f"target_flops={target} cannot be reached at={list(self.sites)}: {what} {reached:.3f} of "
                 f"the MACs are left; prune at {'earlier' if least else 'other'} layers or choose another target"
             )
         return {"flops_fraction": reached, "shift": tried[-1][1]}
@@ -82,6 +84,7 @@ class Budgeted(TokenPruner):
     def penalty(self, record: Record, share: float, weight: float | None = None) -> Tensor:
         """Compute a scalar: ``weight`` (10) times the squared distance of the share of the MACs from what is asked for
         when a ``share`` of the soft stage is over, see ``falling`` (Bonnaerens and Dambre, TMLR 2023)."""
+        assert self.target_flops is not None
         distance = record.flops_fraction() - falling(self.target_flops, share)
         return (PENALTY if weight is None else weight) * distance**2
 

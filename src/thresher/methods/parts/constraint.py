@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...core.architecture import Architecture
 from ...core.cost import LatencyTable, Price, tokens_by_layer
-from ...core.pruner import Record, TokenPruner
+from ...core.pruner import Batch, Record, RunBatch, TokenPruner
 
 TARGETS = ("target_flops", "target_latency", "target_latency_ms")
 OVER = 1.02  # times the target: above, a schedule is over budget
@@ -69,7 +69,9 @@ class Constrained(TokenPruner):
     def target(self, tokens: Tensor) -> float:
         """Return the target as a fraction of the dense cost on rows of ``tokens``."""
         if self.target_latency_ms is None:
-            return self.target_latency if self.target_flops is None else self.target_flops
+            share = self.target_latency if self.target_flops is None else self.target_flops
+            assert share is not None, "one of the targets is set"
+            return share
         return self.target_latency_ms / self.price.dense(tokens).mean().item()
 
     def cost(
@@ -101,7 +103,7 @@ class Constrained(TokenPruner):
             )
         return {"latency_fraction" if self.needs_table else "flops_fraction": fraction}
 
-    def prepare(self, forward: Callable, batches: Iterable[dict]) -> None:
+    def prepare(self, forward: RunBatch, batches: Iterable[Batch]) -> None:
         """Remember the lengths of inputs. The expected cost is counted on them and not on those of a batch: texts are
         batched by length, and a batch of short ones cannot be pruned as the others are."""
         self.lengths = lengths_of(forward, batches)
@@ -112,7 +114,7 @@ def rows_of(record: Record) -> tuple[Tensor, Tensor]:
     return record.counts[0].n_attention.detach().long(), record.sites[0].protected.sum(1)
 
 
-def lengths_of(forward: Callable, batches: Iterable[dict]) -> tuple[Tensor, Tensor]:
+def lengths_of(forward: RunBatch, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """Return what ``rows_of`` says of all rows of ``batches``."""
     tokens, protected = zip(*(rows_of(forward(batch)) for batch in batches), strict=True)
     return torch.cat(tokens), torch.cat(protected)

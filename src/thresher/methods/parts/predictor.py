@@ -10,11 +10,11 @@ HIDDEN = 32  # channels between the two layers, in both papers
 
 def perceptron(size: int, draw: torch.Generator) -> nn.Sequential:
     """Make a map of states (..., ``size``) to one number each, (..., 1), near 0 at the start."""
-    layers = nn.Sequential(nn.Linear(size, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
-    for linear in (layers[0], layers[2]):
+    first, last = nn.Linear(size, HIDDEN), nn.Linear(HIDDEN, 1)
+    for linear in (first, last):
         nn.init.normal_(linear.weight, std=0.02, generator=draw)
         nn.init.zeros_(linear.bias)
-    return layers
+    return nn.Sequential(first, nn.GELU(), last)
 
 
 def perceptron_macs(size: int) -> int:

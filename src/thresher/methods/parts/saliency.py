@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.pruner import TokenPruner
+from ...core.pruner import RunAgain, TokenPruner
 from ...core.view import View
 
 
-def saliency(pruner: TokenPruner, forward: Callable) -> list[Tensor]:
+def saliency(pruner: TokenPruner, forward: RunAgain) -> list[Tensor]:
     """Measure per site (B, N) how much the task loss of the whole text changes as a token fades, to first order.
 
     The saliency is the absolute derivative of the loss by the logarithm of the token's gate at that site, with all
@@ -32,7 +32,7 @@ def saliency(pruner: TokenPruner, forward: Callable) -> list[Tensor]:
 
     record = pruner.record
     try:
-        with torch.enable_grad(), pruner.hooks.asking(gates=open_all):
+        with torch.enable_grad(), pruner.attached().asking(gates=open_all):
             loss = forward().get("loss")
             if loss is None:
                 raise ValueError(f"{pruner.name} learns from gradients of the task loss: give labels with every batch")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.architecture import Architecture
-from ...core.pruner import Choice, Record
+from ...core.pruner import Batch, Choice, Record, RunAgain
 from ...core.view import View
 from .budget import Budgeted, falling
 from .gates import log_gate
@@ -66,7 +66,7 @@ class Thresholded(Budgeted):
         return (score - self.threshold[view.site]) / self.temperature
 
     # --- the budget ----------------------------------------------------------------------------------------------
-    def loss(self, forward: Callable, batch: dict, record: Record, teacher: Any = None) -> Tensor | float:
+    def loss(self, forward: RunAgain, batch: Batch, record: Record, teacher: Any = None) -> Tensor | float:
         if not self.soft:
             return self.rest()
         if self.target_flops is not None:
@@ -78,6 +78,7 @@ class Thresholded(Budgeted):
     @property
     def target_now(self) -> float:
         """The share of the MACs that is asked for now: ``target_flops``, once half of the soft stage is over."""
+        assert self.target_flops is not None
         return falling(self.target_flops, self.softened)
 
     def knob(self) -> Callable[[float], None]:
