@@ -29,16 +29,15 @@ test: venv  ## run the fast tests; ARGS="-k name -x" goes on to pytest
 test-slow: venv  ## run the slow tests, one at a time
 	$(PYTEST) -m slow $(ARGS)
 
-check: venv  ## lint, formatting, spelling, and no file over 600 lines
+check: venv  ## lint, formatting, spelling, types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/typos
-	@find $(SOURCES) -name '*.py' -exec awk 'END { if (NR > 600) print FILENAME ": " NR " lines, at most 600 are allowed" }' {} \; \
-	  | awk '{ print } END { exit NR > 0 }'
+	$(VENV)/bin/mypy
 
 docs: venv  ## rewrite docs/results.md from benchmarks/results
 	$(VENV)/bin/python benchmarks/run.py --tables
 
 clean:  ## remove caches and build outputs (not .venv, not runs/)
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 from typer import Option
@@ -11,7 +12,7 @@ from ..experiments import spec
 from .audit import audit
 from .bench import bench
 from .compare import compare
-from .console import Group
+from .console import Group, Screen
 from .eval import evaluate
 from .export import export
 from .info import info
@@ -20,7 +21,7 @@ from .show import show
 from .train import train
 from .tune import tune
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[type, Callable[[Any, Screen], None]]] = {
     "train": (spec.TrainSpec, train),
     "tune": (spec.TuneSpec, tune),
     "eval": (spec.EvalSpec, evaluate),

@@ -62,7 +62,8 @@ def follow(screen: Screen) -> Iterator[Callable[[list[Run]], None]]:
 
 def followed(runs: list[Run]) -> Table:
     """Methods and targets by seeds, and how far each is."""
-    seeds, lines = list(dict.fromkeys(run.seed for run in runs)), {}
+    seeds = list(dict.fromkeys(run.seed for run in runs))
+    lines: dict[tuple, dict[int, str]] = {}
     for run in runs:
         lines.setdefault((run.method, run.target), {})[run.seed] = outcome(run)
     table = Table("method", "target", *(f"seed {seed}" for seed in seeds), box=box.SIMPLE_HEAD)

@@ -68,7 +68,7 @@ class Screen:
         for path, kind in (*files, (json, "file")):
             if path is not None and str(path) != "-":
                 check_writable(Path(path), kind)
-        warnings.showwarning = (lambda *_: None) if quiet else notice
+        warnings.showwarning = (lambda *_: None) if quiet else notice  # type: ignore[assignment]
         log = logging.getLogger("thresher")
         log.handlers = [Notices()]
         log.setLevel(logging.ERROR if quiet else logging.INFO)

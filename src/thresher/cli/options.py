@@ -36,7 +36,7 @@ def add_command(app: Typer, name: str, kind: type, run: Callable[[Any, Screen], 
     shown = [*_in_order(kind), *fields(ScreenSpec)]
     hints = get_type_hints(kind) | get_type_hints(ScreenSpec)
     parameters = [_parameter(field, hints[field.name]) for field in shown]
-    command.__signature__ = inspect.Signature(parameters)
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = run.__doc__
     app.command(name)(command)

@@ -53,7 +53,7 @@ def check(where: str, frame: DataFrame, columns: tuple[str, ...], label: str | N
         if column == label and frame[label].dtype.kind == "f":
             endless = int(np.isinf(frame[label]).sum())
             require(not endless, f"{where} column {label!r} holds infinity in {endless} rows: expected numbers")
-        if column != label and label in frame and len(frame) > 1 and is_string_dtype(frame[label]):
+        if label and column != label and label in frame and len(frame) > 1 and is_string_dtype(frame[label]):
             same = normalized(frame, [column]).equals(normalized(frame, [label]))
             require(not same, f"{where} column {column!r} holds the label {label!r} in every row: name another column")
 

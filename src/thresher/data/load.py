@@ -131,40 +131,28 @@ def _cut(table: _Table, spec: DataSpec, flaws: Flaws, seed: int, beside: Sequenc
     """Cut a table into the parts of a task."""
     columns, label, train, test = table.columns, table.label, table.parts.get("train"), table.parts.get("test")
     metric, validation, selected_on = _metric(table, spec.metric), None, "nothing: there is no train part"
-    ranked = metric in reranking.METRICS
+    ranked, classes = metric in reranking.METRICS, table.names or []
     if test is None:
         whole = (train, columns, label, 5 if table.name == "bbc" else 10)
         train, test = hold_out_groups(train, columns[0], 0.1) if ranked else hold_out(*whole)
     elif train is not None:
         train = checks.without_tested(train, test, columns[:1] if ranked else columns, flaws)
-    if table.learns:
+    if table.learns and label:
         parts = {"train": train, "test": test} if train is not None else {"test": test}
-        checks.note_classes(parts, label, table.names, flaws)
+        checks.note_classes(parts, label, classes, flaws)
     if train is not None:
-        seen = [table.names[y] for y in train[label].unique()] if table.learns else ()
+        seen = [classes[y] for y in train[label].unique()] if table.learns else ()
         require(len(seen) != 1, f"train has only the class {brief(*seen)} in {label!r}: two or more are needed")
         if ranked:
             share = min(0.1, 2000 / len(train))
             train, validation = hold_out_groups(train, columns[0], share)
-            validation = reranking.judged(validation, columns[0], label)
+            validation = reranking.judged(validation, columns[0], label or "")
         else:
             train, validation = hold_out(train, columns, label, most=2000)
         how = f" by {columns[0]}" if ranked else ", at most 2000 texts" if len(validation) >= 2000 else ""
         selected_on = f"10% of train{how} (seed 0), {len(validation)} rows"
         train = train.iloc[np.random.RandomState(seed).permutation(len(train))[: spec.limit]]
-    test = reranking.judged(test, columns[0], label) if ranked else test
+    test = reranking.judged(test, columns[0], label or "") if ranked else test
     used = [*columns, label] if label else [*columns]
     cut = task_parts(train, validation, with_columns(test, used, beside), used, beside)
-    return Task(
-        learn,
-        select,
-        judge,
-        columns,
-        label,
-        table.names or [],
-        table.kind,
-        metric,
-        table.name,
-        selected_on,
-        flaws.removed,
-    )
+    return Task(*cut, columns, label, classes, table.kind, metric, table.name, selected_on, flaws.removed)

@@ -71,4 +71,4 @@ def task_parts(
         return Dataset.from_pandas(table[[*names]], preserve_index=False)
 
     kept = (None if table is None else dataset(table, columns) for table in (train, validation))
-    return (*kept, dataset(test, [*columns, *beside]))  # type: ignore[return-value]  # of two
+    return (*kept, dataset(test, [*columns, *beside]))

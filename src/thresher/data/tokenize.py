@@ -6,7 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from . import qa, reranking
-from .task import Task
+from .task import DataError, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,6 +27,8 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: Any, max_length: int | Non
     from datasets.utils import tqdm
 
     if task.kind == "qa":
+        if max_length is None:
+            raise DataError("paragraphs are read in windows: max_length is None, expected their tokens")
         return qa.windows(dataset, tokenizer, max_length)
     limits = {"truncation": "longest_first", "max_length": max_length} if max_length else {"verbose": False}
     end = tokenizer.eos_token_id or tokenizer.pad_token_id or 0

@@ -100,7 +100,7 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
+def whole(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary file in the folder of ``path``, moved there at the end or removed if anything went wrong."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def audit(spec: AuditSpec, *, progress: Callable[[str, int, int], Any] | None = 
     cuts = {name: groups(task.test[name], name) for name in by}  # mistakes are told before anything runs
 
     def run(name: str, asked: PreTrainedModel) -> Predictions:
-        tell = progress and (lambda done, total: progress(f"{name} model", done, total))
+        tell = partial(progress, f"{name} model") if progress else None
         return predict(asked, test, batch_size=spec.batch_size, progress=tell)
 
     after = run("pruned", net)
@@ -165,7 +166,7 @@ def _answers(predictions: Predictions, test: Dataset, task: Task) -> Answers:
     quality(predictions, test, task.metric)
     if task.kind == "qa":
         found, _ = outcome(predictions, test, task.metric)
-        return Answers(100 * np.asarray(found), qa.best_answers(predictions.logits, test))
+        return Answers(100 * np.asarray(found), qa.best_answers([*predictions.logits], test))
     logits, labels = np.asarray(predictions.logits), np.asarray(test["labels"])
     wanted = len(task.labels) or 1
     if logits.shape[1] < wanted or (wanted == 1) != (logits.shape[1] == 1):
@@ -226,7 +227,7 @@ def _rows(task: Task, said: dict[str, Answers], cost: np.ndarray, cuts: dict) ->
     change = said["dense"].scores - said["pruned"].scores
     found = list(_slices(cuts))
     members = np.array([np.ones(len(change), bool), *(member for *_, member in found)])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (by, name), member in zip([(ALL, ALL), *(names[:2] for names in found)], members, strict=True):
         sums, own = cost[member].sum(0), change[member]
         means = {name: abs(float(answers.scores[member].mean())) for name, answers in said.items()}
@@ -262,7 +263,7 @@ def _example(row: int, net, tokenizer, task: Task, said: dict[str, Answers], max
         label = " / ".join(dict.fromkeys(label["text"])) or "no answer"
     elif task.kind == "classification":
         label = task.labels[label]
-    texts = [line[column] for column in task.text_columns]
+    text, pair = (*(line[column] for column in task.text_columns), None)[:2]
     answers = {name: answers.words[row] for name, answers in said.items()}
-    shown = asdict(trace(net, tokenizer, *texts, max_length=max_length))
+    shown = asdict(trace(net, tokenizer, text, pair, max_length=max_length))
     return {"row": row, "label": str(label), **answers, "trace": shown}

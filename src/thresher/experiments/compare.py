@@ -74,9 +74,8 @@ def compare(spec: CompareSpec, *, progress: Callable[[list[Run]], Any] | None = 
         ValueError: a method without a budget, a target outside (0, 1], data without labels, an ``out`` that holds
             something else or the comparison of other settings; or the dense model cannot be trained.
     """
-    methods, targets, seeds = (
-        tuple(dict.fromkeys(values)) for values in ((*spec.methods, *BASELINES), spec.targets, spec.seeds)
-    )
+    methods = tuple(dict.fromkeys((*spec.methods, *BASELINES)))
+    targets, seeds = tuple(dict.fromkeys(spec.targets)), tuple(dict.fromkeys(spec.seeds))
     _check(methods, targets, seeds, spec.untrained)
     task = load_task(spec)
     _claim(spec.out, _settings(spec))
@@ -102,7 +101,7 @@ def _train(run: Run, spec: CompareSpec) -> None:
     """Train one model and note what came of it; that a dense model fails is an error."""
     shared = {f.name: getattr(spec, f.name) for f in fields(TrainingSpec)}
     shared |= {"prune_epochs": 0} if spec.untrained or run.method == "dense" else {}
-    own = {}
+    own: dict[str, Any] = {}
     if run.method != "dense":
         own = {"target_flops": run.target, "at": spec.at, "dense_model": str(spec.out / f"dense-s{run.seed}")}
     one = TrainSpec(**shared, **own, method=run.method, seed=run.seed, out=spec.out / run.name)
@@ -126,7 +125,7 @@ def _settings(spec: CompareSpec) -> dict[str, Any]:
 def _check(methods: tuple, targets: tuple, seeds: tuple, untrained: bool) -> None:
     """Raise ValueError for what cannot be compared."""
     able = sorted(name for name, of in METHODS.items() if "target_flops" in {f.name for f in fields(of)})
-    turned = [n for n in able if issubclass(METHODS[n], Budgeted) and METHODS[n].knob is not Budgeted.knob]
+    turned = [n for n in able if issubclass(of := METHODS[n], Budgeted) and of.knob is not Budgeted.knob]
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"unknown pruning method {method!r}; those with a budget: {', '.join(able)}")

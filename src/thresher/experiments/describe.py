@@ -29,7 +29,8 @@ def describe(model: str) -> dict[str, Any]:
     if "format" in summary:  # a graph, whose weights are not safetensors
         told = ("format", "precision", "architecture", "pruning", "max_length", "difference", "versions")
         return {"model": model, **{name: summary.get(name) for name in told}}
-    parameters, weights = 0, {}
+    parameters = 0
+    weights: dict[str, Any] = {}
     for file in sorted(Path(files[0]).parent.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..api import dense
+from ..core.pruner import pruner_in
 from ..data import qa
 from ..data.load import load_task
 from ..data.models import class_names, clip, load
@@ -47,7 +48,7 @@ def evaluate(spec: EvalSpec) -> list[dict]:
         row(
             task=task.name,
             model=Path(spec.model).name,
-            method=net.token_pruner.name if mode == "pruned" else "dense",
+            method=pruner_in(net).name if mode == "pruned" else "dense",
             runtime="torch",
             precision="fp32",
             mode=mode,

@@ -14,7 +14,7 @@ def followed_texts(spec: ShowSpec) -> list[Trace]:
     """What happens to each text; a page of it where one is asked for."""
     pruned, tokenizer = load(spec.model, spec.layout)
     max_length = clip(spec.max_length, pruned.config)
-    traces = [trace(pruned, tokenizer, *text, max_length=max_length) for text in texts_of(spec)]
+    traces = [trace(pruned, tokenizer, text, pair, max_length=max_length) for text, pair in texts_of(spec)]
     if spec.html:
         html(traces, spec.html)
     return traces
@@ -31,7 +31,7 @@ def followed_picture(spec: ShowSpec) -> patches.PatchTrace:
     return traced
 
 
-def texts_of(spec: ShowSpec) -> list[tuple[str | None, ...]]:
+def texts_of(spec: ShowSpec) -> list[tuple[str, str | None]]:
     """The texts to follow, alone or in pairs, ``limit`` at most."""
     if spec.texts:
         texts = [(text, spec.pair) for text in spec.texts]
@@ -40,5 +40,5 @@ def texts_of(spec: ShowSpec) -> list[tuple[str | None, ...]]:
     else:
         task = load_task(spec, need_labels=False)
         rows = task.test.select(range(min(spec.limit, len(task.test))))
-        texts = [tuple(row[column] for column in task.text_columns) for row in rows]
+        texts = [(*(row[column] for column in task.text_columns), None)[:2] for row in rows]
     return texts[: spec.limit]

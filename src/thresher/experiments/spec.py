@@ -14,6 +14,8 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from typing_extensions import Self
+
 from ..data.spec import DataSpec, option
 from .recipes import recipe
 
@@ -67,7 +69,7 @@ class TaskSpec(DataSpec, ModelSpec):
         """Whether data are read at all."""
         return True
 
-    def completed(self) -> TaskSpec:
+    def completed(self) -> Self:
         """Take data, columns, metric and length from the model's folder where they are open, and log what was taken.
 
         Columns belong to one data set: for another one they are not taken.
@@ -175,7 +177,7 @@ class ShowSpec(TaskSpec):
     def wants_data(self) -> bool:
         return not (self.texts or self.file or self.image)
 
-    def completed(self) -> ShowSpec:
+    def completed(self) -> Self:
         """A picture has neither columns nor a length."""
         return self if self.image else super().completed()
 
@@ -253,8 +255,8 @@ class TrainingSpec(TaskSpec):
     pruner_lr: float | None = None
     distill: float = 0.5
 
-    def completed(self) -> TrainingSpec:
-        usual = {"epochs": 3, "prune_epochs": 3, "lr": 5e-5, "batch_size": 32}
+    def completed(self) -> Self:
+        usual: dict[str, Any] = {"epochs": 3, "prune_epochs": 3, "lr": 5e-5, "batch_size": 32}
         return replace(super().completed(), **{n: v for n, v in usual.items() if getattr(self, n) is None})
 
 
@@ -275,9 +277,9 @@ class TrainSpec(MethodSpec, TrainingSpec):
     dense_model: str | None = None
     replay: str | None = None
 
-    def completed(self) -> TrainSpec:
+    def completed(self) -> Self:
         """Settle the open fields: by the recipe, by the model's folder, by what is usual; all options in one place."""
-        preset = {"method": "ltp", "method_options": {}} if self.recipe is None else recipe(self.recipe)
+        preset: dict[str, Any] = {"method": "ltp", "method_options": {}} if self.recipe is None else recipe(self.recipe)
         usual, method = preset.pop("method_options"), self.method or preset["method"]
         given = self.options
         if not self.replay and not {*given} & {*AMOUNTS} and has_budget(method):
@@ -310,7 +312,7 @@ class CompareSpec(TrainingSpec):
     repeats: int = 5
 
 
-def job(kind: type) -> Callable[[Callable], Callable]:
+def job(kind: type[Any]) -> Callable[[Callable], Callable]:
     """Decorate an experiment: it takes a specification, or the fields of one, model, data and out by their place.
 
     The specification is completed, and the number of threads is the one asked for while the experiment runs.

@@ -154,7 +154,8 @@ def teach(run: Run, dense: Path) -> Dataset:
     folder, spec, train = run.work.folder / "taught", run.spec, run.data.train
     if folder.exists():
         return load_from_disk(str(folder))
-    net, method, columns = run.model(dense).eval(), method_of(spec), {}
+    net, method = run.model(dense).eval(), method_of(spec)
+    columns: dict[str, Any] = {}
     ranks = method is not None and method.ranks_teacher
     if ranks:
         prune(net, Ranking())
@@ -312,7 +313,7 @@ def run_trainer(run: Run, trainer: Trainer) -> None:
     if checkpoint and run.progress:
         print(f"resumed: {checkpoint.parent.name.split('-')[0]} training goes on after step {step_of(checkpoint)}")
     with interrupt, writing(run.work.folder):
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.asked:
         raise KeyboardInterrupt
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # ends autocast, which would stay

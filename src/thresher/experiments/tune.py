@@ -118,8 +118,7 @@ def read_texts(spec: TuneSpec, budget: Budget, net: PreTrainedModel, tokenizer: 
     max_length, least = clip(spec.max_length, net.config), spec.min_length
     if least is not None and not (isinstance(least, int) and 1 <= least <= max_length):
         raise ValueError(f"min_length={least!r}: expected tokens of a text, 1 to max_length={max_length}")
-    chosen = {"labelled": budget.of_accuracy, "seed": spec.seed, "min_length": least}
-    task, texts, fresh = texts_of(net, tokenizer, spec, **chosen)
+    task, texts, fresh = texts_of(net, tokenizer, spec, labelled=budget.of_accuracy, seed=spec.seed, min_length=least)
     budget.check(task.kind, net.config.num_labels == 1)
     tested, searched = budget.split(len(texts), f" of {least} tokens or more" if least else "")
     if tested > fresh:

@@ -131,7 +131,7 @@ class ToP(Constrained):
         ``soft_until``   0.4              1.0: masks and weights learn together to the end
         ===============  ===============  ==============================================================
         """
-        published = {
+        published: dict[str, Any] = {
             "at": tuple(range(1, depth - 1)),
             "bins": 50,
             "topk": 20,

@@ -19,8 +19,10 @@ LEVEL = 0.05  # of all tests of a kind together
 WORST = 3  # slices of which examples are shown
 NAMED = 5  # slices of a kind that a verdict names
 DROP = "drop [95 %]"
-HEADER = ("slice", "examples", "tokens", "dense", "pruned", DROP, "lost / gained", "p", "p more", "detectable")
-HEADER += ("tokens left", "MACs left")
+HEADER = (
+    *("slice", "examples", "tokens", "dense", "pruned", DROP, "lost / gained", "p", "p more", "detectable"),
+    *("tokens left", "MACs left"),
+)
 RANKS = {"examples": 2, "tokens": 8, "dense": 4, "pruned": 5, DROP: 3, "lost / gained": 6, "p": 7}
 RANKS |= {"detectable": 9, "tokens left": 11, "MACs left": 10}
 NOTES = (
@@ -59,8 +61,8 @@ def verdict(rows: Sequence[dict]) -> list[str]:
         return [*said, "There are no slices to compare."]
     worse = [row for row in worst(rows) if row["worse"]]
     if worse:
-        some = f"{len(worse)} of {len(slices)} slices lose" if len(worse) > 1 else f"1 of {len(slices)} slices loses"
-        said.append(f"{some} significantly more than the other examples (Holm, {LEVEL:.0%}): {_named(worse)}.")
+        lose = f"{len(worse)} of {len(slices)} slices lose" if len(worse) > 1 else f"1 of {len(slices)} slices loses"
+        said.append(f"{lose} significantly more than the other examples (Holm, {LEVEL:.0%}): {_named(worse)}.")
     else:
         said.append(
             f"No slice of {len(slices)} loses significantly more than the other examples (Holm, {LEVEL:.0%}). "

@@ -31,7 +31,8 @@ def bench(rows: list[dict], path: str | Path, title: str | None = None) -> None:
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
     height = max(4.2, 0.9 * len(sizes) + 0.3 * len(rows) + 0.5)
     with drawing(path, 10.5, height, title) as figure:
-        left, right = figure.subfigures(1, 2, width_ratios=(1.1, 1), wspace=0.03)
+        halves: Any = figure.subfigures(1, 2, width_ratios=(1.1, 1), wspace=0.03)
+        left, right = halves
         panels = [[r for r in rows if r["batch_size"] == size] for size in sizes]
         axes = left.subplots(len(sizes), 1, squeeze=False, height_ratios=[len(panel) + 1 for panel in panels])[:, 0]
         for axis, size, panel in zip(axes, sizes, panels, strict=True):

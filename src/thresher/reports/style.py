@@ -16,8 +16,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#0
 MARKERS = "osD^vP*X"
 LIGHT, MIDDLE, DARK = "#B8B8B8", "#6E6E6E", "#303030"
 GREYS = {"dense-padded": LIGHT, "dense-unpadded": MIDDLE}  # a dense model is grey
-DENSE = {"color": MIDDLE, "linestyle": "--", "linewidth": 1, "zorder": 1}  # the line of its quality
-STYLE = {
+DENSE: dict[str, Any] = {"color": MIDDLE, "linestyle": "--", "linewidth": 1, "zorder": 1}  # the line of its quality
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",

@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from .style import GREYS
@@ -220,8 +221,7 @@ def _columns(rows: list[dict]) -> list[Column]:
 
     metrics = {r["metric"] for r in rows} - {None}
     keys = [
-        column(name.replace("_", " "), lambda r, name=name: r[name], key=True, left=name not in NUMBERS)
-        for name in varying(rows)
+        column(name.replace("_", " "), itemgetter(name), key=True, left=name not in NUMBERS) for name in varying(rows)
     ]
     keys += [column("metric", lambda r: r["metric"], key=True, left=True)] if len(metrics) > 1 else []
     brief = Column("drop", [text(drop(r, interval=False)) for r in rows])
@@ -290,7 +290,8 @@ def drop(row: dict, interval: bool = True) -> str | None:
         return None
     low, high = row.get("interval_low"), row.get("interval_high")
     known = interval and low is not None and high is not None
-    return fixed(row["quality_dense"] - row["quality"]) + (f" [{fixed(low)}, {fixed(high)}]" if known else "")
+    interval_text = f" [{fixed(low)}, {fixed(high)}]" if known else ""
+    return f"{fixed(row['quality_dense'] - row['quality'])}{interval_text}"
 
 
 def _pace(row: dict, tail: bool = True) -> str | None:

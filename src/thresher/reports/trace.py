@@ -98,7 +98,8 @@ def trace(model, tokenizer, text: str, text_pair: str | None = None, max_length:
 
 def departures(pruner, count: int) -> tuple[list[int | None], list[float | None]]:
     """Of the last forward, on one input of ``count`` tokens: ``layer`` and ``score`` of each, as ``Token`` has them."""
-    layers, scores = [None] * count, [None] * count
+    layers: list[int | None] = [None] * count
+    scores: list[float | None] = [None] * count
     for view in pruner.record.sites:
         if view.score is None:  # nothing leaves there, whatever the text
             continue
@@ -144,7 +145,8 @@ class Piece(NamedTuple):
 
 def pieces(trace: Trace) -> Iterator[Piece]:
     """Cut the input at its tokens, as it reads: tokens, what lies between them, and what was not read."""
-    part, at, started = None, 0, True
+    part: int | None = None
+    at, started = 0, True
     for token in trace.tokens:
         if token.part != part:
             if part is not None:
@@ -153,7 +155,7 @@ def pieces(trace: Trace) -> Iterator[Piece]:
         if part is None:
             yield Piece(token.text, token)
         else:
-            start, end = max(at, token.start), max(at, token.end)
+            start, end = max(at, token.start or 0), max(at, token.end or 0)
             before = trace.texts[part][at:start]
             yield Piece(before, None) if started else _rest(before)  # a tokenizer may cut the start as well
             yield Piece(trace.texts[part][start:end], token)  # empty for the further bytes of one character
@@ -203,8 +205,10 @@ def terminal(trace: Trace, screen: tuple[int, int] | None = None) -> Text:
     colours, listed = dict(zip(trace.left, ramp(len(trace.left)), strict=True)), screen[0] - 37 if screen else 40
     result = Text()
     for string, token, read in pieces(trace):
-        gone = token is not None and token.layer is not None
-        style = "{1} on {0}".format(*colours[token.layer]) if gone else "bold" if token else "" if read else "dim"
+        if token is not None and token.layer is not None:
+            style = "{1} on {0}".format(*colours[token.layer])
+        else:
+            style = "bold" if token else "" if read else "dim"
         result.append(f" {string} " if token and token.part is None else string, style)
     if screen:
         result = _first_lines(result, screen[0], screen[1] - len(trace.left) - BELOW)

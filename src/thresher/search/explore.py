@@ -353,11 +353,11 @@ class ScheduleSearch:
 
         passed = bounds.passing((bound(step, trial) for step, trial in enumerate(sequence)), budget.value)
         if not passed:
-            first = self.rows[sequence[0]]
+            first, texts = self.rows[sequence[0]], len(self.samples.tested.dense.tokens)
             raise ValueError(
                 f"no schedule passes {budget.name}={budget.value:g}: the mildest, with {first['flops_fraction']:.2f} "
                 f"of the MACs, has a {LIMITS[budget.name]} of {first['tested']:.4f} on "
-                f"{len(self.samples.tested.dense.tokens)} texts, at most {first['bound']:.4f} with 95 % confidence; give "
+                f"{texts} texts, at most {first['bound']:.4f} with 95 % confidence; give "
                 f"more texts or a larger {budget.name}"
             )
         return sequence[passed - 1]

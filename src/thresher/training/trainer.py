@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
+from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainerCallback
 
 from ..api import prune, unprune
 from ..core.architecture import Architecture
@@ -125,6 +125,10 @@ class PruningTrainer(TrainerNames, Trainer):
     Raises:
         ValueError: the model is not pruned, or a value is out of range.
     """
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    data_collator: Callable
 
     def __init__(
         self,
