@@ -112,6 +112,31 @@ def violated(differs, limit: float, passed: list[int]) -> float:
     return sum(any(beyond[:count]) for count in passed) / len(passed)
 
 
+def told_of(limit: float, outcomes: list, n: int, draws: int, draw) -> tuple[list[str], float | None]:
+    """What draws of ``n`` texts say of a limit, given the schedules' outcomes on the whole pool, the mildest first; and
+    the median of the FLOPs ratios that pass."""
+    import numpy as np
+
+    from thresher.search.explore import TESTED
+    from thresher.stats.bounds import least
+
+    differs = np.stack([outcome.differs for outcome in outcomes])
+    passed, true = passes(differs, limit, n, draws, draw), differs.mean(1)
+    taken = [count - 1 for count in passed if count]
+    told = [f"asked {limit:g}: violated in {100 * violated(differs, limit, passed):.2f} % of the draws"]
+    told += [f"refused in {100 * passed.count(0) / len(passed):.1f} %"]
+    ratios = sorted(1 / outcomes[i].flops_fraction for i in taken)
+    median = ratios[len(ratios) // 2] if ratios else None
+    if taken:
+        told += [f"true disagreement {100 * true[taken].mean():.2f} % on average"]
+        told += [f"FLOPs {ratios[0]:.2f} to {ratios[-1]:.2f} times fewer, median {median:.2f}"]
+    hairs = [rate * (1 - 1e-9) for rate in sorted({*true.tolist()}) if 0.2 * limit < rate <= limit * 1.5]
+    worst = [violated(differs, h, passes(differs, h, TESTED * least(h), WORST, draw)) for h in hairs]
+    if worst:
+        told += [f"asked a hair less than the rates of {len(hairs)} schedules: in {100 * max(worst):.1f} % at most"]
+    return told, median
+
+
 def measure_coverage(entry, runs: Path) -> list[dict]:
     """In how many draws of texts a schedule passes that disagrees with the dense model more than was asked for: by the
     bound in at most 5 %.
@@ -153,25 +178,9 @@ def measure_coverage(entry, runs: Path) -> list[dict]:
                 answers[trial] = pool.compare(net)
             if answers[trial].differs.mean() > 3 * limit:  # neither it nor a later one passes in any draw
                 break
-        differs = np.stack([answers[trial].differs for trial in trials])
-        passed, true = passes(differs, limit, n, options["draws"], draw), differs.mean(1)
-        taken = [count - 1 for count in passed if count]
-        told = [f"asked {limit:g}: violated in {100 * violated(differs, limit, passed):.2f} % of the draws"]
-        told += [f"refused in {100 * passed.count(0) / len(passed):.1f} %"]
-        ratios = sorted(1 / answers[trials[i]].flops_fraction for i in taken)
-        if taken:
-            told += [f"true disagreement {100 * true[taken].mean():.2f} % on average"]
-            told += [f"FLOPs {ratios[0]:.2f} to {ratios[-1]:.2f} times fewer, median {ratios[len(ratios) // 2]:.2f}"]
-        hairs = [rate * (1 - 1e-9) for rate in sorted({*true.tolist()}) if 0.2 * limit < rate <= limit * 1.5]
-        worst = [violated(differs, h, passes(differs, h, TESTED * least(h), WORST, draw)) for h in hairs]
-        if worst:
-            told += [f"asked a hair less than the rates of {len(hairs)} schedules: in {100 * max(worst):.1f} % at most"]
+        told, ratio = told_of(limit, [answers[trial] for trial in trials], n, options["draws"], draw)
         common = {"task": entry.task, "model": entry.model, "method": "topk", "seed": entry.seed, "mode": "pruned"}
         common |= {"runtime": "torch", "precision": "fp32", "max_length": options["max_length"], "split": "test"}
-        found = {
-            "n_examples": n,
-            "repeats": options["draws"],
-            "flops_ratio": ratios[len(ratios) // 2] if ratios else None,
-        }
+        found = {"n_examples": n, "repeats": options["draws"], "flops_ratio": ratio}
         rows.append(row(**common, **found, note="; ".join(told), **environment()))
     return rows
