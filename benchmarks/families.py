@@ -85,6 +85,7 @@ OVERRIDES: dict[str, dict] = {
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 8},
     "levit": {"drop_path_rate": 0},
     "timesformer": {"drop_path_rate": 0, "num_frames": 2},
+    "gptj": {"rotary_dim": 4},
     "longcat_flash": {"expert_ffn_hidden_size": 16, "zero_expert_num": 2, "num_layers": 2, "ffn_hidden_size": 64},
     "luke": {"entity_vocab_size": 11, "entity_emb_size": 16},
     "codegen": {"rotary_dim": 4},
@@ -384,6 +385,7 @@ class Judge:
     taken: dict[str, dict]
     dense: dict[str, dict]
     hidden: dict[tuple[str, str], dict] = dataclasses.field(default_factory=dict)  # by method and batch, under mask
+    tried: set[str] = dataclasses.field(default_factory=set)
 
     def run(self) -> None:
         unread = pooled_from_padding(self.dense)
@@ -411,7 +413,7 @@ class Judge:
         try:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                prune(self.model, method, layout=layout)
+                prune(self.model, method, layout=layout, check=layout not in self.tried)
         except (ValueError, TypeError) as error:
             self.verdict.refusals[layout] = str(error).split("\n")[0]
             if hasattr(self.model, "token_pruner"):
@@ -421,6 +423,7 @@ class Judge:
             self.fault("failing", f"{layout}: prune() raises {type(error).__name__}: {error}"[:200])
             self.verdict.refusals[layout] = str(error)
             return False
+        self.tried.add(layout)
         self.verdict.notes += [str(w.message) for w in told if str(w.message) not in self.verdict.notes]
         return True
 
