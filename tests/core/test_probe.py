@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from thresher.core.view import View
 from torch import nn
 from transformers import BertConfig, BertModel, LayoutLMModel
 from transformers.models.bert.modeling_bert import BertLayer
@@ -17,6 +17,7 @@ from thresher.core.architecture import find_architecture
 from thresher.core.hooks import Hooks
 from thresher.core.probe import kinds_end, probe, structural_copy
 from thresher.core.tokens import Packed
+from thresher.core.view import View
 
 BERT = FAMILIES["bert"]
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
@@ -61,7 +62,7 @@ def bert(layer_class: type[BertLayer] | None = None, seed: int = 0, **options) -
 def trial(model, layouts=("padded", "packed"), method=None):
     """The proof for a model, as prune() asks for it."""
     hooks = Hooks(model, method or TopK(keep=0.5), "auto")
-    return probe(hooks, layouts, lambda m, first, layout: prune(m, first, layout=layout, check=False), unprune)
+    return probe(hooks, layouts, partial(prune, check=False), unprune)
 
 
 @pytest.mark.parametrize("name", [n for n, family in FAMILIES.items() if family.kind != "audio"] + ["whisper-encoder"])

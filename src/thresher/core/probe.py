@@ -68,7 +68,7 @@ def settle(hooks: Hooks, prune: Callable, unprune: Callable) -> str:
     """The layout to prune with, in place of ``hooks.layout``, once it has been tried; ``hooks`` are not attached yet.
 
     Args:
-        prune, unprune: the verbs, the first as ``prune(model, method, layout)`` without a trial of its own.
+        prune, unprune: the verbs, the first without a trial of its own.
 
     Raises:
         ValueError: the model cannot be pruned, or not in this layout.
@@ -175,7 +175,7 @@ class Trial:
         """Why one layout does not serve; empty: it does."""
         pruner = EveryOther()
         pruner.needs_attention, pruner.needs_values = self.method.needs_attention, self.method.needs_values
-        self.prune(self.model, pruner, layout)
+        self.prune(self.model, pruner, layout=layout)
         try:
             # where nothing leaves, "padded" is the same as "mask"
             whole, half = {} if layout == "padded" else self.run(pruner, 1)[0], self.run(pruner, 2)

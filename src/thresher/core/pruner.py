@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .hooks import Hooks
 
 VERSION = 1
+CONFIG_KEY = "token_pruning"  # of a model's configuration
 MODULE = "token_pruner"  # the name of the method among the modules of the model that it prunes
 METHODS: dict[str, type[TokenPruner]] = {}
 _LAST = threading.local()  # .records: the record of the last forward of each method, for the thread that ran it
