@@ -73,14 +73,19 @@ def test_every_family_of_the_matrix_passes(name):
     assert not proof.faults
 
 
-@pytest.mark.parametrize("layer", [ByPlace, Mixing])
-def test_layers_that_see_who_stands_beside_are_refused(layer):
-    model = bert(layer)
+def test_a_layer_that_counts_places_is_refused():
+    model = bert(ByPlace)
     with pytest.raises(ValueError, match=r"removed and with hidden tokens differ by .*layout='mask' works"):
         prune(model, TopK(keep=0.5))
     assert not hasattr(model, "token_pruner")
     assert not hasattr(model.config, "token_pruning")
     prune(model, TopK(keep=0.5), layout="mask")
+
+
+@pytest.mark.parametrize("layout", ["auto", "mask", "padded"])
+def test_a_layer_that_mixes_tokens_beside_its_attention_is_refused(layout):
+    with pytest.raises(ValueError, match=r"BertModel cannot be pruned: tokens that are hidden .* change the others"):
+        prune(bert(Mixing), TopK(keep=0.5), layout=layout)
 
 
 def test_a_layout_that_fails_alone_is_left_out_of_auto():

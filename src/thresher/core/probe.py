@@ -2,6 +2,7 @@
 
     keep everything == the dense model          under each layout
     keep half, removed == keep half, hidden     under each layout, states and scores, and in a batch as alone
+    hidden tokens change nothing                whatever their states are
 
 A model is a program that others wrote. Whether its attention is causal without saying so, or whether it adds to the
 logits what narrowed inputs no longer fit, cannot be read off it with certainty. So a copy of its first layers, which
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import compat
+from .architecture import find_layers
 from .hooks import Hooks
 from .pruner import CONFIG_KEY, MODULE, Choice, TokenPruner
 from .view import View
@@ -61,7 +63,9 @@ class EveryOther(TokenPruner):
         return -view.tokens.index.double()
 
     def choose(self, score: Tensor, view: View) -> Choice:
-        return Choice(view.alive & ((view.alive.cumsum(1) - 1) % self.stride == 0))
+        keep = view.alive & ((view.alive.cumsum(1) - 1) % self.stride == 0)
+        self.gone = view.alive & ~keep & ~view.protected
+        return Choice(keep)
 
 
 def settle(hooks: Hooks, prune: Callable, unprune: Callable) -> str:
@@ -92,7 +96,7 @@ def settle(hooks: Hooks, prune: Callable, unprune: Callable) -> str:
     others = [other for other in ("padded", "packed") if other not in chosen and (other == "padded" or packs)]
     found = proved(hooks, tuple(others), prune, unprune).faults if others else {}
     works = [other for other in (*chosen, *others) if other not in {**proof.faults, **found}]
-    hint = f"use layout={works[0]!r}" if works else "only layout='mask' works, which saves no time"
+    hint = f"use layout={works[0]!r}" if works else "layout='mask' works, and saves no time"
     wrong = next(iter(proof.faults))
     raise ValueError(f"layout={layout!r} is not possible with {name}: under {wrong!r} {proof.faults[wrong]}; {hint}")
 
@@ -179,6 +183,7 @@ class Trial:
         try:
             # where nothing leaves, "padded" is the same as "mask"
             whole, half = {} if layout == "padded" else self.run(pruner, 1)[0], self.run(pruner, 2)
+            leak = self.leak(pruner, half[0]) if layout == "mask" else 0.0
         finally:
             self.unprune(self.model)
         self.hidden = self.hidden or half
@@ -191,7 +196,26 @@ class Trial:
                 gap = difference(answer, expected[name])
                 if gap > self.tolerance:
                     return f"{text} by {gap:.2g} ({name})"
+        if leak > self.tolerance:
+            return f"tokens that are hidden from its attention change the others by {leak:.2g}"
         return self.dependence(half[0])
+
+    def leak(self, pruner: EveryOther, states: dict[str, Tensor]) -> float:
+        """How much a noise on the hidden tokens changes ``states``."""
+        name, calls, layers = next(iter(states)), [], find_layers(self.model)[1]
+
+        def disturb(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
+            calls.append(layer)
+            if len(calls) != pruner.sites[0] + 2:
+                return args, kwargs
+            return (args[0] + pruner.gone[..., None] * args[0].std(), *args[1:]), kwargs
+
+        handles = [layer.register_forward_pre_hook(disturb, with_kwargs=True) for layer in layers]
+        try:
+            return difference(states_of(self.model, self.batches[name]), states[name])
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def run(self, pruner: EveryOther, stride: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The states of each batch with every ``stride``-th token kept, and what the method saw."""
@@ -237,7 +261,7 @@ def structural_copy(hooks: Hooks, cut: bool) -> PreTrainedModel:
     """
     base, layers = hooks.architecture.base, hooks.architecture.layers
     memo: dict[int, object] = {id(p): p for p in base.parameters()}
-    count = kinds_end(layers) if cut else len(layers)
+    count = max(kinds_end(layers), hooks.architecture.first_site + 2) if cut else len(layers)
     placeholder = nn.Identity()
     memo.update({id(layer): placeholder for layer in layers[count:]})
     memo.update({id(module): placeholder for name, module in base.named_children() if name == MODULE})
@@ -319,8 +343,9 @@ def shapes_of(model: PreTrainedModel) -> Iterator[tuple[int, ...]]:
         yield (6400,)  # 0.4 s: 19 frames
         yield (config.max_length, config.num_mel_bins)
     elif model.main_input_name == "input_features":
-        yield (config.num_mel_bins, 2 * config.max_source_positions)
-        yield (32, config.num_mel_bins)
+        bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_projection_input_dim", 80)
+        yield (bins, 2 * getattr(config, "max_source_positions", 16))
+        yield (32, bins)
 
 
 def states_of(model: PreTrainedModel, batch: dict) -> Tensor:
