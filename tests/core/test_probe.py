@@ -213,14 +213,34 @@ def test_a_fault_of_the_last_layer_is_found():
 
 
 # --- what cannot be tried ---------------------------------------------------------------------------------------------
-def test_weights_on_the_meta_device_are_not_tried_and_prune_says_so():
-    with torch.device("meta"):
-        model = BertModel(BertConfig(**SMALL)).eval()
-    assert "meta device" in trial(model).skipped
-    with pytest.warns(UserWarning, match="BertModel was pruned without a trial: its weights are offloaded or on the"):
+def offloaded(model: BertModel) -> BertModel:
+    """``model`` with all of its weights away, as accelerate leaves one."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    return model
+
+
+def test_weights_that_are_away_are_tried_as_random_ones():
+    model = offloaded(bert())
+    assert trial(model) == trial(bert())
+    assert "padded" in trial(offloaded(bert(ByPlace))).faults
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_many_weights_that_are_away_are_not_tried_and_prune_says_so(monkeypatch):
+    monkeypatch.setattr("thresher.core.probe.FILLED", 1000)
+    model = offloaded(bert(hidden_size=48))
+    with pytest.warns(UserWarning, match="BertModel was pruned without a trial: .*its weights are offloaded"):
         prune(model, TopK(keep=0.5))
     unprune(model)
     prune(model, TopK(keep=0.5), check=False)
+
+
+def test_a_model_on_the_meta_device_is_not_tried():
+    with torch.device("meta"):
+        model = BertModel(BertConfig(**SMALL)).eval()
+    assert "buffers" in trial(model).skipped
 
 
 def test_a_model_that_takes_other_inputs_is_not_tried_and_prune_says_so():

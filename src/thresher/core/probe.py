@@ -30,6 +30,8 @@ from .pruner import CONFIG_KEY, MODULE, Choice, TokenPruner
 from .view import View
 
 TOKENS, SHORT = 9, 5  # in the rows of a text batch: odd, so that no other size is met by chance
+INSTANCE = ("forward", "_hf_hook", "_old_forward")  # what a pruner and accelerate set on modules
+FILLED = 300_000_000  # random weights, at most
 REMEMBERED = 256  # proofs
 _PROOFS: dict[tuple, Proof] = {}
 SIDE = 3  # patches, of a picture whose size is free
@@ -246,8 +248,8 @@ class Trial:
 # --- the copy ---------------------------------------------------------------------------------------------------------
 def unfit(base: PreTrainedModel) -> str:
     """Why a model cannot be tried here; empty: it can."""
-    if any(p.is_meta for p in base.parameters()) or any(hasattr(m, "_hf_hook") for m in base.modules()):
-        return "its weights are offloaded or on the meta device"
+    if any(buffer.is_meta for buffer in base.buffers()):
+        return "its buffers are on the meta device"
     quantized = getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None
     if quantized or any("quantized" in type(m).__module__ for m in base.modules()):
         return "its weights are quantised, and rounding of activations depends on the batch"
@@ -260,17 +262,16 @@ def structural_copy(hooks: Hooks, cut: bool) -> PreTrainedModel:
     Where ``cut``, of the layers as many are left from the first on as show every kind of them, two at least.
     """
     base, layers = hooks.architecture.base, hooks.architecture.layers
-    memo: dict[int, object] = {id(p): p for p in base.parameters()}
     count = max(kinds_end(layers), hooks.architecture.first_site + 2) if cut else len(layers)
-    placeholder = nn.Identity()
-    memo.update({id(layer): placeholder for layer in layers[count:]})
-    memo.update({id(module): placeholder for name, module in base.named_children() if name == MODULE})
-    if "forward" in base.__dict__:  # of a model that is pruned already
-        memo[id(base.forward)] = placeholder
+    placeholder, memo = nn.Identity(), {id(p): p for p in base.parameters()}
+    foreign = [value for m in base.modules() for key, value in vars(m).items() if key in INSTANCE]
+    pruner = [module for name, module in base.named_children() if name == MODULE]
+    memo.update({id(left_out): placeholder for left_out in (*layers[count:], *foreign, *pruner)})
     model = copy.deepcopy(base, memo).eval()
-    model.__dict__.pop("forward", None)
     model._modules.pop(MODULE, None)
     for module in model.modules():
+        for name in INSTANCE:
+            module.__dict__.pop(name, None)
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, name).clear()
         if isinstance(module, nn.ModuleList) and any(child is placeholder for child in module):
@@ -281,7 +282,32 @@ def structural_copy(hooks: Hooks, cut: bool) -> PreTrainedModel:
         model.set_attn_implementation(hooks.original)
     if cut:
         model.config.num_hidden_layers = min(max(count, 2), base.config.num_hidden_layers)
+    fill(model)
     return model
+
+
+def fill(model: PreTrainedModel) -> None:
+    """Put random weights in place of those that lie on the meta device or on another one than the first.
+
+    Raises:
+        MemoryError: there are too many of them.
+    """
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    away = [p for p in model.parameters() if p.device != device]
+    if sum(p.numel() for p in away) > FILLED:
+        raise MemoryError("its weights are offloaded, and those of its first layers are many")
+    generator = torch.Generator().manual_seed(0)
+    fresh = {id(p): torch.randn(p.shape, generator=generator).to(device, p.dtype) for p in away}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in fresh:
+                x = fresh[id(parameter)]
+                x = x * x.shape[-1] ** -0.5 if x.dim() > 1 else 0.1 * x + ("weight" in name)
+                module._parameters[name] = nn.Parameter(x, requires_grad=False)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def kinds_end(layers: list[nn.Module]) -> int:
