@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import methods  # noqa: F401  makes the methods known by name
-from .checkpoint import CONFIG_KEY, Entry, Stored, load_into, stored_at, stored_with, tensors_of
+from .checkpoint import Entry, Stored, load_into, stored_at, stored_with, tensors_of
 from .core.architecture import Architecture
 from .core.compat import execution_device
 from .core.hooks import Hooks
-from .core.pruner import MODULE, TokenPruner, pruner_of
+from .core.probe import settle
+from .core.pruner import CONFIG_KEY, MODULE, TokenPruner, pruner_of
 from .core.tokens import LAYOUTS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,6 +31,7 @@ def prune(
     *,
     layout: str = "auto",
     checkpoint: str | Path | None = None,
+    check: bool = True,
 ) -> Model:
     """Prune the tokens of ``model`` while it runs; in place, reversible by ``unprune``.
 
@@ -42,13 +45,15 @@ def prune(
             Not saved.
         checkpoint: the folder with the pruner's weights, where these did not come with ``model``: a part of a model is
             pruned, or an adapter was loaded into a model that was not pruned.
+        check: whether to try the first layers on a few tokens before. What would then differ from the dense model, or
+            from hiding tokens, is refused; "auto" goes on with the layouts that are right.
 
     Returns:
         The same model; the method is its submodule ``token_pruner``, which carries the ``report`` of the last forward.
 
     Raises:
-        ValueError: unknown layout or layer, a model without layers, a method in use, a checkpoint that cannot be read
-            or that is not clear. The model is as it was before.
+        ValueError: unknown layout or layer, a model without layers or one that cannot be pruned right, a method in
+            use, a checkpoint that cannot be read or that is not clear. The model is as it was before.
         TypeError: ``model`` or ``method`` is something else.
 
     Example:
@@ -75,6 +80,8 @@ def prune(
         if checkpoint is not None and stored.entry is not None:
             method.adopt(stored.entry)
         load_into(method, stored)
+    if check:
+        hooks.layout = settle(hooks, partial(prune, check=False), unprune)
     if before is not None and before is not method:
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
     own_configuration(model)

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from .core.compat import load_offloaded
 from .core.pruner import MODULE, TokenPruner, pruner_in, read_state
 
-CONFIG_KEY = "token_pruning"
 EXTRA = "_extra_state"  # torch's name for what ``get_extra_state`` returns
 DEPTHS = ("", "*/", "*/*/")  # where weight files are looked for, until one fits: the folder, its subfolders
 OWN = re.compile(rf"(?:(?P<part>.*)\.)?{MODULE}\.(?P<name>[^.].*)")
