@@ -58,7 +58,7 @@ def prune(
 
     Example:
         >>> model = AutoModelForSequenceClassification.from_pretrained("my-classifier")
-        >>> prune(model, TopK(keep=0.5))
+        >>> model = prune(model, TopK(keep=0.5))
     """
     target = inner_model(model)
     if isinstance(method, type) or not (method is None or isinstance(method, TokenPruner)):

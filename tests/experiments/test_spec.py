@@ -133,6 +133,6 @@ def test_a_job_takes_a_specification_or_its_fields(toy):
     spec = EvalSpec(model=toy.model, data=toy.data, threads=before + 1)
     assert seen(spec, progress=3) == seen(toy.model, toy.data, threads=before + 1, progress=3)
     assert seen(spec)[0].max_length == 256 and seen(spec)[2] == before + 1 and torch.get_num_threads() == before
-    with pytest.raises(TypeError, match="lenght"):
-        seen(toy.model, toy.data, lenght=3)
+    with pytest.raises(TypeError, match="lengthy"):
+        seen(toy.model, toy.data, lengthy=3)
     assert dataclasses.is_dataclass(EvalSpec) and spec.max_length is None, "a specification stays as it was given"

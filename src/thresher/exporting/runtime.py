@@ -142,7 +142,7 @@ def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Ite
 
     Example:
         >>> classify = load_runtime("runs/reviews-onnx")
-        >>> classify(["Wonderful acting.", "Far too long."])
+        >>> first, second = classify(["Wonderful acting.", "Far too long."])
     """
     try:
         spec = json.loads((Path(folder) / "thresher.json").read_text())
