@@ -29,6 +29,8 @@ from ..data import qa
 from ..methods.topk import REPLAY, TopK
 from ..stats.metrics import MEANS, RANKING, compute_metric, query_gains
 
+REPLAYING = ("topk", "random", "firstk")  # methods that keep as many tokens as they are told
+
 
 @dataclass
 class Predictions:
@@ -198,10 +200,9 @@ def replayed(model: PreTrainedModel, method: str, counts: Tensor) -> PreTrainedM
     Example:
         >>> baseline = replayed(model, "random", predict(model, rows).kept)
     """
-    known, pruner = [n for n, m in METHODS.items() if issubclass(m, TopK)], pruner_of(model)
-    name = method.replace("-", "")
-    if name not in known or pruner is None:
-        raise ValueError(f"expected a pruned model and one of {', '.join(known)}, got {method!r}")
+    pruner, name = pruner_of(model), method.replace("-", "")
+    if name not in REPLAYING or pruner is None:
+        raise ValueError(f"expected a pruned model and one of {', '.join(REPLAYING)}, got {method!r}")
     if counts.dim() != 2 or counts.shape[1] != len(pruner.sites):
         raise ValueError(f"counts have shape {tuple(counts.shape)}, expected (N, {len(pruner.sites)}): one per site")
     kind: Any = METHODS[name]
