@@ -10,7 +10,6 @@ from datasets import Dataset
 from support.bench import LENGTHS, hooks_of, one_by_one, pruned, rows, task
 from support.families import FAMILIES
 from thresher import LTP, TopK, dense, prune
-from thresher.core.pruner import Options
 from thresher.evaluation import benchmark as bench
 from thresher.evaluation import predict as predicting
 from thresher.evaluation import rows as report
@@ -89,7 +88,8 @@ def test_predict_leaves_the_model_as_it_was():
     seen = []
     predicting.predict(model, rows(), batch_size=5, progress=lambda done, total: seen.append((done, total)))
     assert model.training and model.token_pruner.training
-    assert model.token_pruner.hooks.options == Options(), "nothing is asked of later calls"
+    asked = model.token_pruner.hooks.options
+    assert (asked.mode, asked.counts) == ("pruned", None), "nothing is asked of later calls"
     assert seen == [(5, 16), (10, 16), (15, 16), (16, 16)]
 
 
