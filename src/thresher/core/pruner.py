@@ -38,6 +38,7 @@ CONFIG_KEY = "token_pruning"  # of a model's configuration
 Batch = dict[str, Any]  # the arguments of one call of the model
 RunAgain = Callable[..., Any]  # (**override): the model's output on the batch of the training step, run again
 RunBatch = Callable[[Batch], "Record"]  # the record of the model's forward on another batch
+CONFIG_KEY = "token_pruning"  # of a model's configuration
 MODULE = "token_pruner"  # the name of the method among the modules of the model that it prunes
 METHODS: dict[str, type[TokenPruner]] = {}
 _LAST = threading.local()  # .records: the record of the last forward of each method, for the thread that ran it
