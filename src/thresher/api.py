@@ -36,8 +36,8 @@ def prune(
     """Prune the tokens of ``model`` while it runs; in place, reversible by ``unprune``.
 
     Args:
-        model: any transformers model with a stack of attention layers, or a PEFT model around one. The method is then
-            trained, saved and loaded with the active adapter.
+        model: any transformers model with a stack of attention layers, or a PEFT model around one, whose active
+            adapter the method is then trained, saved and loaded with.
         method: e.g. ``LTP(target_flops=0.4)`` or ``TopK(keep=0.5)``; it prunes one model. None: what the model's
             config.json says, with the parameters that lie in its weights.
         layout: "mask" hides dropped tokens (reference), "padded" shortens to the widest row, "packed" has no padding
@@ -45,15 +45,13 @@ def prune(
             Not saved.
         checkpoint: the folder with the pruner's weights, where these did not come with ``model``: a part of a model is
             pruned, or an adapter was loaded into a model that was not pruned.
-        check: whether to try the first layers on a few tokens before. What would then differ from the dense model, or
-            from hiding tokens, is refused; "auto" goes on with the layouts that are right.
+        check: try the first layers on a few tokens before, and refuse what answers wrongly.
 
     Returns:
         The same model; the method is its submodule ``token_pruner``, which carries the ``report`` of the last forward.
 
     Raises:
-        ValueError: unknown layout or layer, a model without layers or one that cannot be pruned right, a method in
-            use, a checkpoint that cannot be read or that is not clear. The model is as it was before.
+        ValueError: a layout, layer, model, method or checkpoint that does not serve; the model is as it was before.
         TypeError: ``model`` or ``method`` is something else.
 
     Example:
@@ -72,6 +70,7 @@ def prune(
         method = TokenPruner.from_dict(entry)
     _check_free(method, model, target)
     hooks = Hooks(target, method, layout, None if before is None else before.attached().original)
+    hooks.layout = settle(hooks, partial(prune, check=False), unprune) if check else layout
     if method is not before:
         _bind(method, hooks.architecture)
     if entry is not None and stored is None and tensors_of(method):
@@ -80,8 +79,6 @@ def prune(
         if checkpoint is not None and stored.entry is not None:
             method.adopt(stored.entry)
         load_into(method, stored)
-    if check:
-        hooks.layout = settle(hooks, partial(prune, check=False), unprune)
     if before is not None and before is not method:
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
     own_configuration(model)

@@ -18,6 +18,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from .view import View
 
 TOKENS, SHORT = 9, 5  # in the rows of a text batch: odd, so that no other size is met by chance
 INSTANCE = ("forward", "_hf_hook", "_old_forward")  # what a pruner and accelerate set on modules
+BINS = ("num_mel_bins", "feature_projection_input_dim")  # of a spectrum, in configurations
 FILLED = 300_000_000  # random weights, at most
 REMEMBERED = 256  # proofs
 _PROOFS: dict[tuple, Proof] = {}
@@ -56,6 +58,11 @@ class EveryOther(TokenPruner):
     """Keep every other token of each row, or every one, and remember what a method would have seen."""
 
     stride: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.looks: list[Tensor] = []
+        self.gone: Tensor | None = None
 
     def score(self, view: View) -> Tensor:
         if self.needs_attention:
@@ -180,7 +187,7 @@ class Trial:
     def fault(self, layout: str) -> str:
         """Why one layout does not serve; empty: it does."""
         pruner = EveryOther()
-        pruner.needs_attention, pruner.needs_values = self.method.needs_attention, self.method.needs_values
+        vars(pruner).update(needs_attention=self.method.needs_attention, needs_values=self.method.needs_values)
         self.prune(self.model, pruner, layout=layout)
         try:
             # where nothing leaves, "padded" is the same as "mask"
@@ -208,7 +215,7 @@ class Trial:
 
         def disturb(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
             calls.append(layer)
-            if len(calls) != pruner.sites[0] + 2:
+            if len(calls) != pruner.sites[0] + 2 or pruner.gone is None:
                 return args, kwargs
             return (args[0] + pruner.gone[..., None] * args[0].std(), *args[1:]), kwargs
 
@@ -223,7 +230,7 @@ class Trial:
         """The states of each batch with every ``stride``-th token kept, and what the method saw."""
         pruner.stride, states, looks = stride, {}, {}
         for name, batch in self.batches.items():
-            pruner.looks = []
+            pruner.looks.clear()
             states[name] = states_of(self.model, batch)
             looks.update({f"{name}, look {place}": look for place, look in enumerate(pruner.looks)})
         return states, looks
@@ -263,7 +270,7 @@ def structural_copy(hooks: Hooks, cut: bool) -> PreTrainedModel:
     """
     base, layers = hooks.architecture.base, hooks.architecture.layers
     count = max(kinds_end(layers), hooks.architecture.first_site + 2) if cut else len(layers)
-    placeholder, memo = nn.Identity(), {id(p): p for p in base.parameters()}
+    placeholder, memo = nn.Identity(), cast("dict[int, object]", {id(p): p for p in base.parameters()})
     foreign = [value for m in base.modules() for key, value in vars(m).items() if key in INSTANCE]
     pruner = [module for name, module in base.named_children() if name == MODULE]
     memo.update({id(left_out): placeholder for left_out in (*layers[count:], *foreign, *pruner)})
@@ -367,9 +374,9 @@ def shapes_of(model: PreTrainedModel) -> Iterator[tuple[int, ...]]:
         yield (getattr(config, "num_channels", 3), *(size if isinstance(size, (tuple, list)) else (size, size)))
     elif model.main_input_name == "input_values":
         yield (6400,)  # 0.4 s: 19 frames
-        yield (config.max_length, config.num_mel_bins)
+        yield (getattr(config, "max_length", None) or 32, config.num_mel_bins)
     elif model.main_input_name == "input_features":
-        bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_projection_input_dim", 80)
+        bins = next((x for name in BINS if isinstance(x := getattr(config, name, None), int)), 80)
         yield (bins, 2 * getattr(config, "max_source_positions", 16))
         yield (32, bins)
 
