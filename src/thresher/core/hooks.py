@@ -58,6 +58,7 @@ class CallState:
 
     Attributes:
         options: what this thread asked for when the forward began; with ``mode="dense"`` the hooks do nothing.
+        pruner: the method at work.
         layout: how tokens lie.
         soft: whether tokens fade instead of leaving.
         mask: (B, N0), non-zero at real tokens; None: all are real.
@@ -76,6 +77,7 @@ class CallState:
     """
 
     options: Options
+    pruner: TokenPruner
     layout: type[Tokens] = Masked
     soft: bool = False
     mask: Tensor | None = None
@@ -220,8 +222,9 @@ class Hooks:
         if filled:
             self.check_cache(cache, kwargs)
         if options.mode == "dense" or filled:  # a decoding step
-            return CallState(replace(options, mode="dense"))
-        compat.load_offloaded(self.pruner)
+            return CallState(replace(options, mode="dense"), self.method)
+        pruner = self.pruner
+        compat.load_offloaded(pruner)
         if torch.jit.is_tracing():
             raise RuntimeError(
                 "torch.jit.trace would freeze how many tokens stay: use thresher.export, torch.export or torch.compile"
@@ -243,10 +246,11 @@ class Hooks:
             for name in ("hidden_states", "attentions")
             if kwargs.get(f"output_{name}", getattr(base.config, f"output_{name}", False))
         )
-        soft = options.gates is not None or (options.mode == "pruned" and self.pruner.soft)
-        call = CallState(options, soft=soft, mask=mask, whole=whole, ids=kwargs.get("input_ids"), wants=wants)
+        soft = options.gates is not None or (options.mode == "pruned" and pruner.soft)
+        ids = kwargs.get("input_ids")
+        call = CallState(options, pruner, soft=soft, mask=mask, whole=whole, ids=ids, wants=wants)
         if not torch.compiler.is_compiling():
-            self.pruner.record = None  # it would live on beside this forward's own
+            pruner.record = None  # it would live on beside this forward's own
         return call
 
     def check_cache(self, cache: Any, kwargs: dict) -> None:
@@ -352,7 +356,9 @@ class Hooks:
 
     def open(self, call: CallState, tokens: Tokens) -> Site | None:
         """The site of the next layer; None: it has none, and nothing of it is needed."""
-        number = self.pruner.site(call.layer) if call.options.mode == "pruned" else -1
+        pruner, number = call.pruner, -1
+        if call.options.mode == "pruned":
+            number = pruner.site(call.layer)
         if number < 0 and call.layout is not Packed:
             return None
         protected = call.protected
@@ -361,16 +367,16 @@ class Hooks:
             protected = protected.gather(1, tokens.index) & tokens.alive
         site = Site(call.layer, number, tokens, protected, call.states)
         if number >= 0:
-            site.previous, site.counts, site.passed = call.previous, call.options.counts, self.passes_by(number)
-            if self.pruner.needs_attention and self.pruner.scores_all and not site.passed and not call.options.gates:
-                site.statistic = self.pruner.statistic
+            site.previous, site.counts, site.passed = call.previous, call.options.counts, self.passes_by(pruner, number)
+            if pruner.needs_attention and pruner.scores_all and not site.passed and not call.options.gates:
+                site.statistic = pruner.statistic
         return site
 
-    def passes_by(self, number: int) -> bool:
+    def passes_by(self, pruner: TokenPruner, number: int) -> bool:
         """Whether a site is passed by; what is known beforehand while a graph is traced, which cannot look."""
-        if self.pruner.training:
+        if pruner.training:
             return False
-        return number in self.passed if torch.compiler.is_compiling() else self.pruner.keeps_all(number)
+        return number in self.passed if torch.compiler.is_compiling() else pruner.keeps_all(number)
 
     def narrow(self, tokens: Tokens, hidden: Tensor, kwargs: dict) -> None:
         """Narrow the per-token arguments of a layer in ``kwargs``."""
@@ -449,7 +455,7 @@ class Hooks:
             else:
                 hidden, after = self.leave(site, entered, given)
             spent = 0 if site.choice is None else site.choice.macs
-            count = after.live if inside else tokens.live, site.statistic is not None, self.pruner.predictor_macs, spent
+            count = after.live if inside else tokens.live, site.statistic is not None, call.pruner.predictor_macs, spent
             call.counts.append(LayerCount(tokens.live, *count))
             call.previous = site
         if site is not None and site.number >= 0:
