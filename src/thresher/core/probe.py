@@ -30,7 +30,7 @@ from .hooks import Hooks
 from .pruner import CONFIG_KEY, MODULE, Choice, TokenPruner
 from .view import View
 
-TOKENS, SHORT = 9, 5  # in the rows of a text batch: odd, so that no other size is met by chance
+LENGTHS = (9, 5, 1)  # of the rows of a text batch: sizes that are rare, and a token that stands alone
 INSTANCE = ("forward", "_hf_hook", "_old_forward")  # what a pruner and accelerate set on modules
 BINS = ("num_mel_bins", "feature_projection_input_dim")  # of a spectrum, in configurations
 FILLED = 300_000_000  # random weights, at most
@@ -347,9 +347,9 @@ def inputs_for(model: PreTrainedModel) -> Iterator[dict[str, dict]]:
     given = {"use_cache": False} if "use_cache" in accepted else {}
     if model.main_input_name == "input_ids":
         size = getattr(model.config, "vocab_size", 100)
-        ids = torch.randint(min(5, size - 1), size, (2, TOKENS), generator=generator).to(weight.device)
-        mask = torch.ones_like(ids)
-        mask[1, SHORT:] = 0
+        ids = torch.randint(min(5, size - 1), size, (len(LENGTHS), max(LENGTHS)), generator=generator)
+        mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long().to(weight.device)
+        ids = ids.to(weight.device)
         yield {
             "a padded batch": {"input_ids": ids, "attention_mask": mask, **given},
             "one row": {"input_ids": ids[:1], **given},
@@ -371,7 +371,9 @@ def shapes_of(model: PreTrainedModel) -> Iterator[tuple[int, ...]]:
     config = model.config
     if model.main_input_name == "pixel_values":
         size = config.image_size
-        yield (getattr(config, "num_channels", 3), *(size if isinstance(size, (tuple, list)) else (size, size)))
+        shape = (getattr(config, "num_channels", 3), *(size if isinstance(size, (tuple, list)) else (size, size)))
+        yield shape
+        yield (getattr(config, "num_frames", 2), *shape)
     elif model.main_input_name == "input_values":
         yield (6400,)  # 0.4 s: 19 frames
         yield (getattr(config, "max_length", None) or 32, config.num_mel_bins)
