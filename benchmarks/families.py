@@ -323,8 +323,8 @@ def page(verdicts: list[Verdict], left_out: dict[str, str], composed: int) -> st
         "configuration is pruned with random, sharpened weights. *Served* means: keeping every token is the dense "
         "model, removing tokens is the same as hiding them, a row answers in a batch as alone, and `unprune()` gives "
         f"the dense model back bit for bit, within {TOLERANCE:.0e} of the largest value (or of 1), or "
-        f"within the rounding by which the dense model's own attention implementations differ, below {ROUNDING:.0e}. *Refused* means: "
-        "`prune()` says why and leaves the model as it is.",
+        f"within the rounding by which the dense model's own attention implementations differ, below {ROUNDING:.0e}. "
+        "*Refused* means: `prune()` says why and leaves the model as it is.",
         "",
         "| swept | served | refused | failing in a forward | answering wrongly | forwards | worst difference, served |",
         "|---|---|---|---|---|---|---|",
