@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from support.families import FAMILIES
 from thresher import LTP, FirstK, TopK, dense, prune
+from thresher.core.architecture import layer_cost
 from thresher.core.cost import LatencyTable, LayerCost, LayerCount, between, dense_macs, macs, tokens_by_layer
 from thresher.core.tokens import LAYOUTS
 from thresher.methods.parts.selection import kept_count
@@ -133,3 +136,10 @@ def test_a_table_prices_counts_in_time():
     counts = [LayerCount(n, n), LayerCount(n, n / 2, scored=True)]
     assert table.time(counts).tolist() == [8 + 32 + 16 + 16, 4 + 16 + 8 + 8]
     assert table.fixed(n).tolist() == [0.5, 0.5]
+
+
+def test_layers_of_several_widths_are_refused():
+    """As Hiera's, whose configuration lists the heads of each stage."""
+    layer = FAMILIES["llama"].build().model.layers[0]
+    with pytest.raises(ValueError, match="SimpleNamespace names no single number of attention heads"):
+        layer_cost(layer, "self_attn", SimpleNamespace(hidden_size=32, num_heads=[1, 2]))

@@ -234,5 +234,11 @@ def layer_cost(layer: nn.Module, block: str, config) -> LayerCost:
     attention = linear_size(layer.get_submodule(block))
     known = (getattr(m, "head_dim", None) for m in layer.get_submodule(block).modules())
     head_dim = next((size for size in known if isinstance(size, int)), None)
-    width = config.hidden_size if head_dim is None else head_dim * config.num_attention_heads
+    heads: Any = getattr(config, "num_attention_heads", None)
+    if head_dim is not None and not isinstance(heads, int):
+        raise ValueError(
+            f"{type(config).__name__} names no single number of attention heads, so its layers differ in width: such "
+            "hierarchical models cannot be pruned"
+        )
+    width = config.hidden_size if head_dim is None else head_dim * heads
     return LayerCost(attention, linear_size(layer) - attention, width)
