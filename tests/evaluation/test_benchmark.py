@@ -201,10 +201,14 @@ def test_one_row_per_mode_and_batch_size(measured):
         assert (r["split"], r["seed"], r["trained_steps"]) == ("test", 3, 7)
         assert r["peak_memory_mb"] is None and r["threads"] == 1 and r["repeats"] == 3
         assert r["n_timed"] == (8 if r["batch_size"] == 1 else 16)
-        layouts = {"dense-padded": {"padded"}, "pruned": {"packed"}, "dense-unpadded": {"length-sorted", "packed"}}
+        layouts = {
+            "dense-padded": {"padded"},
+            "pruned": {"packed"},
+            "dense-unpadded": {"length-sorted", "packed", "padded"},
+        }
         assert r["layout"] in layouts[r["mode"]]
         if r["mode"] == "dense-unpadded":
-            assert r["layout"] == "length-sorted" or r["batch_size"] > 1
+            assert r["layout"] != "packed" or r["batch_size"] > 1
         assert "/" not in r["command"].split()[0] and r["hardware"] and r["versions"] and r["date"]
 
 
@@ -328,10 +332,19 @@ def test_the_dense_model_is_timed_without_hooks(kind, monkeypatch):
     assert ran == expected
 
 
-@pytest.mark.parametrize("slow, wins", [("packed", "length-sorted"), ("length-sorted", "packed")])
-def test_the_faster_way_is_the_baseline(slow, wins, monkeypatch):
+@pytest.mark.parametrize(
+    "packed, alone, padded, wins, slower",
+    [
+        (3.0, 2.0, 9.0, "length-sorted", "packed: 1.50 times as long; padded: 4.50 times as long"),
+        (2.0, 3.0, 9.0, "packed", "length-sorted: 1.50 times as long; padded: 4.50 times as long"),
+        (4.0, 3.0, 2.0, "padded", "length-sorted: 1.50 times as long; packed: 2.00 times as long"),
+    ],
+)
+def test_the_fastest_way_is_the_baseline(packed, alone, padded, wins, slower, monkeypatch):
+    seconds = {"packed": packed, "length-sorted": alone, "padded": padded}
+
     def run(self, rows, inputs):
-        return {"pruned": 1.0, "dense-padded": 9.0}.get(self.row["mode"], 3.0 if self.row["layout"] == slow else 2.0)
+        return 1.0 if self.row["mode"] == "pruned" else seconds[self.row["layout"]]
 
     monkeypatch.setattr(bench.Runner, "run", run)
     baselines = {"smaller": FAMILIES["bert"].build(num_hidden_layers=2)}
@@ -341,12 +354,12 @@ def test_the_faster_way_is_the_baseline(slow, wins, monkeypatch):
     for r in found:
         if r["mode"] != "dense-unpadded":
             assert "slower" not in r
-        elif r["batch_size"] == 1:
-            assert r["layout"] == "length-sorted" and "slower" not in r
-        else:
-            assert r["layout"] == wins and r["slower"] == f"{slow}: 1.50 times as long"
+        elif r["batch_size"] == 4 and r["method"] == "dense":
+            assert r["layout"] == wins and r["slower"] == slower and r["flops_ratio"] == 1
+        elif r["method"] == "dense":
+            assert r["layout"] == ("padded" if wins == "padded" else "length-sorted")
     by_mode = {r["mode"]: r for r in found if r["batch_size"] == 4 and r["method"] != "smaller"}
-    assert by_mode["pruned"]["speedup_unpadded"] == 2 and by_mode["pruned"]["speedup_padded"] == 9
+    assert by_mode["pruned"]["speedup_unpadded"] == 2 and by_mode["pruned"]["speedup_padded"] == padded
     assert by_mode["dense-unpadded"]["speedup_unpadded"] == 1
 
 
