@@ -76,6 +76,8 @@ class Tokens:
         mixed: how states are summed on the way into this layout, see ``merge``; None: they are not.
     """
 
+    _live: Tensor | None = None
+
     def __init__(self, alive: Tensor, index: Tensor, even: bool = False):
         self.alive, self.index, self.even, self.width = alive, index, even, index.shape[1]
         self.full: Tensor | None = None
@@ -99,10 +101,10 @@ class Tokens:
 
     @property
     def live(self) -> Tensor:
-        """(B,) live tokens per row; the sum of the gates while a method trains softly."""
-        if self.log_gate is None:
-            return self.alive.sum(1)
-        return (self.log_gate.exp() * self.alive).sum(1)
+        """(B,) live tokens per row; the sum of the gates while a method trains softly. Counted once."""
+        if self._live is None:
+            self._live = (self.alive if self.log_gate is None else self.log_gate.exp() * self.alive).sum(1)
+        return self._live
 
     @property
     def votes(self) -> Tensor:
@@ -193,7 +195,7 @@ class Tokens:
     def _copy(self) -> Self:
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
-        new.mixed = None
+        new.mixed = new._live = None
         return new
 
     def _biases(self, before: Tokens) -> None:
@@ -412,7 +414,7 @@ class Packed(Tokens):
         return torch.cat([rows, rows[-1:].expand(self.spare)]) if self.spare else rows
 
     def _lay_out(self, rows: Tensor, live: Tensor) -> None:
-        self.rows, self.lengths, self.masks = rows, live.tolist(), {}
+        self.rows, self.lengths, self.masks, self._live = rows, live.tolist(), {}, live
         width = max(self.lengths)
         self.alive = torch.arange(width, device=rows.device) < live[:, None]
         self.slots = None if min(self.lengths) == width else self.alive.flatten().nonzero()[:, 0]
