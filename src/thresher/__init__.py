@@ -4,13 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import dense, prune, unprune
+    from .api import calling, dense, prune, unprune
     from .core.pruner import TokenPruner
     from .exporting.export import export
     from .exporting.runtime import load_runtime
     from .methods.adapler import AdapLeR
     from .methods.ats import ATS
-    from .methods.baselines import FirstK, Random
+    from .methods.baselines import Cut, FirstK, Random
     from .methods.dynamicvit import DynamicViT
     from .methods.entropy import Entropy
     from .methods.evit import EViT
@@ -37,6 +37,7 @@ __all__ = [
     "TRBERT",
     "VATP",
     "AdapLeR",
+    "Cut",
     "DynamicViT",
     "EViT",
     "Entropy",
@@ -52,6 +53,7 @@ __all__ = [
     "TokenPruner",
     "TopK",
     "Transkimmer",
+    "calling",
     "dense",
     "export",
     "load_runtime",
@@ -59,12 +61,12 @@ __all__ = [
     "unprune",
 ]
 _HOMES = {
-    "api": ("dense", "prune", "unprune"),
+    "api": ("calling", "dense", "prune", "unprune"),
     "exporting.export": ("export",),
     "methods.dynamicvit": ("DynamicViT",),
     "methods.adapler": ("AdapLeR",),
     "methods.ats": ("ATS",),
-    "methods.baselines": ("FirstK", "Random"),
+    "methods.baselines": ("Cut", "FirstK", "Random"),
     "methods.entropy": ("Entropy",),
     "methods.ltmp": ("LTMP",),
     "methods.evit": ("EViT",),

@@ -1,4 +1,4 @@
-"""Random and FirstK: the two baselines that every comparison needs."""
+"""Random, FirstK and Cut: the baselines that every comparison needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.architecture import Architecture
 from ..core.view import View
 from .topk import TopK
 
@@ -43,3 +44,19 @@ class FirstK(TopK):
 
     def score(self, view: View) -> Tensor:
         return -view.tokens.index.double()
+
+
+class Cut(FirstK):
+    """Keep every token until one layer, then the protected ones alone: the baseline without a score and a schedule.
+
+    Args:
+        keep: tokens that go on, the protected ones first.
+        at: that layer. Default: a third of the depth.
+    """
+
+    keep: float | int | str | tuple = 1
+
+    name: ClassVar[str] = "cut"
+
+    def default_at(self, model: Architecture) -> tuple[int, ...]:
+        return (min(max(model.depth // 3, model.first_site), model.last_site),)
