@@ -18,7 +18,7 @@ from thresher.experiments.spec import TrainSpec
 def test_every_recipe_is_one_that_train_takes(method, task):
     made = TrainSpec(model="m", data="d", out="o", recipe=f"{method}-{task}").completed()
     assert made.method == make_method(made.method, made.method_options).name == method
-    assert made.method_options["target_flops"] == 0.4, "no recipe sets a budget, and a method that has one gets it"
+    assert made.max_drop == 1.0 and "target_flops" not in made.method_options, "no recipe sets a budget"
     assert made.prune_epochs >= 2 and made.max_length >= 64
 
 
@@ -30,7 +30,10 @@ def test_an_unknown_recipe_is_named(name):
 
 def test_what_is_given_takes_precedence(tmp_path):
     toy = make_toy(tmp_path)
-    given = {k: v for k, v in OPTIONS.items() if k not in ("target_flops", "lr")} | {"epochs": 0, "prune_epochs": 0}
+    given = {k: v for k, v in OPTIONS.items() if k not in ("target_flops", "lr", "method")} | {
+        "epochs": 0,
+        "prune_epochs": 0,
+    }
 
     def made(**more) -> dict:
         out = tmp_path / f"out-{'-'.join(more)}"

@@ -47,10 +47,38 @@ def options(**given) -> dict:
     return TrainSpec(model="m", data="d", out="o", **given).completed().method_options
 
 
-def test_where_nothing_says_how_much_is_left_there_is_a_budget():
-    assert options() == {"target_flops": 0.4}
-    assert options(at=(1, 2)) == {"target_flops": 0.4, "at": (1, 2)}, "where tokens leave is not how many"
-    assert options(method="top", method_options={"topk": 9}) == {"target_flops": 0.4, "topk": 9}
+def drop(**given) -> float | None:
+    return TrainSpec(model="m", data="d", out="o", **given).completed().max_drop
+
+
+def test_where_nothing_says_how_much_is_left_quality_is_the_budget():
+    assert (options(), drop()) == ({}, 1.0)
+    assert (options(at=(1, 2)), drop(at=(1, 2))) == ({"at": (1, 2)}, 1.0), "where tokens leave is not how many"
+    assert (options(method="top", method_options={"topk": 9}), drop(method="top")) == ({"topk": 9}, 1.0)
+    assert (drop(recipe="ltp-mrpc"), drop(max_drop=0.5)) == (1.0, 0.5)
+    assert drop(keep=0.5) is drop(target_flops=0.4) is drop(method="dense") is drop(replay="another") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"target_flops": 0.4}, "target_flops is another budget"),
+        ({"keep": 0.5}, "keep is another budget"),
+        ({"method": "threshold"}, "max_drop=1.0 is no budget for method='threshold'"),
+        ({"max_drop": 0.0}, "max_drop is a number of points above 0"),
+    ],
+)
+def test_a_bound_on_the_drop_is_a_budget_of_its_own(given, why):
+    with pytest.raises(ValueError, match=why):
+        options(**{"max_drop": 1.0} | given)
+
+
+def test_an_open_length_is_until_it_is_trained():
+    spec = TrainSpec(model="m", data="d", out="o").completed()
+    assert spec.epochs is spec.prune_epochs is spec.lr is None and spec.batch_size == 32
+    fixed = TrainSpec(model="m", data="d", out="o", epochs=1, prune_epochs=2).completed()
+    assert (fixed.epochs, fixed.prune_epochs, fixed.lr) == (1, 2, 5e-5)
+    assert TrainSpec(model="m", data="d", out="o", replay="x").completed().prune_epochs == 3
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import torch
 from support.toy import OPTIONS, make_toy
 from thresher.data.models import load
 from thresher.evaluation.predict import predict
-from thresher.experiments import train as stages
+from thresher.experiments import stages
+from thresher.experiments import train as jobs
 from thresher.experiments.spec import SUMMARY, TrainSpec
 from thresher.experiments.workspace import Workspace
 
@@ -36,7 +37,7 @@ def staged(toy, tmp_path_factory) -> SimpleNamespace:
     run = run_of(toy, tmp_path_factory.mktemp("staged") / "out")
     dense = stages.fine_tune(run)
     taught = stages.teach(run, dense)
-    pruned = stages.prune_and_train(run, dense, lambda: taught)
+    pruned = stages.prune_and_train(run, dense, run.work.folder / "pruned", run.spec.method_options)
     return SimpleNamespace(run=run, dense=dense, taught=taught, pruned=pruned)
 
 
@@ -46,7 +47,13 @@ def refused(*_, **__):
 
 def test_each_stage_has_a_folder_of_its_own(staged):
     folder = staged.run.work.folder
-    assert {path.name for path in folder.iterdir()} == {"recipe.json", "dense", "taught", "pruned"}
+    assert {path.name for path in folder.iterdir()} == {
+        "recipe.json",
+        "dense",
+        "taught-train",
+        "taught-watched",
+        "pruned",
+    }
     assert (staged.dense, staged.pruned) == (folder / "dense", folder / "pruned")
     assert not staged.run.spec.out.exists()
     stage = json.loads((staged.pruned / "stage.json").read_text())
@@ -67,7 +74,7 @@ def test_what_is_there_is_not_made_again(staged, monkeypatch):
     dense = stages.fine_tune(again)
     taught = stages.teach(again, dense)
     assert taught[:] == staged.taught[:]
-    assert stages.prune_and_train(again, dense, refused) == staged.pruned
+    assert stages.prune_and_train(again, dense, staged.pruned, {}) == staged.pruned
 
 
 def test_answers_may_come_from_elsewhere(staged):
@@ -78,21 +85,61 @@ def test_answers_may_come_from_elsewhere(staged):
         return predict(net, texts, **how)
 
     run = stages.Run(**vars(staged.run) | {"ask": ask})
-    summary = stages.measure(run, staged.dense, staged.pruned)
+    summary = jobs.measure(run, staged.dense, staged.pruned)
     assert asked == [(staged.dense, 48)], "the pruned model is new and asked here"
     dense, pruned = summary["rows"]
-    assert summary == stages.measure(staged.run, staged.dense, staged.pruned) | {"rows": [dense, pruned]}
+    assert summary == jobs.measure(staged.run, staged.dense, staged.pruned) | {"rows": [dense, pruned]}
     said = predict(load(str(staged.pruned))[0], run.data.test)
     assert pruned["flops_ratio"] == pytest.approx(said.macs_dense / said.macs_used)
 
 
-def test_a_model_pruned_without_training_needs_no_teacher(toy, tmp_path):
+def test_a_model_pruned_without_training_needs_no_teacher(toy, tmp_path, monkeypatch):
     run = run_of(toy, tmp_path / "out", epochs=0, prune_epochs=0)
     dense = stages.fine_tune(run)
-    pruned = stages.prune_and_train(run, dense, refused)
+    monkeypatch.setattr(stages, "teach", refused)
+    pruned = stages.prune_and_train(run, dense, run.work.folder / "pruned", run.spec.method_options)
     started = time.time()
-    stages.finish(run, dense, pruned, stages.measure(run, dense, pruned) | {"seconds": time.time() - started})
+    jobs.finish(run, dense, pruned, jobs.measure(run, dense, pruned) | {"seconds": time.time() - started})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "dense", SUMMARY} <= names and "stage.json" not in names
     assert json.loads((tmp_path / "out" / "dense" / SUMMARY).read_text())["task"]["max_length"] == 32
+
+
+# --- until it is trained ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["topk", "ltp"])
+def test_what_is_open_is_chosen_on_held_out_rows(toy, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(stages, "LEAST", 150)
+    monkeypatch.setattr(stages, "EPOCHS", 2)
+    monkeypatch.setattr(stages, "SOFT_STEPS", 40)
+    monkeypatch.setattr(stages, "RATES", (1e-5, 4e-3))
+    options = {"epochs": None, "prune_epochs": None, "lr": None, "method": method, "target_flops": 0.6}
+    run = run_of(toy, tmp_path / "out", **options)
+    dense = stages.fine_tune(run)
+    trained = json.loads((dense / SUMMARY).read_text())["trained"]
+    assert trained["rate"] == 4e-3 and 0 < trained["steps"] <= 150
+    pruned = stages.prune_and_train(run, dense, run.work.folder / "pruned", run.spec.method_options)
+    stage = json.loads((pruned / "stage.json").read_text())
+    assert stage["rate"] in stages.RATES and 0 < stage["steps"] <= 150
+    best, losses = json.loads((run.work.folder / "schedule-0.6.json").read_text())
+    assert losses[best][-1] == min(loss[-1] for loss in losses.values() if len(loss) == 2)
+    space = stages.space_of(run, run.model(dense))
+    keep = "keep" if method == "topk" else "schedule"
+    assert stage["schedule"][keep] == [*space.falling(float(best), 0.6)["keep"]]
+    assert stage["reached"]["flops_fraction"] == pytest.approx(0.6, rel=0.05)
+    said = predict(load(str(pruned))[0], run.data.validation)
+    assert said.macs_used / said.macs_dense == pytest.approx(0.6, rel=0.05)
+    (out,) = [jobs.measure(run, dense, pruned)]
+    assert out["rates"] == {"dense": 4e-3, "prune": stage["rate"]} and out["schedule"] == stage["schedule"]
+
+
+def test_the_first_layers_alone_are_a_baseline(toy, tmp_path):
+    run = run_of(toy, tmp_path / "out", method="dense", layers=1, target_flops=None)
+    dense = stages.fine_tune(run)
+    pruned = stages.prune_and_train(run, dense, run.work.folder / "pruned", {})
+    net = load(str(pruned))[0]
+    assert len(net.bert.encoder.layer) == 1 == net.config.num_hidden_layers
+    row = jobs.measure(run, dense, pruned)["rows"][1]
+    assert row["flops_ratio"] == pytest.approx(2.0), "against all layers"
+    with pytest.raises(ValueError, match=r"layers=9: .* has 2"):
+        run.model(dense, layers=9)

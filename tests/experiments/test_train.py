@@ -23,8 +23,10 @@ from support.families import TEXT
 from support.tiny import tiny_tokenizer
 from support.toy import OPTIONS, make_toy, write
 from thresher.cli import app as cli
+from thresher.data.models import load
 from thresher.data.task import DataError
 from thresher.evaluation.rows import ROW_FIELDS
+from thresher.experiments import stages
 from thresher.experiments import train as jobs
 from thresher.experiments.bench import bench
 from thresher.experiments.evaluate import evaluate
@@ -113,7 +115,7 @@ def test_the_folder_is_whole(trained):
 
 
 def test_what_was_saved_does_what_was_measured(toy, trained):
-    model, tokenizer = jobs.load(str(trained.out))
+    model, tokenizer = load(str(trained.out))
     right, said = 0, []
     for line in csv_rows(toy, "test"):
         with torch.no_grad():
@@ -185,7 +187,7 @@ def test_dense_is_trained_on_and_not_pruned(toy, trained, tmp_path):
     rows = jobs.train(str(trained.out / "dense"), toy.data, str(tmp_path / "out"), method="dense", **options)
     assert [row["method"] for row in rows] == ["dense", "dense"] and rows[1]["flops_ratio"] == 1
     assert rows[1]["mode"] == "dense-unpadded" and rows[1]["trained_steps"] == 9
-    model, _ = jobs.load(str(tmp_path / "out"))
+    model, _ = load(str(tmp_path / "out"))
     assert not hasattr(model, "token_pruner") and "token_pruner.threshold" not in weights(tmp_path / "out")
     moved = weights(tmp_path / "out")["classifier.weight"] - weights(trained.out / "dense")["classifier.weight"]
     assert moved.abs().max() > 1e-4
@@ -314,7 +316,7 @@ def test_a_full_disk_is_told_and_nothing_is_half_written(toy, tmp_path, room):
 @pytest.mark.parametrize("step", [5, 30, 40], ids=["dense", "soft", "hard"])
 def test_interrupted_training_goes_on(toy, trained, tmp_path, monkeypatch, capsys, step):
     """Step 5 is one of the dense model's 27; 30 and 40 are the 3rd and the 13th of the 18 with the method."""
-    made, once = [], jobs.Trainer.training_step
+    made, once = [], stages.Trainer.training_step
 
     def training_step(self, *arguments, **options):
         made.append(self)
@@ -322,12 +324,12 @@ def test_interrupted_training_goes_on(toy, trained, tmp_path, monkeypatch, capsy
             signal.raise_signal(signal.SIGINT)
         return once(self, *arguments, **options)
 
-    monkeypatch.setattr(jobs.Trainer, "training_step", training_step)
+    monkeypatch.setattr(stages.Trainer, "training_step", training_step)
     before, out = signal.getsignal(signal.SIGINT), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         jobs.train(toy.model, toy.data, str(out), **OPTIONS)
     assert signal.getsignal(signal.SIGINT) is before and not out.exists()
-    stage, steps = ("dense", step) if step <= 27 else ("prune", step - 27)
+    stage, steps = ("dense", step) if step <= 27 else ("pruned", step - 27)
     checkpoint = tmp_path / ".out.training" / f"{stage}-checkpoints" / f"checkpoint-{steps}"
     assert (checkpoint / "trainer_state.json").exists() and len(made) == step
     with pytest.raises(ValueError, match=r"another recipe \(seed: 0 there, 1 asked\)"):
@@ -349,7 +351,7 @@ def test_interrupted_after_training_nothing_is_trained_again(toy, trained, tmp_p
         jobs.train(toy.model, toy.data, str(out), **OPTIONS)
     assert not out.exists()
     monkeypatch.setattr(jobs, "measured_row", row)
-    monkeypatch.setattr(jobs.Trainer, "training_step", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(stages.Trainer, "training_step", lambda *a, **k: pytest.fail("trained again"))
     jobs.train(toy.model, toy.data, str(out), **OPTIONS)
     assert_same(out, trained.out)
 

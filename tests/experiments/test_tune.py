@@ -21,11 +21,11 @@ from support.toy import write
 from thresher import TopK, prune, unprune
 from thresher.cli import app as cli
 from thresher.core.cost import LatencyTable
-from thresher.data.models import open_model
+from thresher.data.models import load, open_model
 from thresher.data.spec import DataSpec
 from thresher.evaluation.predict import predict
 from thresher.experiments import tune as module
-from thresher.experiments.train import SUMMARY, load
+from thresher.experiments.spec import SUMMARY
 from thresher.experiments.tune import best, tune
 from thresher.search import explore as trials
 from thresher.search.explore import SCORES

@@ -14,7 +14,7 @@ from support.families import FAMILIES
 from thresher import ATS, FirstK, TopK, prune
 from thresher.core.cost import LatencyTable
 from thresher.evaluation.predict import predict
-from thresher.search.schedules import LEVELS, Space, curves, neighbours
+from thresher.search.schedules import LEVELS, WIDTHS, Space, curves, neighbours
 
 LINE = ((10.0, 40.0), (1.0, 4.0))
 PARTS = {"attention": LINE, "scored": LINE, "ffn": LINE, "rest": ((10.0, 40.0), (0.5, 0.5))}
@@ -122,3 +122,36 @@ def test_dense_is_the_model_without_hooks(kind):
     assert quick.dense == pytest.approx(0.4 * sum(LENGTHS) / len(LENGTHS))
     assert quick.dense < quick.cost((0, 0, 0, 0)) == searched.cost((0, 0, 0, 0))
     assert quick.strongest == searched.strongest, "what the search finds does not hang on it"
+
+
+# --- the family ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("family, kind", [("bert", TopK), ("bert", FirstK), ("distilbert", TopK)])
+@pytest.mark.parametrize("budget", [0.55, 0.7, 0.85])
+@pytest.mark.filterwarnings("ignore:the model was pruned with")
+def test_a_member_of_the_family_meets_its_budget(family, kind, width, budget):
+    searched, model = space(family, kind)
+    searched = replace(searched, lengths=torch.tensor(LENGTHS * 5))
+    schedule = searched.falling(width, budget)
+    if schedule is None:
+        assert width > 0, "the rectangle reaches every budget that can be reached"
+        return
+    found = predict(prune(model, kind(**schedule)), rows())
+    assert found.macs_used / found.macs_dense == pytest.approx(budget, rel=0.021)
+
+
+def test_the_family_goes_from_rectangular_to_geometric():
+    info = replace(space()[0].info, depth=12, last_site=11, costs=space()[0].info.costs[:1] * 12)
+    searched = Space(info, torch.full((4,), 400))
+    steps = [searched.falling(width, 0.5) for width in WIDTHS]
+    assert len(steps[0]["at"]) == 2 and steps[0]["keep"][-1] == 1, "all leave within two layers"
+    spans = [schedule["at"][-1] - schedule["at"][0] for schedule in steps]
+    assert spans == sorted(spans)
+    wide = searched.falling(1.0, 0.8)["keep"]
+    assert max(wide) - min(wide) < 0.03, "equal shares"
+    assert all(0 < share <= 1 for schedule in steps for share in schedule["keep"])
+
+
+def test_a_budget_out_of_reach_has_no_member():
+    assert space()[0].falling(0.0, 0.01) is None
+    assert space()[0].falling(0.32, 0.3) is None, "a wide one cannot be steep"

@@ -15,7 +15,7 @@ from support.tiny import tiny_tokenizer
 
 FILLERS = ("the", "farmer", "and", "grain", "script", "thresh")
 OPTIONS = {"batch_size": 16, "max_length": 32, "epochs": 3, "prune_epochs": 2, "lr": 4e-3, "bf16": False}
-OPTIONS |= {"target_flops": 0.5, "progress": False}
+OPTIONS |= {"method": "ltp", "target_flops": 0.5, "progress": False}
 
 
 def write(path: Path, count: int, seed: int, labels=("chaff", "wheat")) -> Path:

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from support.training import build, inputs, losses, rows, trainer
 from thresher import LAT, LTP, EViT, PoWERBERT, ToMe, ToP, TopK, prune
 from thresher.evaluation.predict import predict
-from thresher.training.trainer import PruningTrainer
+from thresher.training.trainer import PruningTrainer, distillation
 
 BUDGETS = {"ltp": 0.5, "top": 0.75}
 
@@ -110,8 +110,11 @@ def test_evaluation_is_of_the_hard_model(run):
     data = rows(16, seed=3, teacher_logits=lambda i: [0.0, 1.0, 2.0])
     with torch.no_grad():
         logits = run.model(**{k: v for k, v in inputs(data).items() if k in ("input_ids", "attention_mask")}).logits
+    alone = run.trainer.evaluate(data.remove_columns("teacher_logits"))["eval_loss"]
+    assert alone == pytest.approx(F.cross_entropy(logits, inputs(data)["labels"]).item(), rel=1e-4)
+    taught = distillation({"logits": logits}, {"logits": torch.tensor([[0.0, 1.0, 2.0]] * 16)}, 2.0).item()
     found = run.trainer.evaluate(data)["eval_loss"]
-    assert found == pytest.approx(F.cross_entropy(logits, inputs(data)["labels"]).item(), rel=1e-4)
+    assert found == pytest.approx(0.5 * alone + 0.5 * taught, rel=1e-4), "as in the training, without the method's loss"
     unlabelled = run.trainer.predict(data.remove_columns("labels"))
     torch.testing.assert_close(torch.from_numpy(unlabelled.predictions), logits, atol=1e-5, rtol=1e-5)
 

@@ -10,6 +10,7 @@ import torch
 from support.toy import OPTIONS, make_toy
 from thresher import ToP, prune
 from thresher.data.load import load_task
+from thresher.data.models import load
 from thresher.data.tokenize import tokenize
 from thresher.evaluation.predict import predict, quality
 from thresher.experiments import train as jobs
@@ -18,7 +19,7 @@ from thresher.experiments import train as jobs
 def test_every_epoch_is_watched_on_the_validation_part(tmp_path):
     toy = make_toy(tmp_path)
     out = tmp_path / "out"
-    jobs.train(toy.model, toy.data, str(out), method="top", method_options={"holes": True}, **OPTIONS)
+    jobs.train(toy.model, toy.data, str(out), **OPTIONS | {"method": "top", "method_options": {"holes": True}})
     summary = json.loads((out / jobs.SUMMARY).read_text())
     epochs = [line for line in summary["history"] if "eval_quality" in line]
     assert [line["epoch"] for line in epochs] == [1, 2]
@@ -30,7 +31,7 @@ def test_every_epoch_is_watched_on_the_validation_part(tmp_path):
 
 def test_the_drop_of_a_prefix_is_measured_and_nothing_changes(tmp_path):
     toy = make_toy(tmp_path)
-    model, tokenizer = jobs.load(toy.model)
+    model, tokenizer = load(toy.model)
     prune(model, ToP(bins=4, holes=True))
     task = load_task(toy.data)
     rows, _ = tokenize(task.test, task, tokenizer, 32)

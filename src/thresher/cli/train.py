@@ -10,6 +10,8 @@ from ..experiments.spec import SUMMARY, TrainSpec
 if TYPE_CHECKING:
     from .console import Screen
 
+NOTICED = 2.0  # points: a drop above them is told
+
 
 def train(spec: TrainSpec, screen: Screen) -> None:
     """Fine-tune a model and teach it which tokens it can do without.
@@ -17,6 +19,7 @@ def train(spec: TrainSpec, screen: Screen) -> None:
     \b
     Examples:
       thresher train bert-base-uncased --data reviews.csv --out runs/reviews
+      thresher train bert-base-uncased --data reviews.csv --max-drop 0.5 --out runs/careful
       thresher train runs/dense --epochs 0 --data reviews.csv --target-flops 0.3 --out runs/fast
       thresher train bert-base-uncased --data glue --config sst2 --method topk --keep 0.7 --out runs/sst2
       thresher train bert-base-uncased --data glue --config mrpc --recipe top-mrpc --out runs/mrpc
@@ -34,4 +37,33 @@ def train(spec: TrainSpec, screen: Screen) -> None:
             f"asked: {asked}; measured: {reached['latency_ms']:.2f} ms, "
             f"{reached['latency_fraction_measured']:.2f} of the dense {reached['latency_ms_dense']:.2f} ms"
         )
+    for line in budget_lines(json.loads((spec.out / SUMMARY).read_text()), rows):
+        screen.say(line)
     screen.say(f"the model is in {spec.out}")
+
+
+def budget_lines(summary: dict, rows: list[dict]) -> list[str]:
+    """Say which budgets kept the bound on the drop, or by how much a budget that was asked for hurts."""
+    dense, pruned = rows
+    budget, mild = summary.get("budget"), summary.get("milder")
+    if budget:
+        tried = [
+            f"{rung['flops_fraction']:.2f} of the MACs: drop {rung['drop']:+.2f} [{rung['low']:+.2f}, "
+            f"{rung['high']:+.2f}] on {rung['examples']} validation rows{'' if rung['keeps'] else ', too much'}"
+            for rung in budget["tried"]
+        ]
+        bound = f"a drop of {budget['max_drop']:g} point{'s' * (budget['max_drop'] != 1)}"
+        if budget["target_flops"] is None:
+            last = f"no token can leave within {bound}: the result is the dense model, to be run packed or exported"
+        else:
+            last = f"{1 / pruned['flops_ratio']:.2f} of the MACs are left, the least of those tried within {bound}"
+        return [*tried, last]
+    drop = None if None in (dense["quality"], pruned["quality"]) else dense["quality"] - pruned["quality"]
+    if mild:
+        return [
+            f"drop {drop:+.2f} points: on the validation part this model loses {mild['drop']:+.2f} at "
+            f"--target-flops {mild['target_flops']:g}"
+        ]
+    if drop is not None and drop > NOTICED and pruned["mode"] == "pruned":
+        return [f"drop {drop:+.2f} points: --max-drop 1 looks for a budget that loses at most one"]
+    return []

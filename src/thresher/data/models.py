@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -119,9 +119,19 @@ def open_model(model: str, *, answers: bool | None = None, **options) -> PreTrai
 
 
 def for_task(
-    model: str, task: Task, *, dropout: float | None = None, freeze_embeddings: bool = False
+    model: str,
+    task: Task,
+    *,
+    dropout: float | None = None,
+    freeze_embeddings: bool = False,
+    layers: int | None = None,
+    again: bool = False,
 ) -> PreTrainedModel:
     """Return a model to train for ``task`` on the weights in ``model``, in fp32; a head of another size is made anew.
+
+    Args:
+        layers: take so many of the first layers alone.
+        again: take the weights of a pruned checkpoint, without its pruning.
 
     Raises:
         ValueError: the checkpoint is pruned, or cannot be read.
@@ -138,14 +148,21 @@ def for_task(
         if dropout is not None and getattr(config, name, None) is not None:
             setattr(config, name, dropout)
     if getattr(config, CONFIG_KEY, None) is not None:
-        raise ValueError(f"{model} is pruned already: train from its dense model")
+        if not again:
+            raise ValueError(f"{model} is pruned already: train from its dense model")
+        delattr(config, CONFIG_KEY)
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise ValueError(f"layers={layers}: {model} has {config.num_hidden_layers}")
+        config.num_hidden_layers = layers
     # The fused attention of CPUs has a slow backward: at 53 tokens, eager attention trains 2-3 times as fast.
     on_cpu = not torch.cuda.is_available()
     options: dict[str, Any] = {"attn_implementation": "eager"} if on_cpu else {}
     if config.dtype not in (None, torch.float32):
         warnings.warn(f"{model} is saved in {name_of(config.dtype)}: it is trained in float32", stacklevel=2)
     options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}  # in fp16 AdamW's epsilon is 0
-    net = open_model(model, answers=answers, config=config, **options)
+    with _without_report() if again else nullcontext():
+        net = open_model(model, answers=answers, config=config, **options)
     net.get_input_embeddings().requires_grad_(not freeze_embeddings)
     if freeze_embeddings:
         for name, module in net.base_model.named_children():

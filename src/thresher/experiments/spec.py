@@ -22,7 +22,8 @@ from .recipes import recipe
 SUMMARY = "thresher.json"  # what a trained, tuned or exported folder says of itself
 COLUMNS = ("config", "text", "label", "train_split", "test_split")  # how a data set is read
 AMOUNTS = ("target_flops", "target_latency", "target_latency_ms", "keep", "r")  # options that say how much is left
-TARGET_FLOPS = 0.4  # where none of them is given
+MAX_DROP = 1.0  # points, where none of them is given
+FIXED = {"epochs": 3, "prune_epochs": 3, "lr": 5e-5}  # where a training cannot tell from held-out rows when it is over
 log = logging.getLogger("thresher")
 
 
@@ -216,8 +217,8 @@ class MethodSpec:
     method_options: its fields, e.g. ``{"target_flops": 0.4}``; those below are short for the most usual ones.
     """
 
-    method: str | None = option("ltp, top, topk, ...; default: ltp.", metavar="NAME")
-    target_flops: float | None = option("Share of the dense MACs to be left; default: 0.4.", saved=False)
+    method: str | None = option("topk, ltp, top, ...; default: topk.", metavar="NAME")
+    target_flops: float | None = option("Share of the dense MACs to be left.", saved=False)
     target_latency: float | None = option("Share of the dense time to be left (top).", saved=False)
     target_latency_ms: float | None = option("Mean milliseconds per text, one at a time (top).", saved=False)
     keep: float | tuple | None = option(
@@ -239,14 +240,19 @@ class MethodSpec:
 class TrainingSpec(TaskSpec):
     """Say how a model is trained, with or without pruning.
 
-    prune_lr, pruner_lr: peak learning rates of the training with pruning (default: ``lr``) and of the method's own
-        parameters (default: the method's).
+    epochs, prune_epochs: where they are open a training goes on until the loss on validation rows no longer falls, see
+        ``training.until``; where they are given the rate falls from the first step on.
+    lr, prune_lr: peak rates of the fine-tuning and of the training with pruning; where they are open, the best of
+        ``stages.RATES`` after short trainings. Of a training of given length: 5e-5, and ``lr``.
+    pruner_lr: peak rate of the method's own parameters (default: the method's).
     distill: weight of the dense model's answers against the labels.
     """
 
-    epochs: float | None = option("Dense fine-tuning; 0 if MODEL is fine-tuned; default: 3.", metavar="N", min=0)
-    prune_epochs: float | None = option("Training with pruning; default: 3.", metavar="N", min=0)
-    lr: float | None = option("Peak learning rate; default: 5e-5.")
+    epochs: float | None = option(
+        "Dense fine-tuning; 0 if MODEL is fine-tuned; default: until it is trained.", metavar="N", min=0
+    )
+    prune_epochs: float | None = option("Training with pruning; default: until it is trained.", metavar="N", min=0)
+    lr: float | None = option("Peak learning rate; default: the best of a few.")
     dropout: float | None = option("Dropout rate; default: the model's own.")
     bf16: bool | None = option("In bfloat16; default: where it is fast.", flag="--bf16/--no-bf16")
     freeze_embeddings: bool = option("Keep the embeddings as they are.", True)
@@ -256,39 +262,62 @@ class TrainingSpec(TaskSpec):
     distill: float = 0.5
 
     def completed(self) -> Self:
-        usual: dict[str, Any] = {"epochs": 3, "prune_epochs": 3, "lr": 5e-5, "batch_size": 32}
-        return replace(super().completed(), **{n: v for n, v in usual.items() if getattr(self, n) is None})
+        spec = super().completed()
+        spec = spec if spec.batch_size else replace(spec, batch_size=32)
+        return spec.fixed("lr") if spec.epochs is not None and spec.prune_epochs is not None else spec
+
+    def fixed(self, *names: str) -> Self:
+        """Settle what is open of some fields as in a training of a given length."""
+        usual: dict[str, Any] = {name: FIXED[name] for name in names or FIXED if getattr(self, name) is None}
+        return replace(self, **usual)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec(MethodSpec, TrainingSpec):
     """Say how ``train`` makes a pruned model; the saved fields decide the result.
 
+    max_drop: the strongest budget is searched for whose drop on the validation part keeps it, see ``strongest``.
     recipe: a method and a task, "top-mrpc" (see ``recipes``), whose settings stand where none is given.
     dense_model: a folder to take the dense fine-tuned model from.
+    layers: the pruned model has so many of the first layers alone, the baseline of depth; with ``method="dense"``.
     replay: folder of a pruned model; the method keeps as many tokens of each text as that one does.
     """
 
     out: Path = option("The folder for the pruned model.", MISSING, writes="folder", saved=False, metavar="DIR")
+    max_drop: float | None = option(
+        "Points of quality that may be lost on the validation part; default, without another budget: 1."
+    )
     recipe: str | None = option("Settings of a method and a task: top-mrpc.", saved=False, metavar="M-TASK")
     fresh: bool = option("Ignore what an interrupted run left.", False, saved=False, flag="--fresh")
     seed: int = option("Of initialisation, order and dropout.", 0, metavar="N")
     threads: int | None = option("Threads of the processor; default: all.", saved=False, metavar="N", min=1)
     dense_model: str | None = None
+    layers: int | None = None
     replay: str | None = None
 
     def completed(self) -> Self:
-        """Settle the open fields: by the recipe, by the model's folder, by what is usual; all options in one place."""
-        preset: dict[str, Any] = {"method": "ltp", "method_options": {}} if self.recipe is None else recipe(self.recipe)
+        """Settle the open fields: by the recipe, by the model's folder, by what is usual; all options in one place.
+
+        Raises:
+            ValueError: two budgets, or a bound on the drop for a method that meets no budget of MACs.
+        """
+        preset: dict[str, Any] = {"method": "topk", "method_options": {}}
+        preset = preset if self.recipe is None else recipe(self.recipe)
         usual, method = preset.pop("method_options"), self.method or preset["method"]
-        given = self.options
-        if not self.replay and not {*given} & {*AMOUNTS} and has_budget(method):
-            given["target_flops"] = TARGET_FLOPS
+        given, drop = self.options, self.max_drop
+        named, able = sorted({*given} & {*AMOUNTS}), has_budget(method)
+        if drop is not None and (named or self.replay or not able or not drop > 0):
+            why = f"{named[0]} is another budget" if named else f"max_drop={drop} is no budget for method={method!r}"
+            why = "max_drop is a number of points above 0" if not drop > 0 else why
+            raise ValueError(f"{why}: give one, --max-drop or another, to a method that has target_flops")
+        if not self.replay and not named and able:
+            drop = MAX_DROP if drop is None else drop
         options = (usual if method == preset["method"] else {}) | given
         open_ = {name: value for name, value in preset.items() if getattr(self, name) is None}
         loose = dict.fromkeys(f.name for f in fields(MethodSpec))
-        spec = replace(self, recipe=None, **loose | open_ | {"method": method, "method_options": options})
-        return super(TrainSpec, spec).completed()
+        settled = loose | open_ | {"method": method, "method_options": options, "max_drop": drop}
+        spec = super(TrainSpec, replace(self, recipe=None, **settled)).completed()
+        return spec.fixed() if self.replay else spec  # whose counts are known of the training rows alone
 
     def saved(self) -> dict[str, Any]:
         """The fields that decide the result, as they stand in thresher.json."""
@@ -310,6 +339,10 @@ class CompareSpec(TrainingSpec):
     time: bool = option("Time the first seed of all in one run.", True)
     at: tuple[int, ...] | None = option("Layers after which tokens leave.", metavar="1,2,4")
     repeats: int = 5
+
+    def completed(self) -> Self:
+        """All methods train for as long."""
+        return super().completed().fixed()
 
 
 def job(kind: type[Any]) -> Callable[[Callable], Callable]:

@@ -28,7 +28,7 @@ from ..reports import plots
 from ..search.explore import PROFILING, Budget, Samples, ScheduleSearch, scores_of
 from ..search.reference import Sample, texts_of, tokenized
 from .spec import COLUMNS, SUMMARY, TuneSpec, job, task_entry
-from .train import TIMED
+from .stages import TIMED
 
 PICTURE = "tuning.png"
 BUDGETS = ("target_flops", "target_latency_ms", "max_disagreement", "max_drop")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
 from torch import nn
 
 from ..core.architecture import Architecture
+from ..core.pruner import Batch, RunBatch
+from .parts.selection import check_schedule, threshold_of
 from .parts.thresholds import Thresholded
 
 
@@ -27,6 +30,8 @@ class LTP(Thresholded):
         weight: of the penalty. Default 10 with a target, 0.1 without.
         temperature: of the gates, in units of uniform attention. The paper's 1e-4..2e-3 at length 128 are 0.013..0.26.
         init: layer i of L starts at ``init`` * i / L (1.28 is the paper's 0.01 at length 128).
+        schedule: instead, the thresholds start where these shares of a site's survivors, one for each, stay on held-out
+            inputs. Tokens leave from the first step on, and the target does not fall but is there.
         soft_until: share of the training that is soft.
         straight_through: whether gates are 0 or 1 in the soft stage; False leaves them half open, as the paper does.
         min_keep: tokens that a row keeps at least, protected ones included.
@@ -52,8 +57,26 @@ class LTP(Thresholded):
     ==================================  ==================================  ============================================
     """
 
+    schedule: tuple | None = None
+
     name: ClassVar[str] = "ltp"
 
     def build(self, model: Architecture) -> None:
         rising = [self.init * layer / max(1, model.depth) for layer in self.sites]
         self.threshold = nn.Parameter(torch.tensor(rising, dtype=torch.float32))
+        check_schedule(self.schedule, self.sites)
+
+    @property
+    def target_now(self) -> float:
+        return super().target_now if self.schedule is None else self.target_flops or 1.0
+
+    def prepare(self, forward: RunBatch, batches: Iterable[Batch]) -> None:
+        """Set the thresholds to what ``schedule`` says, site by site, at the beginning of a training."""
+        if self.schedule is None or self.progress > 0:
+            return
+        batches = list(batches)
+        with torch.no_grad():
+            self.threshold.fill_(-torch.inf)
+            for site, share in enumerate(self.schedule):
+                records = [forward(batch) for batch in batches]
+                self.threshold[site] = threshold_of([record.sites[site] for record in records], share)

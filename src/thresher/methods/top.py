@@ -17,12 +17,13 @@ from .parts.constraint import OVER, Constrained, lengths_of, rows_of
 from .parts.gates import Ascend, chance, odds, rounded, sample
 from .parts.rank_bins import bin_of, first_bins, kept_of_bins, nearest_mask, within
 from .parts.rank_distillation import RANK_LOSSES, overlap, ranking_loss, taught_by
-from .parts.selection import all_but_last, ranks
+from .parts.selection import all_but_last, check_schedule, ranks
 
 BOUND = math.log(100)  # of the parameters, their log odds
 GATE, WORST = 0.98, 0.9  # the chance of a gate, and of the last bin of the first site, to be on at the start
 DEEPER = 3.0  # how much lower the odds of the last site start
 FAINT = 1e-6  # the least score, relative to uniform attention, whose logarithm is taken
+EDGE = 0.03  # of the bins, over which the odds of a schedule go from one end to the other
 STIFF = 100.0  # the multiplier of the squared excess where the training starts
 
 
@@ -56,6 +57,7 @@ class ToP(Constrained):
             its bins say, in the hard stage and in evaluation.
         floor: so many of the best tokens that may leave stay.
         ramp, soft_until: shares of the training.
+        schedule: the odds start where these shares of a site's survivors, one for each, are expected to stay.
 
     ===================================  =====================================  ======================================
     paper                                here                                   why
@@ -105,6 +107,7 @@ class ToP(Constrained):
     floor: int = 2
     ramp: float = 0.2
     soft_until: float = 0.4
+    schedule: tuple | None = None
 
     name: ClassVar[str] = "top"
     lr: ClassVar[float] = 5e-2
@@ -167,7 +170,13 @@ class ToP(Constrained):
         super().build(model)
         sites = len(self.sites)
         deeper = DEEPER * torch.linspace(0, 1, sites)[:, None]
-        self.rank = nn.Parameter(torch.linspace(BOUND, odds(WORST), self.bins) - deeper)
+        check_schedule(self.schedule, self.sites)
+        rank = torch.linspace(BOUND, odds(WORST), self.bins) - deeper
+        if self.schedule is not None:  # a count, of protected tokens, is of next to none of the bins
+            shares = torch.tensor([share if isinstance(share, float) else 0.0 for share in self.schedule])[:, None]
+            rank = odds(0.5) + (shares * self.bins - 0.5 - torch.arange(self.bins)) / (EDGE * self.bins)
+            rank = rank.clamp(odds(1 - GATE), odds(GATE))
+        self.rank = nn.Parameter(rank)
         self.gate = nn.Parameter(torch.full((sites,), odds(GATE))) if self.site_gates else None
         self.start = [p.detach().clone() for p in (self.rank, self.gate) if p is not None]
         self.multiplier = nn.Parameter(torch.tensor([0.0, STIFF]))
@@ -175,6 +184,8 @@ class ToP(Constrained):
         self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
         self.agreement: list[Tensor] = []
         taught = model.depth if model.finds_answers else max(model.first_site + 1, model.depth // 3)
+        if self.schedule is not None and self.sites:
+            taught = max(taught, self.sites[0] + 1)  # where it lets tokens leave late, the first site learns
         self.early = [i for i, layer in enumerate(self.sites) if layer < taught]
 
     # --- bins of relative rank -----------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Schedules: at which layers tokens leave and how many stay, what that costs, and the best of them under a budget.
 
 A schedule is searched as ``left``: for each layer that can be a site, which of ``LEVELS`` is left after it, as an
-index, never falling. Shapes: N texts, L layers that can be sites, V levels.
+index, never falling. One of the family (``Space.falling``) says ``left`` in shares of a text's own tokens instead.
+Shapes: N texts, L layers that can be sites, V levels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ..core.architecture import Architecture
 from ..core.cost import LatencyTable, LayerCount, between, dense_macs, macs, tokens_by_layer
+from ..methods.parts.budget import TOLERANCE, bisect_to_budget
 from ..methods.parts.selection import kept_count
 
 STEPS = 20
@@ -23,6 +26,8 @@ LEVELS = (
     *(round(1 - i / STEPS, 2) for i in range(STEPS)),
     0.0,
 )  # shares of a text's own tokens; 0: the protected ones alone
+WIDTHS = (0.0, 0.08, 0.16, 0.32)  # of the family's sigmoids, as shares of the depth: from rectangular to geometric
+WORTH = 0.95  # a site at which more stays costs more than it saves
 BINS = 2000  # of the cost with every token kept, in which the search counts
 Left = tuple[int, ...]
 
@@ -60,11 +65,27 @@ class Space:
     def cost(self, left: Left) -> float:
         """Mean cost of a text, with tokens counted as the methods count them."""
         if left not in self._known:
-            self._known[left] = self._cost(left)
+            self._known[left] = self._cost(self.fields(left))
         return self._known[left]
 
-    def _cost(self, left: Left) -> float:
-        schedule = self.fields(left)
+    def falling(self, width: float, budget: float) -> dict[str, tuple] | None:
+        """``at`` and ``keep`` of the schedule of one family member that costs a share ``budget`` of the dense model.
+
+        After layer i a share sigmoid((centre - i) / width), relative to that before the first layer, of a text's tokens
+        is left. The width, a share of the depth, says how gradually they leave; the centre follows from the budget.
+        0 is rectangular: everything stays until a layer in which, with the next one, all leave but the protected
+        tokens. Wide ones come to geometric schedules, of equal shares. None: the budget is out of their reach.
+        """
+        found: dict[str, tuple] = {}
+
+        def cost(by: float) -> float:
+            found.update(_shares(self.layers, _falling(len(self.layers), width * self.info.depth, by)))
+            return self._cost(found) / self.dense
+
+        reached = bisect_to_budget(cost, budget)
+        return found if abs(reached - budget) <= max(0.02 * budget, TOLERANCE) else None
+
+    def _cost(self, schedule: Mapping[str, tuple]) -> float:
         shares = dict(zip(schedule["at"], schedule["keep"], strict=True))
         after = {layer: partial(kept_count, share, protected=self._protected) for layer, share in shares.items()}
         return self._fixed + self._price(self._counts(self.lengths, after, range(self.info.depth)))
@@ -155,6 +176,29 @@ class Space:
                     after = {layer: lambda _, left=kept[b]: left} if a != b else {}
                     steps[i, a, b] = self._price(self._counts(kept[a], after, bears), layer)
         return self._fixed + self._price(self._counts(n, {}, range(self.info.first_site))), steps
+
+
+def _falling(count: int, width: float, by: float) -> list[float]:
+    """The share of a text's tokens that is left after each of ``count`` layers; with a larger ``by`` fewer are."""
+    if width == 0:
+        return [min(1.0, max(0.0, count - by - i)) for i in range(count)]
+
+    def opened(layer: float) -> float:  # the logarithm of a sigmoid, which does not run out of numbers
+        x = (count + 6 * width - (1 + width) * by - layer) / width
+        return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+    return [math.exp(opened(i) - opened(-1)) for i in range(count)]
+
+
+def _shares(layers: Iterable[int], left: Iterable[float]) -> dict[str, tuple]:
+    """``at`` and ``keep``, shares of the survivors in thousandths, of what is ``left`` of all tokens."""
+    before, shares = 1.0, {}
+    for layer, after in zip(layers, left, strict=True):
+        share = round(after / before, 3) if before else 1.0
+        if share < WORTH:
+            shares[layer] = share if after >= 0.001 else 1  # the protected ones alone
+            before = after if after >= 0.001 else 0.0
+    return {"at": tuple(shares), "keep": tuple(shares.values())}
 
 
 def _walk(trail: list[np.ndarray], level: int, cost: int) -> Left:

@@ -119,6 +119,7 @@ class PruningTrainer(TrainerNames, Trainer):
             default: the method's ``lr``.
         calibration_dataset: inputs on which a budget is kept, never a test set; default: ``eval_dataset``, else
             ``train_dataset``.
+        soft_steps: length of the soft stage; default: the method's share ``soft_until`` of all steps.
 
     Mixed precision, gradient accumulation and checkpointing, resuming, DDP and PEFT work as in the Trainer itself.
 
@@ -138,6 +139,7 @@ class PruningTrainer(TrainerNames, Trainer):
         temperature: float = 2.0,
         pruner_lr: float | None = None,
         calibration_dataset: Dataset | None = None,
+        soft_steps: int | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -156,7 +158,7 @@ class PruningTrainer(TrainerNames, Trainer):
         if teacher is not None and self.pruner.ranks_teacher and hasattr(teacher, MODULE):
             raise ValueError(f"{self.pruner.name} wants the ranking of a teacher that is not pruned: unprune(teacher)")
         self.distill, self.temperature, self.pruner_lr = distill, temperature, pruner_lr
-        self.calibration_dataset = calibration_dataset
+        self.calibration_dataset, self.soft_steps = calibration_dataset, soft_steps
         self.label_names = [*self.label_names] if self.label_names else ["labels"]
         self.reached: dict[str, float | Tensor] = {}
         self.add_callback(_Stages(self))
@@ -177,7 +179,8 @@ class PruningTrainer(TrainerNames, Trainer):
         return self.pruner.phase(self.pruner.progress) == "hard"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Add up the losses of the task, the distillation and the method; in evaluation the task's alone."""
+        """Add up the losses of the task, the distillation and the method; in evaluation without the method's, and with
+        the distillation of answers that the data set has."""
         inputs = dict(inputs)
         answers = {name: inputs.pop(column) for column, name in TAUGHT.items() if column in inputs}
         with self.pruner.attached().asking(counts=inputs.pop(COUNTS, None)):
@@ -186,7 +189,8 @@ class PruningTrainer(TrainerNames, Trainer):
             else:
                 task, outputs = None, model(**inputs)
         if not model.training:
-            return (task, outputs) if return_outputs else task
+            held_out = self.taught_loss(task, outputs, answers, inputs)
+            return (held_out, outputs) if return_outputs else held_out
         record = self.pruner.last_record()
         asks = not answers or (self.pruner.ranks_teacher and "ranking" not in answers)
         if asks and self.teacher is not None:
@@ -196,17 +200,22 @@ class PruningTrainer(TrainerNames, Trainer):
                 answers["ranking"] = pruner_in(self.teacher).last_record().sites[-1].score
         if not answers and task is None:
             raise ValueError("no labels and no teacher: there is nothing to learn from")
-        loss: Any = 0.0 if task is None else task
-        if any(name in answers for name in LOGITS):
-            weight = 1.0 if task is None else self.distill
-            mask = inputs.get("attention_mask")
-            mask = mask if torch.is_tensor(mask) and mask.dim() == 2 else None
-            loss = (1 - weight) * loss + weight * distillation(outputs, answers, self.temperature, mask)
-        loss = loss + self.pruner.loss(
+        loss: Any = self.taught_loss(task, outputs, answers, inputs)
+        loss = (0.0 if loss is None else loss) + self.pruner.loss(
             lambda **override: model(**{**inputs, **override}), inputs, record, answers or None
         )
         self.reached["flops_fraction"] = record.flops_fraction().detach()
         return (loss, outputs) if return_outputs else loss
+
+    def taught_loss(self, task: Any, outputs: Any, answers: Any, inputs: dict) -> Any:
+        """Add up the losses of the task, where there are labels, and of the distillation, where there are answers."""
+        if not any(name in answers for name in LOGITS):
+            return task
+        weight = 1.0 if task is None else self.distill
+        mask = inputs.get("attention_mask")
+        mask = mask if torch.is_tensor(mask) and mask.dim() == 2 else None
+        learned = weight * distillation(outputs, answers, self.temperature, mask)
+        return learned if task is None else (1 - weight) * task + learned
 
     def create_optimizer(self, model=None):
         """Make the Trainer's optimiser, with a group of its own for the method's parameters."""
@@ -311,6 +320,12 @@ class _Stages(TrainerCallback):
             self.trainer.reached.update(self.trainer.calibrate())
 
     def _move(self, state) -> None:
-        pruner = self.trainer.pruner
-        pruner.progress = state.global_step / max(1, state.max_steps)
+        pruner, soft = self.trainer.pruner, self.trainer.soft_steps
+        step, last, share = state.global_step, max(1, state.max_steps), self.trainer.pruner.soft_until
+        if soft is None or not share:
+            pruner.progress = step / last
+        elif step < soft:
+            pruner.progress = share * step / soft
+        else:
+            pruner.progress = share + (1 - share) * (step - soft) / max(1, last - soft)
         self.phase = pruner.phase(pruner.progress)

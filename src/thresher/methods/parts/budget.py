@@ -17,6 +17,10 @@ MISSED = 0.1  # of a target: so far from it no budget is met
 PENALTY = 10.0  # weight of the squared distance from the target
 
 
+class OutOfReach(ValueError):
+    """Say that a budget cannot be met, whatever leaves."""
+
+
 class Budgeted(TokenPruner):
     """Bring a method onto a budget: ``target_flops``, the MACs to be left as a share of the dense model's on the same
     unpadded inputs. The ``knob`` of the method is turned on a calibration set until the budget is met.
@@ -55,7 +59,7 @@ class Budgeted(TokenPruner):
         """Turn the knob until ``target_flops`` is met on ``batches``; returns what was reached (empty: no budget).
 
         Raises:
-            ValueError: the target cannot be reached.
+            OutOfReach: the target cannot be reached.
         """
         target = self.target_flops
         turn = None if target is None else self.knob()
@@ -75,7 +79,7 @@ class Budgeted(TokenPruner):
         if least or abs(reached - target) > MISSED * target:
             turn(0.0)
             what = "with all gone that may leave" if least else f"the nearest that {self.name} came,"
-            raise ValueError(
+            raise OutOfReach(
                 f"target_flops={target} cannot be reached at={list(self.sites)}: {what} {reached:.3f} of "
                 f"the MACs are left; prune at {'earlier' if least else 'other'} layers or choose another target"
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...core.architecture import Architecture
 from ...core.cost import LatencyTable, Price, tokens_by_layer
 from ...core.pruner import Batch, Record, RunBatch, TokenPruner
+from .budget import OutOfReach
 
 TARGETS = ("target_flops", "target_latency", "target_latency_ms")
 OVER = 1.02  # times the target: above, a schedule is over budget
@@ -93,11 +94,11 @@ class Constrained(TokenPruner):
         """Report the ``fraction`` of the dense cost that a calibration to a ``target`` came to.
 
         Raises:
-            ValueError: it is over budget.
+            OutOfReach: it is over budget.
         """
         (name, value), what = next(iter(self.targets.items())), "time" if self.needs_table else "MACs"
         if fraction > OVER * target:
-            raise ValueError(
+            raise OutOfReach(
                 f"{name}={value} cannot be reached at={list(self.sites)}: with every bin off {fraction:.3f} of the "
                 f"{what} are left; prune at earlier layers or choose a larger target"
             )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...core.architecture import Architecture
 from ...core.pruner import TokenPruner
+from ...core.view import Site
 
 
 def ranks(score: Tensor, alive: Tensor) -> Tensor:
@@ -51,3 +52,31 @@ def all_but_last(method: TokenPruner, model: Architecture) -> tuple[int, ...]:
 def per_site(value: float | int | tuple, sites: tuple[int, ...]) -> tuple:
     """Return one value for each site: those of a tuple, or the same for all."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(sites)
+
+
+def check_schedule(schedule: tuple | None, sites: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``schedule`` is None or has a share (0, 1] or a count for each site."""
+    if schedule is None:
+        return
+    for share in schedule:
+        check_keep(share, "schedule")
+    if len(schedule) != len(sites):
+        raise ValueError(f"schedule has {len(schedule)} entries for the {len(sites)} sites at={list(sites)}")
+
+
+def threshold_of(sites: list[Site], keep: float | int) -> Tensor:
+    """Find the threshold above which as many scores lie as a share, or a count, of the survivors keeps of all rows;
+    ``sites`` are the records of one site, one for each batch."""
+    scores, leave = [], 0
+    for site in sites:
+        free = site.alive & ~site.protected
+        protected = site.protected.sum(1)
+        live = site.alive.sum(1)
+        leave += int((live - kept_count(keep, live, protected)).sum())
+        scores.append(site.score[free])
+    ordered = torch.cat(scores).sort().values
+    leave = min(leave, len(ordered))
+    if leave == 0:
+        return ordered[0] - 1
+    above = ordered[leave] if leave < len(ordered) else ordered[-1] + 1
+    return (ordered[leave - 1] + above) / 2

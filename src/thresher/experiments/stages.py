@@ -1,0 +1,434 @@
+"""The stages of a training: data, dense model, what a teacher says, pruned model. Each has a folder of its own.
+
+A stage whose result is there is not run again; inside a training the last checkpoint is taken up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from ..api import CONFIG_KEY, prune, unprune
+from ..core.pruner import METHODS, TokenPruner, pruner_in
+from ..data import qa
+from ..data.load import load_task
+from ..data.models import clip, for_task, load, make_method, reading
+from ..data.task import DataError, Task
+from ..data.tokenize import tokenize
+from ..evaluation.hardware import has_bf16
+from ..evaluation.latency import compare
+from ..evaluation.predict import Predictions, predict, quality
+from ..evaluation.rows import folder_written_whole, whole, writing
+from ..methods.parts.budget import OutOfReach
+from ..methods.topk import REPLAY, TopK
+from ..search.halving import successive_halving
+from ..search.schedules import WIDTHS, Space
+from ..training.checkpoints import Order, last_checkpoint, step_of
+from ..training.interrupt import Interrupt
+from ..training.monitor import WATCHED, Watch
+from ..training.trainer import Collator, PruningTrainer, Ranking
+from ..training.until import UntilTrained
+from .spec import SUMMARY, TrainSpec, task_entry
+from .workspace import Workspace
+
+RATES = (5e-5, 1e-4, 2e-4, 4e-4)  # that are tried
+RATE_STEPS, SCHEDULE_STEPS = (50, 150), (50, 100)  # rounds of the trials
+EPOCHS, LEAST, MOST = 20, 600, 3000  # a ceiling of the training: in epochs, but at least and at most in steps
+LOOK, WARMUP = 25, 50  # steps between two looks at held-out rows, at least; of the warm-up, at most
+SOFT_STEPS = 300  # of a soft stage, at least
+PROXY = 0.16  # width of the schedule that stands in for a learned one while rates are tried
+USUAL = 1e-4  # the rate with which schedules are compared, where none is given
+TIMED = 64  # texts that a target of time is measured on
+Ask = Callable[..., Predictions]  # (model, the folder it lies in, texts, options of ``predict``) -> its answers
+
+
+@dataclass(frozen=True)
+class Data:
+    """A task, its parts tokenized, and what reads them; ``cut``: how many texts of each part were too long."""
+
+    task: Task
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    tokenizer: Any
+    max_length: int
+    cut: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages share."""
+
+    spec: TrainSpec
+    work: Workspace
+    data: Data
+    progress: bool
+    ask: Ask
+
+    @property
+    def bf16(self) -> bool:
+        """Whether to train under bf16 autocast."""
+        return has_bf16() if self.spec.bf16 is None else self.spec.bf16
+
+    def model(self, folder: str | Path, **options: Any) -> PreTrainedModel:
+        """A model for the task on the weights in a folder; ``options`` as ``for_task`` takes them."""
+        own: dict[str, Any] = {"dropout": self.spec.dropout, "freeze_embeddings": self.spec.freeze_embeddings}
+        return for_task(str(folder), self.data.task, **own, **options)
+
+
+# --- the stages -------------------------------------------------------------------------------------------------------
+def load_data(spec: TrainSpec) -> Data:
+    """The data of a training, cut and tokenized."""
+    task = load_task(spec, seed=0)
+    if task.train is None:
+        raise DataError(f"{spec.data} has no training part: name a file or folder that holds train")
+    tokenizer = reading(AutoTokenizer.from_pretrained, spec.model)
+    max_length, parts, cut = clip(spec.max_length, reading(AutoConfig.from_pretrained, spec.model)), {}, {}
+    for name in ("train", "validation", "test"):
+        parts[name], cut[name] = tokenize(getattr(task, name), task, tokenizer, max_length)
+    return Data(task, **parts, tokenizer=tokenizer, max_length=max_length, cut=cut)
+
+
+def fine_tune(run: Run) -> Path:
+    """The folder of the dense model: fine-tuned here, unless it is given or there."""
+    spec, work = run.spec, run.work
+    if spec.dense_model:
+        return Path(spec.dense_model)
+    folder = work.folder / "dense"
+    if (folder / "config.json").exists():
+        return folder
+    work.claim()
+    train, held_out = run.data.train, watched(run.data.validation)
+    if spec.epochs is None and "labels" not in held_out.column_names:
+        spec = spec.fixed("epochs", "lr")  # no loss tells when it is over
+
+    def make(**arguments: Any) -> Trainer:
+        set_seed(spec.seed)
+        net = run.model(spec.model)
+        return Trainer(net, arguments_of(run, "dense", **arguments), Collator(run.data.tokenizer), train, held_out)
+
+    trainer = settled(run, "dense", make, spec.epochs, spec.lr)
+    with folder_written_whole(folder) as aside:
+        save(run, trainer.model, aside)
+        stage = {"steps": trainer.state.global_step, "rate": trainer.args.learning_rate}
+        summary = {"task": task_entry(spec, run.data.task, run.data.max_length), "trained": stage}
+        (aside / SUMMARY).write_text(json.dumps(summary))
+    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    return folder
+
+
+def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
+    """The rows of a part, "train" or "watched" (of the validation part), with the dense model's answers, asked once, in
+    bf16 where the training is.
+
+    With ``replay`` they hold as well how many tokens of each text that model keeps.
+    """
+    folder, spec = run.work.folder / f"taught-{part}", run.spec
+    rows = run.data.train if part == "train" else watched(run.data.validation)
+    if folder.exists():
+        return load_from_disk(str(folder))
+    net, method = run.model(dense).eval(), method_of(spec)
+    columns: dict[str, Any] = {}
+    ranks = method is not None and method.ranks_teacher
+    if ranks:
+        prune(net, Ranking())
+    ask = run.ask if part == "train" else asked
+    answers = ask(net, dense, rows, batch_size=64, bf16=run.bf16, scores=ranks)
+    if isinstance(answers.logits, list):
+        for i, name in enumerate(("teacher_start_logits", "teacher_end_logits")):
+            columns[name] = [both[i].numpy() for both in answers.logits]
+    else:
+        columns["teacher_logits"] = answers.logits.numpy()
+    if ranks:
+        columns["teacher_ranking"] = [score.numpy() for score in answers.scores]
+    if spec.replay:
+        source = load(spec.replay)[0]
+        columns["token_counts"] = ask(source, Path(spec.replay), rows, bf16=run.bf16).kept.numpy()
+    taught = concatenate_datasets([rows, Dataset.from_dict(columns)], axis=1)
+    with folder_written_whole(folder) as aside:
+        taught.save_to_disk(str(aside))
+    return taught
+
+
+def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any], start: Path | None = None) -> Path:
+    """``folder``, of the pruned model, trained with the method and taught by the dense one.
+
+    ``stage.json`` beside its weights says what the training reached and how it went.
+
+    Args:
+        options: of the method.
+        start: folder of the weights to start from; default: the dense model's.
+    """
+    spec, work, data = run.spec, run.work, run.data
+    if folder.exists():
+        return folder
+    work.claim()
+    lasts = spec.prune_epochs
+    schedule: dict[str, Any] = {}
+    taught, held_out = (teach(run, dense, part) if lasts != 0 else data.train for part in ("train", "watched"))
+
+    def make(net: PreTrainedModel | None = None, **arguments: Any) -> PruningTrainer:
+        set_seed(spec.seed)
+        if net is None:
+            net = run.model(start or dense, layers=spec.layers, again=start is not None)
+            method = method_of(spec, options | schedule)
+            if "steps" in arguments and method is not None and method.soft_until and options.get("target_flops"):
+                space, target = space_of(run, net), options["target_flops"]
+                even: Any = space.falling(PROXY, target) or space.falling(0.0, target) or {}
+                method = TopK(**even)  # in a short training its own would be soft, and let nothing leave
+            prune(net, method or TopK(keep=1.0, at=()))
+        return PruningTrainer(
+            *(net, arguments_of(run, folder.name, **arguments), Collator(data.tokenizer), taught, held_out),
+            calibration_dataset=data.validation,
+            distill=spec.distill,
+            pruner_lr=spec.pruner_lr,
+            soft_steps=None if lasts is not None else soft_steps(run),
+        )
+
+    if lasts is None and open_schedule(spec, options):
+        schedule = choose_schedule(run, dense, options, make)
+    trainer = settled(run, folder.name, make, lasts, spec.prune_lr or spec.lr)
+    net = trainer.model
+    method = None if spec.method == "dense" else pruner_in(net)
+    if run.bf16 or lasts == 0:
+        trainer.reached.update(trainer.calibrate())  # in fp32, in which the model is measured
+    net.eval()
+    if method is None:
+        unprune(net)
+    else:
+        trainer.reached.update(timed(net, data.validation) if method.needs_table else {})
+        trainer.reached.update(method.ablations(lambda: judged(net, data)))
+    with folder_written_whole(folder) as aside:
+        save(run, net, aside)
+        stage = {"steps": trainer.state.global_step, "reached": {k: float(v) for k, v in trainer.reached.items()}}
+        stage["history"] = [line for line in trainer.state.log_history if {*line} & {"loss", "eval_quality"}]
+        if schedule:
+            stage["reached"]["flops_fraction"] = judged(net, data)[1]
+        stage |= {"rate": trainer.args.learning_rate, "schedule": schedule or None}
+        (aside / "stage.json").write_text(json.dumps(stage))
+    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    return folder
+
+
+# --- what a training leaves open --------------------------------------------------------------------------------------
+def settled(run: Run, stage: str, make: Callable[..., Any], epochs: float | None, lr: float | None) -> Any:
+    """A Trainer that ``make`` made, once its training is over: of so many epochs, or until it is trained.
+
+    Args:
+        stage: its name, of the folder of its checkpoints.
+        make: takes ``epochs`` or ``steps`` and ``lr``, as ``arguments_of`` does.
+        lr: None: the best of ``RATES``.
+    """
+    if epochs is None and lr is None:
+        lr = best_rate(run, stage, make)
+    trainer = make(epochs=epochs, lr=lr or run.spec.fixed("lr").lr)
+    pruning = isinstance(trainer, PruningTrainer)
+    if epochs == 0:
+        return trainer
+    if epochs is None:
+        trainer.add_callback(UntilTrained(after=soft_steps(run) if pruning and trainer.pruner.soft_until else 0))
+    if pruning and not run.spec.replay:  # whose counts are known on the training rows alone
+        trainer.add_callback(Watch(trainer, run.data.validation, run.data.task.metric))
+    set_seed(run.spec.seed)
+    run_trainer(run, trainer)
+    return trainer
+
+
+def best_rate(run: Run, stage: str, make: Callable[..., Any]) -> float:
+    """Of ``RATES`` the one whose short training brings the loss on held-out rows lowest; what is known is not tried
+    again."""
+
+    def train(name: str, rate: float, steps: int) -> float:
+        return short(run, make(steps=steps, lr=rate), f"rate {name}")
+
+    known = remembering(
+        run.work.folder / f"{stage}-rate.json",
+        lambda: successive_halving({f"{rate:g}": rate for rate in RATES}, train, RATE_STEPS),
+    )
+    return float(known[0])
+
+
+def choose_schedule(run: Run, dense: Path, options: dict[str, Any], make: Callable[..., Any]) -> dict[str, Any]:
+    """The method's options for the schedule of the family ``Space.falling`` that loses least after short trainings: of
+    the method itself where it keeps shares, else of ``TopK``, and the method starts from there."""
+    target, learns = options["target_flops"], "schedule" in fields_of(run.spec.method)
+    proxy = TopK if learns else METHODS[run.spec.method or ""]
+    own = {name: value for name, value in options.items() if not learns and name != "target_flops"}
+    space = space_of(run, run.model(dense), cast("Any", proxy)(keep=1.0, at=(), **own))
+    family = {f"{width:g}": space.falling(width, target) for width in WIDTHS}
+    family = {name: schedule for name, schedule in family.items() if schedule is not None}
+    if not family:
+        raise OutOfReach(f"target_flops={target} is out of reach on these texts")
+    trained: dict[str, Any] = {}
+
+    def train(name: str, schedule: dict[str, Any], steps: int) -> float:
+        if name not in trained:
+            trained[name] = prune(run.model(dense), cast("Any", proxy)(**own, **schedule))
+        lr = run.spec.prune_lr or run.spec.lr or USUAL
+        return short(run, make(trained[name], steps=steps, lr=lr), f"schedule of width {name}")
+
+    path = run.work.folder / f"schedule-{target}.json"
+    best = family[remembering(path, lambda: successive_halving(family, train, SCHEDULE_STEPS))[0]]
+    return {"at": best["at"], "schedule": best["keep"]} if learns else best | {"target_flops": None}
+
+
+def space_of(run: Run, net: PreTrainedModel, method: TokenPruner | None = None) -> Space:
+    """The schedules of a model, by default for ``TopK``, on the lengths of the validation part."""
+    pruner = pruner_in(prune(net, method or TopK(keep=1.0, at=())))
+    lengths = torch.tensor([len(ids) for ids in run.data.validation["input_ids"]])
+    space = Space(pruner.architecture, lengths, pruner.needs_attention and pruner.scores_all)
+    unprune(net)
+    return space
+
+
+def short(run: Run, trainer: Any, what: str) -> float:
+    """The loss on held-out rows after a short training."""
+    started = time.time()
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    if run.progress:
+        print(
+            f"tried {what}: loss {loss:.4f} on held-out rows after {trainer.state.global_step} steps, "
+            f"{time.time() - started:.0f} s"
+        )
+    return loss
+
+
+def remembering(path: Path, find: Callable[[], Any]) -> Any:
+    """What was found, kept in a file of the workspace, so that a resumed run need not search again."""
+    if not path.exists():
+        found = find()
+        with whole(path) as aside:
+            aside.write_text(json.dumps(found))
+    return json.loads(path.read_text())
+
+
+def open_schedule(spec: TrainSpec, options: dict[str, Any]) -> bool:
+    """Whether the method takes shares for each site and nobody has said which."""
+    kind = METHODS.get(spec.method or "")
+    shares = kind is not None and issubclass(kind, TopK) and kind.takes_counts
+    able = shares or "schedule" in fields_of(spec.method)
+    return able and options.get("target_flops") is not None and not {"keep", "at", "schedule", "init"} & {*options}
+
+
+def fields_of(method: str | None) -> set[str]:
+    """The options that a method has."""
+    return {field.name for field in fields(METHODS[method])} if method in METHODS else set()
+
+
+def soft_steps(run: Run) -> int:
+    """Steps of a soft stage where the length of the training is open."""
+    return max(SOFT_STEPS, 2 * steps_of_epoch(run))
+
+
+def steps_of_epoch(run: Run) -> int:
+    return math.ceil(len(run.data.train) / run.spec.batch_size)
+
+
+def watched(rows: Dataset) -> Dataset:
+    """At most ``WATCHED`` examples, spread over ``rows``."""
+    total = len(set(qa.examples(rows)))
+    count = min(total, WATCHED)
+    return rows.select(qa.rows_of(rows, [i * total // count for i in range(count)]))
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+def method_of(spec: TrainSpec, options: dict[str, Any] | None = None) -> TokenPruner | None:
+    """A new method object with ``options``, by default those of the specification; None for "dense". With ``replay`` it
+    prunes where that model does, as many tokens."""
+    if spec.method == "dense":
+        return None
+    options = spec.method_options if options is None else options
+    if not spec.replay:
+        return make_method(spec.method, options)
+    pruning = getattr(reading(AutoConfig.from_pretrained, spec.replay), CONFIG_KEY, None)
+    if pruning is None:
+        raise ValueError(f"{spec.replay} is not pruned: it has no counts to replay")
+    return make_method(spec.method, {**spec.method_options, "keep": REPLAY, "at": tuple(pruning["at"])})
+
+
+def asked(net: PreTrainedModel, folder: Path, texts: Dataset, **options: Any) -> Predictions:
+    """Answers of a finished model, which lies in ``folder``."""
+    return predict(net, texts, **options)
+
+
+def arguments_of(
+    run: Run, stage: str, *, epochs: float | None = None, steps: int | None = None, lr: float = 5e-5
+) -> TrainingArguments:
+    """The Trainer's arguments of a stage; its checkpoints lie in a folder of their own.
+
+    Args:
+        epochs, steps: of a training of that length, the second a short one; neither: until it is trained.
+    """
+    spec, on_cpu, every = run.spec, not torch.cuda.is_available(), steps_of_epoch(run)
+    more: dict[str, Any] = {"num_train_epochs": epochs, "lr_scheduler_type": "linear", "warmup_steps": 0.06}
+    if epochs is None:
+        looks = min(max(every, LOOK), 200)
+        most = steps or min(max(EPOCHS * every, LEAST), MOST)
+        falls = "linear" if steps else "constant_with_warmup"
+        more = {"max_steps": most, "lr_scheduler_type": falls, "warmup_steps": min(WARMUP, most // 5)}
+        if steps is None:
+            more |= {"eval_strategy": "steps", "eval_steps": looks, "save_strategy": "steps", "save_steps": looks}
+            more |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    return TrainingArguments(
+        output_dir=str(run.work.folder / f"{stage}-checkpoints"),
+        learning_rate=lr,
+        per_device_train_batch_size=spec.batch_size,
+        per_device_eval_batch_size=spec.batch_size,
+        train_sampling_strategy="group_by_length",
+        optim="adamw_torch_fused",
+        bf16=run.bf16,
+        use_cpu=on_cpu,
+        seed=spec.seed,
+        save_total_limit=1,
+        logging_steps=20,
+        report_to=[],
+        disable_tqdm=not run.progress or steps is not None,
+        dataloader_pin_memory=not on_cpu,
+        **{"save_strategy": "epoch" if steps is None else "no"} | more,
+    )
+
+
+def run_trainer(run: Run, trainer: Trainer) -> None:
+    """Train from the last checkpoint, if there is one; Ctrl-C leaves a new one and raises KeyboardInterrupt."""
+    interrupt, checkpoint = Interrupt(), last_checkpoint(Path(trainer.args.output_dir))
+    trainer.add_callback(interrupt)
+    trainer.add_callback(Order())
+    if checkpoint and run.progress:
+        print(f"resumed: {checkpoint.parent.name.split('-')[0]} training goes on after step {step_of(checkpoint)}")
+    with interrupt, writing(run.work.folder):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if interrupt.asked:
+        raise KeyboardInterrupt
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # ends autocast, which would stay
+
+
+def judged(net: PreTrainedModel, data: Data) -> tuple[float, float]:
+    """Quality on the validation part, and the share of the dense MACs that it takes."""
+    said = predict(net, data.validation)
+    return quality(said, data.validation, data.task.metric), said.macs_used / said.macs_dense
+
+
+def timed(net: PreTrainedModel, validation: Dataset) -> dict[str, float]:
+    """The asked time beside that of single texts, spread over the validation part."""
+    count, names = min(len(validation), TIMED), ("input_ids", "token_type_ids", "attention_mask")
+    texts = [validation[i * len(validation) // count] for i in range(count)]
+    inputs = ({name: torch.tensor([text[name]]) for name in names if name in text} for text in texts)
+    dense, pruned = compare(net, inputs)
+    return {"latency_ms_dense": dense, "latency_ms": pruned, "latency_fraction_measured": pruned / dense}
+
+
+def save(run: Run, net: PreTrainedModel, folder: Path) -> None:
+    """Write a model and its tokenizer."""
+    net.save_pretrained(folder)
+    run.data.tokenizer.save_pretrained(folder)

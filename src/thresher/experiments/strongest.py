@@ -1,0 +1,154 @@
+"""Find the strongest budget whose drop of quality keeps a bound on the validation part, and train to it.
+
+The budgets of ``LADDER`` are searched by halves, as if a stronger one never lost less: three trainings at most. Each
+starts from the weights of the one before, which know already how to do with fewer tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..api import prune, unprune
+from ..checkpoint import tensors_of
+from ..core.pruner import pruner_in
+from ..data.models import load, make_method
+from ..evaluation.predict import Predictions, Text, outcome, predict, quality
+from ..evaluation.rows import folder_written_whole, whole
+from ..methods.parts.budget import OutOfReach
+from ..search.schedules import WIDTHS
+from ..stats.bootstrap import bootstrap_interval
+from ..stats.metrics import compute_metric
+from ..training.monitor import WATCHED
+from .stages import Run, asked, prune_and_train, save, space_of
+
+LADDER = (0.85, 0.7, 0.55, 0.42, 0.32, 0.24)  # shares of the dense MACs, from mild to strong
+NOTICED = 2.0  # points: a drop above them is told, with the budget at which it would have been ``MILD``
+MILD = 1.0
+MARGIN = 0.5  # standard errors that a drop must be below the bound: the best of several looks flatters
+Z95 = 1.96
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What a budget lost on the validation part.
+
+    Attributes:
+        target_flops: the budget; ``flops_fraction`` is what was left.
+        drop, low, high: points of quality, with the paired 95 % interval.
+        examples: that they were measured on.
+        keeps: whether the drop, and ``MARGIN`` standard errors, keep the bound.
+    """
+
+    target_flops: float
+    flops_fraction: float
+    drop: float
+    low: float
+    high: float
+    examples: int
+    keeps: bool
+
+
+def strongest(run: Run, dense: Path, max_drop: float) -> Path:
+    """The folder of the model of the strongest budget that loses at most ``max_drop`` points; where none does, of the
+    dense model, unpruned. ``stage.json`` has all budgets that were tried.
+    """
+    final = run.work.folder / "pruned"
+    if final.exists():
+        return final
+    before = asked(run.model(dense).eval(), dense, run.data.validation, batch_size=run.spec.batch_size)
+    low, high, best, start, rungs = 0, len(LADDER), None, None, []
+    while low < high:
+        middle = (low + high) // 2
+        target = LADDER[middle]
+        folder = run.work.folder / f"pruned-{target}"
+        options = {**(run.spec.method_options or {}), "target_flops": target}
+        try:
+            start = prune_and_train(run, dense, folder, options, start)
+        except OutOfReach:
+            high = middle
+            continue
+        rungs.append(judge(run, before, folder, target, max_drop))
+        if run.progress:
+            print(told(rungs[-1]))
+        best, low, high = (folder, middle + 1, high) if rungs[-1].keeps else (best, low, middle)
+    with folder_written_whole(final) as aside:
+        if best is None:
+            save(run, run.model(dense), aside)
+            (aside / "stage.json").write_text(json.dumps({"steps": 0, "reached": {}, "history": []}))
+        else:
+            shutil.copytree(best, aside, dirs_exist_ok=True)
+        stage: dict[str, Any] = json.loads((aside / "stage.json").read_text())
+        stage["budget"] = {"max_drop": max_drop, "tried": [asdict(rung) for rung in rungs]}
+        stage["budget"]["target_flops"] = None if best is None else float(best.name.split("-")[1])
+        (aside / "stage.json").write_text(json.dumps(stage))
+    return final
+
+
+def judge(run: Run, before: Predictions, folder: Path, target: float, max_drop: float) -> Rung:
+    """Measure a model on the validation part; what is known is not measured again."""
+    path = folder / "rung.json"
+    if not path.exists():
+        rows, metric = run.data.validation, run.data.task.metric
+        after = predict(load(str(folder))[0], rows, batch_size=run.spec.batch_size)
+        (a, labels), (b, _) = outcome(before, rows, metric), outcome(after, rows, metric)
+        drop = compute_metric(metric, a, labels) - compute_metric(metric, b, labels)
+        low, high = bootstrap_interval(metric, labels, a, b)
+        keeps = drop + MARGIN * (high - low) / (2 * Z95) <= max_drop
+        share = after.macs_used / after.macs_dense
+        with whole(path) as aside:
+            aside.write_text(json.dumps(asdict(Rung(target, share, drop, low, high, len(labels), keeps))))
+    return Rung(**json.loads(path.read_text()))
+
+
+def told(rung: Rung) -> str:
+    """One line on a budget."""
+    verdict = "keeps the bound" if rung.keeps else "loses too much"
+    return (
+        f"{rung.flops_fraction:.2f} of the MACs: drop {rung.drop:+.2f} [{rung.low:+.2f}, {rung.high:+.2f}] points on "
+        f"{rung.examples} validation rows: {verdict}"
+    )
+
+
+def milder(run: Run, dense: Path, folder: Path, target: float) -> dict[str, float] | None:
+    """The budget at which a model that was trained to ``target``, and lost more than ``NOTICED`` points of the
+    validation part, loses ``MILD`` at most as it is; None where it lost less, or where no budget is mild enough.
+
+    A method with thresholds or masks is calibrated anew, shares are taken of the widest schedule of the family.
+    """
+    rows, metric = run.data.validation, run.data.task.metric
+    best = quality(asked(run.model(dense).eval(), dense, rows, batch_size=run.spec.batch_size), rows, metric)
+    net = load(str(folder))[0]
+    if best - quality(predict(net, rows, batch_size=run.spec.batch_size), rows, metric) <= NOTICED:
+        return None
+    for share in (share for share in reversed(LADDER) if share > target):
+        pruned = at_budget(run, net, share)
+        lost = best - quality(predict(pruned, rows, batch_size=run.spec.batch_size), rows, metric)
+        if lost <= MILD:
+            return {"target_flops": share, "drop": lost}
+    return None
+
+
+def at_budget(run: Run, net: Any, share: float) -> Any:
+    """A trained model at another budget, without further training."""
+    pruner: Any = pruner_in(net)
+    if getattr(pruner, "target_flops", None) is None or not tensors_of(pruner):
+        unprune(net)
+        schedule = next(filter(None, (space_of(run, net).falling(width, share) for width in reversed(WIDTHS))))
+        return prune(net, make_method(pruner.name, dict(schedule)))
+    pruner.target_flops = share
+    text = Text(net, run.data.validation, None)
+
+    def forward(batch: dict) -> Any:
+        net(**batch)
+        return pruner.last_record()
+
+    some = text.batches(range(min(len(text.lengths), WATCHED)), run.spec.batch_size)
+    with torch.no_grad():
+        pruner.calibrate(forward, [text.batch(rows, None, net.device) for rows in some])
+    return net

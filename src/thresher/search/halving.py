@@ -1,0 +1,33 @@
+"""Successive halving: train many candidates a little, the better half of them more (Jamieson and Talwalkar, 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def successive_halving(
+    candidates: Mapping[str, Any], train: Callable[[str, Any, int], float], rungs: Sequence[int]
+) -> tuple[str, dict[str, list[float]]]:
+    """Find the candidate with the least loss after short trainings.
+
+    Args:
+        candidates: what is tried, by name.
+        train: takes a name, its candidate and a number of steps, trains on for so many, and returns the loss on
+            held-out rows.
+        rungs: steps of each round. All take part in the first, and the better half, rounded up, in each that follows;
+            the last one decides.
+
+    Returns:
+        The name of the best, and of each candidate its loss after every round that it was in.
+    """
+    losses: dict[str, list[float]] = {name: [] for name in candidates}
+    left = [*candidates]
+    for place, steps in enumerate(rungs):
+        if place:
+            left = left[: -(-len(left) // 2)]
+        if len(left) > 1 or not place:
+            for name in left:
+                losses[name].append(train(name, candidates[name], steps))
+            left.sort(key=lambda name: losses[name][-1])
+    return left[0], losses

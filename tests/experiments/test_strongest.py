@@ -1,0 +1,106 @@
+"""The strongest budget within a bound on the drop: what is tried, what is taken, and what the user is told."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from support.toy import OPTIONS, make_toy
+from thresher.cli.train import budget_lines
+from thresher.data.models import load
+from thresher.experiments import stages, strongest
+from thresher.experiments import train as jobs
+
+BOUND = {name: value for name, value in OPTIONS.items() if name not in ("target_flops", "progress", "method")}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> SimpleNamespace:
+    return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+def trained(toy, out, monkeypatch, lost: dict[float, float] | None = None, **options):
+    """A run without a training, in which the drops are those of ``lost`` where it says so."""
+    if lost is not None:
+
+        def judge(run, before, folder, target, max_drop):
+            keeps = lost[target] <= max_drop
+            return strongest.Rung(target, target, lost[target], lost[target] - 1, lost[target] + 1, 16, keeps)
+
+        monkeypatch.setattr(strongest, "judge", judge)
+    rows = jobs.train(toy.model, toy.data, out, progress=False, **BOUND | {"epochs": 0, "prune_epochs": 0} | options)
+    return rows, json.loads((out / jobs.SUMMARY).read_text())
+
+
+@pytest.mark.parametrize(
+    ("bears", "tried", "chosen"),
+    [
+        (0.42, [0.42], 0.42),  # stronger ones are out of reach of two layers
+        (0.55, [0.42, 0.7, 0.55], 0.55),
+        (0.85, [0.42, 0.7, 0.85], 0.85),
+        (1.0, [0.42, 0.7, 0.85], None),
+    ],
+)
+def test_budgets_are_searched_by_halves(toy, tmp_path, monkeypatch, bears, tried, chosen):
+    lost = {target: 0.0 if target >= bears else 5.0 for target in strongest.LADDER}
+    (dense, pruned), summary = trained(toy, tmp_path / "out", monkeypatch, lost)
+    assert [rung["target_flops"] for rung in summary["budget"]["tried"]] == tried
+    assert summary["budget"]["target_flops"] == pruned["target_flops"] == chosen
+    net, lines = load(str(tmp_path / "out"))[0], budget_lines(summary, [dense, pruned])
+    assert hasattr(net, "token_pruner") == (chosen is not None) and len(lines) == len(tried) + 1
+    if chosen is None:
+        assert pruned["method"] == "dense" and pruned["quality"] == dense["quality"]
+        assert "no token can leave within a drop of 1 point" in lines[-1]
+    else:
+        assert 1 / pruned["flops_ratio"] == pytest.approx(chosen, rel=0.1)
+        assert lines[-1].endswith("of the MACs are left, the least of those tried within a drop of 1 point")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_bound_is_kept_on_rows_that_chose_nothing_else(toy, tmp_path, monkeypatch):
+    """The whole way, with trainings: the toy can be learned, and half of its tokens say nothing."""
+    options = {"epochs": 3, "prune_epochs": 2, "max_drop": 5.0}
+    (dense, _), summary = trained(toy, tmp_path / "out", monkeypatch, **options)
+    tried = summary["budget"]["tried"]
+    assert 1 <= len(tried) <= 3 and all(rung["examples"] == 16 for rung in tried)
+    for rung in tried:
+        margin = strongest.MARGIN * (rung["high"] - rung["low"]) / (2 * strongest.Z95)
+        assert rung["keeps"] == (rung["drop"] + margin <= 5) and rung["low"] <= rung["drop"] <= rung["high"]
+        assert rung["flops_fraction"] == pytest.approx(rung["target_flops"], rel=0.1)
+    assert dense["quality"] > 90, "it was learned"
+
+
+def test_what_was_tried_is_not_tried_again(toy, tmp_path, monkeypatch):
+    calls, once = [], strongest.prune_and_train
+
+    def interrupted(run, dense, folder, options, start):
+        calls.append(folder.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return once(run, dense, folder, options, start)
+
+    monkeypatch.setattr(strongest, "prune_and_train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(toy, tmp_path / "out", monkeypatch)
+    monkeypatch.setattr(stages, "run_trainer", lambda *a: pytest.fail("trained again"))
+    trained(toy, tmp_path / "out", monkeypatch)
+    assert calls[0] == calls[2] == "pruned-0.42"
+
+
+@pytest.mark.parametrize("method", ["topk", "ltp"])
+def test_a_budget_that_hurts_is_told_with_a_milder_one(toy, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(strongest, "NOTICED", -100.0)  # the toy bears whatever can be asked for
+    asked = {"target_flops": 0.5, "epochs": 3, "prune_epochs": 1, "method": method}
+    rows, summary = trained(toy, tmp_path / "out", monkeypatch, **asked)
+    milder = summary["milder"]
+    assert milder["target_flops"] in strongest.LADDER and milder["target_flops"] > 0.5 and milder["drop"] <= 1
+    (line,) = budget_lines(summary, rows)
+    assert line.startswith(f"drop {rows[0]['quality'] - rows[1]['quality']:+.2f} points: on the validation part ")
+    assert line.endswith(f"at --target-flops {milder['target_flops']:g}")
+
+
+def test_a_harmless_budget_is_not_mentioned():
+    rows = [{"quality": 90.0, "mode": "dense-unpadded"}, {"quality": 88.5, "mode": "pruned"}]
+    assert budget_lines({}, rows) == []
