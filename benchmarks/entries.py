@@ -56,6 +56,13 @@ TASKS = {
     "stsb-shorter": TaskSetting("glue/stsb", target=0.54, training=recipes.TASKS["stsb"], shorter=True),
     "trecqa": TaskSetting("trecqa", training=recipes.TASKS["trecqa"]),
 }
+# Trained until they are trained, at a rate and by a schedule that are chosen on held-out rows: the protocol of "depth".
+KEPT = ("max_length", "batch_size")  # of a task's recipe; all else is open
+TASKS |= {
+    f"{name}-open": replace(of, training={key: of.training[key] for key in KEPT if key in of.training})
+    for name, of in TASKS.items()
+    if name in ("mrpc", "sst2", "cola", "stsb", "rte", "trecqa", "20newsgroups", "imdb")
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Entry:
     def recipe(self, folder: Path) -> dict:
         """The arguments of ``thresher.experiments.train.train``; ``folder`` holds the models of other entries."""
         task = TASKS[self.task]
-        recipe = {
+        recipe: dict = {
             "model": pretrained(self.model),
             "data": task.path,
             "config": task.config,
@@ -111,13 +118,13 @@ class Entry:
             "method": "dense" if self.method.startswith("dense") else self.method,
             **self.options,
         }
-        if self.method == "dense":
+        if self.method == "dense" and not self.needs:
             recipe["prune_epochs"] = 0
         if self.needs:
             recipe["dense_model"] = str(folder / self.needs[0])
         if len(self.needs) > 1:
             recipe["replay"] = str(folder / self.needs[1])
-        if self.target is not None and len(self.needs) < 2:
+        if self.target is not None and len(self.needs) < 2 and self.method != "dense":
             fitting = recipes.OPTIONS.get(self.method, {}).get(Path(task.data).name, {})
             recipe["method_options"] = {
                 **fitting,
@@ -162,6 +169,27 @@ PARTS = {  # of ToP, by the name of the variant without them or with another one
     "128-bins": {"bins": 128},
     "holes": {"holes": True},
 }
+
+
+OWN = {"cola": 0.571, "sst2": 0.599, "rte": 0.41, "mrpc": 0.33, "stsb": 0.3, "20newsgroups": 0.187}  # of ToP's paper
+
+
+def depth(task: str, target: float = 0.417, seed: int = 0, model: str = "minilm-l6") -> list[Entry]:
+    """The protocol of "depth" at one budget: learned methods that start from the schedule that held-out rows choose,
+    that schedule alone with two scores and with none, the cut, and the first half of the layers."""
+    task, common = f"{task}-open", {"seed": seed, "tier": "depth", "model": model}
+    dense = Entry(task, "dense", **common)
+    common |= {"needs": (dense.name,)}
+    methods = [Entry(task, method, target=target, **common) for method in ("topk", "ltp", "top", "random", "firstk")]
+    layers = Entry(task, "dense", variant="layers", target=0.5, options={"layers": 3}, **common)
+    return [dense, *methods, Entry(task, "cut", options={"at": (2,)}, **common), layers]
+
+
+def careful(task: str, seed: int = 0) -> list[Entry]:
+    """The default of ``thresher train``: no budget but a drop of one point on the validation part."""
+    dense = Entry(f"{task}-open", "dense", seed, tier="depth")
+    options = {"max_drop": 1.0}
+    return [dense, Entry(dense.task, "topk", seed, "depth", variant="careful", needs=(dense.name,), options=options)]
 
 
 def changed(task: str, target: float, variant: str, tier: str = "smoke") -> Entry:
@@ -383,4 +411,14 @@ ENTRIES: list[Entry] = [
     *board("20newsgroups", 0, tier="full"),
     *lengths("stsb-shorter"),
     vision(),
+    *(entry for task in ("cola", "stsb", "mrpc", "sst2", "trecqa", "20newsgroups", "imdb") for entry in careful(task)),
+    *(entry for task in ("stsb", "cola", "mrpc", "sst2", "20newsgroups", "trecqa") for entry in depth(task)),
+    *(
+        entry
+        for task, target in OWN.items()
+        for entry in depth(task, target)
+        if entry.method in ("dense", "topk", "top")
+    ),
+    *(entry for task in OWN for entry in depth(task, 0.5) if entry.method == "ltp"),
 ]
+ENTRIES = list({entry.name: entry for entry in ENTRIES}.values())

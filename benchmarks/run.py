@@ -103,9 +103,12 @@ def run(entry: Entry) -> None:
         rows = [{**rows[-1], "model": entry.model, "method": method, "target_flops": entry.target}]
         if entry.method == "dense":
             rows[0].update(mode="dense-unpadded")
+        if summary["budget"]:
+            rows[0]["target_flops"] = summary["budget"]["target_flops"]
         means = rows[0]["metric"] in MEANS
         extra = {"labels": [1] * len(summary["predictions"]["dense"]) if means else labels_of(entry)}
         extra |= {k: summary[k] for k in ("reached", "kept", "seconds", "texts_cut", "removed", "predictions")}
+        extra |= {k: summary[k] for k in ("rates", "schedule", "budget", "milder") if summary.get(k)}
         overlaps = [list(line.values()) for line in map(overlap_of, summary["history"]) if line]
         settled = overlaps[len(overlaps) // 2 :]  # each is of one batch, of one length
         extra["overlap"] = [sum(layer) / len(settled) for layer in zip(*settled, strict=True)]
@@ -142,7 +145,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="show all entries")
     parser.add_argument("--next", action="store_true", help="run one entry")
     parser.add_argument("--all", action="store_true", help="run all entries")
-    parser.add_argument("--tier", choices=("smoke", "full"), help="run all entries of a tier")
+    parser.add_argument("--tier", choices=("smoke", "full", "depth"), help="run all entries of a tier")
     parser.add_argument("--only", default="", metavar="TEXT", help="entries whose name contains TEXT")
     parser.add_argument("--models", action="store_true", help="make models again whose results were made elsewhere")
     parser.add_argument("--threads", type=int, help="threads of the training (default: torch's)")
