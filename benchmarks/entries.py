@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from subsets import shorter_half, some_of_test
+from subsets import MADE, shorter_half, some_of_test
 from thresher.experiments import recipes
 from weights import pretrained
 
@@ -29,6 +29,10 @@ class TaskSetting:
     @property
     def path(self) -> str:
         """Where the data are."""
+        if self.data in MADE:
+            return str(MADE[self.data](DATA))
+        if self.data == "bbc-news":
+            return self.data
         whole = DATA / self.data
         if self.shorter:
             return str(shorter_half(whole))
@@ -63,6 +67,7 @@ TASKS |= {
     for name, of in TASKS.items()
     if name in ("mrpc", "sst2", "cola", "stsb", "rte", "trecqa", "20newsgroups", "imdb")
 }
+TASKS |= {f"{name}-open": TaskSetting(name) for name in ("bbc-news", *MADE)}
 
 
 @dataclass(frozen=True)
@@ -411,7 +416,8 @@ ENTRIES: list[Entry] = [
     *board("20newsgroups", 0, tier="full"),
     *lengths("stsb-shorter"),
     vision(),
-    *(entry for task in ("cola", "stsb", "mrpc", "sst2", "trecqa", "20newsgroups", "imdb") for entry in careful(task)),
+    *(entry for task in ("cola", "stsb", "mrpc", "trecqa", *MADE, "bbc-news") for entry in careful(task)),
+    *(entry for task in ("sst2", "20newsgroups", "imdb") for entry in careful(task)),
     *(entry for task in ("stsb", "cola", "mrpc", "sst2", "20newsgroups", "trecqa") for entry in depth(task)),
     *(
         entry
