@@ -3,6 +3,7 @@ rows."""
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,6 +86,7 @@ class Entry:
     variant: what sets it apart from the entry of the same method and target, in its name.
     options: of ``thresher.experiments.train.train``, or of the timing.
     needs: names of entries whose models it starts from: first the dense one, then the one whose counts it replays.
+    after: name of the entry whose rate and schedule it takes, which were chosen on held-out rows.
     """
 
     task: str
@@ -97,6 +99,7 @@ class Entry:
     variant: str = ""
     needs: tuple[str, ...] = ()
     options: dict = field(default_factory=dict, hash=False)
+    after: str = ""
 
     @property
     def name(self) -> str:
@@ -136,7 +139,19 @@ class Entry:
                 "target_flops": self.target,
                 **self.options.get("method_options", {}),
             }
-        return recipe
+        return recipe | self.chosen(folder)
+
+    def chosen(self, folder: Path) -> dict:
+        """The rate and the schedule of the entry that it comes ``after``."""
+        if not self.after:
+            return {}
+        known = json.loads((folder / self.after / "thresher.json").read_text())
+        schedule, own = known["schedule"], {"prune_lr": known["rates"]["prune"]}
+        if self.method in ("ltp", "top"):
+            options = {"target_flops": self.target, "at": schedule["at"], "schedule": schedule["keep"]}
+        else:
+            options = {"at": schedule["at"], "keep": schedule["keep"]}
+        return own if self.method in ("dense", "cut") else own | {"method_options": options}
 
 
 def smoke(task: str, seed: int) -> list[Entry]:
@@ -185,9 +200,11 @@ def depth(task: str, target: float = 0.417, seed: int = 0, model: str = "minilm-
     task, common = f"{task}-open", {"seed": seed, "tier": "depth", "model": model}
     dense = Entry(task, "dense", **common)
     common |= {"needs": (dense.name,)}
-    methods = [Entry(task, method, target=target, **common) for method in ("topk", "ltp", "top", "random", "firstk")]
-    layers = Entry(task, "dense", variant="layers", target=0.5, options={"layers": 3}, **common)
-    return [dense, *methods, Entry(task, "cut", options={"at": (2,)}, **common), layers]
+    first = Entry(task, "topk", target=target, **common)
+    common |= {"after": first.name}
+    others = [Entry(task, method, target=target, **common) for method in ("ltp", "top", "random", "firstk")]
+    cut = Entry(task, "cut", options={"at": (2,)}, **common)
+    return [dense, first, *others, cut, Entry(task, "dense", variant="layers", options={"layers": 3}, **common)]
 
 
 def careful(task: str, seed: int = 0) -> list[Entry]:
@@ -425,6 +442,6 @@ ENTRIES: list[Entry] = [
         for entry in depth(task, target)
         if entry.method in ("dense", "topk", "top")
     ),
-    *(entry for task in OWN for entry in depth(task, 0.5) if entry.method == "ltp"),
+    *(entry for task in OWN for entry in depth(task, 0.5) if entry.method in ("topk", "ltp")),
 ]
 ENTRIES = list({entry.name: entry for entry in ENTRIES}.values())

@@ -57,7 +57,8 @@ def has_model(name: str) -> bool:
 
 def ready(entry: Entry, again: frozenset[str] = frozenset()) -> bool:
     """Whether an entry has no result yet, or has to be run again for its model, and all it needs is there."""
-    there = (entry.task in ("synthetic", "vision") or available(entry.model)) and all(map(has_model, entry.needs))
+    needs = (*entry.needs, entry.after) if entry.after else entry.needs
+    there = (entry.task in ("synthetic", "vision") or available(entry.model)) and all(map(has_model, needs))
     due = entry.name in again and not has_model(entry.name)
     return there and (due or not result_file(entry).exists())
 
@@ -68,7 +69,12 @@ def models_for(chosen: list[Entry]) -> list[Entry]:
     missing: dict[str, Entry] = {}
     open_ones = [entry for entry in chosen if not result_file(entry).exists()]
     while open_ones:
-        needs = [named[name] for entry in open_ones for name in entry.needs if not has_model(name)]
+        needs = [
+            named[name]
+            for entry in open_ones
+            for name in filter(None, (*entry.needs, entry.after))
+            if not has_model(name)
+        ]
         missing = {entry.name: entry for entry in needs} | missing
         open_ones = needs
     return list(missing.values())
