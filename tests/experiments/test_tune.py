@@ -195,7 +195,7 @@ def test_disagreement_is_tested_on_texts_that_chose_nothing(farm, tmp_path, monk
 
 @pytest.mark.filterwarnings("ignore:.*tested texts are of the train part")
 def test_a_drop_of_accuracy(farm, tmp_path):
-    rows = tune(farm.model, farm.data, str(tmp_path / "out"), max_drop=0.3, max_length=32)
+    rows = tune(farm.model, farm.data, str(tmp_path / "out"), max_drop=30, max_length=32)
     row = chosen(rows)
     assert row["tested"] <= row["bound"] <= 0.3 and row["drop"] is not None
 
@@ -255,7 +255,7 @@ def test_answers_to_questions(tmp_path):
     rows = tune(str(tmp_path / "model"), str(tmp_path / "farm"), str(tmp_path / "out"), target_flops=0.7, limit=48)
     assert chosen(rows)["flops_fraction"] <= 0.7 and chosen(rows)["disagreement"] > 0 and chosen(rows)["drop"] is None
     with pytest.raises(ValueError, match="max_drop is for models that give classes"):
-        tune(str(tmp_path / "model"), str(tmp_path / "farm"), str(tmp_path / "o"), max_drop=0.1)
+        tune(str(tmp_path / "model"), str(tmp_path / "farm"), str(tmp_path / "o"), max_drop=10)
     with pytest.raises(ValueError, match="min_length is for texts: a question is as long as its paragraph"):
         tune(str(tmp_path / "model"), str(tmp_path / "farm"), str(tmp_path / "o"), target_flops=0.7, min_length=9)
 

@@ -10,6 +10,7 @@ from thresher.search.reference import Comparison
 from thresher.stats import bounds
 
 NAMES = ("target_flops", "target_latency_ms", "max_disagreement", "max_drop")
+OVER = {"target_flops": [1, 1.5], "target_latency_ms": [], "max_disagreement": [1, 1.5], "max_drop": [100, 150.0]}
 
 
 def test_there_is_one_budget():
@@ -21,21 +22,21 @@ def test_there_is_one_budget():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_values_that_are_no_budget(name):
-    wrong = [0, -1.0, float("nan"), float("inf"), True, *([] if name == "target_latency_ms" else [1, 1.5])]
+    wrong = [0, -1.0, float("nan"), float("inf"), True, *OVER[name]]
     for value in wrong:
         with pytest.raises(ValueError, match=f"{name}={value!r}: expected"):
             Budget(name, value)
-    assert Budget("target_latency_ms", 20).limit is None and Budget("max_drop", 0.2).limit == 0.2
+    assert Budget("target_latency_ms", 20).limit is None and Budget("max_drop", 20).limit == 0.2
 
 
 def test_texts_are_split_for_the_test_and_the_search():
     assert Budget("target_flops", 0.5).split(1000) == (0, 256) and Budget("target_flops", 0.5).split(40) == (0, 40)
-    for name, paired in (("max_disagreement", False), ("max_drop", True)):
-        budget, least = Budget(name, 0.05), bounds.least(0.05, paired=paired)
+    for name, asked, paired in (("max_disagreement", 0.05, False), ("max_drop", 5, True)):
+        budget, least = Budget(name, asked), bounds.least(0.05, paired=paired)
         assert budget.split(least + 32) == (least, 32)
         assert budget.split(10_000) == (8 * least, 256)
         with pytest.raises(
-            ValueError, match=f"{least + 31} texts of a kind are too few: .* and {name}=0.05 {least} mo"
+            ValueError, match=f"{least + 31} texts of a kind are too few: .* and {name}={asked} {least} mo"
         ):
             budget.split(least + 31, " of a kind")
 
@@ -63,7 +64,7 @@ def test_the_rate_of_a_test_and_its_bound():
     differs = np.array([True] * 3 + [False] * 97)
     outcome = Comparison(0.1, 0.5, differs, lost=differs, won=np.roll(differs, 50) & (np.arange(100) < 52))
     assert rate_of(outcome, Budget("max_disagreement", 0.1)) == (0.03, bounds.upper(3, 100))
-    assert rate_of(outcome, Budget("max_drop", 0.1)) == (0.01, bounds.paired_upper(3, 2, 100))
+    assert rate_of(outcome, Budget("max_drop", 10)) == (0.01, bounds.paired_upper(3, 2, 100))
 
 
 def test_the_scores_of_a_method():

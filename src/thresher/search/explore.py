@@ -43,17 +43,20 @@ Trial = tuple[str, Left]  # a score and a schedule
 class Budget:
     """One bound on a schedule: on its cost ("target_flops", "target_latency_ms") or on its answers (``LIMITS``).
 
+    ``value`` is a share, of "target_latency_ms" milliseconds, of "max_drop" points of accuracy.
+
     Raises:
-        ValueError: a value that is no share, or of "target_latency_ms" no number above 0.
+        ValueError: a value that is none of these.
     """
 
     name: str
     value: float
 
     def __post_init__(self) -> None:
-        number = not isinstance(self.value, bool) and 0 < self.value < (float("inf") if self.of_time else 1)
-        if not number:
+        most = float("inf") if self.of_time else 100 if self.of_accuracy else 1
+        if isinstance(self.value, bool) or not 0 < self.value < most:
             expected = "milliseconds" if self.of_time else "a share between 0 and 1"
+            expected = "points between 0 and 100" if self.of_accuracy else expected
             raise ValueError(f"{self.name}={self.value!r}: expected {expected}")
 
     @classmethod
@@ -78,8 +81,8 @@ class Budget:
 
     @property
     def limit(self) -> float | None:
-        """The most that answers may differ; None where the budget is one of cost."""
-        return self.value if self.of_answers else None
+        """The share of the answers that may differ at most; None where the budget is one of cost."""
+        return None if not self.of_answers else self.value / 100 if self.of_accuracy else self.value
 
     def check(self, task: str, numbers: bool) -> None:
         """Raise ValueError where answers to a kind of ``task`` cannot be compared; ``numbers``: they are numbers."""
@@ -90,7 +93,7 @@ class Budget:
     def split(self, count: int, kind: str = "") -> tuple[int, int]:
         """How many of ``count`` texts (of some ``kind``) to test on and how many to search on. Raises ValueError: they
         are too few."""
-        least = bounds.least(self.value, paired=self.of_accuracy) if self.of_answers else 0
+        least = 0 if self.limit is None else bounds.least(self.limit, paired=self.of_accuracy)
         if count < least + FEWEST:
             more = f", and {self.name}={self.value:g} {least} more to test on" if least else ""
             raise ValueError(f"{count} texts{kind} are too few: the search needs {FEWEST} at least{more}")
@@ -326,7 +329,7 @@ class ScheduleSearch:
 
         def surveyed() -> tuple[list[Left], list[Left]]:
             tried = self.survey(share * self.space.dense for share in SHARES) or [self.space.strongest]
-            return tried, [left for left in tried if self.run(left)[kind] <= budget.value]
+            return tried, [left for left in tried if self.run(left)[kind] <= (budget.limit or 0)]
 
         tried, good = surveyed()
         if self.choose(good[-1] if good else tried[0]):
@@ -351,7 +354,7 @@ class ScheduleSearch:
             self.rows[trial] |= {"tested": rate, "bound": most}
             return most
 
-        passed = bounds.passing((bound(step, trial) for step, trial in enumerate(sequence)), budget.value)
+        passed = bounds.passing((bound(step, trial) for step, trial in enumerate(sequence)), budget.limit or 0)
         if not passed:
             first, texts = self.rows[sequence[0]], len(self.samples.tested.dense.tokens)
             raise ValueError(
