@@ -196,7 +196,7 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
         )
 
     if lasts is None and open_schedule(spec, options):
-        schedule = choose_schedule(run, dense, options, make)
+        schedule = choose_schedule(run, lambda: run.model(start or dense, again=start is not None), options, make)
     trainer = settled(run, folder.name, make, lasts, spec.prune_lr or spec.lr)
     net = trainer.model
     method = None if spec.method == "dense" else pruner_in(net)
@@ -252,19 +252,27 @@ def best_rate(run: Run, stage: str, make: Callable[..., Any]) -> float:
         return short(run, make(steps=steps, lr=rate), f"rate {name}")
 
     known = remembering(
-        run.work.folder / f"{stage}-rate.json",
+        run.work.folder / f"{stage.split('-')[0]}-rate.json",  # budgets share the rate of the first one
         lambda: successive_halving({f"{rate:g}": rate for rate in RATES}, train, RATE_STEPS),
     )
     return float(known[0])
 
 
-def choose_schedule(run: Run, dense: Path, options: dict[str, Any], make: Callable[..., Any]) -> dict[str, Any]:
+def choose_schedule(
+    run: Run, model: Callable[[], PreTrainedModel], options: dict[str, Any], make: Callable[..., Any]
+) -> dict[str, Any]:
     """The method's options for the schedule of the family ``Space.falling`` that loses least after short trainings: of
-    the method itself where it keeps shares, else of ``TopK``, and the method starts from there."""
+    the method itself where it keeps shares, else of ``TopK``, and the method starts from there.
+
+    Args:
+        model: gives the weights that the training starts from.
+        options: of the method, with ``target_flops``.
+        make: gives a trainer of a pruned model for a number of steps.
+    """
     target, learns = options["target_flops"], "schedule" in fields_of(run.spec.method)
     proxy = TopK if learns else METHODS[run.spec.method or ""]
     own = {name: value for name, value in options.items() if not learns and name != "target_flops"}
-    space = space_of(run, run.model(dense), cast("Any", proxy)(keep=1.0, at=(), **own))
+    space = space_of(run, model(), cast("Any", proxy)(keep=1.0, at=(), **own))
     family = {f"{width:g}": space.falling(width, target) for width in WIDTHS}
     family = {name: schedule for name, schedule in family.items() if schedule is not None}
     if not family:
@@ -273,7 +281,7 @@ def choose_schedule(run: Run, dense: Path, options: dict[str, Any], make: Callab
 
     def train(name: str, schedule: dict[str, Any], steps: int) -> float:
         if name not in trained:
-            trained[name] = prune(run.model(dense), cast("Any", proxy)(**own, **schedule))
+            trained[name] = prune(model(), cast("Any", proxy)(**own, **schedule))
         lr = run.spec.prune_lr or run.spec.lr or USUAL
         return short(run, make(trained[name], steps=steps, lr=lr), f"schedule of width {name}")
 

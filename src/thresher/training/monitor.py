@@ -13,8 +13,9 @@ WATCHED = 512  # examples of the validation part that are looked at
 
 
 class Watch(TrainerCallback):
-    """Logs at the end of every epoch how good the model is as it would prune now, and what it costs: ``eval_quality``,
-    ``eval_flops_fraction`` and ``eval_kept_<layer>``, the share of the tokens left after each site.
+    """Log how good the model is as it would prune now, and what it costs: ``eval_quality``, ``eval_flops_fraction`` and
+    ``eval_kept_<layer>``, the share of the tokens left after each site. At the end of every epoch, or whenever the
+    Trainer evaluates.
 
     Evaluated on 512 examples spread over ``dataset``, which is the validation part.
     """
@@ -26,8 +27,15 @@ class Watch(TrainerCallback):
         self.rows = dataset.select(qa.rows_of(dataset, [i * total // count for i in range(count)]))
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if state.epoch % 1 and state.global_step < state.max_steps:
-            return  # interrupted
+        interrupted = state.epoch % 1 and state.global_step < state.max_steps
+        if args.eval_strategy == "no" and not interrupted:
+            self.look(args)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.look(args)
+
+    def look(self, args) -> None:
+        """Take the measurements now."""
         trainer = self.trainer
         found = predict(trainer.model, self.rows, batch_size=args.eval_batch_size)
         logs = {"eval_quality": quality(found, self.rows, self.metric)}
