@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from support.toy import OPTIONS, make_toy, write
+from thresher.data.models import load
 from thresher.experiments.evaluate import evaluate
 from thresher.experiments.spec import (
     SUMMARY,
@@ -164,3 +165,13 @@ def test_a_job_takes_a_specification_or_its_fields(toy):
     with pytest.raises(TypeError, match="lengthy"):
         seen(toy.model, toy.data, lengthy=3)
     assert dataclasses.is_dataclass(EvalSpec) and spec.max_length is None, "a specification stays as it was given"
+
+
+def test_a_row_says_the_precision_that_the_model_runs_in(toy, tmp_path):
+    net, tokenizer = load(str(toy.out / "dense"))
+    for part in (net.bfloat16(), tokenizer):
+        part.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="is saved in bfloat16 and runs in it"):
+        rows = evaluate(str(tmp_path), toy.data, text="words", label="kind")
+    assert [row["precision"] for row in rows] == ["bf16"]
+    assert [row["precision"] for row in evaluate(str(toy.out / "dense"))] == ["fp32"]

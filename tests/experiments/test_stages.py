@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -143,3 +144,22 @@ def test_the_first_layers_alone_are_a_baseline(toy, tmp_path):
     assert row["flops_ratio"] == pytest.approx(2.0), "against all layers"
     with pytest.raises(ValueError, match=r"layers=9: .* has 2"):
         run.model(dense, layers=9)
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["a new head", "a head that was trained"])
+def test_a_new_head_of_one_number_starts_at_the_mean(toy, tmp_path, fresh):
+    for part in ("train", "test"):
+        text = (Path(toy.data) / f"{part}.csv").read_text()
+        (tmp_path / "grades").mkdir(exist_ok=True)
+        graded = text.replace(",wheat", ",4.5").replace(",chaff", ",2.75")
+        (tmp_path / "grades" / f"{part}.csv").write_text(graded)
+    net, tokenizer = load(toy.model)
+    net.config.num_labels, net.classifier = 1, torch.nn.Linear(net.config.hidden_size, 1)
+    for part in (net.base_model if fresh else net, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    before = net.classifier.bias.item()
+    data = SimpleNamespace(model=str(tmp_path / "model"), data=str(tmp_path / "grades"))
+    run = run_of(data, tmp_path / "out", epochs=0, target_flops=0.7)
+    bias = load(str(stages.fine_tune(run)))[0].classifier.bias.item()
+    mean = sum(run.data.train["labels"]) / len(run.data.train)
+    assert bias == pytest.approx(mean if fresh else before) and 2.75 < mean < 4.5

@@ -270,3 +270,12 @@ def test_accumulating_halves_is_one_batch_where_the_model_counts_items(tmp_path)
         moved.append(model.model.norm.weight.detach() - start)
     assert moved[0].abs().max() > 1e-3
     torch.testing.assert_close(moved[1], moved[0], atol=1e-6, rtol=1e-4)
+
+
+def test_half_precision_weights_are_not_trained(tmp_path):
+    with pytest.raises(ValueError, match="float16, in which AdamW's epsilon is 0: load the model with dtype"):
+        trainer(tmp_path, model=build().half())
+    frozen = build().half()
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    trainer(tmp_path, model=frozen)  # the thresholds alone

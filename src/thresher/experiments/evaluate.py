@@ -35,6 +35,9 @@ class Tested(NamedTuple):
     test: Dataset
 
 
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
 @job(EvalSpec)
 def evaluate(spec: EvalSpec) -> list[dict]:
     """Rows of quality and MACs on the test part: the model as it is and, if it is pruned, the same unpruned."""
@@ -50,7 +53,7 @@ def evaluate(spec: EvalSpec) -> list[dict]:
             model=Path(spec.model).name,
             method=pruner_in(net).name if mode == "pruned" else "dense",
             runtime="torch",
-            precision="fp32",
+            precision=PRECISIONS[net.dtype],
             mode=mode,
             threads=torch.get_num_threads(),
             metric=task.metric,

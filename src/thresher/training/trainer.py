@@ -145,6 +145,12 @@ class PruningTrainer(TrainerNames, Trainer):
         super().__init__(*args, **kwargs)
         if pruner_of(self.model) is None:
             raise ValueError("PruningTrainer needs a pruned model: call prune(model, method) first")
+        halves = {p.dtype for p in self.model.parameters() if p.requires_grad and p.dtype == torch.float16}
+        if halves:
+            raise ValueError(
+                "the weights to be trained are float16, in which AdamW's epsilon is 0: load the model with "
+                "dtype=torch.float32, and train it with bf16=True where that is fast"
+            )
         if getattr(self.model, "peft_config", None) and getattr(self.model, MODULE) is self.pruner:
             raise ValueError(
                 f"what {self.pruner.name} learns would not be saved with the adapter: prune() after get_peft_model, or "
