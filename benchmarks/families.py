@@ -33,7 +33,7 @@ from tiny_models import KINDS, batches, build, families, head_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 TOLERANCE, ROUNDING = 1e-5, 1e-4  # of answers; what may be rounding between attention implementations, at most
-SECONDS, MEMORY = 20, 8 << 30  # for one family
+SECONDS, MEMORY = 40, 8 << 30  # for one family
 METHODS = {
     "all": lambda: TopK(keep=1.0),
     "half": lambda: TopK(keep=0.5),

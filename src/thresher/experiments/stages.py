@@ -38,7 +38,7 @@ from ..training.interrupt import Interrupt
 from ..training.monitor import WATCHED, Watch
 from ..training.trainer import Collator, PruningTrainer, Ranking
 from ..training.until import UntilTrained
-from .spec import SUMMARY, TrainSpec, task_entry
+from .spec import FIXED, SUMMARY, TrainSpec, task_entry
 from .workspace import Workspace
 
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)  # that are tried
@@ -80,6 +80,11 @@ class Run:
         """Whether to train under bf16 autocast."""
         return has_bf16() if self.spec.bf16 is None else self.spec.bf16
 
+    @property
+    def tells(self) -> bool:
+        """Whether a loss on held-out rows can tell when a training is over: windows of paragraphs have no labels."""
+        return "labels" in self.data.validation.column_names
+
     def model(self, folder: str | Path, **options: Any) -> PreTrainedModel:
         """A model for the task on the weights in a folder; ``options`` as ``for_task`` takes them."""
         own: dict[str, Any] = {"dropout": self.spec.dropout, "freeze_embeddings": self.spec.freeze_embeddings}
@@ -109,8 +114,8 @@ def fine_tune(run: Run) -> Path:
         return folder
     work.claim()
     train, held_out = run.data.train, watched(run.data.validation)
-    if spec.epochs is None and "labels" not in held_out.column_names:
-        spec = spec.fixed("epochs", "lr")  # no loss tells when it is over
+    if not run.tells:
+        spec = spec.fixed("epochs", "lr")
 
     def make(**arguments: Any) -> Trainer:
         set_seed(spec.seed)
@@ -172,7 +177,7 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
         options: of the method.
         start: folder of the weights to start from; default: the dense model's.
     """
-    spec, work, data = run.spec, run.work, run.data
+    spec, work, data = run.spec if run.tells else run.spec.fixed(), run.work, run.data
     if folder.exists():
         return folder
     work.claim()
@@ -234,7 +239,7 @@ def settled(run: Run, stage: str, make: Callable[..., Any], epochs: float | None
     """
     if epochs is None and lr is None:
         lr = best_rate(run, stage, make)
-    trainer = make(epochs=epochs, lr=lr or run.spec.fixed("lr").lr)
+    trainer = make(epochs=epochs, lr=lr or FIXED["lr"])
     pruning = isinstance(trainer, PruningTrainer)
     if epochs == 0:
         return trainer
@@ -347,7 +352,7 @@ def fields_of(method: str | None) -> set[str]:
 
 def soft_steps(run: Run) -> int:
     """Steps of a soft stage where the length of the training is open."""
-    return max(SOFT_STEPS, 2 * steps_of_epoch(run))
+    return min(max(SOFT_STEPS, 2 * steps_of_epoch(run)), MOST // 3)
 
 
 def steps_of_epoch(run: Run) -> int:
