@@ -17,9 +17,11 @@ from support.toy import OPTIONS, make_toy
 from thresher import ToP, dense, prune
 from thresher.data import qa
 from thresher.data.load import load_task
+from thresher.data.models import load
 from thresher.data.task import DataError
 from thresher.data.tokenize import tokenize
 from thresher.evaluation import predict as predicting
+from thresher.experiments import stages
 from thresher.experiments import train as jobs
 from thresher.experiments.bench import bench
 from thresher.experiments.evaluate import evaluate
@@ -147,9 +149,9 @@ def test_teachers_point_at_tokens_that_are_there(farm):
 
 
 def test_the_main_job_on_questions(farm, tmp_path):
-    options = OPTIONS | {"epochs": 4, "target_flops": 0.6}
+    options = OPTIONS | {"epochs": 4, "target_flops": 0.6, "method": "top"}
     out = tmp_path / "out"
-    rows = jobs.train(str(farm / "model"), str(farm / "farm"), str(out), method="top", **options)
+    rows = jobs.train(str(farm / "model"), str(farm / "farm"), str(out), **options)
     assert [row["metric"] for row in rows] == ["qa_f1"] * 2
     assert rows[0]["quality"] > 80 and rows[1]["quality"] > 60, [row["quality"] for row in rows]
     assert 1 / rows[1]["flops_ratio"] == pytest.approx(0.6, rel=0.05)
@@ -164,7 +166,7 @@ def test_the_main_job_on_questions(farm, tmp_path):
 
 
 def test_pruned_answers_have_a_logit_for_every_token(farm):
-    model = prune(jobs.load(str(farm / "model"))[0], ToP(bins=4, protect=(0,)))
+    model = prune(load(str(farm / "model"))[0], ToP(bins=4, protect=(0,)))
     model.token_pruner.mask[:, 2:] = False
     task = load_task(farm / "farm")
     rows, _ = tokenize(task.test, task, tiny_tokenizer(), 32)
@@ -194,7 +196,7 @@ def test_limits_and_counts_are_of_questions(farm, tmp_path):
     out, untrained = str(tmp_path / "out"), OPTIONS | {"epochs": 0, "prune_epochs": 0, "max_length": 12}
     with pytest.warns(UserWarning, match="several windows"):
         rows = jobs.train(
-            str(farm / "model"), str(farm / "farm"), out, method="topk", keep=0.5, **untrained | NO_TARGET
+            str(farm / "model"), str(farm / "farm"), out, keep=0.5, **untrained | NO_TARGET | {"method": "topk"}
         )
         assert [row["n_examples"] for row in rows] == [40, 40]
         assert {row["n_examples"] for row in evaluate(out, str(farm / "farm"), max_length=12, limit=20)} == {20}
@@ -208,7 +210,9 @@ def test_a_head_of_another_size_is_made_anew(farm, tmp_path):
     BertForSequenceClassification(config).save_pretrained(tmp_path / "mnli")
     tiny_tokenizer().save_pretrained(tmp_path / "mnli")
     untrained = OPTIONS | NO_TARGET | {"epochs": 0, "prune_epochs": 0}
-    rows = jobs.train(str(tmp_path / "mnli"), str(farm / "farm"), str(tmp_path / "out"), method="dense", **untrained)
+    rows = jobs.train(
+        str(tmp_path / "mnli"), str(farm / "farm"), str(tmp_path / "out"), **untrained | {"method": "dense"}
+    )
     assert rows[0]["metric"] == "qa_f1"
 
 
@@ -273,3 +277,15 @@ def test_bad_questions_are_named(tmp_path, farm):
     for length in (4, 6):
         with pytest.raises(DataError, match=f"max_length={length} leaves .* beside the longest question, of 2"):
             tokenize(task.test, task, tiny_tokenizer(), length)
+
+
+def test_a_training_on_questions_knows_when_it_is_over(farm, tmp_path, monkeypatch):
+    """The positions of the answers are labels of windows that are held out."""
+    for name, value in (("LEAST", 60), ("EPOCHS", 1), ("RATES", (1e-3, 4e-3)), ("RATE_STEPS", (5,))):
+        monkeypatch.setattr(stages, name, value)
+    monkeypatch.setattr(stages, "SCHEDULE_STEPS", (5,))
+    options = OPTIONS | {"epochs": None, "prune_epochs": None, "lr": None, "method": "topk", "target_flops": 0.6}
+    jobs.train(str(farm / "model"), str(farm / "farm"), str(tmp_path / "out"), **options)
+    summary = json.loads((tmp_path / "out" / jobs.SUMMARY).read_text())
+    assert {*summary["rates"].values()} <= {1e-3, 4e-3} and all(0 < n <= 60 for n in summary["steps"].values())
+    assert summary["schedule"]["at"] and any("eval_quality" in line for line in summary["history"])

@@ -57,7 +57,7 @@ def farm(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("farm")
     toy = make_toy(folder)
     options = {name: value for name, value in OPTIONS.items() if name not in ("target_flops", "prune_epochs")}
-    jobs.train(toy.model, toy.data, str(folder / "dense"), method="dense", prune_epochs=0, **options)
+    jobs.train(toy.model, toy.data, str(folder / "dense"), **options | {"method": "dense", "prune_epochs": 0})
     model = AutoModelForSequenceClassification.from_pretrained(folder / "dense").eval()
     prune(model, FirstK(keep=KEPT, at=(0,))).save_pretrained(folder / "pruned")
     tiny_tokenizer().save_pretrained(folder / "pruned")

@@ -34,7 +34,7 @@ def toy(tmp_path_factory) -> SimpleNamespace:
     toy = make_toy(tmp_path_factory.mktemp("toy"))
     out = tmp_path_factory.mktemp("dense") / "out"
     options = {name: v for name, v in OPTIONS.items() if name != "target_flops"} | {"prune_epochs": 0}
-    jobs.train(toy.model, toy.data, str(out), method="dense", **options)
+    jobs.train(toy.model, toy.data, str(out), **options | {"method": "dense"})
     toy.model = str(out)
     return toy
 

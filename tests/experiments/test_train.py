@@ -174,7 +174,7 @@ def test_replay_keeps_the_same_counts(toy, trained, tmp_path):
     options |= {"dense_model": str(trained.out / "dense"), "replay": str(trained.out)}
     for method in ("topk", "firstk"):
         out = tmp_path / method
-        dense, row = jobs.train(toy.model, toy.data, str(out), method=method, **options)
+        dense, row = jobs.train(toy.model, toy.data, str(out), **options | {"method": method})
         assert json.loads((out / jobs.SUMMARY).read_text())["kept"] == pytest.approx(trained.summary["kept"])
         assert row["method"] == method and row["trained_steps"] == 9 and dense["trained_steps"] == 0
         assert not (out / "dense").exists(), "it was given"
@@ -184,7 +184,7 @@ def test_replay_keeps_the_same_counts(toy, trained, tmp_path):
 
 def test_dense_is_trained_on_and_not_pruned(toy, trained, tmp_path):
     options = OPTIONS | {"target_flops": None, "epochs": 0, "prune_epochs": 1}
-    rows = jobs.train(str(trained.out / "dense"), toy.data, str(tmp_path / "out"), method="dense", **options)
+    rows = jobs.train(str(trained.out / "dense"), toy.data, str(tmp_path / "out"), **options | {"method": "dense"})
     assert [row["method"] for row in rows] == ["dense", "dense"] and rows[1]["flops_ratio"] == 1
     assert rows[1]["mode"] == "dense-unpadded" and rows[1]["trained_steps"] == 9
     model, _ = load(str(tmp_path / "out"))

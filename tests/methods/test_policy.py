@@ -18,6 +18,7 @@ from support.soft import batch, learning, loss_of
 from support.toy import FILLERS, OPTIONS, make_toy
 from support.training import losses, rows, trainer
 from thresher import TRBERT, AdapLeR, prune
+from thresher.data.models import load
 from thresher.experiments import train as jobs
 from thresher.methods.parts.saliency import saliency
 
@@ -287,7 +288,7 @@ def learned(request, tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp(request.param)
     toy, out = make_toy(folder), folder / "out"
     options = OPTIONS | {"prune_epochs": 6, "target_flops": 0.65, "pruner_lr": 1e-2}
-    jobs.train(toy.model, toy.data, str(out), method=request.param, **options)
+    jobs.train(toy.model, toy.data, str(out), **options | {"method": request.param})
     return SimpleNamespace(out=out, name=request.param, summary=json.loads((out / jobs.SUMMARY).read_text()))
 
 
@@ -317,7 +318,7 @@ def texts(folder: Path, part: str) -> tuple[list[str], list[str]]:
 
 def test_useful_tokens_are_told_from_useless_ones(learned):
     """The words that are the class stay, of the others less than half, on texts that were not trained on."""
-    kept = kept_by_word(*jobs.load(str(learned.out)), texts(learned.out.parent / "farm", "test")[0])
+    kept = kept_by_word(*load(str(learned.out)), texts(learned.out.parent / "farm", "test")[0])
     fillers = sum(kept[word] for word in FILLERS) / len(FILLERS)
     assert min(kept[word] for word in TOLD) > 0.75 and fillers < 0.5
 
@@ -325,7 +326,7 @@ def test_useful_tokens_are_told_from_useless_ones(learned):
 @pytest.mark.parametrize("learned", ["trbert"], indirect=True)
 def test_reinforcement_alone_finds_what_counts(learned):
     """Nothing guides and no weight learns but the policy's: the reward rises, and the words that are the class stay."""
-    model, tokenizer = jobs.load(str(learned.out / "dense"))
+    model, tokenizer = load(str(learned.out / "dense"))
     words, labels = texts(learned.out.parent / "farm", "train")
     inputs = tokenizer(words[:32], padding=True, return_tensors="pt")
     inputs |= {"labels": torch.tensor([model.config.label2id[label] for label in labels[:32]])}

@@ -80,11 +80,6 @@ class Run:
         """Whether to train under bf16 autocast."""
         return has_bf16() if self.spec.bf16 is None else self.spec.bf16
 
-    @property
-    def tells(self) -> bool:
-        """Whether a loss on held-out rows can tell when a training is over: windows of paragraphs have no labels."""
-        return "labels" in self.data.validation.column_names
-
     def model(self, folder: str | Path, **options: Any) -> PreTrainedModel:
         """A model for the task on the weights in a folder; ``options`` as ``for_task`` takes them."""
         own: dict[str, Any] = {"dropout": self.spec.dropout, "freeze_embeddings": self.spec.freeze_embeddings}
@@ -114,8 +109,6 @@ def fine_tune(run: Run) -> Path:
         return folder
     work.claim()
     train, held_out = run.data.train, watched(run.data.validation)
-    if not run.tells:
-        spec = spec.fixed("epochs", "lr")
 
     def make(**arguments: Any) -> Trainer:
         set_seed(spec.seed)
@@ -177,7 +170,7 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
         options: of the method.
         start: folder of the weights to start from; default: the dense model's.
     """
-    spec, work, data = run.spec if run.tells else run.spec.fixed(), run.work, run.data
+    spec, work, data = run.spec, run.work, run.data
     if folder.exists():
         return folder
     work.claim()
