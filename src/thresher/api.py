@@ -19,7 +19,7 @@ from .core.architecture import Architecture
 from .core.compat import execution_device
 from .core.hooks import Hooks
 from .core.probe import settle
-from .core.pruner import CONFIG_KEY, MODULE, TokenPruner, pruner_of
+from .core.pruner import CONFIG_KEY, MODULE, TokenPruner, pruner_in, pruner_of
 from .core.tokens import LAYOUTS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -256,8 +256,5 @@ def calling(
         >>> with calling(model, protect=batch["input_ids"] == tokenizer.sep_token_id):
         ...     logits = model(**batch).logits
     """
-    pruner = getattr(model, MODULE, None)
-    if pruner is None:
-        raise ValueError(f"{type(model).__name__} is not pruned: prune() it first")
-    with pruner.hooks.asking(protect=protect, counts=counts):
+    with pruner_in(model).attached().asking(protect=protect, counts=counts):
         yield model

@@ -337,7 +337,7 @@ def test_straight_through_gates_are_whole_and_learn_by_the_sigmoid():
     method.progress = 0.0
     BERT.run(model, BERT.batch())
     view = method.record.sites[2]
-    free, threshold = view.open & ~view.protected, method.threshold[2]
+    free, threshold = view.view.free, method.threshold[2]
     gate = method.soften(view).exp()
     stays = view.score >= threshold
     torch.testing.assert_close(gate[free], stays[free].float(), atol=1e-7, rtol=0)

@@ -151,7 +151,7 @@ def test_the_papers_ranking_is_of_shares_of_all_attention():
     total = 0.0
     for view in method.record.sites[:2]:
         shares = view.score.detach() / view.score.detach().sum(1, keepdim=True)
-        total += ranking_loss(shares, RANKING, view.open & ~view.protected, 5, "arp2-topk").item()
+        total += ranking_loss(shares, RANKING, view.view.free, 5, "arp2-topk").item()
     assert loss == pytest.approx(total, rel=1e-4)
 
 

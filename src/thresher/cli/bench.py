@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from ..experiments.spec import BenchSpec
-
-if TYPE_CHECKING:
-    from .console import Screen
+from .console import Screen
 
 
 def bench(spec: BenchSpec, screen: Screen) -> None:

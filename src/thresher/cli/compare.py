@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..experiments.spec import CompareSpec
-from .console import first_line
+from .console import Screen, first_line
 
 if TYPE_CHECKING:
     from ..experiments.compare import Run
-    from .console import Screen
 
 
 def compare(spec: CompareSpec, screen: Screen) -> None:

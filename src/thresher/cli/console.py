@@ -103,11 +103,9 @@ class Screen:
         for thing in things if not self.alone else ():
             Console().print(thing, markup=False, highlight=False, soft_wrap=isinstance(thing, str), crop=False)
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self) -> redirect_stdout:
         """Send to standard error what libraries print on the way: it is not the result."""
-        with redirect_stdout(sys.stderr):
-            yield
+        return redirect_stdout(sys.stderr)
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int | None], None]]:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..experiments.spec import EvalSpec
-
-if TYPE_CHECKING:
-    from .console import Screen
+from .console import Screen
 
 
 def evaluate(spec: EvalSpec, screen: Screen) -> None:

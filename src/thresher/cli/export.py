@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..experiments.spec import ExportSpec
-
-if TYPE_CHECKING:
-    from .console import Screen
+from .console import Screen
 
 
 def export(spec: ExportSpec, screen: Screen) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from ..experiments.spec import ShowSpec
-
-if TYPE_CHECKING:
-    from .console import Screen
+from .console import Screen
 
 
 def show(spec: ShowSpec, screen: Screen) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from ..experiments.spec import SUMMARY, TrainSpec
-
-if TYPE_CHECKING:
-    from .console import Screen
+from .console import Screen
 
 NOTICED = 2.0  # points: a drop above them is told
 

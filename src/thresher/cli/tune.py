@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from ..experiments.spec import SUMMARY, TuneSpec
-
-if TYPE_CHECKING:
-    from .console import Screen
+from .console import Screen
 
 
 def tune(spec: TuneSpec, screen: Screen) -> None:

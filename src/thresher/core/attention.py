@@ -71,14 +71,11 @@ class PrunedAttention:
             query, key, value = query.float(), key.float(), value.float()
         if given.mask is not None:  # a part of it that lets everything through becomes None, which is not causal here
             kwargs = {**kwargs, "is_causal": False}
-        for sequence, row, count, length in tokens.runs():
-            run = [
-                x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1)
-                for x in (query, key, value)
-            ]
-            masks = [
-                None if given.mask is None else tokens.sequence_mask(given.mask, sequence + i) for i in range(count)
-            ]
+        for sequence, length, run in tokens.runs(query, key, value):
+            count = len(run[0])
+            masks: list[Tensor | None] = [None] * count
+            if given.mask is not None:
+                masks = [tokens.sequence_mask(given.mask, sequence + i) for i in range(count)]
             if any(mask is not None for mask in masks):
                 step = 1
             else:
@@ -108,17 +105,17 @@ def register(base: str) -> str:
     Raises:
         ValueError: transformers knows no such implementation, or no mask function for it.
     """
-    name, known = PREFIX + base, compat.ALL_ATTENTION_FUNCTIONS
+    name, known, known_masks = PREFIX + base, compat.ALL_ATTENTION_FUNCTIONS, compat.ALL_MASK_ATTENTION_FUNCTIONS
     if name not in known:
         if base != "eager" and base not in known:
             raise ValueError(f"attention implementation {base!r} is unknown; known: {sorted(known)}")
-        if base not in compat.ALL_MASK_ATTENTION_FUNCTIONS:
+        if base not in known_masks:
             raise ValueError(
                 f"attention implementation {base!r} has no mask function; load the model with 'sdpa' or 'eager'"
             )
-        masks = compat.ALL_MASK_ATTENTION_FUNCTIONS[base]
-        compat.AttentionInterface.register(name, PrunedAttention(base))
-        compat.AttentionMaskInterface.register(name, key_mask if masks is compat.sdpa_mask else masks)
+        masks = known_masks[base]
+        known.register(name, PrunedAttention(base))
+        known_masks.register(name, key_mask if masks is compat.sdpa_mask else masks)
     return name
 
 

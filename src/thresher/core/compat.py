@@ -15,13 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import (  # 5.23
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    AttentionMaskInterface,
-    bidirectional_mask_function,
-    sdpa_mask,
-)
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, sdpa_mask  # 5.23
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # 5.23
 from transformers.pytorch_utils import Conv1D  # 5.23
 from transformers.utils.import_utils import is_tracing  # 5.23
@@ -34,8 +29,6 @@ else:  # a mixin: what is above it is the Trainer of the class that takes it
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "ALL_MASK_ATTENTION_FUNCTIONS",
-    "AttentionInterface",
-    "AttentionMaskInterface",
     "Conv1D",
     "bidirectional_mask_function",
     "is_tracing",
@@ -105,12 +98,6 @@ def frames_mask(model: PreTrainedModel, frames: int, mask: Tensor) -> Tensor | N
     rule."""
     rule = getattr(model, "_get_feature_vector_attention_mask", None)
     return None if rule is None else rule(frames, mask)
-
-
-# --- where a model came from: 5.23 -----------------------------------------------------------------------------------
-def name_or_path(config: Any) -> str:
-    """The folder or hub id that a configuration was loaded from; empty: it was made by hand."""
-    return getattr(config, "_name_or_path", "") or ""
 
 
 # --- torch: 2.13 -----------------------------------------------------------------------------------------------------

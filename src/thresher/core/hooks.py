@@ -384,7 +384,7 @@ class Hooks:
         for name, dims in TOKEN_ARGUMENTS.items():
             if kwargs.get(name) is not None:
                 kwargs[name] = self.narrowed(tokens, name, kwargs[name], dims)
-        if "attention_mask" in arch.arguments and not isinstance(tokens, Packed):
+        if "attention_mask" in arch.arguments and not isinstance(tokens, Packed):  # whose sequences cut their own parts
             mask = kwargs.get("attention_mask")
             if mask is not None and arch.binary_mask:  # 1.0 from a model that was given no mask is no bias
                 mask = mask.long()

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from .hooks import Hooks
 
 VERSION = 1
-CONFIG_KEY = "token_pruning"  # of a model's configuration
 Batch = dict[str, Any]  # the arguments of one call of the model
 RunAgain = Callable[..., Any]  # (**override): the model's output on the batch of the training step, run again
 RunBatch = Callable[[Batch], "Record"]  # the record of the model's forward on another batch

@@ -16,6 +16,7 @@ only and knows nothing of models.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
@@ -34,11 +35,9 @@ CLOSED_LOG = math.log(2 * CLOSED)  # the logarithm of a closed gate is below
 def with_a_token(mask: Tensor) -> Tensor:
     """``mask`` (B, N) with the first token of each row set where the row has none: a blank row counts as one token."""
     first = torch.arange(mask.shape[1], device=mask.device) == 0
-    return (
-        mask | (first & ~mask.any(1, keepdim=True))
-        if mask.dtype == torch.bool
-        else torch.where(first & ~(mask != 0).any(1, keepdim=True), torch.ones_like(mask), mask)
-    )
+    if mask.dtype == torch.bool:
+        return mask | (first & ~mask.any(1, keepdim=True))
+    return torch.where(first & ~(mask != 0).any(1, keepdim=True), torch.ones_like(mask), mask)
 
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -148,9 +147,8 @@ class Tokens:
         own = torch.arange(keep.shape[1], device=keep.device).expand_as(into)
         into = torch.where(self.alive & ~keep & keep.gather(1, into), into, own)
         moved = (self.index.gather(1, into) - self.index).masked_fill(~self.alive, 0)
-        holder = (
-            torch.arange(self.width, device=keep.device).expand(keep.shape[0], -1).scatter_add(1, self.index, moved)
-        )
+        itself = torch.arange(self.width, device=keep.device).expand(keep.shape[0], -1)
+        holder = itself.scatter_add(1, self.index, moved)
         new.home = holder if self.home is None else holder.gather(1, self.home)
         if weight is None:
             sizes = self.sizes
@@ -461,23 +459,19 @@ class Packed(Tokens):
             return x.index_select(dim, rows % self.origin[1])
         return x.movedim(dim, 1).flatten(0, 1).index_select(0, rows)[None].movedim(1, dim)
 
-    def mask(
-        self, mask: Tensor | None, dtype: torch.dtype, causal: bool, additive: bool, needed: bool = False
-    ) -> Tensor | None:
-        return mask  # each sequence cuts its own part, see sequence_mask
-
     def leave(self, before: Tokens, states: Tensor) -> None:
         super().leave(before, states)
         self.owned = True
 
-    def runs(self) -> list[tuple[int, int, int, int]]:
-        """(first sequence, first row, number of sequences, their length) of each run of equally long neighbours."""
-        runs, row, sequence = [], 0, 0
+    def runs(self, *states: Tensor) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """(first sequence, length, the part (count, H, length, d) of each of ``states`` (1, H, T, d)) of each run of
+        equally long neighbours."""
+        sequence = row = 0
         for length, group in groupby(self.lengths):
             count = len(list(group))
-            runs.append((sequence, row, count, length))
-            sequence, row = sequence + count, row + count * length
-        return runs
+            rows, shape = slice(row, row + count * length), (count, length)
+            yield sequence, length, [x[0, :, rows].unflatten(1, shape).transpose(0, 1) for x in states]
+            sequence, row = sequence + count, rows.stop
 
     def sequence_mask(self, mask: Tensor, sequence: int) -> Tensor | None:
         """The part of an attention mask of original size (B or 1, 1 or H, N0 or 1, N0) that one sequence needs.

@@ -89,12 +89,6 @@ class Site:
         return self.tokens.alive if self.choice is None else self.choice.keep
 
     @property
-    def open(self) -> Tensor:
-        """(B, N) bool: the live tokens whose gate is not closed in a soft stage."""
-        gate = self.tokens.log_gate
-        return self.alive if gate is None else self.alive & (gate > CLOSED_LOG)
-
-    @property
     def view(self) -> View:
         """What a method may see."""
         return View(self.layer, self.number, self.tokens, self.protected, self)
@@ -129,7 +123,8 @@ class View:
     @property
     def open(self) -> Tensor:
         """(B, N) bool: the live tokens whose gate is not closed in a soft stage."""
-        return self._shown.open
+        gate = self.tokens.log_gate
+        return self.alive if gate is None else self.alive & (gate > CLOSED_LOG)
 
     @property
     def free(self) -> Tensor:
@@ -211,13 +206,9 @@ class View:
 
     def _reduce_packed(self, tokens: Packed, reduce: Statistic) -> Tensor:
         given, parts = self._inputs("queries"), []
-        for sequence, row, count, length in tokens.runs():
-            q, k = (
-                x[0, :, row : row + count * length].unflatten(1, (count, length)).transpose(0, 1)
-                for x in (given.query, given.key)
-            )
+        for sequence, length, (q, k) in tokens.runs(given.query, given.key):
             step = 1 if given.mask is not None else max(1, CHUNK // max(1, length * length))
-            for i in range(0, count, step):
+            for i in range(0, len(q), step):
                 mask = None if given.mask is None else tokens.sequence_mask(given.mask, sequence + i)
                 some = q[i : i + step]
                 causal = given.mask is None and given.causal  # a part without a mask lets everything through

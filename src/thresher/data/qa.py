@@ -48,8 +48,7 @@ def load_qa(
     Raises:
         DataError: whatever cannot be used.
     """
-    if spec.metric not in (None, "qa_f1"):
-        raise DataError(f"{spec.metric!r} is no metric for question answering: use qa_f1")
+    require(spec.metric in (None, "qa_f1"), f"{spec.metric!r} is no metric for question answering: use qa_f1")
     parts = _named(parts, spec)
     answers = {where: _answers(where, part) for where, part in parts.items()}
     shown = {where: part.assign(answers=answers[where]) for where, part in parts.items()}
@@ -89,9 +88,8 @@ def _answers(where: str, part: DataFrame) -> list[dict[str, list]]:
     for column in [c for c in ("question", "context", "title") if c in part]:
         wrong = [i for i, value in enumerate(part[column]) if not isinstance(value, str)]
         if wrong:
-            raise DataError(
-                f"{where} column {column!r} has no text in {len(wrong)} rows, first in row {wrong[0]} (from 0)"
-            )
+            rows = f"{len(wrong)} rows, first in row {wrong[0]} (from 0)"
+            raise DataError(f"{where} column {column!r} has no text in {rows}")
     checked = []
     for i, (answers, context) in enumerate(zip(part["answers"], part["context"], strict=True)):
         try:
@@ -121,19 +119,17 @@ def windows(dataset: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset,
     from datasets import Dataset, concatenate_datasets
     from datasets.utils import tqdm
 
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(f"{type(tokenizer).__name__} knows no offsets: question answering needs a fast tokenizer")
+    kind = type(tokenizer).__name__
+    require(getattr(tokenizer, "is_fast", False), f"{kind} knows no offsets: question answering needs a fast tokenizer")
     stride, special = min(STRIDE, max_length // 4), tokenizer.num_special_tokens_to_add(pair=True)
     chunks, several = [], 0
     for start in tqdm(range(0, len(dataset), 500), desc="Tokenizing", disable=len(dataset) <= 5000):
         rows = dataset[start : start + 500]
         questions = [question.strip() for question in rows["question"]]
         longest = max(map(len, tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]))
-        if max_length - longest - special <= stride:
-            raise DataError(
-                f"max_length={max_length} leaves {max(0, max_length - longest - special)} tokens of a paragraph beside "
-                f"the longest question, of {longest}: expected more than the {stride} that windows share; raise it"
-            )
+        left = max(0, max_length - longest - special)
+        what = f"max_length={max_length} leaves {left} tokens of a paragraph beside the longest question, of {longest}"
+        require(left > stride, f"{what}: expected more than the {stride} that windows share; raise it")
         encoded = tokenizer(
             questions,
             rows["context"],
@@ -224,8 +220,8 @@ def rows_of(dataset: Dataset, wanted: Any) -> list[int]:
 
 def question_f1(logits: Sequence[Any], dataset: Dataset) -> np.ndarray:
     """Return (Q,) the F1 of each question's answer, 0..1. Raises DataError where logits are not finite."""
-    if not all(np.isfinite(np.asarray(both)).all() for both in logits):
-        raise DataError("logits hold NaN or infinity: expected numbers, has the model diverged?")
+    finite = all(np.isfinite(np.asarray(both)).all() for both in logits)
+    require(finite, "logits hold NaN or infinity: expected numbers, has the model diverged?")
     gold = dict(zip(dataset["row"], dataset["gold"], strict=True))
     answers = best_answers(logits, dataset)
     return np.array([max(f1(a, g) for g in gold[q] or [""]) for q, a in zip(sorted(gold), answers, strict=True)])

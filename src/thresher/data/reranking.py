@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .task import DataError
+from .task import require
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -23,8 +23,7 @@ def judged(frame: DataFrame, query: str, label: str) -> DataFrame:
     none is left.
     """
     both = frame.groupby(query)[label].transform("nunique") == 2
-    if not both.any():
-        raise DataError(f"no query in {query!r} has candidates of both classes: map and mrr need such queries")
+    require(both.any(), f"no query in {query!r} has candidates of both classes: map and mrr need such queries")
     return frame[both]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
-from .task import DataError
+from .task import require
 
 
 def option(help: str, default: Any = None, **settings: Any) -> Any:
@@ -42,7 +42,6 @@ class DataSpec:
     limit: int | None = option("Use that many rows only.", metavar="N", min=1)
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise DataError(f"limit is {self.limit}, expected 1 or more rows")
+        require(self.limit is None or self.limit > 0, f"limit is {self.limit}, expected 1 or more rows")
         object.__setattr__(self, "data", str(self.data))
         object.__setattr__(self, "text", (self.text,) if isinstance(self.text, str) else tuple(self.text or ()) or None)

@@ -88,13 +88,11 @@ class Runner:
         """The least ms of a forward of some rows on this machine."""
         kept, tokens = self.predictions.kept[rows], self.predictions.tokens[rows]
         tokens = tokens if self.pad_to is None else torch.full_like(tokens, self.pad_to)
-        sites, inside = (
-            ((), True) if self.pruner is None else (self.pruner.sites, self.pruner.architecture.drops_inside)
-        )
+        sites = () if self.pruner is None else self.pruner.sites
+        inside = self.pruner is None or self.pruner.architecture.drops_inside
         after = {layer: lambda _, left=left: left for layer, left in zip(sites, kept.T, strict=True)}
-        return line.floor(
-            self.costs, tokens_by_layer(tokens, after, range(len(self.costs)), inside=inside), self.where[1]
-        )
+        counts = tokens_by_layer(tokens, after, range(len(self.costs)), inside=inside)
+        return line.floor(self.costs, counts, self.where[1])
 
     @property
     def seconds(self) -> float:
@@ -200,7 +198,8 @@ class Benchmark:
         if precision != "fp32":
             made = {key: in_precision(net, PRECISIONS[precision]) for key, net in made.items()}
         nets = {name: made[id(net)] for name, net in self.given.items()}
-        dense = [name for name in nets if name == "dense" or (name != "pruned" and not _sites(nets[name]))]
+        sites = {name: getattr(getattr(net, MODULE, None), "sites", ()) for name, net in nets.items()}
+        dense = [name for name in nets if name == "dense" or (name != "pruned" and not sites[name])]
         return nets | {name: plain(nets[name]) for name in dense}
 
     def rows(self) -> list[dict]:
@@ -348,12 +347,6 @@ class Benchmark:
             "flops_ratio_timed": int(base[sample].sum()) / int(used[sample].sum()),
             "n_timed": len(sample),
         }
-
-
-def _sites(net: PreTrainedModel) -> tuple[int, ...]:
-    """The layers at which a model's tokens leave."""
-    pruner = getattr(net, MODULE, None)
-    return () if pruner is None else pruner.sites
 
 
 def measure(model: PreTrainedModel, dataset: Dataset, task: Task, **options: Any) -> list[dict]:

@@ -65,13 +65,9 @@ def command() -> str:
 
     def local(word: str) -> str:
         option, equals, path = word.rpartition("=")
-        if not os.path.isabs(path):
-            return word
-        return (
-            option
-            + equals
-            + (path.removeprefix(here) if path.startswith(here) else os.path.basename(path.rstrip(os.sep)))
-        )
+        if os.path.isabs(path) and not path.startswith(here):
+            path = os.path.basename(path.rstrip(os.sep))
+        return option + equals + path.removeprefix(here)
 
     return shlex.join([os.path.basename(sys.argv[0]), *map(local, sys.argv[1:])])
 

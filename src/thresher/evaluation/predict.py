@@ -115,9 +115,8 @@ def predict(
     model = in_precision(model, torch.bfloat16) if bf16 else model
     text, pruner = Text(model, dataset, pad_to), pruner_of(model)
     counts = counts_of(model, len(dataset), counts)
-    rows_dense = dense_macs(
-        find_architecture(model).costs if pruner is None else pruner.architecture.costs, text.lengths
-    )
+    stack = find_architecture(model) if pruner is None else pruner.architecture
+    rows_dense = dense_macs(stack.costs, text.lengths)
     order: list[int] = []
     logits, kept, used, scored = [], [], [], []
     with torch.inference_mode(), ready(model):

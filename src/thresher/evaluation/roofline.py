@@ -14,17 +14,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich import box
+from rich.table import Table
 from torch import Tensor
 
 from ..core.compat import int8_product
 from ..core.cost import LayerCost, LayerCount
 from .hardware import environment, hardware, remembered, torch_threads
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 ROWS = (256, 512, 1024, 2048, 4096)  # tokens of the products that are timed, until one takes too long
@@ -131,9 +130,6 @@ def roofline(
 
 def table(line: Roofline) -> Table:
     """The roofline as a table for the screen."""
-    from rich import box
-    from rich.table import Table
-
     title = f"{line.hardware}; {line.threads} thread{'s' * (line.threads > 1)}"
     shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("precision")
@@ -149,16 +145,8 @@ def _measure(threads: int, seconds: float, device: str) -> Roofline:
     for name, dtype in PRECISIONS.items():
         with suppress(RuntimeError):  # no kernel for it here
             peak[name] = _peak(dtype, seconds, device)
-    about = environment()
-    return Roofline(
-        peak=peak,
-        bandwidth=_bandwidth(seconds, device),
-        threads=threads,
-        hardware=about["hardware"],
-        device=device,
-        versions=about["versions"],
-        date=about["date"],
-    )
+    about = {name: value for name, value in environment().items() if name != "command"}
+    return Roofline(peak, _bandwidth(seconds, device), threads, device=device, **about)
 
 
 def _peak(dtype: torch.dtype, seconds: float, device: str) -> float:

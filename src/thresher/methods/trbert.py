@@ -93,10 +93,7 @@ class TRBERT(Thresholded):
     def build(self, model: Architecture) -> None:
         super().build(model)
         draw = torch.Generator().manual_seed(0)
-        policies: list[Any] = [perceptron(model.hidden, draw) for _ in self.sites]
-        for policy in policies:
-            nn.init.constant_(policy[2].bias, self.start)
-        self.policies = nn.ModuleList(policies)
+        self.policies = nn.ModuleList(perceptron(model.hidden, draw, self.start) for _ in self.sites)
         self.predictor_macs = perceptron_macs(model.hidden)
 
     @property

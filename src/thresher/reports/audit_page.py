@@ -6,13 +6,11 @@ import os
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import islice
-from typing import TYPE_CHECKING
+
+from rich.console import Group
 
 from .tables import Column, drawn
 from .trace import Token, Trace, article, page, slider
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 ALL = "all"  # the row of the whole
 LEVEL = 0.05  # of all tests of a kind together
@@ -171,8 +169,8 @@ def html(rows: Sequence[dict], path: str | os.PathLike | None = None) -> str:
         body += [f"<small>{escape(line)}</small>{article(trace, layers)}" for line, trace in some]
     intro = (
         f"{escape(rows[0]['model'])} on the test part of {escape(rows[0]['task'])}. A bold slice loses significantly"
+        " more than the other examples. In the examples, a coloured token leaves after the layer of its colour."
     )
-    intro += " more than the other examples. In the examples, a coloured token leaves after the layer of its colour."
     return page("Where pruning hurts", intro, "\n".join(body), layers, path, STYLE)
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.text import Text
 
+from ..evaluation.predict import ready
+from ..evaluation.rows import whole
 from .trace import departures, page, prediction, ramp, slider, told
 
 if TYPE_CHECKING:
@@ -86,10 +88,8 @@ def trace(model, processor, image: str | os.PathLike | Image) -> PatchTrace:
         raise ValueError(f"{what}: expected (1, channels, height, width) and a patch_size")
     height, width = (size, size) if isinstance(size, int) else size
     rows, columns = pixels.shape[2] // height, pixels.shape[3] // width
-    parameter, training = next(model.parameters()), model.training
-    with torch.no_grad():
-        output = model.eval()(pixels.to(parameter))
-    model.train(training)
+    with torch.no_grad(), ready(model):
+        output = model(pixels.to(next(model.parameters())))
 
     pruner = model.token_pruner
     special, count = len(pruner.architecture.protected), int(pruner.record.counts[0].n_attention.sum())
@@ -167,7 +167,6 @@ def terminal(trace: PatchTrace) -> Text:
 
 def png(trace: PatchTrace, path: str | os.PathLike) -> None:
     """The picture, and beside it what survives after each site; the rest is faded. Written aside and moved."""
-    from ..evaluation.rows import whole
 
     with whole(path) as temporary:
         strip(trace).save(temporary, format="PNG")
@@ -190,13 +189,13 @@ def strip(trace: PatchTrace) -> Image:
                 box = (patch.column * cell, patch.row * cell, (patch.column + 1) * cell, (patch.row + 1) * cell)
                 panel.paste(faded.crop(box), box)
         panels.append((f"after layer {layer}: {_after(trace, layer)} of {len(trace.patches)}", panel))
-    whole = pil.Image.new("RGB", (len(panels) * (size[0] + GAP) + GAP, size[1] + LINE + 2 * GAP), "white")
-    draw = ImageDraw.Draw(whole)
+    sheet = pil.Image.new("RGB", (len(panels) * (size[0] + GAP) + GAP, size[1] + LINE + 2 * GAP), "white")
+    draw = ImageDraw.Draw(sheet)
     for i, (name, panel) in enumerate(panels):
         left = GAP + i * (size[0] + GAP)
         draw.text((left, GAP), name, fill="black")
-        whole.paste(panel, (left, GAP + LINE))
-    return whole
+        sheet.paste(panel, (left, GAP + LINE))
+    return sheet
 
 
 def html(traces: Sequence[PatchTrace], path: str | os.PathLike | None = None) -> str:
@@ -207,8 +206,8 @@ def html(traces: Sequence[PatchTrace], path: str | os.PathLike | None = None) ->
     layers = sorted({layer for trace in traces for layer in trace.left})
     intro = (
         f"{escape(traces[0].model)}, pruned by {escape(traces[0].method)}. Move the slider: a patch that has left is "
+        "covered by the colour of its layer. Point at a patch for its layer and score."
     )
-    intro += "covered by the colour of its layer. Point at a patch for its layer and score."
     body = slider(layers) + "".join(_article(trace, layers) for trace in traces)
     return page("Which patch leaves where", intro, body, layers, path, STYLE)
 

@@ -11,12 +11,15 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from .style import GREYS
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 NOTHING = "\N{EN DASH}"
 CHOSEN = "\N{BLACK RIGHT-POINTING TRIANGLE}"
@@ -52,8 +55,6 @@ class Column:
     @property
     def width(self) -> int:
         """Least width at which nothing is cut."""
-        from rich.cells import cell_len
-
         texts = (self.heading, *(self.cells if self.wrap else ()))
         longest_word = max((cell_len(word) for text in texts for word in text.split()), default=1)
         return max(longest_word, min(NARROW, self.longest) if self.wrap else self.longest)
@@ -61,8 +62,6 @@ class Column:
     @property
     def longest(self) -> int:
         """Width of the longest cell in one line."""
-        from rich.cells import cell_len
-
         return max(map(cell_len, self.cells), default=0)
 
 
@@ -115,11 +114,6 @@ def drawn(
         styles: one of rich's for each row.
         ends: the rows below which a rule is drawn.
     """
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
     shown, gone = fit(columns, width)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
     spare = width - _needed(shown)

@@ -14,6 +14,10 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from ..data.models import positions
+from ..evaluation.predict import ready
+from ..evaluation.rows import whole
+
 # viridis: even steps of lightness, told apart by the colour-blind as well (Smith and van der Walt, 2015)
 VIRIDIS = ("440154", "482475", "414487", "355f8d", "2a788e", "21918c", "22a884", "44bf70", "7ad151", "bddf26")
 BELOW = 8  # lines of a screen that are not the text: summary, prediction, blank ones, what is more, the prompt
@@ -71,8 +75,6 @@ def trace(model, tokenizer, text: str, text_pair: str | None = None, max_length:
     Raises:
         ValueError: the model is not pruned, or its tokenizer does not tell the characters of a token.
     """
-    from ..data.models import positions
-
     pruner = getattr(model, "token_pruner", None)
     if pruner is None:
         raise ValueError(f"this {type(model).__name__} is dense: no token leaves it")
@@ -85,10 +87,8 @@ def trace(model, tokenizer, text: str, text_pair: str | None = None, max_length:
     if not ids:
         raise ValueError("the text has no tokens")
     accepted, device = inspect.signature(model.forward).parameters, next(model.parameters()).device
-    training = model.training
-    with torch.no_grad():
-        output = model.eval()(**{k: torch.tensor([v], device=device) for k, v in encoded.items() if k in accepted})
-    model.train(training)
+    with torch.no_grad(), ready(model):
+        output = model(**{k: torch.tensor([v], device=device) for k, v in encoded.items() if k in accepted})
 
     layers, scores = departures(pruner, len(ids))
     spans = [(None, None) if part is None else span for part, span in zip(parts, spans, strict=True)]
@@ -119,7 +119,7 @@ def told(model, logits: torch.Tensor | None) -> tuple:
         {row["layer"]: row["macs"] / row["dense_macs"] for row in rows},
         float(pruner.record.flops_fraction()),
         *_predict(model.config, logits),
-        os.path.basename(os.path.normpath(model.config._name_or_path or type(model).__name__)),
+        os.path.basename(os.path.normpath(model.config.name_or_path or type(model).__name__)),
         pruner.name,
     )
 
@@ -280,11 +280,9 @@ def html(traces: Sequence[Trace], path: str | os.PathLike | None = None) -> str:
     layers = sorted({layer for trace in traces for layer in trace.left})
     intro = (
         f"{escape(traces[0].model)}, pruned by {escape(traces[0].method)}. A coloured token leaves after the layer of "
-    )
-    intro += (
         "its colour, a <b>bold</b> one survives; what is grey was cut and never read. Point at a token for its layer "
+        "and score."
     )
-    intro += "and score."
     body = slider(layers) + "".join(article(trace, layers) for trace in traces)
     return page("Which token leaves where", intro, body, layers, path)
 
@@ -299,7 +297,6 @@ def page(
 ) -> str:
     """The frame of every page, with the colours of its ``layers``, and the script of the slider and of what is pointed
     at; ``intro`` and ``body`` are HTML. Written aside and moved to ``path``, if there is one."""
-    from ..evaluation.rows import whole
 
     colours = "".join(f".s{i} {{ background: {b}; color: {f} }}\n" for i, (b, f) in enumerate(ramp(len(layers)), 1))
     text = f"""<!doctype html>
