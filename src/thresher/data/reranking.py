@@ -1,11 +1,7 @@
-"""Queries with candidates to rank: which of them can be judged, and which pair belongs to which.
-
-Shapes: N pairs of a query and a candidate, of Q queries. The metrics are in ``stats.metrics``.
-"""
+"""Queries with candidates to rank: which of them can be judged. The metrics are in ``stats.metrics``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .task import require
@@ -25,9 +21,3 @@ def judged(frame: DataFrame, query: str, label: str) -> DataFrame:
     both = frame.groupby(query)[label].transform("nunique") == 2
     require(both.any(), f"no query in {query!r} has candidates of both classes: map and mrr need such queries")
     return frame[both]
-
-
-def numbered(queries: Iterable[str]) -> list[int]:
-    """Return (N,) the query of each pair as 0..Q-1, in the order of appearance."""
-    known: dict[str, int] = {}
-    return [known.setdefault(query, len(known)) for query in queries]

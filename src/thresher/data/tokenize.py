@@ -23,6 +23,7 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: Any, max_length: int | Non
         max_length: tokens of a row, special ones included; the longer text of a pair is cut first, and a warning counts
             the rows. None cuts nothing.
     """
+    import pandas
     from datasets import Dataset, concatenate_datasets
     from datasets.utils import tqdm
 
@@ -49,5 +50,6 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: Any, max_length: int | Non
         warnings.warn(f"{cut} of {len(dataset)} texts are longer than {max_length} tokens and were cut", stacklevel=2)
     whole = concatenate_datasets(chunks)
     if task.metric in reranking.METRICS:
-        whole = whole.add_column("row", reranking.numbered(dataset[task.text_columns[0]]))
+        queries = pandas.Series([*dataset[task.text_columns[0]]])
+        whole = whole.add_column("row", queries.factorize()[0].tolist())
     return whole, cut

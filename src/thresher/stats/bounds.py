@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any
 
 LEVEL = 0.05
@@ -63,12 +64,7 @@ def passing(bounds: Iterable[float], limit: float) -> int:
     Angelopoulos et al., "Learn then Test", 2021): if each bound is wrong in at most ``level`` of all draws, then in at
     most ``level`` of all draws does anything pass whose true rate is above the limit, however many are tested.
     """
-    passed = 0
-    for bound in bounds:
-        if bound > limit:
-            break
-        passed += 1
-    return passed
+    return len([*takewhile(lambda bound: bound <= limit, bounds)])
 
 
 def _check(errors: Any, n: Any, level: float) -> None:
