@@ -18,52 +18,30 @@ PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """The layers of a model and what they can do.
+    """The layers of a model and what they can do."""
 
-    Attributes:
-        name: class of the model that was given to ``prune``.
-        base: the innermost model that holds the layers; it is given the 2-D mask.
-        layers: the layers, each once.
-        depth: layer calls of one forward: more than ``len(layers)`` where layers are shared.
-        block: name of the attention block within a layer.
-        drops_inside: where tokens leave. True: the attention block returns the state after the residual, so tokens
-            leave before the FFN of their layer. False: they leave after the layer.
-        shows_inputs: the block hands its keyword arguments to the attention function, which then sees the site.
-        passes_arguments: the layer hands its keyword arguments to the block.
-        relative: positions enter as a bias between pairs, which packed rows cannot carry.
-        binary_mask: the block reads its attention mask as 0/1, whatever the type.
-        causal: a decoder.
-        causal_by_default: what attention takes the absence of a mask for; sdpa takes a module that says nothing of it
-            for causal.
-        arguments: names of the layer's arguments, the hidden states first.
-        costs: MACs of each layer call.
-        first_site, last_site: the layers between which tokens may leave.
-        reads_first_only: the head reads the first token alone.
-        protected: the model's own special tokens, as positions among the live tokens.
-        max_tokens: positions that the model has; None: it does not say.
-        hidden: channels C of a state.
-    """
-
-    name: str
-    base: PreTrainedModel
-    layers: list[nn.Module]
-    depth: int
-    block: str
+    name: str  # class of the model that was given to ``prune``
+    base: PreTrainedModel  # the innermost model that holds the layers; it is given the 2-D mask
+    layers: list[nn.Module]  # each once
+    depth: int  # layer calls of one forward: more than ``len(layers)`` where layers are shared
+    block: str  # name of the attention block within a layer
+    # where tokens leave: before the FFN of their layer, as the attention block returns the state after the residual, or
+    # after the layer
     drops_inside: bool
-    shows_inputs: bool
-    passes_arguments: bool
-    relative: bool
-    binary_mask: bool
-    causal: bool
-    causal_by_default: bool
-    arguments: list[str]
-    costs: tuple[LayerCost, ...]
-    first_site: int
-    last_site: int
-    reads_first_only: bool
-    protected: tuple[int, ...]
-    max_tokens: int | None
-    hidden: int
+    shows_inputs: bool  # the block hands its keyword arguments to the attention function, which then sees the site
+    passes_arguments: bool  # the layer hands its keyword arguments to the block
+    relative: bool  # positions enter as a bias between pairs, which packed rows cannot carry
+    binary_mask: bool  # the block reads its attention mask as 0/1, whatever the type
+    causal: bool  # a decoder
+    causal_by_default: bool  # attention takes the absence of a mask for causal, as sdpa does of a silent module
+    arguments: list[str]  # names of the layer's arguments, the hidden states first
+    costs: tuple[LayerCost, ...]  # MACs of each layer call
+    first_site: int  # tokens may leave from this layer on
+    last_site: int  # to this one
+    reads_first_only: bool  # the head reads the first token alone
+    protected: tuple[int, ...]  # the model's own special tokens, as positions among the live tokens
+    max_tokens: int | None  # positions that the model has; None: it does not say
+    hidden: int  # channels C of a state
 
     @classmethod
     def sketch(cls, name: str, depth: int) -> Architecture:
@@ -216,8 +194,7 @@ def embeds(model: PreTrainedModel) -> bool:
 
 
 def returns_residual_state(layer: nn.Module, block: nn.Module) -> bool:
-    """Post-LN layers of BERT's kind: one of the layer's two norms lies within the attention block, after its
-    residual."""
+    """Post-LN layers of BERT's kind: one of the two norms lies within the attention block, after its residual."""
     norms = [m for m in layer.modules() if isinstance(m, nn.LayerNorm)]
     if len(norms) != 2 or norms[0].weight is None or norms[0].weight.shape != norms[1].weight.shape:
         return False

@@ -83,8 +83,7 @@ def calls_attention_interface(module: nn.Module) -> bool:
 
 
 def hands_on(module: nn.Module, call: str) -> bool:
-    """Whether a forward passes its ``**kwargs`` to ``call``; read from the source, as transformers does in such
-    questions."""
+    """Whether a forward passes its ``**kwargs`` to ``call``; read from the source, as transformers does itself."""
     return bool(re.search(r"\*\*\w+", source(type(module)).partition(call)[2]))
 
 
@@ -94,8 +93,7 @@ def reads_binary_mask(module: nn.Module) -> bool:
 
 
 def frames_mask(model: PreTrainedModel, frames: int, mask: Tensor) -> Tensor | None:
-    """(B, ``frames``): the mask of samples (B, samples) for the frames that the layers see; None: the model has no such
-    rule."""
+    """(B, ``frames``): the mask of samples (B, samples) for the frames that the layers see; None: there is no rule."""
     rule = getattr(model, "_get_feature_vector_attention_mask", None)
     return None if rule is None else rule(frames, mask)
 

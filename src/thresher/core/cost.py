@@ -21,12 +21,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerCost:
-    """MACs of one layer: ``attention`` and ``ffn`` per token (the sizes of their weights), ``width`` = heads x head
-    size."""
+    """MACs of one layer: per token those of the weights, and per pair of tokens those of the heads."""
 
-    attention: int
-    ffn: int
-    width: int
+    attention: int  # size of the weights of its attention
+    ffn: int  # size of the weights of its FFN
+    width: int  # heads x head size
 
     def macs(self, n_attention: Any, n_ffn: Any, scored: bool = False, predictor: int = 0, spent: Any = 0) -> Any:
         """MACs of a row with ``n_attention`` tokens in the attention block and ``n_ffn`` in the FFN.
@@ -40,14 +39,13 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class LayerCount:
-    """Tokens of one layer in one forward: (B,) entering its attention, (B,) entering its FFN, whether it was scored,
-    the MACs per token of a predictor, and those of a score that are none of the two, by row."""
+    """Tokens of one layer in one forward."""
 
-    n_attention: Tensor
-    n_ffn: Tensor
-    scored: bool = False
-    predictor: int = 0
-    spent: Tensor | int = 0
+    n_attention: Tensor  # (B,) entering its attention
+    n_ffn: Tensor  # (B,) entering its FFN
+    scored: bool = False  # whether it was scored
+    predictor: int = 0  # MACs per token of a predictor
+    spent: Tensor | int = 0  # MACs of a score that are none of the two, by row
 
 
 def macs(costs: Sequence[LayerCost], counts: Sequence[LayerCount]) -> Tensor:

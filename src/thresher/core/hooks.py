@@ -41,59 +41,34 @@ _THREAD = threading.local()  # .calls and .options: {Hooks: CallState} and {Hook
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was decided about a cache when it was filled, written on it as ``cache.token_pruning``.
+    """What was decided about a cache when it was filled, written on it as ``cache.token_pruning``."""
 
-    Attributes:
-        dropped: whether tokens left while it was filled.
-        refusal: why it cannot be decoded from; empty: it can.
-    """
-
-    dropped: bool
-    refusal: str = ""
+    dropped: bool  # whether tokens left while it was filled
+    refusal: str = ""  # why it cannot be decoded from; empty: it can
 
 
 @dataclass
 class CallState:
-    """One forward of a pruned model between its layers. It ends with the forward, also by an exception.
+    """One forward of a pruned model between its layers. It ends with the forward, also by an exception."""
 
-    Attributes:
-        options: what this thread asked for when the forward began; with ``mode="dense"`` the hooks do nothing.
-        pruner: the method at work.
-        layout: how tokens lie.
-        soft: whether tokens fade instead of leaving.
-        mask: (B, N0), non-zero at real tokens; None: all are real.
-        whole: whether the mask is known to hold no zero.
-        ids: (B, N0), None where the model was called without.
-        wants: which of "hidden_states" and "attentions" the caller asked for.
-        layer: number of the layer call that comes next.
-        tokens: what is left; None before the first layer.
-        protected: (B, N0).
-        states: what entered the current layer.
-        site: of the current layer, where tokens may leave or a packed row runs.
-        previous: the last site where something was decided.
-        sites, counts: of the layers so far.
-        seen: the hidden states that entered each layer, put back, and the tokens of each layer, where they are wanted.
-        last: the states after the last layer, put back.
-    """
-
-    options: Options
-    pruner: TokenPruner
-    layout: type[Tokens] = Masked
-    soft: bool = False
-    mask: Tensor | None = None
-    whole: bool = False
-    ids: Tensor | None = None
-    wants: frozenset[str] = frozenset()
-    layer: int = 0
-    tokens: Tokens | None = None
-    protected: Tensor | None = None
-    states: Tensor | None = None
-    site: Site | None = None
-    previous: Site | None = None
-    sites: list[Site] = field(default_factory=list)
-    counts: list[LayerCount] = field(default_factory=list)
+    options: Options  # what this thread asked for when the forward began; with ``mode="dense"`` the hooks do nothing
+    pruner: TokenPruner  # the method at work
+    soft: bool = False  # whether tokens fade instead of leaving
+    mask: Tensor | None = None  # (B, N0), non-zero at real tokens; None: all are real
+    whole: bool = False  # whether the mask is known to hold no zero
+    ids: Tensor | None = None  # (B, N0), None where the model was called without
+    wants: frozenset[str] = frozenset()  # which of "hidden_states" and "attentions" the caller asked for
+    layer: int = 0  # number of the layer call that comes next
+    tokens: Tokens | None = None  # what is left; None before the first layer
+    protected: Tensor | None = None  # (B, N0)
+    states: Tensor | None = None  # what entered the current layer
+    site: Site | None = None  # of the current layer, where tokens may leave or a packed row runs
+    previous: Site | None = None  # the last site where something was decided
+    sites: list[Site] = field(default_factory=list)  # of the layers so far
+    counts: list[LayerCount] = field(default_factory=list)  # of the layers so far
+    # of each layer, where they are wanted: the hidden states that entered it, put back, and its tokens
     seen: list[tuple[Tensor | None, Tokens]] = field(default_factory=list)
-    last: Tensor | None = None
+    last: Tensor | None = None  # the states after the last layer, put back
 
     @property
     def dense(self) -> bool:
@@ -202,18 +177,14 @@ class Hooks:
         calls, before = _THREAD.calls, _THREAD.calls.get(self)
         calls[self] = call
         try:
-            output = self.run(*args, **kwargs)
+            base = self.architecture.base
+            output = type(base).forward(base, *args, **kwargs) if self.inner is None else self.inner(*args, **kwargs)
         finally:
             if before is None:
                 del calls[self]
             else:
                 calls[self] = before
         return output if call.dense else self.end(call, kwargs, output)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward."""
-        base = self.architecture.base
-        return type(base).forward(base, *args, **kwargs) if self.inner is None else self.inner(*args, **kwargs)
 
     def begin(self, kwargs: dict) -> CallState:
         """Read what this forward is given; blank rows get a first token in ``kwargs``."""
@@ -302,10 +273,10 @@ class Hooks:
                     "mask, on inputs without padding"
                 )
         whole = mask is None or call.whole
-        call.layout = self.layout_for(soft=call.soft, cached=cached, batch=hidden.shape[0], whole=whole)
-        if "attentions" in call.wants and call.layout is Packed:
-            call.layout = Padded  # which has the probabilities of a batch in one tensor
-        call.tokens = call.layout.start(hidden, mask, call.whole)
+        layout = self.layout_for(soft=call.soft, cached=cached, batch=hidden.shape[0], whole=whole)
+        if "attentions" in call.wants and layout is Packed:
+            layout = Padded  # which has the probabilities of a batch in one tensor
+        call.tokens = layout.start(hidden, mask, call.whole)
         call.protected = self.pruner.protection(call.tokens.alive, call.ids, call.options.protect)
         return call.tokens.enter(hidden)
 
@@ -335,7 +306,7 @@ class Hooks:
         if call.wants:
             states = tokens.put_back(hidden) if "hidden_states" in call.wants else None
             call.seen.append((states, tokens))
-        shown = site if site is not None and (site.acts or call.layout is Packed) else None
+        shown = site if site is not None and (site.acts or isinstance(tokens, Packed)) else None
         masks = arch.causal and not arch.shows_inputs  # eager attention takes no mask for no mask, and not for causal
         if not (shown or masks or tokens.touched):
             return None
@@ -359,7 +330,7 @@ class Hooks:
         pruner, number = call.pruner, -1
         if call.options.mode == "pruned":
             number = pruner.site(call.layer)
-        if number < 0 and call.layout is not Packed:
+        if number < 0 and not isinstance(tokens, Packed):
             return None
         protected = call.protected
         assert protected is not None, "start() says which"
@@ -431,7 +402,7 @@ class Hooks:
         return site.after
 
     def check_shown(self, site: Site) -> None:
-        if self.pruner.needs_attention and not site.ready:
+        if self.pruner.needs_attention and site.inputs is None and site.weights is None:
             raise RuntimeError(
                 f"layer {site.layer} of {self.architecture.name} delivered no attention, so nothing would be pruned; "
                 "load the model with attn_implementation='sdpa' or 'eager', and do not change it after prune()"
@@ -529,7 +500,7 @@ class Hooks:
         dropped = any(site.after not in (None, site.tokens) for site in call.sites)
         even = all(bool((count.n_attention == count.n_attention[0]).all()) for count in call.counts)
         refusal = ""
-        if dropped and call.layout is Masked:
+        if dropped and isinstance(call.tokens, Masked):
             refusal = "layout='mask' hid tokens that it still holds"
         elif dropped and not (even and (call.mask is None or call.whole)):
             refusal = "its rows have padding or kept different counts"

@@ -7,8 +7,7 @@
 A model is a program that others wrote. Whether its attention is causal without saying so, or whether it adds to the
 logits what narrowed inputs no longer fit, cannot be read off it with certainty. So a copy of its first layers, which
 shares its weights, runs on a few tokens. The half that is kept goes by position, so that rounding cannot change the
-choice; it is every other token, so that the kept ones change their places. A fault of structure is far larger than the
-tolerances.
+choice; it is every other token, so that the kept ones change their places. A fault is far larger than the tolerances.
 """
 
 from __future__ import annotations
@@ -43,15 +42,11 @@ COARSE = 5e-2  # bfloat16, whose rounding alone makes a hundredth
 
 @dataclass(frozen=True)
 class Proof:
-    """What a probe found.
+    """What a probe found."""
 
-    Attributes:
-        faults: why a layout does not serve the model, in one line; a layout that serves it is not in it.
-        skipped: why nothing was tried; empty: it was.
-    """
-
+    # why a layout does not serve the model, in one line; a layout that serves it is not in it
     faults: dict[str, str] = field(default_factory=dict)
-    skipped: str = ""
+    skipped: str = ""  # why nothing was tried; empty: it was
 
 
 class EveryOther(TokenPruner):

@@ -187,8 +187,7 @@ class TokenPruner(nn.Module):
         return score, self.choose(score, view)
 
     def gates(self, score: Tensor, view: View) -> Tensor:
-        """(B, N) logarithm of the gate of each token, while ``soft``. The base leaves protected tokens and the floor
-        open."""
+        """(B, N) log of the gate of each token, while ``soft``. The base leaves protected tokens and the floor open."""
         raise NotImplementedError(f"{type(self).__name__} has no soft stage")
 
     def build(self, model: Architecture) -> None:
@@ -312,8 +311,7 @@ class TokenPruner(nn.Module):
         return order >= order.topk(min(self.min_keep, order.shape[1])).values[:, -1:]
 
     def select(self, site: Site) -> None:
-        """Make the score and the choice of a site: live tokens alone, protected ones always, never fewer than
-        ``min_keep``."""
+        """Make the score and the choice of a site: live tokens alone, protected ones always, ``min_keep`` at least."""
         view = site.view
         site.score, choice = self.score_and_choose(view)
         keep = choice.keep & view.alive | view.protected

@@ -21,17 +21,11 @@ Statistic = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Logits:
-    """How an attention function makes logits of products: scale, cap softly, and let each head's sink take a share.
+    """How an attention function makes logits of products: scale, cap softly, and let each head's sink take a share."""
 
-    Attributes:
-        scaling: of the products.
-        softcap: c of c tanh(logits / c), before the mask (Gemma 2); None: no cap.
-        sinks: (H,) logits of a key that is not there (gpt-oss); None: no sinks.
-    """
-
-    scaling: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
+    scaling: float  # of the products
+    softcap: float | None = None  # c of c tanh(logits / c), before the mask (Gemma 2); None: no cap
+    sinks: Tensor | None = None  # (H,) logits of a key that is not there (gpt-oss); None: no sinks
 
     @property
     def plain(self) -> bool:

@@ -60,31 +60,23 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
 
 
 class Tokens:
-    """Tokens of a batch in one of the three layouts; immutable, each ``drop`` gives a new one.
-
-    Attributes:
-        alive: (B, N) bool, the slots that hold a live token (padding and dropped tokens are False).
-        index: (B, N) long, the original position of the token in each slot.
-        full: (B, N0, C), the last complete state of every original token; None until something was dropped.
-        even: whether every slot is known to hold a live token.
-        touched: whether anything differs from what the model laid out itself.
-        width: N0.
-        log_gate: (B, N) or None, the logarithm of each token's soft gate while a method trains softly.
-        log_size: (B, N) or None, the logarithm of how many tokens each one stands for, where keys weigh by it.
-        home: (B, N0) long, the original position of what holds each token; None until some were merged.
-        mixed: how states are summed on the way into this layout, see ``merge``; None: they are not.
-    """
+    """Tokens of a batch in one of the three layouts; immutable, each ``drop`` gives a new one."""
 
     _live: Tensor | None = None
 
     def __init__(self, alive: Tensor, index: Tensor, even: bool = False):
-        self.alive, self.index, self.even, self.width = alive, index, even, index.shape[1]
+        self.alive = alive  # (B, N) bool, the slots that hold a live token and neither padding nor a dropped one
+        self.index = index  # (B, N) long, the original position of the token in each slot
+        self.even = even  # whether every slot is known to hold a live token
+        self.width = index.shape[1]  # N0
+        self.touched = False  # whether anything differs from what the model laid out itself
+        # (B, N0, C), the last complete state of every original token; None until something was dropped
         self.full: Tensor | None = None
-        self.log_gate: Tensor | None = None
-        self.log_size: Tensor | None = None
+        self.log_gate: Tensor | None = None  # (B, N), logarithm of each token's gate while a method trains softly
+        self.log_size: Tensor | None = None  # (B, N), of how many tokens each one stands for, where keys weigh by it
+        # (B, N0) long, the original position of what holds each token; None until some were merged
         self.home: Tensor | None = None
-        self.mixed: tuple | None = None
-        self.touched = False
+        self.mixed: tuple | None = None  # how states are summed on the way into this layout, see ``merge``
 
     @classmethod
     def start(cls, hidden: Tensor, mask: Tensor | None, even: bool = False) -> Tokens:
@@ -307,16 +299,11 @@ class Masked(Tokens):
 
 
 class Padded(Tokens):
-    """Rectangular: as wide as the row that keeps the most.
-
-    Attributes:
-        pool: (B, N, C) states before each drop; what is put back is read from them at the end, once.
-        place: (B, N0) long, where in the pool, laid end to end, the last state of each original token lies.
-    """
+    """Rectangular: as wide as the row that keeps the most."""
 
     source: Tensor | None = None  # (B, N) slots of the layout before
-    pool: tuple[Tensor, ...] = ()
-    place: Tensor | None = None
+    pool: tuple[Tensor, ...] = ()  # (B, N, C) states before each drop, from which tokens are put back at the end, once
+    place: Tensor | None = None  # (B, N0) long, where in the pool, laid end to end, the last state of each token lies
 
     def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
         if self.unchanged(keep):
@@ -378,22 +365,17 @@ class Padded(Tokens):
 
 
 class Packed(Tokens):
-    """All live tokens of the batch in one row, sequence after sequence.
+    """All live tokens of the batch in one row, sequence after sequence."""
 
-    Attributes:
-        rows: (T,) long, each token's row of the flattened (B * N0, C) original.
-        lengths: live tokens per sequence.
-        spare: rows behind the last token that hold nothing of worth: of states in bf16 on a CPU each new number of rows
-            costs a new kernel of every layer, so that there are few.
-    """
-
-    rows: Tensor
+    rows: Tensor  # (T,) long, each token's row of the flattened (B * N0, C) original
+    lengths: list[int]  # live tokens per sequence
     full: Tensor
-    slots: Tensor | None
-    masks: dict[int, tuple[Tensor, dict[int, Tensor | None]]]
+    slots: Tensor | None  # (T,) long, the tokens among the slots (B, N) of a padded batch; None: every slot has one
+    masks: dict[int, tuple[Tensor, dict[int, Tensor | None]]]  # the parts of each mask that were cut, by sequence
+    # rows behind the last token that hold nothing of worth: of states in bf16 on a CPU each new number of rows costs a
+    # new kernel of every layer, so that there are few
     spare: int = 0
     even: bool = False  # whether there are
-    lengths: list[int]
     source: Tensor | None = None  # (T,) rows of the layout before
     owned: bool = False  # ``full`` is a copy of our own, so that without gradients it may be written in place
 
@@ -464,8 +446,7 @@ class Packed(Tokens):
         self.owned = True
 
     def runs(self, *states: Tensor) -> Iterator[tuple[int, int, list[Tensor]]]:
-        """(first sequence, length, the part (count, H, length, d) of each of ``states`` (1, H, T, d)) of each run of
-        equally long neighbours."""
+        """(first sequence, length, parts (count, H, length, d) of the ``states``) of each run of equal neighbours."""
         sequence = row = 0
         for length, group in groupby(self.lengths):
             count = len(list(group))

@@ -35,48 +35,30 @@ class AttentionInputs:
         return additive(mask, length, self.causal, self.query.device)
 
 
+@dataclass(eq=False, repr=False)
 class Site:
-    """One layer of one forward at which tokens may leave: what the layer shows, and what is decided.
+    """One layer of one forward at which tokens may leave: what the layer shows, and what is decided."""
 
-    Attributes:
-        layer: 0-based number of the layer call.
-        number: position of the layer in the method's ``at``; -1 where it has none.
-        tokens: the tokens that entered the layer.
-        protected: (B, N) bool, tokens that never leave.
-        statistic: what the score takes of the attention probabilities, where it is made with the attention; None: it
-            is not.
-        inputs, weights, scores: what the layer showed: the inputs of its attention function, its probabilities
-            (B, H, N, N), or the statistic (B, N).
-        score: (B, N), the importance score, once it was made.
-        choice: the method's choice, once it was made.
-        after: the tokens that go on, once they are known.
-        previous: the site before this one.
-        passed: whether nothing can leave here, so that the layer need show nothing.
-        counts: (B, S), how many tokens each row keeps, where the caller says so.
-    """
-
-    def __init__(self, layer: int, number: int, tokens: Tokens, protected: Tensor, hidden: Tensor | None):
-        self.layer, self.number, self.tokens, self.protected, self.hidden = layer, number, tokens, protected, hidden
-        self.statistic: Statistic | None = None
-        self.inputs: AttentionInputs | None = None
-        self.weights: Tensor | None = None
-        self.scores: Tensor | None = None
-        self.score: Tensor = None  # type: ignore[assignment]  # until it is made
-        self.choice: Choice | None = None
-        self.after: Tokens | None = None
-        self.previous: Site | None = None
-        self.passed = False
-        self.counts: Tensor | None = None
+    layer: int  # 0-based number of the layer call
+    number: int  # position of the layer in the method's ``at``; -1 where it has none
+    tokens: Tokens  # those that entered the layer
+    protected: Tensor  # (B, N) bool, tokens that never leave
+    hidden: Tensor | None  # the states that entered the layer, in the layout of ``tokens``
+    statistic: Statistic | None = None  # of the attention probabilities, where the score is made with the attention
+    inputs: AttentionInputs | None = None  # what the layer showed: what its attention function was given,
+    weights: Tensor | None = None  # its attention probabilities (B, H, N, N),
+    scores: Tensor | None = None  # or the ``statistic`` of them (B, N)
+    score: Tensor = None  # type: ignore[assignment]  # (B, N), the importance score, once it was made
+    choice: Choice | None = None  # the method's, once it was made
+    after: Tokens | None = None  # the tokens that go on, once they are known
+    previous: Site | None = None  # the site before this one
+    passed: bool = False  # whether nothing can leave here, so that the layer need show nothing
+    counts: Tensor | None = None  # (B, S), how many tokens each row keeps, where the caller says so
 
     @property
     def acts(self) -> bool:
         """Whether tokens may leave here."""
         return self.number >= 0 and not self.passed
-
-    @property
-    def ready(self) -> bool:
-        """Whether the layer has shown its attention."""
-        return self.inputs is not None or self.weights is not None
 
     @property
     def alive(self) -> Tensor:

@@ -42,8 +42,7 @@ class Flaws:
 
 
 def normalized(frame: DataFrame, columns: Sequence[str]) -> Series:
-    """Return the text of each row in lower case, blanks as one; a pair in alphabetical order, so that a swapped pair is
-    the same."""
+    """Return the text of each row in lower case, blanks as one; a pair in alphabetical order, as it may be swapped."""
     import pandas
 
     texts = zip(*([" ".join(str(text).casefold().split()) for text in frame[c]] for c in columns), strict=True)

@@ -54,8 +54,7 @@ def hold_out(
 
 
 def hold_out_groups(frame: DataFrame, column: str, share: float) -> tuple[DataFrame, DataFrame]:
-    """Return what is left, and whole groups of rows, equal in ``column``, of about ``share`` of all rows, at least one
-    group."""
+    """Return what is left, and groups of rows, equal in ``column``, of about a ``share`` of all rows, one at least."""
     groups = normalized(frame, [column])
     names = [*groups[frame[column].sort_values().index].unique()]
     require(len(names) > 1, f"all {len(frame)} rows are on one {column}: expected two, to hold one out")

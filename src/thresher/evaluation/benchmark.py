@@ -43,29 +43,17 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class Runner:
-    """One of the things that are timed in turn: what its row says already, and how it runs.
+    """One of the things that are timed in turn: what its row says already, and how it runs."""
 
-    Attributes:
-        row: the fields of its row that are known before the timing.
-        forward: a transformers model, or the ``forward`` of a ``Runtime``.
-        predictions: its answers on all examples, and their MACs.
-        costs: MACs of its layers.
-        pruner: the method; None for a dense model.
-        pad_to: the width of every batch; None: that of its longest row.
-        counts: (N, S) tokens to keep, of a method that replays them.
-        batched: timed at batch sizes above 1 alone.
-        times: (repeats, batches) seconds.
-    """
-
-    row: dict
-    forward: Callable
-    predictions: Predictions
-    costs: Sequence[LayerCost] = ()
-    pruner: TokenPruner | None = None
-    pad_to: int | None = None
-    counts: Tensor | None = None
-    batched: bool = False
-    times: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    row: dict  # the fields of its row that are known before the timing
+    forward: Callable  # a transformers model, or the ``forward`` of a ``Runtime``
+    predictions: Predictions  # its answers on all examples, and their MACs
+    costs: Sequence[LayerCost] = ()  # MACs of its layers
+    pruner: TokenPruner | None = None  # the method; None for a dense model
+    pad_to: int | None = None  # the width of every batch; None: that of its longest row
+    counts: Tensor | None = None  # (N, S) tokens to keep, of a method that replays them
+    batched: bool = False  # timed at batch sizes above 1 alone
+    times: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))  # (repeats, batches) seconds
 
     def run(self, rows: list[int], inputs: dict[str, Tensor]) -> float:
         """Seconds of one forward."""

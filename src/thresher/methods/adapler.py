@@ -94,8 +94,7 @@ class AdapLeR(Thresholded):
 
     @staticmethod
     def apart(site: Site, salient: Tensor) -> Tensor:
-        """Compute a scalar: KL of the contributions at a site from the shares of saliency (B, N), the mean over
-        rows."""
+        """Compute a scalar, the mean over rows: KL of a site's contributions from the shares of saliency (B, N)."""
         weight = (salient + 1e-12 * site.protected) * site.tokens.votes.detach()  # where none is salient, [CLS] is
         target = weight / weight.sum(1, keepdim=True).clamp(min=1e-20)
         share = site.score / site.tokens.live[:, None]

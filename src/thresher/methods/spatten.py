@@ -19,10 +19,7 @@ class SpAtten(TopK):
     query rows. What has left never comes back. Choice and budget are those of ``TopK``, whose score is that of one
     layer.
 
-    Args:
-        keep: as in ``TopK``.
-        target_flops: as in ``TopK``.
-        at: default: every second layer after the first sixth of the depth.
+    Arguments as ``TopK``; ``at`` names by default every second layer after the first sixth of the depth.
 
     ==================================  ================================  ==============================================
     paper                               here                              why

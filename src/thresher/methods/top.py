@@ -265,8 +265,7 @@ class ToP(Constrained):
         return total + weight * self.ranking_loss_of(record, teacher)
 
     def expected(self, tokens: Tensor, protected: Tensor, rank: Any = None, gate: Any = None) -> Tensor:
-        """Compute a scalar: the expected cost as a fraction of the dense one; shapes as in ``cost``. Of the odds now,
-        or of given ones."""
+        """Compute a scalar, as ``cost`` does: the expected cost of the odds now, or of given ones, as a fraction."""
         rank, gate = (self.rank, self.gate) if rank is None else (rank, gate)
         share = chance(rank)
         if gate is not None:
@@ -279,15 +278,13 @@ class ToP(Constrained):
         return min(1.0, self.progress / max(1e-9, self.ramp))
 
     def target_now(self, tokens: Tensor, protected: Tensor) -> float:
-        """Return the target now, on its way from the cost where the training starts to ``target``; shapes as in
-        ``cost``."""
+        """Return the target now, on its way from the cost at the start to ``target``; shapes as in ``cost``."""
         start = self.expected(tokens, protected, *(odds.to(tokens.device) for odds in self.start)).item()
         return start + (self.target(tokens) - start) * self.ramped
 
     # --- the ranking ---------------------------------------------------------------------------------------------
     @property
     def ranks_teacher(self) -> bool:
-        """Whether ``loss`` wants the teacher's ranking."""
         return self.rank_loss != "none"
 
     def ranking_loss_of(self, record: Record, teacher: Any) -> Tensor:

@@ -35,21 +35,14 @@ REFERENCE = "\N{MULTIPLICATION SIGN} torch fp32 padded"
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its heading, a text for each row, and when it leaves.
-
-    Attributes:
-        rank: 0 stays; of the others the highest leaves first.
-        short: what takes its place when its turn comes, instead of nothing.
-        key: tells rows apart: it never leaves, but joins the other keys in one column of several lines.
-        wrap: its cells may go on in a second line.
-    """
+    """A column: its heading, a text for each row, and when it leaves."""
 
     heading: str
     cells: Sequence[str]
-    rank: float = 0
-    short: Column | None = None
-    key: bool = False
-    wrap: bool = False
+    rank: float = 0  # 0 stays; of the others the highest leaves first
+    short: Column | None = None  # what takes its place when its turn comes, instead of nothing
+    key: bool = False  # tells rows apart: it never leaves, but joins the other keys in one column of several lines
+    wrap: bool = False  # its cells may go on in a second line
     left: bool = False
 
     @property

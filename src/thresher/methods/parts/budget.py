@@ -100,8 +100,7 @@ def falling(target: float, share: float) -> float:
 
 
 def bisect_to_budget(falling: Callable[[float], float], target: float) -> float:
-    """Bring a falling function as close to ``target`` as can be found, from 0 on. Returns its value there; the last
-    call was there too."""
+    """Bring a falling function close to ``target``, searching from 0 on. Returns its value there, in the last call."""
     tried: dict[float, float] = {}
     last = 0.0
 

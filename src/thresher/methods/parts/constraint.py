@@ -21,14 +21,7 @@ OVER = 1.02  # times the target: above, a schedule is over budget
 
 
 class Constrained(TokenPruner):
-    """Constrain the cost that is expected of texts of the lengths that were seen.
-
-    Args:
-        target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. 0.4 where no
-            other target is given.
-        target_latency: instead, time to be left, as a fraction of the dense model's without padding.
-        target_latency_ms: instead, mean milliseconds per example.
-    """
+    """Constrain the cost that is expected of texts of the lengths that were seen. The targets are those of ``ToP``."""
 
     target_flops: float | None = None
     target_latency: float | None = None

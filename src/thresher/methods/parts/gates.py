@@ -23,8 +23,7 @@ def chance(odds: Tensor) -> Tensor:
 
 
 def sample(odds: Tensor) -> Tensor:
-    """Draw hard concrete variables in [0, 1] of the shape of their log ``odds`` (Louizos et al., ICLR 2018, eq.
-    10-11)."""
+    """Draw hard concrete variables in [0, 1] of the shape of their log ``odds`` (Louizos et al., 2018, eq. 10-11)."""
     noise = torch.rand_like(odds).clamp(1e-6, 1 - 1e-6)
     return (((noise.logit() + odds) / BETA).sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
 

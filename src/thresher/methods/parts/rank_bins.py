@@ -33,8 +33,7 @@ def within(on: Tensor | int, count: Tensor, bins: int) -> Tensor:
 
 @cache
 def places(bins: int, longest: int, floor: int) -> Tensor:
-    """Count (longest + 1, bins): how many of m ranked tokens fall into each bin, for every m, the ``floor`` best left
-    out."""
+    """Count (longest + 1, bins): for every m how many of m ranked tokens fall into each bin, but the ``floor`` best."""
     count, rank = torch.arange(longest + 1)[:, None], torch.arange(longest)
     into = bin_of(rank, count.clamp(min=1), bins).clamp(max=bins - 1)
     return torch.zeros(longest + 1, bins).scatter_add_(1, into, ((rank < count) & (rank >= floor)).float())

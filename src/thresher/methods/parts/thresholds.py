@@ -19,15 +19,7 @@ from .gates import log_gate
 class Thresholded(Budgeted):
     """Keep the tokens whose score reaches a threshold, one per site, whose gradient is that of a gate.
 
-    Args:
-        target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. None: no target;
-            the penalty is ``weight`` times the mean gate.
-        weight: of the penalty. Default 10 with a target, 0.1 without.
-        temperature: of the gates, in units of the score.
-        init: the threshold of all sites at the start.
-        soft_until: share of the training that is soft.
-        straight_through: whether gates are 0 or 1 in the soft stage.
-        min_keep: tokens that a row keeps at least, protected ones included.
+    Arguments as ``LTP``; ``init`` is the threshold of all sites at the start, ``temperature`` in units of the score.
     """
 
     target_flops: float | None = None
