@@ -16,10 +16,9 @@ from support.methods import Holes
 from support.toy import OPTIONS, make_toy
 from thresher import ToP, prune
 from thresher.experiments import train as jobs
-from thresher.methods.parts.constraint import rows_of
 from thresher.methods.parts.gates import chance, odds, sample
 from thresher.methods.parts.rank_bins import bin_of, kept_of_bins, nearest_mask, within
-from thresher.methods.top import BOUND
+from thresher.methods.top import BOUND, rows_of
 
 BERT = FAMILIES["bert"]
 LENGTHS = (24, 18, 10, 21)

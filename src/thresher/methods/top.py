@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..core.architecture import Architecture
-from ..core.pruner import Batch, Choice, Record, RunAgain, RunBatch
+from ..core.cost import LatencyTable, Price, tokens_by_layer
+from ..core.pruner import Batch, Choice, Record, RunAgain, RunBatch, TokenPruner
 from ..core.tokens import CLOSED
 from ..core.view import View
-from .parts.constraint import OVER, Constrained, lengths_of, rows_of
+from .parts.budget import OutOfReach
 from .parts.gates import Ascend, chance, odds, rounded, sample
 from .parts.rank_bins import bin_of, first_bins, kept_of_bins, nearest_mask, within
 from .parts.rank_distillation import RANK_LOSSES, overlap, ranking_loss, taught_by
 from .parts.selection import all_but_last, check_schedule, ranks
 
+TARGETS = ("target_flops", "target_latency", "target_latency_ms")
+OVER = 1.02  # times the target: above, a schedule is over budget
 BOUND = math.log(100)  # of the parameters, their log odds
 GATE, WORST = 0.98, 0.9  # the chance of a gate, and of the last bin of the first site, to be on at the start
 DEEPER = 3.0  # how much lower the odds of the last site start
@@ -27,7 +30,7 @@ EDGE = 0.03  # of the bins, over which the odds of a schedule go from one end to
 STIFF = 100.0  # the multiplier of the squared excess where the training starts
 
 
-class ToP(Constrained):
+class ToP(TokenPruner):
     """Keep bins of relative rank, learned under a constraint on the expected cost (Li, Zhang, Xu, Wang, Yan, Xia, Yang,
     Cao, Sun, Deng, Zhang and Yang, "Constraint-aware and Ranking-distilled Token Pruning for Efficient Transformer
     Inference", KDD 2023), after its released code.
@@ -97,6 +100,9 @@ class ToP(Constrained):
     ===================================  =====================================  ======================================
     """
 
+    target_flops: float | None = None
+    target_latency: float | None = None
+    target_latency_ms: float | None = None
     bins: int = 32
     topk: int = 20
     rank_loss: str = "arp2"
@@ -151,6 +157,16 @@ class ToP(Constrained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        targets = self.targets
+        if len(targets) > 1:
+            raise ValueError(f"{' and '.join(f'{k}={v}' for k, v in targets.items())}: expected one target")
+        for name, value in targets.items():
+            if not 0 < value < math.inf or (value > 1 and name != "target_latency_ms"):
+                what = "a positive number" if name == "target_latency_ms" else "a fraction of the dense cost in (0, 1]"
+                raise ValueError(f"{name}={value}: expected {what}")
+        if not targets:
+            self.target_flops = 0.4
+        self.table: LatencyTable | None = None
         if self.rank_loss not in RANK_LOSSES:
             raise ValueError(f"rank_loss={self.rank_loss!r}: expected one of {', '.join(RANK_LOSSES)}")
         for name, least in (("bins", 1), ("topk", 1), ("floor", 0)):
@@ -167,7 +183,7 @@ class ToP(Constrained):
     default_at = all_but_last
 
     def build(self, model: Architecture) -> None:
-        super().build(model)
+        self.lengths: tuple[Tensor, Tensor] | None = None  # of inputs that the target is meant for
         sites = len(self.sites)
         deeper = DEEPER * torch.linspace(0, 1, sites)[:, None]
         check_schedule(self.schedule, self.sites)
@@ -187,6 +203,61 @@ class ToP(Constrained):
         if self.schedule is not None and self.sites:
             taught = max(taught, self.sites[0] + 1)  # where it lets tokens leave late, the first site learns
         self.early = [i for i, layer in enumerate(self.sites) if layer < taught]
+
+    # --- the target and the cost ---------------------------------------------------------------------------------
+    @property
+    def targets(self) -> dict[str, float]:
+        """The targets that are given."""
+        return {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
+
+    @property
+    def needs_table(self) -> bool:
+        """Whether the target is one of time."""
+        return self.target_flops is None
+
+    @property
+    def price(self) -> Price:
+        """What forwards cost, in MACs, or in ms where the target is one of time."""
+        if self.needs_table and self.table is None:
+            raise RuntimeError("a target of time needs measured times: set pruner.table = latency_table(model)")
+        return Price(self.architecture.costs, self.table if self.needs_table else None)
+
+    def target(self, tokens: Tensor) -> float:
+        """Return the target as a fraction of the dense cost on rows of ``tokens``."""
+        if self.target_latency_ms is None:
+            share = self.target_latency if self.target_flops is None else self.target_flops
+            assert share is not None, "one of the targets is set"
+            return share
+        return self.target_latency_ms / self.price.dense(tokens).mean().item()
+
+    def cost(
+        self, tokens: Tensor, protected: Tensor, stay: Callable[[int, Tensor], Tensor], idle: Iterable[int] = ()
+    ) -> Tensor:
+        """Compute a scalar: the cost as a fraction of the dense model's on rows of ``tokens``, of which ``protected``
+        cannot leave; ``stay(site, n)`` says how many of n others stay. A row keeps one. ``idle`` sites are not
+        scored."""
+        after = {
+            layer: lambda n, site=site: (protected + stay(site, n - protected)).clamp(min=1)
+            for site, layer in enumerate(self.sites)
+        }
+        unscored = [self.sites[site] for site in idle]
+        layers, inside = range(self.architecture.depth), self.architecture.drops_inside
+        counts = tokens_by_layer(tokens, after, layers, inside=inside, unscored=unscored)
+        return self.price.used(counts).sum() / self.price.dense(tokens).sum()
+
+    def reached(self, fraction: float, target: float) -> dict[str, float]:
+        """Report the ``fraction`` of the dense cost that a calibration to a ``target`` came to.
+
+        Raises:
+            OutOfReach: it is over budget.
+        """
+        (name, value), what = next(iter(self.targets.items())), "time" if self.needs_table else "MACs"
+        if fraction > OVER * target:
+            raise OutOfReach(
+                f"{name}={value} cannot be reached at={list(self.sites)}: with every bin off {fraction:.3f} of the "
+                f"{what} are left; prune at earlier layers or choose a larger target"
+            )
+        return {"latency_fraction" if self.needs_table else "flops_fraction": fraction}
 
     # --- bins of relative rank -----------------------------------------------------------------------------------
     def bin(self, score: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,6 +388,11 @@ class ToP(Constrained):
         idle = mask.all(1).nonzero()[:, 0].tolist()
         return float(self.cost(tokens.float(), protected, kept_of_bins(mask, int(tokens.max()), self.floor), idle))
 
+    def prepare(self, forward: RunBatch, batches: Iterable[Batch]) -> None:
+        """Remember the lengths of inputs. The expected cost is counted on them and not on those of a batch: texts are
+        batched by length, and a batch of short ones cannot be pruned as the others are."""
+        self.lengths = lengths_of(forward, batches)
+
     @torch.no_grad()
     def calibrate(self, forward: RunBatch, batches: Iterable[Batch]) -> dict[str, float]:
         """Fix the masks: as many bins off, the least odds of all sites first, as meet the target on ``batches``.
@@ -368,3 +444,14 @@ class ToP(Constrained):
         """Let every site keep its best ranks, in as many bins as it keeps now: masks without holes are what a top-k in
         a static graph can do. Measure quality and cost: of texts with fewer tokens than bins a little more stays."""
         self.mask.copy_(first_bins(self.mask))
+
+
+def rows_of(record: Record) -> tuple[Tensor, Tensor]:
+    """Return (B,) tokens of each row of a forward, and how many of them are protected."""
+    return record.counts[0].n_attention.detach().long(), record.sites[0].protected.sum(1)
+
+
+def lengths_of(forward: RunBatch, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Return what ``rows_of`` says of all rows of ``batches``."""
+    tokens, protected = zip(*(rows_of(forward(batch)) for batch in batches), strict=True)
+    return torch.cat(tokens), torch.cat(protected)
