@@ -41,8 +41,7 @@ def prune(
         method: e.g. ``LTP(target_flops=0.4)`` or ``TopK(keep=0.5)``; it prunes one model. None: what the model's
             config.json says, with the parameters that lie in its weights.
         layout: "mask" hides dropped tokens (reference), "padded" shortens to the widest row, "packed" has no padding
-            at all; "auto" takes mask while a method trains softly, else packed where the model allows, else padded.
-            Not saved.
+            at all; "auto" takes mask while a method trains softly, else packed if possible, else padded. Not saved.
         checkpoint: the folder with the pruner's weights, where these did not come with ``model``: a part of a model is
             pruned, or an adapter was loaded into a model that was not pruned.
         check: try the first layers on a few tokens before, and refuse what answers wrongly.

@@ -121,24 +121,6 @@ class LatencyTable:
         return between(tokens, self.rest)
 
 
-@dataclass(frozen=True)
-class Price:
-    """Price forwards of one model in MACs, or in milliseconds where there is a ``table``."""
-
-    costs: tuple[LayerCost, ...]
-    table: LatencyTable | None = None
-
-    def used(self, counts: list[LayerCount]) -> Tensor:
-        """(B,) cost of a forward, one entry of ``counts`` per layer (differentiable)."""
-        if self.table is None:
-            return macs(self.costs, counts)
-        return self.table.fixed(counts[0].n_attention) + self.table.time(counts)
-
-    def dense(self, tokens: Tensor) -> Tensor:
-        """(B,) cost of the dense model, without any hook, on rows of ``tokens`` (B,) tokens."""
-        return dense_macs(self.costs, tokens) if self.table is None else between(tokens, self.table.dense)
-
-
 def between(x: Tensor, curve: Curve) -> Tensor:
     """Interpolate ``curve`` at ``x`` on straight lines, continued at its ends; differentiable in ``x``."""
     at, value = (torch.tensor(part, dtype=torch.float32, device=x.device) for part in curve)

@@ -9,8 +9,7 @@ padded    hidden (B, N, C)         tensors shrink to the widest row; shorter row
 packed    hidden (1, T, C)         one row of all live tokens; no padding, no dead slot
 ========  =======================  =============================================================
 
-One file, since each verb (enter, drop, merge, take, narrow, mask, restore) is one idea in three forms. It needs torch
-only and knows nothing of models.
+One file, since each verb (enter, drop, merge, take, narrow, mask, restore) is one idea in three forms.
 """
 
 from __future__ import annotations
@@ -126,8 +125,7 @@ class Tokens:
         """The tokens in ``keep`` (B, N) bool, each the sum of those that go ``into`` (B, N) long its slot.
 
         The states are summed times their ``weight`` (B, N) fp32, or their mean by size is taken; what stays goes into
-        its own slot, and what goes there and does not stay is dropped. In the end a merged token is put back as what
-        holds it.
+        its own slot, and what goes there and does not stay is dropped.
 
         Args:
             sized: whether keys weigh by the number of tokens that they stand for.

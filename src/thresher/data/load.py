@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import checks, qa, reranking
+from . import checks, qa
 from .checks import Flaws
 from .labels import as_classes, check, encode, find_columns, unlabelled
 from .newsgroups import strip_post
 from .read import read
 from .spec import DataSpec
-from .split import choose_parts, hold_out, hold_out_groups
+from .split import RANKING, choose_parts, hold_out, hold_out_groups, judged
 from .task import Task, brief, require, task_parts, with_columns
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _metric(table: _Table, asked: str | None) -> str:
     """Return the metric that was asked for, or the usual one. Raises DataError where it does not fit the labels."""
     classes = len(table.names or ())
     fits = ["pearson"] if table.names is None else ["accuracy", "matthews"] + ["f1"] * (classes == 2)
-    fits += reranking.METRICS if table.label and classes == len(table.columns) == 2 else ()
+    fits += RANKING if table.label and classes == len(table.columns) == 2 else ()
     usual = USUAL.get(table.name)
     metric = asked or (usual if usual in fits else fits[0])
     require(metric in fits, f"{metric!r} is no metric for {table.kind} ({classes} classes): use {brief(*fits)}")
@@ -131,7 +131,7 @@ def _cut(table: _Table, spec: DataSpec, flaws: Flaws, seed: int, beside: Sequenc
     """Cut a table into the parts of a task."""
     columns, label, train, test = table.columns, table.label, table.parts.get("train"), table.parts.get("test")
     metric, validation, selected_on = _metric(table, spec.metric), None, "nothing: there is no train part"
-    ranked, classes = metric in reranking.METRICS, table.names or []
+    ranked, classes = metric in RANKING, table.names or []
     if test is None:
         whole = (train, columns, label, 5 if table.name == "bbc" else 10)
         train, test = hold_out_groups(train, columns[0], 0.1) if ranked else hold_out(*whole)
@@ -146,13 +146,13 @@ def _cut(table: _Table, spec: DataSpec, flaws: Flaws, seed: int, beside: Sequenc
         if ranked:
             share = min(0.1, 2000 / len(train))
             train, validation = hold_out_groups(train, columns[0], share)
-            validation = reranking.judged(validation, columns[0], label or "")
+            validation = judged(validation, columns[0], label or "")
         else:
             train, validation = hold_out(train, columns, label, most=2000)
         how = f" by {columns[0]}" if ranked else ", at most 2000 texts" if len(validation) >= 2000 else ""
         selected_on = f"10% of train{how} (seed 0), {len(validation)} rows"
         train = train.iloc[np.random.RandomState(seed).permutation(len(train))[: spec.limit]]
-    test = reranking.judged(test, columns[0], label or "") if ranked else test
+    test = judged(test, columns[0], label or "") if ranked else test
     used = [*columns, label] if label else [*columns]
     cut = task_parts(train, validation, with_columns(test, used, beside), used, beside)
     return Task(*cut, columns, label, classes, table.kind, metric, table.name, selected_on, flaws.removed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from . import qa, reranking
+from . import qa
+from .split import RANKING
 from .task import DataError, Task
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: Any, max_length: int | Non
     if cut:
         warnings.warn(f"{cut} of {len(dataset)} texts are longer than {max_length} tokens and were cut", stacklevel=2)
     whole = concatenate_datasets(chunks)
-    if task.metric in reranking.METRICS:
+    if task.metric in RANKING:
         queries = pandas.Series([*dataset[task.text_columns[0]]])
         whole = whole.add_column("row", queries.factorize()[0].tolist())
     return whole, cut

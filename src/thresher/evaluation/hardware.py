@@ -10,21 +10,17 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
 from ..core.compat import has_amx
 from .rows import whole
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Measured = TypeVar("Measured", bound="DataclassInstance")
+Measured = TypeVar("Measured")
 VERSIONS = ("torch", "transformers", "thresher")
 
 
@@ -106,5 +102,5 @@ def remembered(
         return read(json.loads(file.read_text(encoding="utf-8")))
     measured = measure()
     with suppress(OSError), whole(file) as aside:
-        aside.write_text(json.dumps(asdict(measured)), encoding="utf-8")
+        aside.write_text(json.dumps(vars(measured)), encoding="utf-8")
     return measured

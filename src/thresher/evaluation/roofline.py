@@ -53,15 +53,14 @@ class Roofline:
     def floor(
         self, costs: Sequence[LayerCost], tokens: Tensor | Sequence[LayerCount], precision: str = "fp32"
     ) -> float:
-        """The least ms of one forward of a batch: for each attention block and each FFN, arithmetic or reading its
-        weights, whichever takes longer.
+        """The least ms of one forward of a batch: for each attention block and FFN, arithmetic or reading its weights.
 
         A bound for encoders, no forecast: embeddings, norms, softmax, scores, head and Python are not in it, arithmetic
         runs at its peak and reading beside it. It does not bind int8 products better than torch's (see ``peak``), nor
         the reading of weights that the caches hold from one forward to the next: a small model can be faster.
 
         Args:
-            costs: one entry per layer, as ``Stack.costs`` or ``Record.costs``.
+            costs: one entry per layer, as ``Architecture.costs`` or ``Record.costs``.
             tokens: (B,) tokens of each row where all of them stay (of a padded batch, its width), or the tokens of each
                 layer, as ``Record.counts``.
             precision: of weights and products.

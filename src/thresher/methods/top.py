@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.architecture import Architecture
-from ..core.cost import LatencyTable, Price, tokens_by_layer
+from ..core.cost import LatencyTable, between, dense_macs, macs, tokens_by_layer
 from ..core.pruner import Batch, Choice, Record, RunAgain, RunBatch, TokenPruner
 from ..core.tokens import CLOSED
 from ..core.view import View
@@ -216,11 +216,16 @@ class ToP(TokenPruner):
         return self.target_flops is None
 
     @property
-    def price(self) -> Price:
-        """What forwards cost, in MACs, or in ms where the target is one of time."""
+    def times(self) -> LatencyTable | None:
+        """What forwards cost in ms; None where the target is one of MACs."""
         if self.needs_table and self.table is None:
             raise RuntimeError("a target of time needs measured times: set pruner.table = latency_table(model)")
-        return Price(self.architecture.costs, self.table if self.needs_table else None)
+        return self.table if self.needs_table else None
+
+    def dense_cost(self, tokens: Tensor) -> Tensor:
+        """Compute (B,), the cost of the dense model on rows of ``tokens``."""
+        times = self.times
+        return dense_macs(self.architecture.costs, tokens) if times is None else between(tokens, times.dense)
 
     def target(self, tokens: Tensor) -> float:
         """Return the target as a fraction of the dense cost on rows of ``tokens``."""
@@ -228,7 +233,7 @@ class ToP(TokenPruner):
             share = self.target_latency if self.target_flops is None else self.target_flops
             assert share is not None, "one of the targets is set"
             return share
-        return self.target_latency_ms / self.price.dense(tokens).mean().item()
+        return self.target_latency_ms / self.dense_cost(tokens).mean().item()
 
     def cost(
         self, tokens: Tensor, protected: Tensor, stay: Callable[[int, Tensor], Tensor], idle: Iterable[int] = ()
@@ -240,10 +245,10 @@ class ToP(TokenPruner):
             layer: lambda n, site=site: (protected + stay(site, n - protected)).clamp(min=1)
             for site, layer in enumerate(self.sites)
         }
-        unscored = [self.sites[site] for site in idle]
-        layers, inside = range(self.architecture.depth), self.architecture.drops_inside
-        counts = tokens_by_layer(tokens, after, layers, inside=inside, unscored=unscored)
-        return self.price.used(counts).sum() / self.price.dense(tokens).sum()
+        unscored, model, times = [self.sites[site] for site in idle], self.architecture, self.times
+        counts = tokens_by_layer(tokens, after, range(model.depth), inside=model.drops_inside, unscored=unscored)
+        used = macs(model.costs, counts) if times is None else times.fixed(tokens) + times.time(counts)
+        return used.sum() / self.dense_cost(tokens).sum()
 
     def reached(self, fraction: float, target: float) -> dict[str, float]:
         """Report the ``fraction`` of the dense cost that a calibration to a ``target`` came to.
