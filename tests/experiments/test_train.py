@@ -195,7 +195,7 @@ def test_dense_is_trained_on_and_not_pruned(toy, trained, tmp_path):
 
 # --- the same call again ---------------------------------------------------------------------------------------------
 def test_the_same_call_returns_at_once(toy, trained, monkeypatch):
-    monkeypatch.setattr(jobs, "load_task", lambda *a, **k: pytest.fail("the data were read again"))
+    monkeypatch.setattr(stages, "load_task", lambda *a, **k: pytest.fail("the data were read again"))
     assert jobs.train(toy.model, toy.data, str(trained.out), **OPTIONS) == trained.rows
     with pytest.raises(ValueError, match=r"another recipe \(lr: 0\.004 there, 0\.001 asked; seed: 0 there, 3 asked\)"):
         jobs.train(toy.model, toy.data, str(trained.out), **OPTIONS | {"lr": 1e-3, "seed": 3})
@@ -268,7 +268,7 @@ def test_long_texts_are_cut_and_counted(toy, tmp_path):
     out = tmp_path / "out"
     with pytest.warns(UserWarning) as caught:
         rows = jobs.train(
-            str(tmp_path / "short"), toy.data, str(out), method="dense", **UNTRAINED | {"target_flops": None}
+            str(tmp_path / "short"), toy.data, str(out), **UNTRAINED | {"target_flops": None, "method": "dense"}
         )
     said = [str(warning.message) for warning in caught]
     assert said[0] == "max_length=32 is more than the 10 positions of the model; 10 is used"
@@ -370,7 +370,7 @@ def test_ctrl_c_at_the_command_line(toy, trained, tmp_path):
         toy.data,
     ]
     command += "--batch-size 16 --max-length 32 --epochs 30 --prune-epochs 2 --lr 4e-3 --no-bf16".split()  # noqa: SIM905
-    command += ["--target-flops", "0.5", "--threads", "1", "--out", str(out)]
+    command += ["--method", "ltp", "--target-flops", "0.5", "--threads", "1", "--out", str(out)]
     first, text = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ), b""
     while b"'loss'" not in text:  # the first is logged at step 20 of 270
         text += os.read(first.stderr.fileno(), 4096)

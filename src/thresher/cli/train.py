@@ -18,7 +18,6 @@ def train(spec: TrainSpec, screen: Screen) -> None:
       thresher train bert-base-uncased --data reviews.csv --out runs/reviews
       thresher train bert-base-uncased --data reviews.csv --max-drop 0.5 --out runs/careful
       thresher train runs/dense --epochs 0 --data reviews.csv --target-flops 0.3 --out runs/fast
-      thresher train bert-base-uncased --data glue --config sst2 --method topk --keep 0.7 --out runs/sst2
       thresher train bert-base-uncased --data glue --config mrpc --recipe top-mrpc --out runs/mrpc
     """
     from ..experiments.train import train as job

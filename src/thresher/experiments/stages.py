@@ -107,6 +107,7 @@ def fine_tune(run: Run) -> Path:
     folder = work.folder / "dense"
     if (folder / "config.json").exists():
         return folder
+    run.model(spec.model)  # a mistake is told before anything is written
     work.claim()
     train, held_out = run.data.train, watched(run.data.validation)
 
@@ -173,6 +174,7 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
     spec, work, data = run.spec, run.work, run.data
     if folder.exists():
         return folder
+    prune(run.model(dense), method_of(spec, options) or TopK(keep=1.0, at=()))  # as there
     work.claim()
     lasts = spec.prune_epochs
     schedule: dict[str, Any] = {}
