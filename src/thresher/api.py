@@ -69,6 +69,7 @@ def prune(
         method = TokenPruner.from_dict(entry)
     _check_free(method, model, target)
     hooks = Hooks(target, method, layout, None if before is None else before.attached().original)
+    free = method.architecture is None
     if method is not before:
         _bind(method, hooks.architecture)
     if entry is not None and stored is None and tensors_of(method):
@@ -77,7 +78,12 @@ def prune(
         if checkpoint is not None and stored.entry is not None:
             method.adopt(stored.entry)
         load_into(method, stored)
-    hooks.layout = settle(hooks, partial(prune, check=False), unprune) if check else layout
+    try:
+        hooks.layout = settle(hooks, partial(prune, check=False), unprune) if check else layout
+    except ValueError:
+        if free:  # for another model
+            method.architecture = None  # type: ignore[assignment]
+        raise
     if before is not None and before is not method:
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
     own_configuration(model)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from support.families import FAMILIES
-from thresher import LTP, FirstK, TopK, dense, prune
+from thresher import ATS, LTP, EViT, FirstK, TopK, dense, prune
 from thresher.core.architecture import layer_cost
 from thresher.core.cost import LatencyTable, LayerCost, LayerCount, between, dense_macs, macs, tokens_by_layer
 from thresher.core.tokens import LAYOUTS
@@ -143,3 +143,15 @@ def test_layers_of_several_widths_are_refused():
     layer = FAMILIES["llama"].build().model.layers[0]
     with pytest.raises(ValueError, match="SimpleNamespace names no single number of attention heads"):
         layer_cost(layer, "self_attn", SimpleNamespace(hidden_size=32, num_heads=[1, 2]))
+
+
+@pytest.mark.parametrize("layout", ["mask", "padded", "packed"])
+@pytest.mark.parametrize("kind", [EViT, ATS])
+def test_one_row_of_the_attention_is_charged(kind, layout):
+    bert = FAMILIES["bert"]
+    model = prune(bert.build(), kind(keep=1.0, at=(1,)), layout=layout)
+    with torch.no_grad():
+        bert.run(model, bert.batch())
+    record = model.token_pruner.last_record()
+    tokens = record.counts[0].n_attention
+    assert record.used - record.dense == (tokens * record.costs[1].width).sum()

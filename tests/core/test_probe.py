@@ -257,3 +257,11 @@ def test_half_precision_passes():
     for dtype in (torch.bfloat16, torch.float16):
         proof = trial(bert().to(dtype))
         assert not proof.skipped and not proof.faults
+
+
+def test_a_method_that_was_refused_is_free_for_another_model():
+    method = LTP()
+    with pytest.raises(ValueError, match="cannot be pruned"):
+        prune(bert(Mixing), method)
+    model = prune(FAMILIES["bert"].build(num_hidden_layers=3), method)
+    assert model.token_pruner is method and len(method.threshold) == len(method.sites)

@@ -425,7 +425,9 @@ class Hooks:
                 hidden, after = self.fade(call, site, kwargs, entered, given)
             else:
                 hidden, after = self.leave(site, entered, given)
-            spent = 0 if site.choice is None else site.choice.macs
+            spent: Any = 0 if site.choice is None else site.choice.macs
+            if call.pruner.scores_row:
+                spent = spent + tokens.live * self.architecture.costs[call.layer].width
             count = after.live if inside else tokens.live, site.statistic is not None, call.pruner.predictor_macs, spent
             call.counts.append(LayerCount(tokens.live, *count))
             call.previous = site

@@ -131,6 +131,7 @@ class TokenPruner(nn.Module):
     needs_attention: ClassVar[bool] = True
     needs_values: ClassVar[bool] = False  # whether the score takes the keys or values of the layer
     scores_all: ClassVar[bool] = True  # whether the score takes all attention probabilities, which are then charged
+    scores_row: ClassVar[bool] = False  # whether it takes one row of them, which is charged instead
     merges = False  # whether tokens are merged into others
     sized: ClassVar[bool] = False  # whether keys then weigh by the number of tokens that they stand for
     learned: ClassVar[tuple[str, ...]] = ()  # fields that training or calibration changes; the state dict has them

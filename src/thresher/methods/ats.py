@@ -45,6 +45,7 @@ class ATS(TopK):
     name: ClassVar[str] = "ats"
     needs_values: ClassVar[bool] = True
     scores_all: ClassVar[bool] = False
+    scores_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,6 +44,7 @@ class EViT(TopK):
 
     name: ClassVar[str] = "evit"
     scores_all: ClassVar[bool] = False
+    scores_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
