@@ -309,6 +309,16 @@ def hours(results: dict[str, dict]) -> list[str]:
     return ["## What it took", "", said, "", *told, ""] if told else []
 
 
+def how(training: dict) -> str:
+    """How a task is trained, and what the budget is of."""
+    budget = "the budget is the share of the dense MACs on the validation part"
+    if "epochs" in training:
+        epochs = f"{training['epochs']:g} epochs of fine-tuning, {training['prune_epochs']:g} of pruning"
+        return f"{epochs}; {budget}"
+    chosen = "rate, schedule and length of the trainings are chosen on the validation part"
+    return f"{chosen}; {budget}, or (careful) a drop of one point there"
+
+
 def write(results: Path, target: Path) -> None:
     """Write ``target`` and the headline of the README beside it."""
     found = load(results)
@@ -325,9 +335,7 @@ def write(results: Path, target: Path) -> None:
         lines += [
             f"## {task}{'' if (model := entries[0].model) == 'minilm-l6' else ', ' + model}",
             "",
-            f"At most {setting.training['max_length']} tokens{rows}; {setting.training['epochs']:g} epochs of "
-            f"fine-tuning, {setting.training['prune_epochs']:g} of pruning; "
-            "the budget is the share of the dense MACs on the validation part.",
+            f"At most {setting.training.get('max_length', 256)} tokens{rows}; {how(setting.training)}.",
             "",
             *quality_table(task, [entry for entry in entries if not on_board(entry)], found),
             "",
