@@ -78,18 +78,23 @@ def prune(
         if checkpoint is not None and stored.entry is not None:
             method.adopt(stored.entry)
         load_into(method, stored)
-    try:
-        hooks.layout = settle(hooks, partial(prune, check=False), unprune) if check else layout
-    except ValueError:
-        if free:  # for another model
-            method.architecture = None  # type: ignore[assignment]
-        raise
+    hooks.layout = _tried(hooks, free) if check else layout
     if before is not None and before is not method:
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
     own_configuration(model)
     _exchange(hooks, None if before is None else before.hooks)
     _place(model, target, hooks)
     return model
+
+
+def _tried(hooks: Hooks, free: bool) -> str:
+    """The layout to prune with, once it was tried; a method that was ``free`` before is so after a refusal."""
+    try:
+        return settle(hooks, partial(prune, check=False), unprune)
+    except ValueError:
+        if free:
+            hooks.method.architecture = None  # type: ignore[assignment]
+        raise
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from thresher.search.halving import successive_halving
 
 
@@ -33,3 +35,11 @@ def test_one_candidate_is_tried_once():
 def test_the_last_round_decides_though_the_first_said_otherwise():
     assert run({"a": [1, 5], "b": [2, 4]}, (1, 1))[0] == "a", "of two the better one is left and is not tried again"
     assert run({"a": [1, 5], "b": [2, 4], "c": [3]}, (1, 1))[0] == "b"
+
+
+def test_a_loss_that_is_no_number_never_wins():
+    nan = float("nan")
+    assert run({"a": [nan], "b": [3, nan], "c": [2, 5]}, (1, 1))[0] == "c"
+    assert run({"a": [nan], "b": [0.5], "c": [0.4], "d": [0.3]}, (1,))[0] == "d"
+    with pytest.raises(ValueError, match="every short training ended in a loss that is no number"):
+        run({"a": [nan], "b": [nan]}, (1,))

@@ -60,7 +60,7 @@ METHODS = {
     "topk-counts": (lambda: TopK(keep=64), lambda: TopK(keep=(9, 6, 3))),
     "random": (lambda: Random(keep=1.0), lambda: Random(keep=0.6)),
     "firstk": (lambda: FirstK(keep=1.0), lambda: FirstK(keep=0.6)),
-    "cut": (lambda: Cut(keep=64), lambda: Cut()),
+    "cut": (lambda: Cut(at=()), lambda: Cut()),
     "spatten": (lambda: SpAtten(keep=1.0), lambda: SpAtten(keep=0.6)),
     "vatp": (lambda: VATP(keep=1.0), lambda: VATP(keep=0.6)),
     "entropy-row": (lambda: Entropy(keep=1.0), lambda: Entropy(keep=0.6)),

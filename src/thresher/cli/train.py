@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 
-from ..experiments.spec import SUMMARY, TrainSpec
+from ..experiments.spec import NOTICED, SUMMARY, TrainSpec
 from .console import Screen
-
-NOTICED = 2.0  # points: a drop above them is told
 
 
 def train(spec: TrainSpec, screen: Screen) -> None:
@@ -49,7 +47,9 @@ def budget_lines(summary: dict, rows: list[dict]) -> list[str]:
             for rung in budget["tried"]
         ]
         bound = f"a drop of {budget['max_drop']:g} point{'s' * (budget['max_drop'] != 1)}"
-        if budget["target_flops"] is None:
+        if not tried:
+            last = "none of the budgets is in reach of these texts: the result is the dense model"
+        elif budget["target_flops"] is None:
             last = f"no token can leave within {bound}: the result is the dense model, to be run packed or exported"
         else:
             last = f"{1 / pruned['flops_ratio']:.2f} of the MACs are left, the least of those tried within {bound}"
@@ -60,6 +60,6 @@ def budget_lines(summary: dict, rows: list[dict]) -> list[str]:
             f"drop {drop:+.2f} points: on the validation part this model loses {mild['drop']:+.2f} at "
             f"--target-flops {mild['target_flops']:g}"
         ]
-    if drop is not None and drop > NOTICED and pruned["mode"] == "pruned":
+    if drop is not None and drop > NOTICED and pruned.get("target_flops"):
         return [f"drop {drop:+.2f} points: --max-drop 1 looks for a budget that loses at most one"]
     return []

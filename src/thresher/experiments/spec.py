@@ -23,6 +23,7 @@ SUMMARY = "thresher.json"  # what a trained, tuned or exported folder says of it
 COLUMNS = ("config", "text", "label", "train_split", "test_split")  # how a data set is read
 AMOUNTS = ("target_flops", "target_latency", "target_latency_ms", "keep", "r")  # options that say how much is left
 MAX_DROP = 1.0  # points, where none of them is given
+NOTICED = 2.0  # points of a drop above which the user is told
 FIXED = {"epochs": 3, "prune_epochs": 3, "lr": 5e-5}  # where a training cannot tell from held-out rows when it is over
 log = logging.getLogger("thresher")
 
@@ -306,7 +307,7 @@ class TrainSpec(MethodSpec, TrainingSpec):
         usual, method = preset.pop("method_options"), self.method or preset["method"]
         given, drop = self.options, self.max_drop
         named, able = sorted({*given} & {*AMOUNTS}), has_budget(method)
-        if drop is not None and (named or self.replay or not able or not drop > 0):
+        if drop is not None and is_known(method) and (named or self.replay or not able or not drop > 0):
             why = f"{named[0]} is another budget" if named else f"max_drop={drop} is no budget for method={method!r}"
             why = "max_drop is a number of points above 0" if not drop > 0 else why
             raise ValueError(f"{why}: give one, --max-drop or another, to a method that has target_flops")
@@ -335,6 +336,9 @@ class CompareSpec(TrainingSpec):
     )
     targets: tuple[float, ...] = option("Shares of the dense MACs to be left.", (0.5, 0.3), metavar="A[,B]")
     seeds: tuple[int, ...] = option("Seeds of the training.", (0,), metavar="A[,B]")
+    epochs: float | None = option("Dense fine-tuning; 0 if MODEL is fine-tuned; default: 3.", metavar="N", min=0)
+    prune_epochs: float | None = option("Training with pruning; default: 3.", metavar="N", min=0)
+    lr: float | None = option("Peak learning rate; default: 5e-5.")
     untrained: bool = option("Meet the budget only, without training a method.", False, flag="--untrained")
     time: bool = option("Time the first seed of all in one run.", True)
     at: tuple[int, ...] | None = option("Layers after which tokens leave.", metavar="1,2,4")
@@ -390,6 +394,14 @@ def remembered(model: str | None) -> dict[str, Any]:
 def located(data: str) -> str:
     """The data as another working directory would name them."""
     return str(Path(data).expanduser().absolute()) if Path(data).expanduser().exists() else data
+
+
+def is_known(method: str) -> bool:
+    """Whether there is a method of this name; what else is told of one that is not misleads."""
+    from .. import api  # noqa: F401  makes the methods known by name
+    from ..core.pruner import METHODS
+
+    return method == "dense" or method in METHODS
 
 
 def has_budget(method: str) -> bool:

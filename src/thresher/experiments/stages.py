@@ -96,6 +96,10 @@ def load_data(spec: TrainSpec) -> Data:
     max_length, parts, cut = clip(spec.max_length, reading(AutoConfig.from_pretrained, spec.model)), {}, {}
     for name in ("train", "validation", "test"):
         parts[name], cut[name] = tokenize(getattr(task, name), task, tokenizer, max_length)
+    if task.kind == "regression" and len(parts["validation"]) < 2:
+        raise DataError(
+            f"{len(parts['train'])} training rows leave {len(parts['validation'])} to choose on: give 20 or more"
+        )
     return Data(task, **parts, tokenizer=tokenizer, max_length=max_length, cut=cut)
 
 
@@ -178,15 +182,16 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
     work.claim()
     lasts = spec.prune_epochs
     schedule: dict[str, Any] = {}
-    taught, held_out = (teach(run, dense, part) if lasts != 0 else data.train for part in ("train", "watched"))
+    taught = teach(run, dense) if lasts != 0 else data.train
+    held_out = teach(run, dense, "watched") if lasts is None else None
 
     def make(net: PreTrainedModel | None = None, **arguments: Any) -> PruningTrainer:
         set_seed(spec.seed)
         if net is None:
             net = run.model(start or dense, layers=spec.layers, again=start is not None)
             method = method_of(spec, options | schedule)
-            if "steps" in arguments and method is not None and method.soft_until and options.get("target_flops"):
-                space, target = space_of(run, net), options["target_flops"]
+            if "steps" in arguments and method is not None and method.soft_until:
+                space, target = space_of(run, net), options.get("target_flops") or options.get("target_latency") or 0.4
                 even: Any = space.falling(PROXY, target) or space.falling(0.0, target) or {}
                 method = TopK(**even)  # in a short training its own would be soft, and let nothing leave
             prune(net, method or TopK(keep=1.0, at=()))
@@ -201,9 +206,17 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
     if lasts is None and open_schedule(spec, options):
         schedule = choose_schedule(run, lambda: run.model(start or dense, again=start is not None), options, make)
     trainer = settled(run, folder.name, make, lasts, spec.prune_lr or spec.lr)
-    net = trainer.model
-    method = None if spec.method == "dense" else pruner_in(net)
-    if run.bf16 or lasts == 0:
+    finish_training(run, trainer, folder, schedule, start)
+    return folder
+
+
+def finish_training(
+    run: Run, trainer: PruningTrainer, folder: Path, schedule: dict[str, Any], start: Path | None
+) -> None:
+    """Calibrate, measure and save a trained model; ``schedule`` and ``start`` as in ``prune_and_train``."""
+    net, data = trainer.model, run.data
+    method = None if run.spec.method == "dense" else pruner_in(net)
+    if run.bf16 or not trainer.state.global_step:
         trainer.reached.update(trainer.calibrate())  # in fp32, in which the model is measured
     net.eval()
     if method is None:
@@ -211,16 +224,17 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
     else:
         trainer.reached.update(timed(net, data.validation) if method.needs_table else {})
         trainer.reached.update(method.ablations(lambda: judged(net, data)))
+    before = 0 if start is None else json.loads((start / "stage.json").read_text())["steps"]
+    reached = {name: float(value) for name, value in trainer.reached.items()}
+    if schedule:
+        reached["flops_fraction"] = judged(net, data)[1]
+    stage = {"steps": before + trainer.state.global_step, "reached": reached, "schedule": schedule or None}
+    stage["history"] = [line for line in trainer.state.log_history if {*line} & {"loss", "eval_quality"}]
+    stage["rate"] = trainer.args.learning_rate
     with folder_written_whole(folder) as aside:
         save(run, net, aside)
-        stage = {"steps": trainer.state.global_step, "reached": {k: float(v) for k, v in trainer.reached.items()}}
-        stage["history"] = [line for line in trainer.state.log_history if {*line} & {"loss", "eval_quality"}]
-        if schedule:
-            stage["reached"]["flops_fraction"] = judged(net, data)[1]
-        stage |= {"rate": trainer.args.learning_rate, "schedule": schedule or None}
         (aside / "stage.json").write_text(json.dumps(stage))
     shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
-    return folder
 
 
 # --- what a training leaves open --------------------------------------------------------------------------------------
@@ -336,6 +350,7 @@ def open_schedule(spec: TrainSpec, options: dict[str, Any]) -> bool:
     """Whether the method takes shares for each site and nobody has said which."""
     kind = METHODS.get(spec.method or "")
     shares = kind is not None and issubclass(kind, TopK) and kind.takes_counts
+    shares = shares and kind.choose is TopK.choose  # ``Space`` counts what that keeps
     able = shares or "schedule" in fields_of(spec.method)
     return able and options.get("target_flops") is not None and not {"keep", "at", "schedule", "init"} & {*options}
 
@@ -409,7 +424,7 @@ def arguments_of(
         bf16=run.bf16,
         use_cpu=on_cpu,
         seed=spec.seed,
-        save_total_limit=1,
+        save_total_limit=1 if epochs is not None else 2,  # with 1 the Trainer keeps the best alone, and not the last
         logging_steps=20,
         report_to=[],
         disable_tqdm=not run.progress or steps is not None,

@@ -25,12 +25,12 @@ from ..search.schedules import WIDTHS
 from ..stats.bootstrap import bootstrap_interval
 from ..stats.metrics import compute_metric
 from ..training.monitor import WATCHED
-from .stages import Run, asked, prune_and_train, save, space_of
+from .spec import NOTICED
+from .stages import Run, asked, open_schedule, prune_and_train, save, space_of
 
 LADDER = (0.85, 0.7, 0.55, 0.42, 0.32, 0.24)  # shares of the dense MACs, from mild to strong
-NOTICED = 2.0  # points: a drop above them is told, with the budget at which it would have been ``MILD``
-MILD = 1.0
-MARGIN = 0.5  # standard errors that a drop must be below the bound: the best of several looks flatters
+MILD = 1.0  # points: of a drop above ``NOTICED`` the budget is told at which it would have been these
+MARGIN = 0.5  # standard errors, of one row at least, that a drop must be below the bound: a best look flatters
 Z95 = 1.96
 
 
@@ -70,7 +70,7 @@ def strongest(run: Run, dense: Path, max_drop: float) -> Path:
         options = {**(run.spec.method_options or {}), "target_flops": target}
         try:
             start = prune_and_train(run, dense, folder, options, start)
-        except OutOfReach:
+        except OutOfReach:  # and so are stronger ones
             high = middle
             continue
         rungs.append(judge(run, before, folder, target, max_drop))
@@ -99,7 +99,8 @@ def judge(run: Run, before: Predictions, folder: Path, target: float, max_drop: 
         (a, labels), (b, _) = outcome(before, rows, metric), outcome(after, rows, metric)
         drop = compute_metric(metric, a, labels) - compute_metric(metric, b, labels)
         low, high = bootstrap_interval(metric, labels, a, b)
-        keeps = drop + MARGIN * (high - low) / (2 * Z95) <= max_drop
+        error = max((high - low) / (2 * Z95), 100 / len(labels))  # answers that all agree are no certainty
+        keeps = drop + MARGIN * error <= max_drop
         share = after.macs_used / after.macs_dense
         with whole(path) as aside:
             aside.write_text(json.dumps(asdict(Rung(target, share, drop, low, high, len(labels), keeps))))
@@ -128,6 +129,8 @@ def milder(run: Run, dense: Path, folder: Path, target: float) -> dict[str, floa
         return None
     for share in (share for share in reversed(LADDER) if share > target):
         pruned = at_budget(run, net, share)
+        if pruned is None:
+            continue
         lost = best - quality(predict(pruned, rows, batch_size=run.spec.batch_size), rows, metric)
         if lost <= MILD:
             return {"target_flops": share, "drop": lost}
@@ -135,12 +138,15 @@ def milder(run: Run, dense: Path, folder: Path, target: float) -> dict[str, floa
 
 
 def at_budget(run: Run, net: Any, share: float) -> Any:
-    """A trained model at another budget, without further training."""
+    """A trained model at another budget, without further training; None where it cannot be brought there."""
     pruner: Any = pruner_in(net)
-    if getattr(pruner, "target_flops", None) is None or not tensors_of(pruner):
-        unprune(net)
-        schedule = next(filter(None, (space_of(run, net).falling(width, share) for width in reversed(WIDTHS))))
-        return prune(net, make_method(pruner.name, dict(schedule)))
+    if open_schedule(run.spec, {"target_flops": share}) and not tensors_of(pruner):
+        space = space_of(run, unprune(net))
+        schedules = (space.falling(width, share) for width in reversed(WIDTHS))
+        schedule = next((one for one in schedules if one is not None), None)
+        return None if schedule is None else prune(net, make_method(pruner.name, dict(schedule)))
+    if getattr(pruner, "target_flops", None) is None:
+        return None
     pruner.target_flops = share
     text = Text(net, run.data.validation, None)
 
@@ -149,6 +155,9 @@ def at_budget(run: Run, net: Any, share: float) -> Any:
         return pruner.last_record()
 
     some = text.batches(range(min(len(text.lengths), WATCHED)), run.spec.batch_size)
-    with torch.no_grad():
-        pruner.calibrate(forward, [text.batch(rows, None, net.device) for rows in some])
+    try:
+        with torch.no_grad():
+            pruner.calibrate(forward, [text.batch(rows, None, net.device) for rows in some])
+    except OutOfReach:
+        return None
     return net

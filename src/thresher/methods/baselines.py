@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.architecture import Architecture
+from ..core.pruner import Choice, TokenPruner
 from ..core.view import View
 from .topk import TopK
 
@@ -46,17 +47,26 @@ class FirstK(TopK):
         return -view.tokens.index.double()
 
 
-class Cut(FirstK):
+class Cut(TokenPruner):
     """Keep every token until one layer, then the protected ones alone: the baseline without a score and a schedule.
 
+    Where none is protected the first token goes on.
+
     Args:
-        keep: tokens that go on, the protected ones first.
         at: that layer. Default: a third of the depth.
     """
 
-    keep: float | int | str | tuple = 1
-
     name: ClassVar[str] = "cut"
+    needs_attention: ClassVar[bool] = False
 
     def default_at(self, model: Architecture) -> tuple[int, ...]:
         return (min(max(model.depth // 3, model.first_site), model.last_site),)
+
+    def score(self, view: View) -> Tensor:
+        return -view.tokens.index.double()
+
+    def choose(self, score: Tensor, view: View) -> Choice:
+        return Choice(view.protected)
+
+    def width(self, slots: int, site: int) -> int | None:
+        return None if self.protected_positions is None else max(1, len(self.protected_positions))

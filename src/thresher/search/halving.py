@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,13 @@ def successive_halving(
 
     Args:
         candidates: what is tried, by name.
-        train: takes a name, its candidate and a number of steps, trains on for so many, and returns the loss on
+        train: takes a name, its candidate and a number of steps, trains it, on or anew, and returns the loss on
             held-out rows.
         rungs: steps of each round. All take part in the first, and the better half, rounded up, in each that follows;
             the last one decides.
+
+    Raises:
+        ValueError: no loss is a number.
 
     Returns:
         The name of the best, and of each candidate its loss after every round that it was in.
@@ -29,5 +33,9 @@ def successive_halving(
         if len(left) > 1 or not place:
             for name in left:
                 losses[name].append(train(name, candidates[name], steps))
-            left.sort(key=lambda name: losses[name][-1])
+            left.sort(key=lambda name: (math.isnan(losses[name][-1]), losses[name][-1]))
+    if math.isnan(losses[left[0]][-1]):
+        raise ValueError(
+            "every short training ended in a loss that is no number: are the weights or the labels broken?"
+        )
     return left[0], losses

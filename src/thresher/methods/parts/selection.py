@@ -75,6 +75,8 @@ def threshold_of(sites: list[Site], keep: float | int) -> Tensor:
         leave += int((live - kept_count(keep, live, protected)).sum())
         scores.append(site.score[free])
     ordered = torch.cat(scores).sort().values
+    if not len(ordered):
+        return torch.tensor(-torch.inf)  # only protected tokens are left
     leave = min(leave, len(ordered))
     if leave == 0:
         return ordered[0] - 1
