@@ -12,7 +12,8 @@ ROWS = (  # from the top down; a room may import what stands in a lower row, and
     ("cli",),
     ("experiments",),
     ("reports",),
-    ("training", "search", "exporting", "serving"),
+    ("training", "search", "serving"),
+    ("exporting",),  # whose graphs serving opens
     ("evaluation",),
     ("data", "stats"),
     ("caches", "multimodal", "streaming"),

@@ -17,6 +17,7 @@ from .eval import evaluate
 from .export import export
 from .info import info
 from .options import add_command
+from .score import score
 from .show import show
 from .train import train
 from .tune import tune
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Screen], None]]] = {
     "bench": (spec.BenchSpec, bench),
     "compare": (spec.CompareSpec, compare),
     "export": (spec.ExportSpec, export),
+    "score": (spec.ScoreSpec, score),
     "show": (spec.ShowSpec, show),
     "audit": (spec.AuditSpec, audit),
     "info": (spec.ModelSpec, info),

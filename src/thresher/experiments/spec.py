@@ -185,6 +185,55 @@ class ShowSpec(TaskSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreSpec(ModelSpec):
+    """Say which files ``score`` reads, by which model and how; the saved fields decide the result.
+
+    Raises:
+        ValueError: a number is below 1, or ``text`` names more than two columns.
+    """
+
+    data: list[str] = option(
+        "Files of texts: parquet, jsonl, csv, tsv; folders; patterns.", MISSING, saved=False, metavar="FILES..."
+    )
+    more: list[str] | None = option("More files, after those of --data.", argument=True, saved=False, metavar="[FILES]")
+    out: Path = option("The folder for the result.", MISSING, writes="folder", saved=False, metavar="DIR")
+    text: tuple[str, ...] | None = option("Text columns, one or two, if unusual.", metavar="A[,B]")
+    keep: tuple[str, ...] = option("Columns to hand on.", (), metavar="A[,B]")
+    prefix: str = option("What the names of the new columns begin with.", "", metavar="TEXT")
+    best: bool = option("The label and its probability alone, not those of all classes.", False, flag="--best")
+    max_length: int | None = option("Tokens of a text; the rest is cut; default: as trained.", metavar="N", min=3)
+    tokens: int = option("Padded tokens of a batch.", 8192, metavar="N", min=1)
+    shard_rows: int = option("Rows of a shard, which is a file of the result.", 16384, metavar="N", min=1)
+    workers: int | None = option("Processes; default: one for each core, 8 at most.", saved=False, metavar="N", min=1)
+    threads: int = option("Threads of each process.", 1, metavar="N", min=1)
+    layout: str = option("auto, mask, padded or packed, of a pruned model in torch.", "auto", metavar="NAME")
+    device: str = option("cpu or cuda, of a model in torch.", "cpu", metavar="NAME")
+    fresh: bool = option("Remove what an earlier run left.", False, saved=False, flag="--fresh")
+
+    def __post_init__(self) -> None:
+        data = [self.data] if isinstance(self.data, (str, Path)) else [*self.data]
+        object.__setattr__(self, "data", [str(name) for name in (*data, *(self.more or ()))])
+        object.__setattr__(self, "more", None)
+        object.__setattr__(self, "model", str(self.model))
+        object.__setattr__(self, "out", Path(self.out))
+        if Path(self.model).suffix.lower() in (".parquet", ".jsonl", ".csv", ".tsv"):
+            raise ValueError(f"{self.model} is no model: name the model first, then --data and its files")
+        for name in ("text", "keep"):
+            columns = getattr(self, name)
+            object.__setattr__(self, name, (columns,) if isinstance(columns, str) else columns and tuple(columns))
+        small = [name for name in ("tokens", "shard_rows", "threads") if getattr(self, name) < 1]
+        if small or (self.workers is not None and self.workers < 1):
+            raise ValueError(f"{(small or ['workers'])[0]} is below 1: expected 1 or more")
+        if self.text is not None and not 1 <= len({*self.text}) == len(self.text) <= 2:
+            raise ValueError(f"text={','.join(self.text)}: expected one column of text, or two")
+
+    def saved(self) -> dict[str, Any]:
+        """The options that decide the result, beside the model and the files."""
+        names = [f.name for f in fields(self) if f.name != "model" and f.metadata.get("saved", True)]
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TuneSpec(TaskSpec):
     """Say what ``tune`` searches for: one budget, a method, the texts."""
 

@@ -1,0 +1,1 @@
+"""Scoring of any number of texts; batches by a budget of tokens."""
