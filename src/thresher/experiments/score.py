@@ -50,7 +50,7 @@ def score(spec: ScoreSpec, *, progress: Callable[[str, int, int | None], Any] | 
     before = sum((tally for tally in told if tally is not None), Tally())
     if before.rows:
         log.info("%d of %d shards are there already", plan.shards - len(todo), plan.shards)
-    scorer, done, started = scorer_of(spec, plan), before.rows, time.perf_counter()
+    scorer, workers, done, started = scorer_of(spec, plan), spec.workers or usual_workers(), before.rows, began
 
     def more(rows: int) -> None:
         nonlocal done
@@ -60,27 +60,31 @@ def score(spec: ScoreSpec, *, progress: Callable[[str, int, int | None], Any] | 
     with claimed(spec.out) as claim:
 
         def opened() -> None:
+            nonlocal started
+            started = time.perf_counter()
             claim()
             clear(spec.out, everything=fresh)
-            write(spec.out / PLAN, plan.to_json())
+            if fresh:
+                write(spec.out / PLAN, plan.to_json())
             tell("scoring", done, plan.rows)
 
-        now = make(Work(plan, scorer, spec.out), todo, spec.workers or usual_workers(), opened, more)
+        if not todo and not (spec.out / REPORT).exists():
+            opened()
+        now = make(Work(plan, scorer, spec.out), todo, workers, opened, more)
         seconds = time.perf_counter() - started
         total = before + now
         if todo or not (spec.out / REPORT).exists():
             write(spec.out / REPORT, json.dumps(summary(plan, total), indent=1) + "\n")
-    speed = {"rows_per_second": now.rows / seconds, "tokens_per_second": now.tokens / seconds} if todo else {}
     return {
         "model": spec.model,
         "out": str(spec.out),
         **summary(plan, total),
         "shards_made": len(todo),
-        "workers": min(spec.workers or usual_workers(), max(1, len(todo))),
+        "workers": min(workers, max(1, len(todo))),
         "threads": spec.threads,
         "seconds": time.perf_counter() - began,
-        "rows_per_second": speed.get("rows_per_second"),
-        "tokens_per_second": speed.get("tokens_per_second"),
+        "rows_per_second": now.rows / seconds if todo else None,
+        "tokens_per_second": now.tokens / seconds if todo else None,
     }
 
 
@@ -172,10 +176,13 @@ def write(path: Path, text: str) -> None:
 
 
 def clear(out: Path, *, everything: bool) -> None:
-    """Remove what a killed process was writing, and with ``everything`` what an earlier plan left."""
+    """Remove what a killed process was writing, and with ``everything`` what was made by an earlier plan.
+
+    The plan itself stays until the new one takes its place, so that the folder is ours at any moment.
+    """
     for path in (*out.glob(".part-*.tmp"), *out.glob("._*.tmp")):
         path.unlink(missing_ok=True)
-    for path in (out / PLAN, out / REPORT, *out.glob("part-*.parquet")) if everything else ():
+    for path in (out / REPORT, *out.glob("part-*.parquet")) if everything else ():
         path.unlink(missing_ok=True)
 
 

@@ -16,7 +16,7 @@ BUDGET = 8192  # padded tokens of a batch
 ROWS = 512  # texts of a batch
 WINDOW = 4096  # texts that wait at a time: among so many nearly every text has neighbours of its own length
 PADDING = 0.125  # padding of a batch, as a share of what its texts need
-CALL = 128  # tokens of padding that are cheaper than another call
+CALL = 64  # tokens of padding that are cheaper than another call
 
 
 class Batcher:
