@@ -105,6 +105,7 @@ def test_an_interruption_ends_all_processes_and_says_how_to_go_on(model, tmp_pat
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and said == "interrupted; run the same command again to resume\n"
     assert len(workers) == 2 and not at_work(workers) and not (out / REPORT).exists()
+    assert not [*out.glob(".*.tmp")]
 
 
 def test_what_is_wrong_in_a_worker_is_one_line(model, tmp_path):

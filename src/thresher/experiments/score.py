@@ -37,14 +37,7 @@ def score(spec: ScoreSpec, *, progress: Callable[[str, int, int | None], Any] | 
     """
     tell = progress or (lambda what, done, total: None)
     began = time.perf_counter()
-    tell("reading the model", 0, None)
-    check_names(spec)
-    digest = files_digest(spec.model)
-    plan = found_plan(spec, digest)
-    fresh = plan is None
-    if plan is None:
-        tell("counting rows", 0, None)
-        plan = make_plan(spec.data, spec.out, digest, spec.saved() | {"text": usual(spec)})
+    plan, fresh = planned(spec, tell)
     told = [None if fresh else made(plan, shard, spec.out) for shard in range(plan.shards)]
     todo = [shard for shard, tally in enumerate(told) if tally is None]
     before = sum((tally for tally in told if tally is not None), Tally())
@@ -86,6 +79,18 @@ def score(spec: ScoreSpec, *, progress: Callable[[str, int, int | None], Any] | 
         "rows_per_second": now.rows / seconds if todo else None,
         "tokens_per_second": now.tokens / seconds if todo else None,
     }
+
+
+def planned(spec: ScoreSpec, tell: Callable[[str, int, int | None], Any]) -> tuple[Plan, bool]:
+    """The plan of a call, and whether it is a new one."""
+    tell("reading the model", 0, None)
+    check_names(spec)
+    digest = files_digest(spec.model)
+    plan = found_plan(spec, digest)
+    if plan is not None:
+        return plan, False
+    tell("counting rows", 0, None)
+    return make_plan(spec.data, spec.out, digest, spec.saved() | {"text": usual(spec)}), True
 
 
 def found_plan(spec: ScoreSpec, digest: str) -> Plan | None:
@@ -188,14 +193,16 @@ def clear(out: Path, *, everything: bool) -> None:
 
 @contextmanager
 def claimed(out: Path) -> Iterator[Callable[[], None]]:
-    """A function that makes the folder and claims it until the context ends; a folder that stays empty goes again.
+    """A function that makes the folder and claims it until the context ends; a folder that stays empty goes again, and
+    so does what workers were writing when they were stopped.
 
     The system releases the claim of a process that is killed.
     """
     handles: list[int] = []
-    new = not out.exists()
+    new, ours = not out.exists(), False
 
     def claim() -> None:
+        nonlocal ours
         out.mkdir(parents=True, exist_ok=True)
         with suppress(ImportError):  # Windows has none
             import fcntl
@@ -209,10 +216,13 @@ def claimed(out: Path) -> Iterator[Callable[[], None]]:
                 ) from None
             except OSError as error:
                 warnings.warn(f"{out} cannot be claimed ({error.strerror}): let one process work in it", stacklevel=3)
+        ours = True
 
     try:
         yield claim
     finally:
+        if ours:
+            clear(out, everything=False)
         for handle in handles:
             os.close(handle)
         if new:
