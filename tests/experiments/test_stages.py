@@ -52,7 +52,6 @@ def test_each_stage_has_a_folder_of_its_own(staged):
         "recipe.json",
         "dense",
         "taught-train",
-        "taught-watched",
         "pruned",
     }
     assert (staged.dense, staged.pruned) == (folder / "dense", folder / "pruned")

@@ -93,12 +93,13 @@ def test_what_was_tried_is_not_tried_again(toy, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["topk", "ltp", "evit", "tome"])
 def test_a_budget_that_hurts_is_told_with_a_milder_one(toy, tmp_path, monkeypatch, method):
     monkeypatch.setattr(strongest, "NOTICED", -100.0)  # the toy bears whatever can be asked for
-    asked = {"target_flops": 0.5, "epochs": 3, "prune_epochs": 1, "method": method}
+    target = 0.7 if method == "tome" else 0.5
+    asked = {"target_flops": target, "epochs": 3, "prune_epochs": 1, "method": method}
     rows, summary = trained(toy, tmp_path / "out", monkeypatch, **asked)
     milder = summary["milder"]
     if method in ("tome", "evit") and milder is None:  # neither need come near enough to any budget
         return
-    assert milder["target_flops"] in strongest.LADDER and milder["target_flops"] > 0.5 and milder["drop"] <= 1
+    assert milder["target_flops"] in strongest.LADDER and milder["target_flops"] > target and milder["drop"] <= 1
     (line,) = budget_lines(summary, rows)
     assert line.startswith(f"drop {rows[0]['quality'] - rows[1]['quality']:+.2f} points: on the validation part ")
     assert line.endswith(f"at --target-flops {milder['target_flops']:g}")
