@@ -25,7 +25,7 @@ class PrunedAttention:
         self.base = base
 
     def __call__(self, module, query, key, value, attention_mask, token_site=None, **kwargs):
-        function = compat.attention_function(module, self.base)
+        function = compat.ALL_ATTENTION_FUNCTIONS.get(self.base) or compat.attention_function(module, self.base)
         scaling, dropout = kwargs.setdefault("scaling", None), kwargs.setdefault("dropout", 0.0)
         if token_site is None:
             return function(module, query, key, value, attention_mask, **kwargs)

@@ -329,7 +329,7 @@ class Hooks:
         """The site of the next layer; None: it has none, and nothing of it is needed."""
         pruner, number = call.pruner, -1
         if call.options.mode == "pruned":
-            number = pruner.site(call.layer)
+            number = pruner.sites.index(call.layer) if call.layer in pruner.sites else -1
         if number < 0 and not isinstance(tokens, Packed):
             return None
         protected = call.protected

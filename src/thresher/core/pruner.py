@@ -270,10 +270,6 @@ class TokenPruner(nn.Module):
         self.sites = tuple(at)
         self.build(model)
 
-    def site(self, layer: int) -> int:
-        """Position of a layer in ``at``; -1 where it is not scored."""
-        return self.sites.index(layer) if layer in self.sites else -1
-
     @property
     def protected_positions(self) -> tuple[int, ...] | None:
         """Positions among the live tokens that never leave; None where ids or a batch's own mask say so."""

@@ -15,7 +15,6 @@ One file, since each verb (enter, drop, merge, take, narrow, mask, restore) is o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
@@ -443,14 +442,15 @@ class Packed(Tokens):
         super().leave(before, states)
         self.owned = True
 
-    def runs(self, *states: Tensor) -> Iterator[tuple[int, int, list[Tensor]]]:
+    def runs(self, *states: Tensor) -> list[tuple[int, int, list[Tensor]]]:
         """(first sequence, length, parts (count, H, length, d) of the ``states``) of each run of equal neighbours."""
-        sequence = row = 0
+        sequence, row, found = 0, 0, []
         for length, group in groupby(self.lengths):
             count = len(list(group))
             rows, shape = slice(row, row + count * length), (count, length)
-            yield sequence, length, [x[0, :, rows].unflatten(1, shape).transpose(0, 1) for x in states]
+            found.append((sequence, length, [x[0, :, rows].unflatten(1, shape).transpose(0, 1) for x in states]))
             sequence, row = sequence + count, rows.stop
+        return found
 
     def sequence_mask(self, mask: Tensor, sequence: int) -> Tensor | None:
         """The part of an attention mask of original size (B or 1, 1 or H, N0 or 1, N0) that one sequence needs.
