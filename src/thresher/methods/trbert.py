@@ -111,7 +111,7 @@ class TRBERT(Thresholded):
 
     def opening(self, score: Tensor, view: View | Site) -> Tensor:
         """Compute (B, N), the log odds of staying."""
-        return (score - self.threshold[view.site].detach()) / self.temperature
+        return (score - self.threshold[self.sites.index(view.layer)].detach()) / self.temperature
 
     def choose(self, score: Tensor, view: View) -> Choice:
         if not self.sampled:
