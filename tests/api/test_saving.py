@@ -80,6 +80,7 @@ def test_the_configuration_says_what_prunes(saved):
         "init": 1.0,
         "soft_until": 0.3,
         "straight_through": True,
+        "schedule": None,
         "min_keep": 3,
     }
     assert "pruned|" not in json.dumps(config)

@@ -269,10 +269,11 @@ def test_limit_threads_and_known_predictions():
     assert again[0]["quality"] != found[0]["quality"]
 
 
-def test_where_packed_does_not_run_dense_is_sorted_by_length():
+def test_where_packed_does_not_run_dense_is_sorted_by_length_or_padded():
     model = pruned("mpnet", TopK(keep=0.5, at=(1, 2)))
     found = bench.measure(model, rows(labels=None), task(), max_length=24, batch_sizes=(4,), repeats=1)
-    assert [r["layout"] for r in found] == ["padded", "length-sorted", "padded"]
+    padded, dense, pruned_one = (r["layout"] for r in found)
+    assert padded == pruned_one == "padded" and dense in ("length-sorted", "padded"), "whichever is faster"
     assert all(r["quality"] is None and r["quality_dense"] is None for r in found)
 
 

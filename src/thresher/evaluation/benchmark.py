@@ -129,7 +129,7 @@ def fastest(runners: list[Runner]) -> list[Runner]:
     for padded in (runner for runner in runners if runner.row["mode"] == "dense-padded"):
         # where texts are of one length, padding to the longest costs nothing, and sorting or packing them does
         for first in ways.get((*padded.key[:-1], "dense-unpadded"), [])[:1]:
-            same = replace(first, row=first.row | {"layout": "padded"}, pad_to=padded.pad_to, times=padded.times)
+            same = replace(first, row=first.row | {"layout": "padded"}, times=padded.times)  # its floor stays its own
             ways[first.key].append(same)
     chosen = []
     for first, *others in (sorted(same, key=lambda runner: runner.seconds) for same in ways.values()):
