@@ -60,10 +60,7 @@ def prune(
         >>> model = prune(model, TopK(keep=0.5))
     """
     target = inner_model(model)
-    if isinstance(method, type) or not (method is None or isinstance(method, TokenPruner)):
-        raise TypeError(f"prune() takes a method such as TopK(keep=0.5), got {method!r}")
-    if layout != "auto" and layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: expected auto, {', '.join(LAYOUTS)}")
+    _check_request(method, layout)
     before, entry = pruner_of(target), None
     stored = None if checkpoint is None else stored_at(checkpoint, _weights_of(target))
     if method is None:
@@ -88,6 +85,14 @@ def prune(
     _exchange(hooks, None if before is None else before.hooks)
     _place(model, target, hooks)
     return model
+
+
+def _check_request(method: Any, layout: str) -> None:
+    """Raise TypeError or ValueError where ``prune`` is given no method or no layout."""
+    if isinstance(method, type) or not (method is None or isinstance(method, TokenPruner)):
+        raise TypeError(f"prune() takes a method such as TopK(keep=0.5), got {method!r}")
+    if layout != "auto" and layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: expected auto, {', '.join(LAYOUTS)}")
 
 
 @contextmanager
