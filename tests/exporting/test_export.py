@@ -18,6 +18,7 @@ from support.methods import METHODS
 from support.tiny import tiny_tokenizer
 from thresher import ToP, TopK, export, load_runtime, prune
 from thresher.cli import app as cli
+from thresher.data.embedder import Embedder, Pooling
 from thresher.experiments.describe import describe
 from thresher.exporting import export as exporting
 from thresher.exporting.export import inputs_of
@@ -342,3 +343,80 @@ def test_a_folder_without_a_graph_is_refused(tmp_path):
     (tmp_path / "thresher.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match="holds no exported model"):
         load_runtime(tmp_path)
+
+
+# --- embedders and rankers -------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory):
+    """A pruned embedder, and the folder of its graph."""
+    net = FAMILIES["bert"].build(pad_token_id=0, vocab_size=len(tiny_tokenizer()), max_position_embeddings=128).bert
+    embedder = Embedder(net.eval(), prompts={"query": "the "})
+    prune(embedder, TopK(keep=0.5, pooling="survivors", min_tokens=4))
+    folder = tmp_path_factory.mktemp("graphs") / "embedder"
+    return embedder, folder, export(embedder, folder, tokenizer=tiny_tokenizer(), max_length=64)
+
+
+def test_the_pooling_is_part_of_the_graph(vectors):
+    embedder, folder, spec = vectors
+    assert spec["difference"] <= 1e-4 and spec["pooling"] == {"mode": "mean", "normalize": True}
+    runtime, tokenizer = load_runtime(folder), tiny_tokenizer()
+    with torch.no_grad():
+        expected = embedder(**tokenizer(TEXTS, return_tensors="pt", padding=True))
+    assert expected.last_hidden_state is not None  # the states are left out of the graph alone
+    found = runtime.encode(TEXTS, batch_size=3)
+    assert found.shape == (4, 32) and np.abs(found - expected.sentence_embedding.numpy()).max() <= 1e-4
+    assert np.abs(runtime.encode(TEXTS[1]) - found[1]).max() <= 1e-5
+    assert np.abs(runtime.encode("thresh", prompt_name="query") - runtime.encode("the thresh")).max() <= 1e-5
+    assert runtime.encode([]).shape == (0, 32)
+    with pytest.raises(ValueError, match="the model has query"):
+        runtime.encode(TEXTS, prompt_name="passage")
+    with pytest.raises(ValueError, match="gives texts no labels: call encode"):
+        runtime(TEXTS)
+    with pytest.raises(ValueError, match="gives vectors: rank"):
+        runtime.rank("wheat", TEXTS)
+
+
+def test_a_graph_ranks(tmp_path):
+    model = classifier(num_labels=1, vocab_size=len(tiny_tokenizer()), max_position_embeddings=128)
+    prune(model, TopK(keep=0.6, at=(1, 2), protect={"until": [tiny_tokenizer().sep_token_id]}))
+    export(model, tmp_path / "ranker", tokenizer=tiny_tokenizer(), max_length=32)
+    runtime, query = load_runtime(tmp_path / "ranker"), "the farmer"
+    inputs = tiny_tokenizer()([query] * 4, TEXTS, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        scores = model(**inputs).logits[:, 0].sigmoid().tolist()
+    ranked = runtime.rank(query, TEXTS, return_text=True, batch_size=2)
+    assert [row["index"] for row in ranked] == sorted(range(4), key=lambda i: -scores[i])
+    assert all(abs(row["score"] - scores[row["index"]]) <= 1e-4 for row in ranked)
+    assert all(row["text"] == TEXTS[row["index"]] for row in ranked)
+    best = runtime.rank(query, TEXTS, top_k=2)
+    assert [row["index"] for row in best] == [row["index"] for row in ranked[:2]] and "text" not in best[0]
+    assert runtime.rank(query, []) == []
+    with pytest.raises(ValueError, match="the model takes 32: there is no room for a text"):
+        runtime.rank("the farmer " * 20, TEXTS)
+    with pytest.raises(ValueError, match="gives no vectors: encode"):
+        runtime.encode(TEXTS)
+
+
+def test_classes_rank_nothing(exported):
+    with pytest.raises(ValueError, match="gives 3 classes: rank"):
+        load_runtime(exported[1]).rank("wheat", TEXTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format, precision", [("openvino", "fp32"), ("openvino", "int8"), ("onnx", "int8")])
+@pytest.mark.parametrize("pooling", ["put-back", "survivors"])
+@pytest.mark.parametrize("mode", ["mean", "cls", "max", "lasttoken"])
+def test_every_pooling_in_every_runtime(tmp_path, mode, pooling, format, precision):
+    net = FAMILIES["bert"].build(pad_token_id=0, vocab_size=len(tiny_tokenizer()), max_position_embeddings=128).bert
+    embedder = Embedder(net.eval(), Pooling(mode))
+    prune(embedder, TopK(keep=0.6, pooling=pooling))
+    calibration = [dict(tiny_tokenizer()(text, return_tensors="pt")) for text in TEXTS]
+    how = {"format": format, "precision": precision, "calibration": calibration}
+    export(embedder, tmp_path / "graph", tokenizer=tiny_tokenizer(), max_length=64, **how)
+    with torch.no_grad():
+        expected = embedder(**tiny_tokenizer()(TEXTS, return_tensors="pt", padding=True)).sentence_embedding.numpy()
+    found = load_runtime(tmp_path / "graph").encode(TEXTS)
+    if precision == "fp32":
+        assert np.abs(found - expected).max() <= 1e-4
+    else:  # sharpened weights are hard to round: alike, and not equal
+        assert (found * expected).sum(1).min() > 0.5

@@ -119,6 +119,12 @@ def mask_survivors(answer: dict[str, Any], token_mask: Tensor) -> None:
     answer["attention_mask"] = token_mask
 
 
+def prepared_texts(model: Any, texts: list) -> dict[str, Any]:
+    """The arguments of the transformers model for a batch of texts, or of pairs, as such a model tokenizes them."""
+    known = inspect.signature(transformer_module(model).auto_model.forward).parameters  # type: ignore[union-attr]
+    return {name: value for name, value in model.preprocess(texts).items() if name in known}
+
+
 # --- torch: 2.13 -----------------------------------------------------------------------------------------------------
 def check(condition: Any) -> None:
     """Tell a graph under construction that a symbolic condition holds."""
@@ -153,6 +159,17 @@ class TrainerNames(_Trainer):
 
     def _determine_best_metric(self, metrics: dict, trial: Any) -> bool:
         return self.may_be_best() and super()._determine_best_metric(metrics, trial)
+
+
+class SentenceTrainerNames(_Trainer):
+    """Give names of our own to what a Trainer of sentence-transformers 6.2 keeps private; a base class before it."""
+
+    def saved_model(self, folder: str) -> nn.Module:
+        """The model of a checkpoint."""
+        raise NotImplementedError
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        (self.model if model is None else model).load_state_dict(self.saved_model(resume_from_checkpoint).state_dict())
 
 
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME: the last file of a checkpoint

@@ -500,6 +500,8 @@ class Hooks:
         for site in call.sites if not torch.is_grad_enabled() else ():
             site.release()
         self.pruner.record = Record(call.sites, call.counts, self.architecture.costs, survivors)
+        if call.options.calls is not None:
+            call.options.calls.append((self.pruner.record, kwargs))
         self.judge(call, kwargs, output)
         return reshaped(call, output) if call.wants else output
 

@@ -102,12 +102,14 @@ class Options:
         protect: (B, N) bool, tokens of this batch that never leave, in place of the method's own.
         counts: (B, S) long, how many tokens each row keeps, for ``keep="replay"``.
         gates: in place of the method's own soft gates, see ``TokenPruner.gates``.
+        calls: gets the record and the arguments of each forward, where one step of a training has several.
     """
 
     mode: str = "pruned"
     protect: Tensor | None = None
     counts: Tensor | None = None
     gates: Callable[[Tensor, View], Tensor] | None = None
+    calls: list[tuple[Record, Batch]] | None = None
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
@@ -320,7 +322,7 @@ class TokenPruner(nn.Module):
             return found
         found = (found & (rank > 0)).long()
         query = found.cumsum(1) == found
-        if not torch.compiler.is_compiling() and not bool((alive & ~query).any()):
+        if not torch.compiler.is_compiling() and not bool((alive & ~query).any()) and bool((rank > 0).any()):
             raise ValueError(
                 f"protect={self.protect!r} protects every token of this batch, so nothing would be pruned: it is meant "
                 "for pairs of a query and a text, with a separator between them"

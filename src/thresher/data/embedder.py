@@ -71,10 +71,7 @@ class Pooling:
 
 @dataclass
 class EmbeddingOutput(ModelOutput):
-    """Hold ``sentence_embedding`` (B, C) and the states (B, N, C) that were pooled.
-
-    ``token_mask`` (B, N): what each token weighed.
-    """
+    """Hold ``sentence_embedding`` (B, C), the states (B, N, C) that were pooled and what each weighed (B, N)."""
 
     sentence_embedding: Tensor | None = None
     last_hidden_state: Tensor | None = None
@@ -90,6 +87,7 @@ class Embedder(nn.Module):
     Attributes:
         longest: tokens at which texts are cut.
         prompts: by name, what stands before a text.
+        vectors_alone: whether the states are left out of its output.
     """
 
     def __init__(
@@ -101,7 +99,7 @@ class Embedder(nn.Module):
     ):
         super().__init__()
         self.model, self.pooling, self.longest = model, pooling or Pooling(), longest
-        self.prompts = dict(prompts or {})
+        self.prompts, self.vectors_alone = dict(prompts or {}), False
 
     main_input_name = "input_ids"
 
@@ -144,7 +142,8 @@ class Embedder(nn.Module):
         mask = getattr(output, "token_mask", None)
         if mask is None:
             mask = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask
-        return EmbeddingOutput(self.pooling(states, mask), states, mask)
+        vectors = self.pooling(states, mask)
+        return EmbeddingOutput(vectors) if self.vectors_alone else EmbeddingOutput(vectors, states, mask)
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any) -> None:
         """Write a folder that ``load_embedder`` and sentence-transformers read."""

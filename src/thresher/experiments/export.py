@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..data.embedder import Embedder, is_embedder, load_embedder
 from ..data.load import load_task
 from ..data.models import clip, load, reading
 from ..data.task import Task
@@ -24,7 +25,7 @@ CALIBRATED = 300  # texts, NNCF's own number
 @job(ExportSpec)
 def export(spec: ExportSpec, *, progress: Callable[[str, int, int | None], Any] | None = None) -> dict[str, Any]:
     """Write a saved model as a graph into ``out`` (see ``exporting.export``); returns what its thresher.json says."""
-    net, _ = load(spec.model)
+    net = load_embedder(spec.model)[0] if is_embedder(spec.model) else load(spec.model)[0]
     task = load_task(spec) if spec.wants_data else None  # cut as bench cuts it, so that no tested text calibrates
     if progress:
         progress(f"writing a graph for {spec.format}", 0, None)
@@ -32,7 +33,9 @@ def export(spec: ExportSpec, *, progress: Callable[[str, int, int | None], Any] 
     return export_model(net, spec.model, spec.out, task, **how)
 
 
-def export_model(net: PreTrainedModel, folder: str, out: Path, task: Task | None, **how: Any) -> dict[str, Any]:
+def export_model(
+    net: PreTrainedModel | Embedder, folder: str, out: Path, task: Task | None, **how: Any
+) -> dict[str, Any]:
     """Export a model with the tokenizer in ``folder``; ``how``: format, precision and max_length."""
     tokenizer = reading(AutoTokenizer.from_pretrained, folder)
     static = task is not None and (how["format"], how["precision"]) == STATIC
@@ -40,7 +43,7 @@ def export_model(net: PreTrainedModel, folder: str, out: Path, task: Task | None
     return exporting.export(net, out, tokenizer=tokenizer, calibration=calibration, **how)
 
 
-def calibration_of(net: PreTrainedModel, tokenizer: Any, task: Task, max_length: int) -> list[dict[str, Tensor]]:
+def calibration_of(net: Any, tokenizer: Any, task: Task, max_length: int) -> list[dict[str, Tensor]]:
     """Inputs of the first texts of the train part, one by one."""
     part = task.validation if task.train is None else task.train
     if part is None:

@@ -13,8 +13,9 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 
 from ..api import MODULE
 from ..core.compat import graph_exporter
+from ..data.embedder import Embedder
 from ..data.models import positions
 from ..evaluation.hardware import environment
 from ..evaluation.rows import folder_written_whole
@@ -38,7 +40,7 @@ CLOSE = 1e-4  # logits of an fp32 graph and of its model, where all tokens of bo
 
 
 def export(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Embedder,
     folder: str | Path,
     *,
     tokenizer: Any = None,
@@ -54,7 +56,8 @@ def export(
     constants of the graph. The model is as before afterwards.
 
     Args:
-        model: a text model that classifies or answers questions, pruned or not.
+        model: a text model that classifies, ranks or answers questions, or an embedder, whose pooling is then part of
+            the graph; pruned or not.
         tokenizer: saved with the graph, which takes the inputs that it makes; without one the graph takes all that the
             model tells apart, and ``load_runtime`` takes tensors alone.
         format, precision: "onnx" or "openvino"; "fp32", "bf16" (in which OpenVINO computes), or "int8": weights per
@@ -74,13 +77,15 @@ def export(
     folder = Path(folder)
     _check_request(model, format, precision, calibration)
     _check_folder(folder)
-    pruner, longest = getattr(model, MODULE, None), min(max_length or 512, positions(model) or 512)
+    pruner, usual = getattr(model, MODULE, None), model.longest if isinstance(model, Embedder) else 512
+    longest = min(max_length or usual, positions(model) or 512)
     spec = {
         "format": format,
         "precision": precision,
         "architecture": type(model).__name__,
         "pruning": None if pruner is None else pruner.to_dict(),
         "max_length": longest,
+        **({"pooling": asdict(model.pooling), "prompts": model.prompts} if isinstance(model, Embedder) else {}),
         "source": fingerprint(model),
         "versions": environment()["versions"],
     }
@@ -99,7 +104,7 @@ def export(
     return spec
 
 
-def _check_request(model: PreTrainedModel, format: str, precision: str, calibration: Any) -> None:
+def _check_request(model: PreTrainedModel | Embedder, format: str, precision: str, calibration: Any) -> None:
     """Raise ValueError for a graph that cannot be made."""
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: expected {' or '.join(FORMATS)}")
@@ -110,14 +115,16 @@ def _check_request(model: PreTrainedModel, format: str, precision: str, calibrat
         raise ValueError(
             "int8 in OpenVINO needs inputs to calibrate on: give calibration= (--data on the command line)"
         )
-    if model.main_input_name != "input_ids" or not type(model).__name__.endswith(HEADS):
+    serves = isinstance(model, Embedder) or type(model).__name__.endswith(HEADS)
+    if model.main_input_name != "input_ids" or not serves:
         what = f"{type(model).__name__} reads {model.main_input_name}"
         raise ValueError(
-            f"{what}: models of tokens are exported that classify or answer questions ({', '.join(HEADS)})"
+            f"{what}: models of tokens are exported that classify or answer questions ({', '.join(HEADS)}), and "
+            "embedders (thresher.data.embedder.load_embedder)"
         )
 
 
-def _checked(model: PreTrainedModel, tokenizer: Any, folder: Path, spec: dict[str, Any]) -> float:
+def _checked(model: PreTrainedModel | Embedder, tokenizer: Any, folder: Path, spec: dict[str, Any]) -> float:
     """The largest difference of logits; ValueError where an fp32 graph answers otherwise than its model."""
     longest = spec["max_length"]
     shapes = [shape for shape in SHAPES if shape[1] <= longest] + [(1, longest)]
@@ -130,7 +137,7 @@ def _checked(model: PreTrainedModel, tokenizer: Any, folder: Path, spec: dict[st
     return difference
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel | Embedder) -> str:
     """Of the weights and the pruning of a model: graphs of equal ones answer alike."""
     pruner, told = getattr(model, MODULE, None), hashlib.sha256()
     told.update(json.dumps(None if pruner is None else pruner.to_dict(), default=str, sort_keys=True).encode())
@@ -149,7 +156,7 @@ def source_of(folder: Path) -> tuple[str | None, int | None] | None:
         return None
 
 
-def inputs_of(model: PreTrainedModel, tokenizer: Any, batch: int, length: int) -> dict[str, Tensor]:
+def inputs_of(model: PreTrainedModel | Embedder, tokenizer: Any, batch: int, length: int) -> dict[str, Tensor]:
     """Random inputs (B, N) of a model, the first row without padding, the others shorter and shorter.
 
     ``token_type_ids`` are among them if the tokenizer makes them; without a tokenizer, if the model tells segments
@@ -158,6 +165,9 @@ def inputs_of(model: PreTrainedModel, tokenizer: Any, batch: int, length: int) -
     draw = torch.Generator().manual_seed(batch * 1000 + length)
     ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=draw)
     own = torch.arange(length) < torch.linspace(length, max(1, length // 2), batch).long()[:, None]
+    protect = getattr(getattr(model, MODULE, None), "protect", None)
+    if isinstance(protect, Mapping) and "until" in protect and length > 2:
+        ids[:, length // 3] = protect["until"][0]  # a pair
     ids[~own] = getattr(model.config, "pad_token_id", None) or 0
     inputs = {"input_ids": ids, "attention_mask": own.long()}
     segments = getattr(model.config, "type_vocab_size", 0)
@@ -169,11 +179,13 @@ def inputs_of(model: PreTrainedModel, tokenizer: Any, batch: int, length: int) -
 
 
 @contextmanager
-def _padded(model: PreTrainedModel) -> Iterator[None]:
+def _padded(model: PreTrainedModel | Embedder) -> Iterator[None]:
     """In evaluation mode, pruned, and in the one layout that a graph can hold."""
     pruner, training = getattr(model, MODULE, None), model.training
     before = None if pruner is None else pruner.hooks.layout
     model.eval()
+    if isinstance(model, Embedder):
+        model.vectors_alone = True
     try:
         if pruner is not None:
             pruner.hooks.layout = "padded"
@@ -182,6 +194,8 @@ def _padded(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+        if isinstance(model, Embedder):
+            model.vectors_alone = False
         if pruner is not None:
             pruner.hooks.layout, pruner.hooks.passed = before, frozenset()
 
@@ -199,7 +213,9 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _difference(model: PreTrainedModel, tokenizer: Any, folder: Path, shapes: Iterable[tuple[int, int]]) -> float:
+def _difference(
+    model: PreTrainedModel | Embedder, tokenizer: Any, folder: Path, shapes: Iterable[tuple[int, int]]
+) -> float:
     """The largest difference of logits between a model and its graph."""
     from .runtime import load_runtime
 

@@ -1,6 +1,6 @@
-"""Run what ``export`` wrote: texts in, labels or answers out, as from a pipeline. Needs onnxruntime or openvino.
+"""Run what ``export`` wrote: texts in, labels, answers, ranks or vectors out. Needs onnxruntime or openvino.
 
-Shapes: B batch, N tokens, K classes.
+Shapes: B batch, N tokens, K classes, C channels.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,8 @@ from ..evaluation.hardware import has_bf16
 
 
 class Runtime:
-    """An exported model; ``runtime(texts)`` gives what a transformers pipeline would.
+    """An exported model; ``runtime(texts)`` gives what a transformers pipeline would, ``rank`` and ``encode`` what a
+    CrossEncoder and a SentenceTransformer would.
 
     Attributes:
         spec: what thresher.json says: format, precision, pruning, max_length, ...
@@ -32,10 +34,10 @@ class Runtime:
     def __init__(self, exported: Any, tokenizer: Any, spec: dict, lengths: Iterable[int] = ()):
         self.exported, self.tokenizer, self.spec, self.config = exported, tokenizer, spec, exported.config
         self.lengths = sorted(lengths)
-        self.answers = spec["architecture"].endswith("ForQuestionAnswering")
+        self.answers, self.embeds = spec["architecture"].endswith("ForQuestionAnswering"), "pooling" in spec
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """logits (B, K), or start_logits and end_logits (B, N), of input_ids, attention_mask, ... (B, N).
+        """logits (B, K), start_logits and end_logits (B, N) or sentence_embedding (B, C), of input_ids, ... (B, N).
 
         ``token_type_ids`` may be left out: they are 0, as in the model. Raises ValueError where the graph would drop
         some that are not.
@@ -47,7 +49,8 @@ class Runtime:
         if dropped and kinds is not None and kinds.any():
             raise ValueError("this graph was exported for a tokenizer without token_type_ids: it would drop them")
         output = self.exported(**{name: value for name, value in inputs.items() if name in takes})
-        names = ("start_logits", "end_logits") if self.answers else ("logits",)
+        one = "sentence_embedding" if self.embeds else "logits"
+        names = ("start_logits", "end_logits") if self.answers else (one,)
         return {name: torch.as_tensor(output[name]) for name in names}
 
     def width(self, longest: int) -> int:
@@ -64,8 +67,9 @@ class Runtime:
         Texts are run in batches of neighbours in length. What is over ``max_length`` is cut; paragraphs are read in
         several windows.
         """
-        if self.tokenizer is None:
-            raise ValueError("this model was exported without its tokenizer: call forward(input_ids=..., ...)")
+        if self.embeds:
+            raise ValueError("this is an embedder, which gives texts no labels: call encode(texts)")
+        self._check_tokenizer()
         one = isinstance(texts, str)
         texts = [texts] if isinstance(texts, str) else texts
         pairs = [pairs] if isinstance(pairs, str) else pairs
@@ -80,6 +84,60 @@ class Runtime:
         else:
             found = self._classify(texts, pairs, batch_size)
         return found[0] if one else found
+
+    def encode(self, texts: str | Sequence[str], *, prompt_name: str | None = None, batch_size: int = 32) -> np.ndarray:
+        """(N, C) fp32: the vectors of texts, (C,) that of one; ``prompt_name``: of what the model sets before them.
+
+        Raises:
+            ValueError: the model is no embedder, or has no such prompt.
+        """
+        if not self.embeds:
+            raise ValueError(f"{self.spec['architecture']} gives no vectors: encode() needs an exported embedder")
+        self._check_tokenizer()
+        prompts = self.spec.get("prompts") or {}
+        if prompt_name is not None and prompt_name not in prompts:
+            raise ValueError(f"prompt_name={prompt_name!r}: the model has {', '.join(prompts) or 'no prompts'}")
+        one = isinstance(texts, str)
+        texts = [texts] if isinstance(texts, str) else texts
+        if not texts:
+            return np.zeros((0, self.config.hidden_size), np.float32)
+        before = prompts[prompt_name] if prompt_name else ""
+        rows = self._encoded([before + text for text in texts])
+        vectors = torch.stack([output["sentence_embedding"] for output in self._run(rows, batch_size)]).float().numpy()
+        return vectors[0] if one else vectors
+
+    def rank(
+        self, query: str, texts: Sequence[str], *, top_k: int | None = None, return_text: bool = False, **options: Any
+    ) -> list[dict]:
+        """{"index", "score"} of the ``top_k`` texts (all) that answer a query best, the best first; and "text" where it
+        is asked for. The score lies in (0, 1), as a CrossEncoder's.
+
+        Raises:
+            ValueError: the model does not give one number, or the query alone is as long as it takes.
+        """
+        if self.embeds or self.answers or self.config.num_labels != 1:
+            what = "vectors" if self.embeds else "answers" if self.answers else f"{self.config.num_labels} classes"
+            raise ValueError(f"{self.spec['architecture']} gives {what}: rank() needs a model of one number")
+        self._check_tokenizer()
+        if not texts:
+            return []
+        tokens, most = len(self.tokenizer(query)["input_ids"]), self.spec["max_length"]
+        if tokens >= most:
+            raise ValueError(f"the query has {tokens} tokens, the model takes {most}: there is no room for a text")
+        outputs = self._run(self._encoded([query] * len(texts), texts), **{"batch_size": 32, **options})
+        scores = torch.stack([output["logits"][0] for output in outputs]).float().sigmoid().tolist()
+        best = sorted(range(len(texts)), key=lambda i: -scores[i])[:top_k]
+        return [{"index": i, "score": scores[i], **({"text": texts[i]} if return_text else {})} for i in best]
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            raise ValueError("this model was exported without its tokenizer: call forward(input_ids=..., ...)")
+
+    def _encoded(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict]:
+        """Tokenized rows, none too long."""
+        both = [list(texts)] if pairs is None else [list(texts), list(pairs)]
+        encoded = self.tokenizer(*both, truncation="longest_first", max_length=self.spec["max_length"])
+        return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
     def _run(self, rows: list[dict], batch_size: int) -> list[dict[str, Tensor]]:
         """The outputs of tokenized rows, in their order."""
@@ -97,9 +155,7 @@ class Runtime:
         return found
 
     def _classify(self, texts: Sequence[str], pairs: Sequence[str] | None, batch_size: int) -> list[dict]:
-        both = [list(texts)] if pairs is None else [list(texts), list(pairs)]
-        encoded = self.tokenizer(*both, truncation="longest_first", max_length=self.spec["max_length"])
-        rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+        rows = self._encoded(texts, pairs)
         labels, kind, found = self.config.id2label, self.config.problem_type, []
         for output in self._run(rows, batch_size):
             logits = output["logits"].float()
@@ -143,6 +199,8 @@ def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Ite
     Example:
         >>> classify = load_runtime("runs/reviews-onnx")
         >>> first, second = classify(["Wonderful acting.", "Far too long."])
+        >>> best = load_runtime("runs/ranker-onnx").rank("who wrote it?", passages, top_k=3)
+        >>> vectors = load_runtime("runs/embedder-onnx").encode(passages)
     """
     try:
         spec = json.loads((Path(folder) / "thresher.json").read_text())

@@ -200,8 +200,8 @@ class ToP(TokenPruner):
         self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
         self.agreement: list[Tensor] = []
         taught = model.depth if model.finds_answers else max(model.first_site + 1, model.depth // 3)
-        if self.schedule is not None and self.sites:
-            taught = max(taught, self.sites[0] + 1)  # where it lets tokens leave late, the first site learns
+        if self.sites:
+            taught = max(taught, self.sites[0] + 1)  # where tokens leave late, the first site learns
         self.early = [i for i, layer in enumerate(self.sites) if layer < taught]
 
     # --- the target and the cost ---------------------------------------------------------------------------------
@@ -367,11 +367,6 @@ class ToP(TokenPruner):
         """Compute a scalar: the ranking loss of the tokens that are still there, summed over the early sites."""
         if teacher is None or "ranking" not in teacher:
             raise ValueError("ToP distils its teacher's ranking: train with a teacher, or with rank_loss='none'")
-        if not self.early:
-            raise ValueError(
-                f"ToP distils the ranking into the first third of the layers, at={list(self.sites)} has none of "
-                "them: name an earlier layer, or train with rank_loss='none'"
-            )
         self.agreement = []
         total: Any = 0.0
         for site in (record.sites[i] for i in self.early):

@@ -5,7 +5,7 @@ All content lives in the method, so that a loop of one's own needs one added ter
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainerCallback
 
-from ..api import prune, unprune
+from ..api import inner_model, prune, unprune
 from ..core.architecture import Architecture
-from ..core.compat import TrainerNames
-from ..core.pruner import MODULE, Choice, Record, TokenPruner, pruner_in, pruner_of
+from ..core.compat import TrainerNames, transformer_module
+from ..core.pruner import MODULE, Batch, Choice, Record, TokenPruner, pruner_in, pruner_of
 from ..core.view import View
 from ..evaluation.latency import latency_table
 from ..methods.parts.distillation import LOGITS, distillation
@@ -106,7 +106,100 @@ class Collator(DataCollatorWithPadding):
         return batch
 
 
-class PruningTrainer(TrainerNames, Trainer):
+class Pruning(TrainerNames):
+    """Do what any Trainer of a pruned model does: keep the budget, tell the method how far it is, step its parameters.
+
+    A base class before a Trainer. ``begin`` follows the Trainer's own ``__init__``.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+
+    def begin(self, pruner_lr: float | None = None, soft_steps: int | None = None) -> None:
+        """Check the model and follow the training; arguments as of ``PruningTrainer``.
+
+        Raises:
+            ValueError: the model is not pruned, or its weights are float16.
+        """
+        if pruner_of(inner_model(self.model)) is None:
+            raise ValueError(f"{type(self).__name__} needs a pruned model: call prune(model, method) first")
+        halves = {p.dtype for p in self.model.parameters() if p.requires_grad and p.dtype == torch.float16}
+        if halves:
+            raise ValueError(
+                "the weights to be trained are float16, in which AdamW's epsilon is 0: load the model with "
+                "dtype=torch.float32, and train it with bf16=True where that is fast"
+            )
+        if self.pruner.needs_table and self.pruner.table is None:
+            self.pruner.table = latency_table(inner_model(self.model))
+        self.pruner_lr, self.soft_steps = pruner_lr, soft_steps
+        self.reached: dict[str, float | Tensor] = {}
+        self.add_callback(_Stages(self))
+
+    @property
+    def pruner(self) -> Any:
+        """The method that is trained."""
+        return pruner_in(inner_model(self.model))
+
+    def may_be_best(self) -> bool:
+        """Whether the model as it is may be the best one: not before the hard stage, when no budget is met yet."""
+        return self.pruner.phase(self.pruner.progress) == "hard"
+
+    def create_optimizer(self, model=None):
+        """Make the Trainer's optimiser, with a group of its own for the method's parameters."""
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            own = list(self.pruner.parameters())
+            if own:
+                ids = {id(p) for p in own}
+                for group in self.optimizer.param_groups:
+                    group["params"] = [p for p in group["params"] if id(p) not in ids]
+                self.optimizer.add_param_group(pruner_group(self.pruner, self.pruner_lr))
+                self.optimizer.register_step_pre_hook(freeze_without_gradient)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add the share of the dense MACs in the last batch, and the method's own metrics, to what is logged."""
+        if "loss" in logs and "flops_fraction" in self.reached:
+            logs["flops_fraction"] = round(float(self.reached["flops_fraction"]), 4)
+            logs.update({name: round(value, 4) for name, value in self.pruner.metrics().items()})
+        super().log(logs, *args, **kwargs)
+
+    def calibrate(self, rows: int | None = None) -> dict[str, float]:
+        """Bring the method onto its budget on (``rows`` of) the calibration data; returns what it reached.
+
+        All processes go on with what the first one found.
+        """
+        reached = self._on_calibration_data(self.pruner.calibrate, rows)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            state = [{name: tensor.cpu() for name, tensor in self.pruner.state_dict().items()}]
+            torch.distributed.broadcast_object_list(state, src=0, device=self.args.device)
+            self.pruner.load_state_dict(state[0])
+        return reached
+
+    def calibration_batches(self, rows: int | None) -> Iterable[Batch]:
+        """Arguments of the transformers model for (``rows`` of) the calibration data."""
+        raise NotImplementedError(f"{type(self).__name__} has no calibration data")
+
+    @torch.no_grad()
+    def _on_calibration_data(self, act: Callable, rows: int | None) -> Any:
+        """Call ``act(forward, batches)`` with (``rows`` of) the calibration data, in evaluation mode."""
+        batches, was_training = [*self.calibration_batches(rows)], self.model.training
+        net: Any = self.model if transformer_module(self.model) is None else inner_model(self.model)
+        self.model.eval()
+
+        def forward(batch: Batch) -> Record:
+            answers = net(**{k: v.to(self.args.device) if torch.is_tensor(v) else v for k, v in batch.items()})
+            record = self.pruner.last_record()
+            record.answers = answers
+            return record
+
+        try:
+            return act(forward, batches)
+        finally:
+            self.model.train(was_training)
+
+
+class PruningTrainer(Pruning, Trainer):
     """Train a pruned model: transformers' Trainer with the method's loss, a teacher's, and budgets that are kept.
 
     Args:
@@ -143,46 +236,25 @@ class PruningTrainer(TrainerNames, Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        if pruner_of(self.model) is None:
-            raise ValueError("PruningTrainer needs a pruned model: call prune(model, method) first")
-        halves = {p.dtype for p in self.model.parameters() if p.requires_grad and p.dtype == torch.float16}
-        if halves:
-            raise ValueError(
-                "the weights to be trained are float16, in which AdamW's epsilon is 0: load the model with "
-                "dtype=torch.float32, and train it with bf16=True where that is fast"
-            )
+        self.begin(pruner_lr, soft_steps)
         if getattr(self.model, "peft_config", None) and getattr(self.model, MODULE) is self.pruner:
             raise ValueError(
                 f"what {self.pruner.name} learns would not be saved with the adapter: prune() after get_peft_model, or "
                 f"give its configuration modules_to_save=['{MODULE}']"
             )
-        if self.pruner.needs_table and self.pruner.table is None:
-            self.pruner.table = latency_table(self.model)
         if not 0 <= distill <= 1:
             raise ValueError(f"distill={distill}: expected a weight in [0, 1]")
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
         if teacher is not None and self.pruner.ranks_teacher and hasattr(teacher, MODULE):
             raise ValueError(f"{self.pruner.name} wants the ranking of a teacher that is not pruned: unprune(teacher)")
-        self.distill, self.temperature, self.pruner_lr = distill, temperature, pruner_lr
-        self.calibration_dataset, self.soft_steps = calibration_dataset, soft_steps
+        self.distill, self.temperature, self.calibration_dataset = distill, temperature, calibration_dataset
         self.label_names = [*self.label_names] if self.label_names else ["labels"]
-        self.reached: dict[str, float | Tensor] = {}
-        self.add_callback(_Stages(self))
         if self.args.world_size > 1:
             self.model.register_forward_hook(join_backward)
-
-    @property
-    def pruner(self) -> TokenPruner:
-        """The method that is trained."""
-        return pruner_in(self.model)
 
     def extra_columns(self) -> set[str]:
         """The columns of a data set that the loss reads and the model's forward does not."""
         return {*TAUGHT, COUNTS}
-
-    def may_be_best(self) -> bool:
-        """Whether the model as it is may be the best one: not before the hard stage, when no budget is met yet."""
-        return self.pruner.phase(self.pruner.progress) == "hard"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Add up the losses of the task, the distillation and the method; in evaluation without the method's, and with
@@ -223,26 +295,6 @@ class PruningTrainer(TrainerNames, Trainer):
         learned = weight * distillation(outputs, answers, self.temperature, mask)
         return learned if task is None else (1 - weight) * task + learned
 
-    def create_optimizer(self, model=None):
-        """Make the Trainer's optimiser, with a group of its own for the method's parameters."""
-        if self.optimizer is None:
-            super().create_optimizer(model)
-            own = list(self.pruner.parameters())
-            if own:
-                ids = {id(p) for p in own}
-                for group in self.optimizer.param_groups:
-                    group["params"] = [p for p in group["params"] if id(p) not in ids]
-                self.optimizer.add_param_group(pruner_group(self.pruner, self.pruner_lr))
-                self.optimizer.register_step_pre_hook(freeze_without_gradient)
-        return self.optimizer
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the share of the dense MACs in the last batch, and the method's own metrics, to what is logged."""
-        if "loss" in logs and "flops_fraction" in self.reached:
-            logs["flops_fraction"] = round(float(self.reached["flops_fraction"]), 4)
-            logs.update({name: round(value, 4) for name, value in self.pruner.metrics().items()})
-        super().log(logs, *args, **kwargs)
-
     def train(self, *args, **kwargs):
         """Train as the Trainer does; a teacher whose ranking is wanted scores its last layer meanwhile."""
         ranked = self.teacher if self.pruner.ranks_teacher else None
@@ -254,40 +306,14 @@ class PruningTrainer(TrainerNames, Trainer):
             if ranked is not None:
                 unprune(ranked)
 
-    def calibrate(self, rows: int | None = None) -> dict[str, float]:
-        """Bring the method onto its budget on (``rows`` of) the calibration data; returns what it reached.
-
-        All processes go on with what the first one found.
-        """
-        reached = self._on_calibration_data(self.pruner.calibrate, rows)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            state = [{name: tensor.cpu() for name, tensor in self.pruner.state_dict().items()}]
-            torch.distributed.broadcast_object_list(state, src=0, device=self.args.device)
-            self.pruner.load_state_dict(state[0])
-        return reached
-
-    @torch.no_grad()
-    def _on_calibration_data(self, act: Callable, rows: int | None) -> Any:
-        """Call ``act(forward, batches)`` with (``rows`` of) the calibration data, in evaluation mode."""
+    def calibration_batches(self, rows: int | None) -> Iterable[Batch]:
+        """Arguments of the model for (``rows`` of) the calibration data."""
         data: Any = self.calibration_dataset or self.eval_dataset or self.train_dataset
         data = self.used_columns(data) if hasattr(data, "column_names") else data
         if rows is not None and rows < len(data):  # spread over all, which may be in the order of their labels
             data = Subset(data, [i * len(data) // rows for i in range(rows)])
         loader = DataLoader(data, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
-        batches = [{k: v for k, v in b.items() if k not in (*TAUGHT, COUNTS, "labels")} for b in loader]
-        was_training = self.model.training
-        self.model.eval()
-
-        def forward(batch: dict) -> Record:
-            answers = self.model(**{k: v.to(self.args.device) if torch.is_tensor(v) else v for k, v in batch.items()})
-            record = self.pruner.last_record()
-            record.answers = answers
-            return record
-
-        try:
-            return act(forward, batches)
-        finally:
-            self.model.train(was_training)
+        return [{k: v for k, v in b.items() if k not in (*TAUGHT, COUNTS, "labels")} for b in loader]
 
 
 class _Stages(TrainerCallback):
@@ -297,7 +323,7 @@ class _Stages(TrainerCallback):
     that resumes there has nothing to catch up on.
     """
 
-    def __init__(self, trainer: PruningTrainer):
+    def __init__(self, trainer: Pruning):
         self.trainer = trainer
         self.phase: str | None = None
         self.calibrated = False  # on all rows, since the last step
