@@ -169,7 +169,8 @@ class SentenceTrainerNames(_Trainer):
         raise NotImplementedError
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        (self.model if model is None else model).load_state_dict(self.saved_model(resume_from_checkpoint).state_dict())
+        net: Any = self.model if model is None else model
+        net.load_state_dict(self.saved_model(resume_from_checkpoint).state_dict())
 
 
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME: the last file of a checkpoint
