@@ -177,7 +177,7 @@ class Engine:
         device: where the inputs go.
         precision: of the weights.
         pruner: the method of a pruned model in torch.
-        pooling: how an embedder in torch makes one vector of a text.
+        pooling, prompts: how an embedder makes one vector of a text, and what stands before a text, by name.
     """
 
     def __init__(self, about: Outline, forward: Callable[..., torch.Tensor], encode: Encoder, precision: str):
@@ -186,7 +186,7 @@ class Engine:
         self.width: Callable[[int], int] = int
         self.device = torch.device("cpu")
         self.pruner: TokenPruner | None = None
-        self.pooling: str | None = None
+        self.pooling, self.prompts = about.spec.get("pooling"), dict(about.spec.get("prompts") or {})
 
     @cached_property
     def size(self) -> int:
@@ -262,26 +262,22 @@ def open_torch(how: Opening, about: Outline) -> Engine:
     """Open a transformers model, pruned if its configuration says so."""
     embeds = about.kind == "embedding"
     net: Any
-    if embeds:
-        net, tokenizer = embedders().load_embedder(how.model, layout=how.layout)
-    else:
-        net, tokenizer = load(how.model, how.layout)
+    net, tokenizer = (embedders().load_embedder if embeds else load)(how.model, how.layout)
     try:
         net = net.to(how.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={how.device!r} cannot be used: {str(error).splitlines()[0]}") from None
     base, answer = (net.model, "sentence_embedding") if embeds else (net, "logits")
     trained = (about.spec.get("task") or {}).get("max_length")
-    usual = trained or min(LONGEST, positions(base) or LONGEST)
-    if embeds:
-        usual = min(usual, tokenizer.model_max_length)
+    usual = trained or (net.longest if embeds else min(LONGEST, positions(base) or LONGEST))
     accepted = {*inspect.signature(base.forward).parameters}
     names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in accepted]
     vocabulary = base.get_input_embeddings().num_embeddings
     encode = Encoder(tokenizer, clip(how.max_length or usual, base.config), names, vocabulary)
     engine = Engine(about, lambda **inputs: getattr(net(**inputs), answer), encode, name_of(base.dtype))
     engine.device, engine.pruner = base.device, pruner_of(base)
-    engine.pooling = str(net.pooling) if embeds else None
+    if embeds:
+        engine.pooling, engine.prompts = net.pooling.mode, dict(net.prompts)
     return engine
 
 

@@ -43,6 +43,7 @@ class Call:
         future: gets the values (n, K) fp32, or the error of the model.
         dropped: nobody waits for the rest; rows that have not had their turn are passed by.
         kept: tokens behind the last layer, of all rows; None where the model does not tell.
+        since: when its rows began to wait.
         waited, ran: seconds in the queue and in the model, the sum over the rows.
     """
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,6 @@ BODY = 2_000_000  # bytes of a request
 REQUESTS = 1024  # at a time
 LARGE = 4096  # numbers of an answer that are written in the pool, and not in the event loop
 GUESS = 3  # characters of a token, until it is one
-PROMPTS = "config_sentence_transformers.json"
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,6 @@ class Service:
         self.wire = Wire(self.about, name or how.model, limits.client_batch)
         self.state, self.active = "loading", 0
         self.error: Exception | None = None
-        self.prompts = prompts_of(how.model)
         self.queue = Queue(
             lambda rows: self.engine.run(rows),
             tokens=limits.tokens,
@@ -160,7 +157,6 @@ class Service:
         began, call, loop = time.perf_counter(), Call(), asyncio.get_running_loop()
         try:
             order = await loop.run_in_executor(self.pool, self._prepare, read, data, call)
-            made = time.perf_counter()
             values = await asyncio.wrap_future(call.future)
         except asyncio.CancelledError:
             call.dropped = True
@@ -180,7 +176,7 @@ class Service:
             body = await loop.run_in_executor(self.pool, written, order, values, call.tokens)
         else:
             body = written(order, values, call.tokens)
-        return Reply(200, body, self._headers(order, call, began, made))
+        return Reply(200, body, self._headers(order, call, began))
 
     def _prepare(self, read: Callable[[Body], Order], data: bytes, call: Call) -> Order:
         """Read a body, make its rows and let them wait."""
@@ -202,12 +198,12 @@ class Service:
         """The order, each of whose texts begins with the prompt that it names."""
         if order.prompt is None:
             return order
-        if order.prompt not in self.prompts:
-            known = ", ".join(f"`{name}`" for name in self.prompts) or "none"
+        if order.prompt not in self.engine.prompts:
+            known = ", ".join(f"`{name}`" for name in self.engine.prompts) or "none"
             raise Refusal("Validation", f"`prompt_name`: the model has no prompt `{order.prompt}` (it has: {known})")
         if not all(isinstance(row, tuple) for row in order.rows):
             raise Refusal("Validation", "`prompt_name` cannot be used with token ids")
-        order.rows = [(self.prompts[order.prompt] + row[0],) for row in order.rows]
+        order.rows = [(self.engine.prompts[order.prompt] + row[0],) for row in order.rows]
         return order
 
     def _rows(self, order: Order) -> list[Row]:
@@ -264,7 +260,7 @@ class Service:
 
         config, limits = self.about.config, self.limits
         if self.about.kind == "embedding":
-            kind: dict[str, Any] = {"embedding": {"pooling": self.pooling}}
+            kind: dict[str, Any] = {"embedding": {"pooling": self.engine.pooling}}
         else:
             labels = {str(i): str(name) for i, name in config.id2label.items()}
             kind = {self.about.kind: {"id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}}
@@ -284,16 +280,11 @@ class Service:
             "version": __version__,
         }
 
-    @property
-    def pooling(self) -> str:
-        """How an embedder makes one vector of a text."""
-        return str(self.about.spec.get("pooling") or self.engine.pooling)
-
-    def _headers(self, order: Order, call: Call, began: float, made: float) -> dict[str, str]:
+    def _headers(self, order: Order, call: Call, began: float) -> dict[str, str]:
         """What is told beside an answer, and counted."""
         total, rows = time.perf_counter() - began, len(call.rows)
         self.metrics.count("te_request_success", method="single" if order.single else "batch")
-        spent = {"tokenization": made - began, "queue": call.waited / rows, "inference": call.ran / rows}
+        spent = {"tokenization": call.since - began, "queue": call.waited / rows, "inference": call.ran / rows}
         self.metrics.observe(
             te_request_duration=total, **{f"te_request_{name}_duration": value for name, value in spent.items()}
         )
@@ -322,12 +313,3 @@ class Service:
 def written(order: Order, values: np.ndarray, tokens: int) -> bytes:
     """The answer to an order as JSON."""
     return json.dumps(order.answer(values, tokens), ensure_ascii=False).encode()
-
-
-def prompts_of(model: str) -> dict[str, str]:
-    """What an embedder wants before its texts, by the name of the prompt."""
-    try:
-        found = json.loads((Path(model) / PROMPTS).read_text(encoding="utf-8")).get("prompts") or {}
-        return {str(name): str(text) for name, text in found.items()}
-    except (OSError, ValueError, AttributeError):
-        return {}
