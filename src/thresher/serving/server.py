@@ -28,6 +28,7 @@ from .wire import Body, Order, Refusal
 GRACE = 30.0  # seconds to answer what was let in, after a signal
 PATIENCE = 30.0  # seconds for a body to arrive
 BACKLOG = 2048
+KEEP = 75  # seconds for which a connection without requests stays: longer than those of load balancers
 
 
 def application(service: Service, api_key: str | None = None) -> Starlette:
@@ -222,6 +223,7 @@ async def _serve(service: Service, listening: socket.socket, api_key: str | None
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP,
         timeout_graceful_shutdown=5,
     )
     server, loop, over = _Server(config), asyncio.get_running_loop(), asyncio.Event()
