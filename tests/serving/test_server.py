@@ -6,8 +6,6 @@ import base64
 import importlib.util
 import json
 import re
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import pytest
 import torch
 
 from support.embedders import SIZE, save_embedder
-from support.served import serving
+from support.served import asked, in_threads, serving
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from thresher import TopK
 from thresher.serving.score import Scorer
@@ -53,13 +51,6 @@ def reranker(folders):
 def embedder(tmp_path_factory):
     with serving(save_embedder(tmp_path_factory.mktemp("models") / "embedder", TopK(keep=0.6, at=(1,)))) as client:
         yield client
-
-
-def asked(client, path: str, body, status: int = 200):
-    """The JSON of an answer."""
-    answer = client.post(path, json=body)
-    assert answer.status_code == status, answer.text
-    return answer.json()
 
 
 def probabilities(folders, given) -> np.ndarray:
@@ -287,6 +278,16 @@ def test_clients_of_embedders(embedder, client):
         assert np.array(got).shape == (len(TEXTS) if isinstance(body["inputs"], list) else 1, SIZE)
 
 
+def test_many_clients_of_mixed_lengths_all_get_their_own_answer(classifier, folders):
+    draw = np.random.default_rng(0)
+    given = ["wheat " * int(n) for n in draw.integers(1, 40, 59)] + ["wheat chaff " * 250]
+    calls = [lambda text=text: asked(classifier, "/predict", {"inputs": text}) for text in given]
+    threads, answers = in_threads(calls)
+    for thread in threads:
+        thread.join(60)
+    assert np.abs(as_rows(answers) - probabilities(folders, given)).max() < 1e-4
+
+
 # --- what is told beside ---------------------------------------------------------------------------------------------
 def test_headers_say_what_an_answer_took(classifier):
     answer = classifier.post("/predict", json={"inputs": [[text] for text in TEXTS]})
@@ -343,6 +344,28 @@ def test_tokens_of_a_text(classifier):
     assert len(asked(classifier, "/tokenize", {"inputs": ["a", "b c"], "add_special_tokens": False})[1]) == 2
     assert len(asked(classifier, "/tokenize", {"inputs": "a " * 900})[0]) == 902
     assert asked(classifier, "/tokenize", {"inputs": []}, 400)["error_type"] == "Empty"
+
+
+@pytest.mark.slow
+def test_a_graph_is_served_as_its_model(folders, tmp_path):
+    from support.families import FAMILIES
+    from thresher import export, prune
+
+    options = {"pad_token_id": 0, "num_labels": 3, "vocab_size": len(tiny_tokenizer())}
+    export(
+        prune(FAMILIES["bert"].build(**options), TopK(keep=0.6)),
+        tmp_path / "graph",
+        tokenizer=tiny_tokenizer(),
+        max_length=32,
+    )
+    expected = Scorer(tmp_path / "graph", threads=1)(TEXTS)
+    with serving(Path(tmp_path / "graph")) as client:
+        got = [best(row) for row in asked(client, "/predict", {"inputs": [[text] for text in TEXTS]})]
+        assert [one["label"] for one in got] == expected["label"].tolist()
+        assert np.abs(np.array([one["score"] for one in got]) - expected["probability"]).max() < 1e-5
+        info = client.get("/info").json()
+        assert (info["model_dtype"], info["max_input_length"]) == ("fp32", 32)
+        assert "x-thresher-tokens-kept" not in client.post("/predict", json={"inputs": "a"}).headers
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -461,155 +484,3 @@ def test_a_key_is_asked_for_where_it_matters(folders):
         assert client.post("/predict", json={"inputs": "a"}, headers=good).status_code == 200
         assert client.get("/info", headers=good).status_code == 200
         assert all(client.get(path).status_code == 200 for path in ("/health", "/ping", "/", "/metrics"))
-
-
-# --- under load ------------------------------------------------------------------------------------------------------
-class Gate:
-    """Holds a model before a batch until it may go on."""
-
-    def __init__(self, service):
-        self.run, self.open, self.waits = service.engine.run, threading.Event(), threading.Event()
-        service.engine.run = self
-
-    def __call__(self, rows):
-        self.waits.set()
-        assert self.open.wait(30)
-        return self.run(rows)
-
-
-def in_threads(calls):
-    """Start calls, each in a thread; their results, when they are joined."""
-    results = [None] * len(calls)
-
-    def work(i):
-        results[i] = calls[i]()
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    return threads, results
-
-
-def until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def test_a_full_queue_is_429_for_texts_and_batches_alike_and_recovers(folders):
-    with serving(folders["classifier"], queue_tokens=40) as client:
-        gate = Gate(client.service)
-        first, _ = in_threads([lambda: client.post("/predict", json={"inputs": "the wheat"})])
-        assert gate.waits.wait(30)
-        rest, answers = in_threads([lambda: client.post("/predict", json={"inputs": [["the wheat " * 9]] * 2})])
-        until(lambda: client.service.queue.size == 2)
-        for body in ({"inputs": "the wheat"}, {"inputs": [["the wheat"]] * 2}):
-            refused = client.post("/predict", json=body)
-            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
-            assert refused.json() == {"error": "Model is overloaded", "error_type": "Overloaded"}
-        assert 'te_request_failure{err="overloaded"} 2' in client.get("/metrics").text
-        gate.open.set()
-        for thread in (*first, *rest):
-            thread.join(30)
-        assert answers[0].status_code == 200
-        asked(client, "/predict", {"inputs": "the wheat"})
-
-
-def test_too_many_requests_at_a_time_are_429(folders):
-    with serving(folders["classifier"], requests=1) as client:
-        gate = Gate(client.service)
-        threads, answers = in_threads([lambda: client.post("/predict", json={"inputs": "the wheat"})])
-        assert gate.waits.wait(30)
-        assert client.post("/predict", json={"inputs": "a"}).status_code == 429
-        gate.open.set()
-        threads[0].join(30)
-        assert answers[0].status_code == 200
-
-
-def test_nobody_is_let_in_before_and_after(folders):
-    with serving(folders["classifier"]) as client:
-        service = client.service
-        for state in ("loading", "stopping"):
-            service.state = state
-            assert client.get("/health").status_code == client.get("/info").status_code == 503
-            assert client.get("/health").json() == {"error": "unhealthy", "error_type": "Unhealthy"}
-            assert asked(client, "/predict", {"inputs": "a"}, 503)["error_type"] == "Unhealthy"
-        service.state = "ready"
-        gate = Gate(service)
-        calls = [lambda: client.post("/predict", json={"inputs": "the wheat"})]
-        first, answer = in_threads(calls)
-        assert gate.waits.wait(30)
-        threads, answers = in_threads(calls * 4)
-        until(lambda: service.active == 5 and service.queue.size == 4)
-        stopped, finished = in_threads([lambda: client.portal.call(service.stop, 30.0)])
-        until(lambda: service.state == "stopping")
-        assert client.get("/health").status_code == 503
-        assert asked(client, "/predict", {"inputs": "a"}, 503)["error_type"] == "Unhealthy"
-        gate.open.set()
-        for thread in (*first, *threads, *stopped):
-            thread.join(30)
-        assert [one.status_code for one in answer + answers] == [200] * 5 and finished == [True]
-        assert not service.queue.alive
-
-
-def test_what_has_no_answer_in_time_is_told_so(folders):
-    with serving(folders["classifier"]) as client:
-        gate = Gate(client.service)
-        calls = [lambda: client.post("/predict", json={"inputs": "the wheat"})]
-        first, answer = in_threads(calls)
-        assert gate.waits.wait(30)
-        threads, answers = in_threads(calls)
-        until(lambda: client.service.queue.size == 1)
-        stopped, finished = in_threads([lambda: client.portal.call(client.service.stop, 0.1)])
-        until(lambda: client.service.active == 1)
-        gate.open.set()
-        for thread in (*first, *threads, *stopped):
-            thread.join(30)
-        assert (answer[0].status_code, answers[0].status_code) == (200, 503) and finished == [False]
-
-
-def test_many_clients_of_mixed_lengths_all_get_their_own_answer(classifier, folders):
-    draw = np.random.default_rng(0)
-    given = ["wheat " * int(n) for n in draw.integers(1, 40, 59)] + ["wheat chaff " * 250]
-    calls = [lambda text=text: asked(classifier, "/predict", {"inputs": text}) for text in given]
-    threads, answers = in_threads(calls)
-    for thread in threads:
-        thread.join(60)
-    assert np.abs(as_rows(answers) - probabilities(folders, given)).max() < 1e-4
-
-
-def test_an_error_of_the_model_is_424_and_not_the_end(folders):
-    with serving(folders["classifier"]) as client:
-        run = client.service.engine.run
-
-        def fails(rows):
-            raise RuntimeError("out of memory\nand more")
-
-        client.service.engine.run = fails
-        refused = asked(client, "/predict", {"inputs": "a"}, 424)
-        assert refused == {"error": "Backend error: out of memory", "error_type": "Backend"}
-        client.service.engine.run = run
-        asked(client, "/predict", {"inputs": "a"})
-
-
-@pytest.mark.slow
-def test_a_graph_is_served_as_its_model(folders, tmp_path):
-    from support.families import FAMILIES
-    from thresher import export, prune
-
-    options = {"pad_token_id": 0, "num_labels": 3, "vocab_size": len(tiny_tokenizer())}
-    export(
-        prune(FAMILIES["bert"].build(**options), TopK(keep=0.6)),
-        tmp_path / "graph",
-        tokenizer=tiny_tokenizer(),
-        max_length=32,
-    )
-    expected = Scorer(tmp_path / "graph", threads=1)(TEXTS)
-    with serving(Path(tmp_path / "graph")) as client:
-        got = [best(row) for row in asked(client, "/predict", {"inputs": [[text] for text in TEXTS]})]
-        assert [one["label"] for one in got] == expected["label"].tolist()
-        assert np.abs(np.array([one["score"] for one in got]) - expected["probability"]).max() < 1e-5
-        info = client.get("/info").json()
-        assert (info["model_dtype"], info["max_input_length"]) == ("fp32", 32)
-        assert "x-thresher-tokens-kept" not in client.post("/predict", json={"inputs": "a"}).headers

@@ -27,3 +27,23 @@ def serving(model: Path, api_key: str | None = None, name: str | None = None, **
             yield client
     finally:
         service.close()
+
+
+def asked(client, path: str, body, status: int = 200):
+    """The JSON of an answer."""
+    answer = client.post(path, json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def in_threads(calls):
+    """Start calls, each in a thread; their results, when they are joined."""
+    results = [None] * len(calls)
+
+    def work(i):
+        results[i] = calls[i]()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    return threads, results

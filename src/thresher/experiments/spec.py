@@ -194,7 +194,10 @@ class ScoreSpec(ModelSpec):
     """
 
     data: list[str] = option(
-        "Files of texts: parquet, jsonl, csv, tsv; folders; patterns.", MISSING, saved=False, metavar="FILES..."
+        "Files of texts: parquet, jsonl, csv, tsv, also .gz; folders; patterns.",
+        MISSING,
+        saved=False,
+        metavar="FILES...",
     )
     more: list[str] | None = option("More files, after those of --data.", argument=True, saved=False, metavar="[FILES]")
     out: Path = option("The folder for the result.", MISSING, writes="folder", saved=False, metavar="DIR")
@@ -217,7 +220,7 @@ class ScoreSpec(ModelSpec):
         object.__setattr__(self, "more", None)
         object.__setattr__(self, "model", str(self.model))
         object.__setattr__(self, "out", Path(self.out))
-        if Path(self.model).suffix.lower() in (".parquet", ".jsonl", ".csv", ".tsv"):
+        if Path(self.model).suffix.lower() in (".parquet", ".jsonl", ".csv", ".tsv", ".gz"):
             raise ValueError(f"{self.model} is no model: name the model first, then --data and its files")
         for name in ("text", "keep"):
             columns = getattr(self, name)
@@ -261,6 +264,8 @@ class ServeSpec(ModelSpec):
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {bound} or more")
+        if self.port > 65535:
+            raise ValueError(f"port={self.port}: expected 0 to 65535")
         if self.api_key == "":
             raise ValueError("the API key is empty: expected one or more characters")
 
