@@ -164,19 +164,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--port", type=int, default=8765)
     options = parser.parse_args()
     port, began = options.port, time.perf_counter()
-    command = [
-        *COMMAND,
-        options.model,
-        "--port",
-        str(port),
-        "--threads",
-        str(options.threads),
-        "--queue-tokens",
-        "65536",
-    ]
+    given = {"port": port, "threads": options.threads, "tokens": options.tokens, "queue-tokens": 65536}
+    command = [*COMMAND, options.model, *(str(x) for name, value in given.items() for x in (f"--{name}", value))]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         while got(port, "/health")[0] != 200:
@@ -186,7 +179,13 @@ def main() -> None:
         memory = psutil.Process(process.pid).memory_info
         kind = next(iter(json.loads(got(port, "/info")[1])["model_type"]))
         path = "/rerank" if kind == "reranker" else "/predict"
-        told(part="start", model=options.model, kind=kind, seconds=round(time.perf_counter() - began, 1))
+        told(
+            part="start",
+            model=options.model,
+            kind=kind,
+            tokens=options.tokens,
+            seconds=round(time.perf_counter() - began, 1),
+        )
 
         first = counted(port)
         most = summary(asyncio.run(load(port, path, options.seconds / 4, None, 32)), options.seconds / 4)
