@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8765)
     options = parser.parse_args()
     port, began = options.port, time.perf_counter()
-    given = {"port": port, "threads": options.threads, "tokens": options.tokens, "queue-tokens": 65536}
+    given = {"port": port, "threads": options.threads, "tokens": options.tokens, "queue-tokens": 32768}
     command = [*COMMAND, options.model, *(str(x) for name, value in given.items() for x in (f"--{name}", value))]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
