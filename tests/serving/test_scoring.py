@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -335,7 +334,6 @@ def test_a_folder_remembers_its_column_and_its_length(model, tmp_path):
     assert "as trained: text body" in result.stderr and "1 of 1 texts were cut" in result.stderr
 
 
-@pytest.mark.skipif(find_spec("thresher.data.embedder") is None, reason="there is no module for embedders")
 def test_vectors_are_lists_of_a_fixed_size(tmp_path):
     embedder = save_embedder(tmp_path / "embedder")
     rows = [{"text": "the wheat"}, {"text": None}, {"text": "grain and chaff"}]

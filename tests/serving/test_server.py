@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -16,13 +15,11 @@ from support.embedders import SIZE, save_embedder
 from support.served import asked, in_threads, serving
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from thresher import TopK
+from thresher.data.embedder import load_embedder
 from thresher.serving.score import Scorer
 
 TEXTS = ["the wheat", "the farmer and the grain", "chaff"]
 HEADERS = ("compute-type", "compute-time", "compute-characters", "compute-tokens", "total-time", "tokenization-time")
-needs_embedder = pytest.mark.skipif(
-    importlib.util.find_spec("thresher.data.embedder") is None, reason="there is no module for embedders"
-)
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +154,7 @@ def test_documents_are_ranked_in_the_shape_of_cohere(reranker, path):
 
 
 # --- embeddings ------------------------------------------------------------------------------------------------------
-@needs_embedder
 def test_embed_is_the_model(embedder):
-    from thresher.data.embedder import load_embedder
-
     net, tokenizer = load_embedder(embedder.service.how.model)
     got = np.array(asked(embedder, "/embed", {"inputs": TEXTS}))
     with torch.no_grad():
@@ -176,7 +170,6 @@ def test_embed_is_the_model(embedder):
     assert scored.dtype == np.float32 and np.abs(scored - got).max() < 1e-5
 
 
-@needs_embedder
 def test_dimensions_prompts_and_similarity(embedder):
     whole = np.array(asked(embedder, "/embed", {"inputs": TEXTS}))
     short = np.array(asked(embedder, "/embed", {"inputs": TEXTS, "dimensions": 8}))
@@ -194,7 +187,6 @@ def test_dimensions_prompts_and_similarity(embedder):
     assert np.abs(np.array(got) - whole @ whole[0]).max() < 1e-5
 
 
-@needs_embedder
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/embeddings"])
 def test_the_openai_route_in_numbers_and_in_base64(embedder, path):
     whole = np.array(asked(embedder, "/embed", {"inputs": TEXTS}), np.float32)
@@ -211,7 +203,6 @@ def test_the_openai_route_in_numbers_and_in_base64(embedder, path):
     assert refused == {"message": "`inputs` cannot be empty", "code": 400, "type": "Empty", "error_type": "Empty"}
 
 
-@needs_embedder
 def test_token_ids_that_there_are_not_and_those_that_are_too_many(embedder):
     refused = asked(embedder, "/embed", {"inputs": [5, 97]}, 422)
     assert refused["error"] == "Input validation error: token id 97: the model has tokens 0 to 96"
@@ -265,7 +256,6 @@ def test_clients_of_rerankers(reranker, client):
     assert [one["index"] for one in (got["results"] if isinstance(got, dict) else got)] == order
 
 
-@needs_embedder
 @pytest.mark.parametrize("client", EMBEDDER_CLIENTS)
 def test_clients_of_embedders(embedder, client):
     path, body = EMBEDDER_CLIENTS[client]

@@ -6,7 +6,6 @@ Shapes: N texts, B rows of a batch, K logits or D numbers of an embedding.
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import json
 import threading
@@ -22,6 +21,7 @@ from transformers import AutoConfig
 
 from ..core.cost import dense_macs, macs
 from ..core.pruner import TokenPruner, pruner_of
+from ..data.embedder import is_embedder, load_embedder
 from ..data.models import clip, load, name_of, positions, reading
 from ..exporting.runtime import load_runtime
 from .batching import BUDGET, WINDOW, Batcher
@@ -262,7 +262,7 @@ def open_torch(how: Opening, about: Outline) -> Engine:
     """Open a transformers model, pruned if its configuration says so."""
     embeds = about.kind == "embedding"
     net: Any
-    net, tokenizer = (embedders().load_embedder if embeds else load)(how.model, how.layout)
+    net, tokenizer = (load_embedder if embeds else load)(how.model, how.layout)
     try:
         net = net.to(how.device)
     except (RuntimeError, AssertionError) as error:
@@ -317,19 +317,6 @@ def outline(model: str) -> Outline:
         what = ", ".join(names) or "a model of no known architecture"
         raise ValueError(f"{model} is {what}: expected a classifier, a model of one number (...{HEAD}) or an embedder")
     return Outline(model, "reranker" if config.num_labels == 1 else "classifier", config, graph, spec)
-
-
-def embedders() -> Any:
-    """The module that opens embedders: ``is_embedder``, ``load_embedder``."""
-    return importlib.import_module("..data.embedder", __package__)
-
-
-def is_embedder(model: str) -> bool:
-    """Whether a folder holds an embedder."""
-    try:
-        return bool(embedders().is_embedder(model))
-    except ModuleNotFoundError:
-        return False
 
 
 def _spec(model: str) -> dict[str, Any]:
