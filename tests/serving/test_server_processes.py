@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -187,6 +188,32 @@ def test_memory_is_flat_over_ten_thousand_requests(model):
         before = load(2000)
         after = load(10_000)
         assert after - before < 10 * 2**20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_large_blocks_of_memory_are_handed_back():
+    code = """if True:
+        import ctypes, sys
+        from thresher.serving.server import steady
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+        class Info(ctypes.Structure):
+            _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
+        libc.mallinfo2.restype = Info
+        if sys.argv[1] == "steady":
+            steady()
+        libc.free(libc.malloc(20 * 2**20))  # after which 20 MB are no longer large, for a library left to itself
+        before = libc.mallinfo2().hblks
+        blocks = [libc.malloc(2 * 2**20) for _ in range(8)]
+        print(libc.mallinfo2().hblks - before)
+    """
+    made = {
+        how: subprocess.run(
+            [sys.executable, "-c", code, how], capture_output=True, text=True, timeout=120
+        ).stdout.strip()
+        for how in ("steady", "alone")
+    }
+    assert made == {"steady": "8", "alone": "0"}
 
 
 def test_what_is_wrong_is_one_line_and_code_2(model, tmp_path):
