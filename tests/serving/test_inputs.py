@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 
@@ -19,11 +20,22 @@ ROWS = [{"id": str(i), "text": f"text {i}\n" * (i % 3) + 'with "quotes", ä and 
 KEPT = pa.schema([("id", pa.string())])
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "ndjson", "csv"])
+def packed(path):
+    """The file packed by gzip, in two pieces, as some programs do."""
+    content, target = path.read_bytes(), path.with_name(path.name + ".gz")
+    target.write_bytes(gzip.compress(content[:200]) + gzip.compress(content[200:]))
+    path.unlink()
+    return target
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "ndjson", "csv", "jsonl.gz", "csv.gz"])
 @pytest.mark.parametrize("before", [0, 3])
 def test_any_range_of_rows(tmp_path, kind, before):
     path = tmp_path / f"some.{kind}"
-    write(path.with_suffix(".jsonl"), ROWS).rename(path) if kind == "ndjson" else write(path, ROWS)
+    if kind.endswith(".gz"):
+        assert packed(write(path.with_suffix(""), ROWS)) == path
+    else:
+        write(path.with_suffix(".jsonl"), ROWS).rename(path) if kind == "ndjson" else write(path, ROWS)
     source, contents = scan(str(path), ["text", "id"], before, 5)
     assert (source.rows, contents.columns) == (23, ["id", "text"])
     for start in range(0, 23):
@@ -88,7 +100,7 @@ def test_types_of_json():
 
 
 def test_files_folders_and_patterns(tmp_path):
-    for name in ("b.csv", "a.jsonl", "_hidden.csv", "notes.txt"):
+    for name in ("b.csv", "a.jsonl", "_hidden.csv", "notes.txt", "a.parquet.gz"):
         (tmp_path / name).write_text("text\nx\n")
     both = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv")]
     out = tmp_path / "out"
@@ -98,6 +110,7 @@ def test_files_folders_and_patterns(tmp_path):
         ([str(tmp_path / "no.csv")], "no such file"),
         ([str(tmp_path / "*.parquet")], "no such file"),
         ([str(tmp_path / "notes.txt")], "unknown kind"),
+        ([str(tmp_path / "a.parquet.gz")], "unknown kind"),
         ([both[0], str(tmp_path)], "named twice"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -119,6 +132,10 @@ BROKEN = {
     "array.json": (b'[{"text": "a"}]', "one object a line"),
     "deep.jsonl": (b'{"text": ' + b"[" * 100000, "line 1 is not JSON"),
     "column.jsonl": (b'{"other": "a"}\n', "no column 'text': its columns are other"),
+    "no.csv.gz": (b"text\na\n", "no whole gzip file"),
+    "short.csv.gz": (gzip.compress(b"text\n" + b"some words\n" * 99)[:-20], "no whole gzip file"),
+    "spoiled.jsonl.gz": (gzip.compress(b"{}")[:12] + b"\xff" * 20, "no whole gzip file"),
+    "line.jsonl.gz": (gzip.compress(b'{"text": "a"}\n['), "line 2 is not JSON"),
     "column.csv": (b"other\na\n", "no column 'text': its columns are other"),
 }
 

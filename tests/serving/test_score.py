@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from support.families import FAMILIES
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from thresher import TopK, export, load_runtime, prune
+from thresher.serving.engine import Outline
 from thresher.serving.score import Scorer, columns_of
 
 WORDS = ["the", "farmer", "wheat", "chaff", "and", "grain", "script", "thresh"]
@@ -172,5 +173,5 @@ def test_an_answer_that_is_no_number_is_an_error(tmp_path):
 def test_labels_of_one_name_are_numbered():
     config = tiny_model(num_labels=2).config
     config.id2label = {0: "same", 1: "same"}
-    got = columns_of(np.array([[0.0, 1.0]], np.float32), config)
+    got = columns_of(np.array([[0.0, 1.0]], np.float32), Outline("m", "classifier", config, False, {}))
     assert list(got) == ["label", "probability", "probability_0", "probability_1"] and got["label"][0] == "same"

@@ -14,6 +14,7 @@ import pytest
 from pyarrow import parquet
 from typer.testing import CliRunner
 
+from support.embedders import SIZE, save_embedder
 from support.files import write
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from thresher import TopK
@@ -331,3 +332,20 @@ def test_a_folder_remembers_its_column_and_its_length(model, tmp_path):
     result = run(folder, "--data", data, "--out", tmp_path / "out", "--workers", 1)
     assert result.exit_code == 0, result.output
     assert "as trained: text body" in result.stderr and "1 of 1 texts were cut" in result.stderr
+
+
+def test_vectors_are_lists_of_a_fixed_size(tmp_path):
+    embedder = save_embedder(tmp_path / "embedder")
+    rows = [{"text": "the wheat"}, {"text": None}, {"text": "grain and chaff"}]
+    for name, given in (("some", rows), ("none", rows[1:2])):
+        score(embedder, write(tmp_path / f"{name}.jsonl", given), tmp_path / name, workers=1)
+    made = parquet.read_table(tmp_path / "some" / "part-00000.parquet")
+    assert made.schema.field("embedding").type == pa.list_(pa.float32(), SIZE)
+    got, expected = made["embedding"].to_pylist(), Scorer(embedder)(["the wheat", "grain and chaff"])["embedding"]
+    assert got[1] is None and np.abs(np.array([got[0], got[2]]) - expected).max() < 1e-6
+    none = parquet.read_table(tmp_path / "none" / "part-00000.parquet")
+    assert none["embedding"].null_count == 1 and none.schema == made.schema
+    frame = Scorer(embedder)(pd.DataFrame(rows))
+    assert (
+        np.abs(np.stack(frame["embedding"][[0, 2]]) - expected).max() < 1e-6 and np.isnan(frame["embedding"][1]).all()
+    )

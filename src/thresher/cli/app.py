@@ -18,6 +18,7 @@ from .export import export
 from .info import info
 from .options import add_command
 from .score import score
+from .serve import serve
 from .show import show
 from .train import train
 from .tune import tune
@@ -30,6 +31,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Screen], None]]] = {
     "compare": (spec.CompareSpec, compare),
     "export": (spec.ExportSpec, export),
     "score": (spec.ScoreSpec, score),
+    "serve": (spec.ServeSpec, serve),
     "show": (spec.ShowSpec, show),
     "audit": (spec.AuditSpec, audit),
     "info": (spec.ModelSpec, info),

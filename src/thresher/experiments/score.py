@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.rows import whole, writing
+from ..serving.engine import Tally, outline
 from ..serving.inputs import columns_of, find_files
 from ..serving.plan import PLAN, REPORT, Plan, differences, files_digest, make_plan, same_files
-from ..serving.score import Scorer, Tally, config_of, names_of
+from ..serving.score import Scorer, names_of
 from ..serving.shards import made, settle
 from ..serving.workers import Work, make
 from .spec import ScoreSpec, job, log, remembered
@@ -144,8 +145,8 @@ def scorer_of(spec: ScoreSpec, plan: Plan) -> Scorer:
 
 
 def check_names(spec: ScoreSpec) -> None:
-    """Raise ValueError for a model that does not classify, and where a kept column is called as one of the result."""
-    ours = [spec.prefix + name for name in ("row", *names_of(config_of(spec.model), spec.best))]
+    """Raise ValueError for a model that cannot score texts, and where a kept column is called as one of the result."""
+    ours = [spec.prefix + name for name in ("row", *names_of(outline(spec.model), spec.best))]
     taken = [name for name in spec.keep if name in ours]
     if taken:
         raise ValueError(f"the column {taken[0]!r} is kept and is one of the result too: say --prefix model_")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
@@ -193,7 +194,10 @@ class ScoreSpec(ModelSpec):
     """
 
     data: list[str] = option(
-        "Files of texts: parquet, jsonl, csv, tsv; folders; patterns.", MISSING, saved=False, metavar="FILES..."
+        "Files of texts: parquet, jsonl, csv, tsv, also .gz; folders; patterns.",
+        MISSING,
+        saved=False,
+        metavar="FILES...",
     )
     more: list[str] | None = option("More files, after those of --data.", argument=True, saved=False, metavar="[FILES]")
     out: Path = option("The folder for the result.", MISSING, writes="folder", saved=False, metavar="DIR")
@@ -216,7 +220,7 @@ class ScoreSpec(ModelSpec):
         object.__setattr__(self, "more", None)
         object.__setattr__(self, "model", str(self.model))
         object.__setattr__(self, "out", Path(self.out))
-        if Path(self.model).suffix.lower() in (".parquet", ".jsonl", ".csv", ".tsv"):
+        if Path(self.model).suffix.lower() in (".parquet", ".jsonl", ".csv", ".tsv", ".gz"):
             raise ValueError(f"{self.model} is no model: name the model first, then --data and its files")
         for name in ("text", "keep"):
             columns = getattr(self, name)
@@ -231,6 +235,43 @@ class ScoreSpec(ModelSpec):
         """The options that decide the result, beside the model and the files."""
         names = [f.name for f in fields(self) if f.name != "model" and f.metadata.get("saved", True)]
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSpec(ModelSpec):
+    """Say what ``serve`` serves, where, and how much it takes on; the key may be in THRESHER_API_KEY.
+
+    Raises:
+        ValueError: a number is below what makes sense, or the key is empty.
+    """
+
+    host: str = option("Where to listen; 0.0.0.0: on all networks.", "127.0.0.1", metavar="NAME")
+    port: int = option("The port; 0: any that is free.", 8080, metavar="N", min=0)
+    api_key: str | None = option("Asked for as a bearer token; default: THRESHER_API_KEY.", metavar="KEY")
+    name: str | None = option("How the model is called in answers; default: MODEL.", metavar="NAME")
+    tokens: int = option("Padded tokens of a batch.", 8192, metavar="N", min=1)
+    wait_ms: float = option("Milliseconds that a text waits for others after a pause.", 2.0, metavar="MS", min=0)
+    queue_tokens: int = option("Tokens that may wait; above, requests get 429.", 262144, metavar="N", min=1)
+    max_client_batch: int = option("Texts of one request.", 128, metavar="N", min=1)
+    max_length: int | None = option("Tokens of a text; the rest is cut; default: as trained.", metavar="N", min=3)
+    threads: int | None = option("Threads of the model; default: all.", metavar="N", min=1)
+    layout: str = option("auto, mask, padded or packed, of a pruned model in torch.", "auto", metavar="NAME")
+    device: str = option("cpu or cuda, of a model in torch.", "cpu", metavar="NAME")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", str(self.model))
+        least = {"port": 0, "tokens": 1, "wait_ms": 0, "queue_tokens": 1, "max_client_batch": 1}
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise ValueError(f"{name}={getattr(self, name)}: expected {bound} or more")
+        if self.port > 65535:
+            raise ValueError(f"port={self.port}: expected 0 to 65535")
+        if self.api_key == "":
+            raise ValueError("the API key is empty: expected one or more characters")
+
+    def completed(self) -> ServeSpec:
+        """The key of the environment, where none was given."""
+        return self if self.api_key else replace(self, api_key=os.environ.get("THRESHER_API_KEY"))
 
 
 @dataclass(frozen=True, kw_only=True)

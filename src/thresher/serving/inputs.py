@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import glob
+import gzip
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from pyarrow import parquet
 from ..data.task import brief
 
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv"}
+PACKED = ".gz"  # behind one of these: files of lines, packed by gzip
 FORMS: dict[str, dict[str, Any]] = {"csv": {"strict": True}, "tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
 JSON_TYPES = {bool: "bool", int: "int", float: "float", str: "str", type(None): "null"}
 BOM = b"\xef\xbb\xbf"
@@ -69,16 +72,16 @@ def find_files(data: Sequence[str], out: Path) -> list[str]:
     found: list[str] = []
     for name in map(os.path.expanduser, data):
         if os.path.isdir(name):
-            known = sorted(p for p in Path(name).iterdir() if p.suffix.lower() in KINDS and p.name[0] not in "._")
+            known = sorted(p for p in Path(name).iterdir() if kind_of(p) and p.name[0] not in "._")
             files = [str(path) for path in known if path.is_file()]
         else:
             files = [name] if os.path.exists(name) else sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
         if not files:
             raise ValueError(f"{name}: no such file, expected {brief(*KINDS)}, a folder of such files or a pattern")
         found += files
-    unknown = [name for name in found if Path(name).suffix.lower() not in KINDS]
+    unknown = [name for name in found if not kind_of(name)]
     if unknown:
-        raise ValueError(f"{unknown[0]} is of an unknown kind: expected one of {brief(*KINDS)}")
+        raise ValueError(f"{unknown[0]} is of an unknown kind: expected one of {brief(*KINDS)}; lines also as .gz")
     real = [os.path.realpath(name) for name in found]
     twice = [name for i, name in enumerate(found) if real[i] in real[:i]]
     if twice:
@@ -89,10 +92,18 @@ def find_files(data: Sequence[str], out: Path) -> list[str]:
     return found
 
 
+def kind_of(path: str | Path) -> str:
+    """Return the kind of a file, by its name; nothing for kinds that are not known."""
+    path = Path(path)
+    packed = path.suffix.lower() == PACKED
+    kind = KINDS.get((path.with_suffix("") if packed else path).suffix.lower(), "")
+    return "" if packed and kind == "parquet" else kind
+
+
 def columns_of(path: str) -> list[str]:
     """Return the names of the columns; of a file of JSON those of its first row."""
     with readable(path):
-        kind = KINDS[Path(path).suffix.lower()]
+        kind = kind_of(path)
         if os.path.getsize(path) == 0:
             raise ValueError("it is empty, 0 bytes")
         if kind == "parquet":
@@ -116,7 +127,7 @@ def scan(path: str, names: Sequence[str], before: int, every: int) -> tuple[Sour
         ValueError: it cannot be read, or lacks a column.
     """
     columns, stat = columns_of(path), os.stat(path)
-    kind, contents, starts = KINDS[Path(path).suffix.lower()], Contents(columns), []
+    kind, contents, starts = kind_of(path), Contents(columns), []
     with readable(path):
         if kind == "parquet":
             lacking(columns, names)
@@ -233,8 +244,11 @@ def records(path: str, kind: str, place: int = 0) -> Iterator[tuple[int, list[st
 
 
 def lines(path: str, place: int = 0) -> Iterator[tuple[int, int, str]]:
-    """(first byte, byte after it, line) from a byte on, without the mark that some programs put at the top."""
-    with open(path, "rb") as file:
+    """(first byte, byte after it, line) from a byte on, without the mark that some programs put at the top.
+
+    Bytes are those of the unpacked file; what stands before is unpacked again.
+    """
+    with gzip.open(path) if Path(path).suffix.lower() == PACKED else open(path, "rb") as file:
         file.seek(place)
         for number, line in enumerate(file, 1):
             start, place = place, place + len(line)
@@ -249,6 +263,8 @@ def readable(path: str) -> Iterator[None]:
     """Name the file in whatever is wrong with it."""
     try:
         yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} cannot be read: it is no whole gzip file ({error})") from None
     except (ValueError, pa.ArrowException) as error:
         line = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} cannot be read: {line}") from None

@@ -14,9 +14,10 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from ..evaluation.rows import whole, writing
+from .engine import Tally
 from .inputs import read
 from .plan import Plan
-from .score import Scorer, Tally
+from .score import Scorer
 
 KEY = b"thresher"  # of what a file says of itself
 
@@ -59,7 +60,10 @@ def make_shard(plan: Plan, shard: int, scorer: Scorer, out: Path, told: Callable
 
 
 def column(values: np.ndarray, answered: np.ndarray) -> pa.Array:
-    """An Arrow column, null where there is no answer."""
+    """An Arrow column, null where there is no answer; of vectors, lists of fixed size."""
+    if values.ndim > 1:
+        numbers = pa.array(values.reshape(-1), pa.float32())
+        return pa.FixedSizeListArray.from_arrays(numbers, values.shape[1], mask=pa.array(~answered))
     return pa.array(values, pa.string() if values.dtype == object else pa.float32(), mask=~answered)
 
 

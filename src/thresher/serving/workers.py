@@ -15,8 +15,9 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+from .engine import Tally
 from .plan import Plan
-from .score import Scorer, Tally
+from .score import Scorer
 from .shards import make_shard
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
