@@ -22,7 +22,7 @@ from ..api import CONFIG_KEY, prune, unprune
 from ..core.pruner import METHODS, TokenPruner, pruner_in
 from ..data import qa
 from ..data.load import load_task
-from ..data.models import clip, for_task, load, make_method, reading
+from ..data.models import clip, for_task, is_reranker, load, make_method, reading
 from ..data.task import DataError, Task
 from ..data.tokenize import tokenize
 from ..evaluation.hardware import has_bf16
@@ -36,6 +36,7 @@ from ..search.schedules import WIDTHS, Space
 from ..training.checkpoints import Order, last_checkpoint, step_of
 from ..training.interrupt import Interrupt
 from ..training.monitor import WATCHED, Watch
+from ..training.reranking import RerankTrainer
 from ..training.trainer import Collator, PruningTrainer, Ranking
 from ..training.until import UntilTrained
 from .spec import FIXED, SUMMARY, TrainSpec, task_entry
@@ -45,6 +46,7 @@ RATES = (5e-5, 1e-4, 2e-4, 4e-4)  # that are tried
 RATE_STEPS, SCHEDULE_STEPS = (40, 100), (40, 80)  # rounds of the trials
 EPOCHS, LEAST, MOST = 20, 600, 3000  # a ceiling of the training: in epochs, but at least and at most in steps
 LOOK, WARMUP = 25, 50  # steps between two looks at held-out rows, at least; of the warm-up, at most
+SAVED = 200  # steps between two checkpoints of a dense training, at most
 SOFT_STEPS = 300  # of a soft stage, at least
 PROXY = 0.16  # width of the schedule that stands in for a learned one while rates are tried
 USUAL = 1e-4  # the rate with which schedules are compared, where none is given
@@ -76,6 +78,11 @@ class Run:
     ask: Ask
 
     @property
+    def collator(self) -> Collator:
+        """What makes batches of rows."""
+        return Collator(self.data.tokenizer, relevance=self.data.task.kind == "reranking")
+
+    @property
     def bf16(self) -> bool:
         """Whether to train under bf16 autocast."""
         return has_bf16() if self.spec.bf16 is None else self.spec.bf16
@@ -89,7 +96,7 @@ class Run:
 # --- the stages -------------------------------------------------------------------------------------------------------
 def load_data(spec: TrainSpec) -> Data:
     """The data of a training, cut and tokenized."""
-    task = load_task(spec, seed=0)
+    task = load_task(spec, labels=[] if spec.task == "rerank" else None, seed=0)
     if task.train is None:
         raise DataError(f"{spec.data} has no training part: name a file or folder that holds train")
     tokenizer = reading(AutoTokenizer.from_pretrained, spec.model)
@@ -108,6 +115,8 @@ def fine_tune(run: Run) -> Path:
     spec, work = run.spec, run.work
     if spec.dense_model:
         return Path(spec.dense_model)
+    if spec.task == "rerank" and spec.epochs is None and is_reranker(reading(AutoConfig.from_pretrained, spec.model)):
+        return Path(spec.model)
     folder = work.folder / "dense"
     if (folder / "config.json").exists():
         return folder
@@ -121,7 +130,7 @@ def fine_tune(run: Run) -> Path:
         known = reading(AutoConfig.from_pretrained, spec.model).architectures or ()
         if run.data.task.kind == "regression" and not any("ForSequenceClassification" in name for name in known):
             start_at_mean(net, train["labels"])
-        return Trainer(net, arguments_of(run, "dense", **arguments), Collator(run.data.tokenizer), train, held_out)
+        return Trainer(net, arguments_of(run, "dense", **arguments), run.collator, train, held_out)
 
     trainer = settled(run, "dense", make, spec.epochs, spec.lr)
     with folder_written_whole(folder) as aside:
@@ -195,8 +204,9 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
                 even: Any = space.falling(PROXY, target) or space.falling(0.0, target) or {}
                 method = TopK(**even)  # in a short training its own would be soft, and let nothing leave
             prune(net, method or TopK(keep=1.0, at=()))
-        return PruningTrainer(
-            *(net, arguments_of(run, folder.name, **arguments), Collator(data.tokenizer), taught, held_out),
+        kind = RerankTrainer if data.task.kind == "reranking" else PruningTrainer
+        return kind(
+            *(net, arguments_of(run, folder.name, **arguments), run.collator, taught, held_out),
             calibration_dataset=data.validation,
             distill=spec.distill,
             pruner_lr=spec.pruner_lr,
@@ -414,6 +424,9 @@ def arguments_of(
         if steps is None:
             more |= {"eval_strategy": "steps", "eval_steps": looks, "save_strategy": "steps", "save_steps": looks}
             more |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    saves: dict[str, Any] = {"save_strategy": "epoch" if steps is None else "no"}
+    if epochs and stage == "dense" and every > SAVED:  # no budget has to be met where it is saved
+        saves = {"save_strategy": "steps", "save_steps": SAVED}
     return TrainingArguments(
         output_dir=str(run.work.folder / f"{stage}-checkpoints"),
         learning_rate=lr,
@@ -429,7 +442,7 @@ def arguments_of(
         report_to=[],
         disable_tqdm=not run.progress or steps is not None,
         dataloader_pin_memory=not on_cpu,
-        **{"save_strategy": "epoch" if steps is None else "no"} | more,
+        **saves | more,
     )
 
 
