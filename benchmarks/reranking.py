@@ -5,8 +5,8 @@
     python benchmarks/reranking.py measure    reciprocal rank and nDCG of all, with paired intervals over questions
     python benchmarks/reranking.py time       milliseconds for 100 candidates in every runtime, interleaved
 
-``--tiny`` does it all at a size that says nothing, to see that it works. Models lie in ``runs/benchmarks/passages``, rows
-in ``results/passages``.
+``--tiny`` does it all at a size that says nothing, to see that it works. Models lie in ``runs/benchmarks/passages``,
+rows in ``results/passages``.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def made(folder, method=None, data=None, steps=4, eval_dataset=None, **own) -> R
         use_cpu=True,
         disable_tqdm=True,
     )
-    collate = Collator(tiny_tokenizer(), relevance=True)
+    collate = Collator(tiny_tokenizer(), highest=2.0)
     model = prune(model, method or TopK(keep=0.5, at=(1,)))
     return RerankTrainer(model, arguments, collate, data if data is not None else pairs(), eval_dataset, **own)
 
@@ -41,7 +41,7 @@ def pairs(labels: bool = True, taught: bool = True, **columns):
     columns |= {"teacher_logits": lambda i: [float(i % PER)]} if taught else {}
     data = rows(32, **columns)
     data = data.remove_columns("labels")
-    return data.add_column("labels", [float(i % PER == 3) for i in range(32)]) if labels else data
+    return data.add_column("labels", [float(max(0, i % PER - 1)) for i in range(32)]) if labels else data
 
 
 def test_the_loss_is_of_labels_and_margins(tmp_path):
@@ -51,7 +51,7 @@ def test_the_loss_is_of_labels_and_margins(tmp_path):
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, dict(batch))
     logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
-    wanted = torch.tensor([float(i % PER == 3) for i in range(8)])
+    wanted = torch.tensor([0, 0, 0.5, 1] * 2)
     task = torch.nn.functional.binary_cross_entropy_with_logits(logits, wanted)
     margins = margin_loss(logits, torch.arange(8.0) % PER, torch.arange(8) // PER)
     torch.testing.assert_close(loss, 0.5 * task + 0.5 * margins, atol=1e-5, rtol=1e-5)

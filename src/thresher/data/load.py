@@ -119,6 +119,7 @@ def _table(name: str, parts: dict, spec: DataSpec, flaws: Flaws, labels, need_la
     for where, part in parts.items():
         check(where, part, columns, label)
     parts, names = encode(parts, label, labels)
+    names = None if label is None and labels is not None and not labels else names  # a model of numbers
     if name == "20newsgroups":
         parts = {where: part.assign(**{columns[0]: part[columns[0]].map(strip_post)}) for where, part in parts.items()}
     parts = checks.without_empty(parts, columns, flaws)
@@ -135,7 +136,7 @@ def _metric(table: _Table, asked: str | None) -> str:
     """Return the metric that was asked for, or the usual one. Raises DataError where it does not fit the labels."""
     classes = len(table.names or ())
     fits = [*CORRELATIONS] if table.names is None else ["accuracy", "matthews"] + ["f1"] * (classes == 2)
-    pairs = table.label is not None and len(table.columns) == 2 and (table.names is None or classes == 2)
+    pairs = len(table.columns) == 2 and (table.names is None or (table.label is not None and classes == 2))
     fits += reranking.USUAL if pairs else ()
     usual = USUAL.get(table.name)
     metric = asked or (usual if usual in fits else fits[0])
@@ -163,7 +164,7 @@ def _cut(table: _Table, spec: DataSpec, flaws: Flaws, seed: int, beside: Sequenc
         if ranked:
             share = min(0.1, 2000 / len(train))
             train, validation = hold_out_groups(train, columns[0], share)
-            validation = judged(validation, columns[0], label or "")
+            validation = judged(validation, columns[0], label) if label else validation
         else:
             train, validation = hold_out(train, columns, label, most=2000)
         how = f" by {columns[0]}" if ranked else ", at most 2000 texts" if len(validation) >= 2000 else ""
@@ -172,7 +173,7 @@ def _cut(table: _Table, spec: DataSpec, flaws: Flaws, seed: int, beside: Sequenc
             train = first_queries(train, columns[0], spec.limit, seed)
         else:
             train = train.iloc[np.random.RandomState(seed).permutation(len(train))[: spec.limit]]
-    test = judged(test, columns[0], label or "") if ranked else test
+    test = judged(test, columns[0], label) if ranked and label else test
     used = [*columns, label] if label else [*columns]
     cut = task_parts(train, validation, with_columns(test, used, beside), used, beside)
     return Task(*cut, columns, label, classes, table.kind(metric), metric, table.name, selected_on, flaws.removed)

@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,7 +80,13 @@ class Run:
     @property
     def collator(self) -> Collator:
         """What makes batches of rows."""
-        return Collator(self.data.tokenizer, relevance=self.data.task.kind == "reranking")
+        labels = self.data.train["labels"] if "labels" in self.data.train.column_names else []
+        return Collator(self.data.tokenizer, highest=max(labels, default=1.0) if self.ranks else None)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the model gives one number, which orders a query's candidates."""
+        return self.data.task.kind == "reranking"
 
     @property
     def bf16(self) -> bool:
@@ -96,7 +102,8 @@ class Run:
 # --- the stages -------------------------------------------------------------------------------------------------------
 def load_data(spec: TrainSpec) -> Data:
     """The data of a training, cut and tokenized."""
-    task = load_task(spec, labels=[] if spec.task == "rerank" else None, seed=0)
+    ranks = spec.task == "rerank"
+    task = load_task(spec, labels=[] if ranks else None, need_labels=not ranks, seed=0)
     if task.train is None:
         raise DataError(f"{spec.data} has no training part: name a file or folder that holds train")
     tokenizer = reading(AutoTokenizer.from_pretrained, spec.model)
@@ -120,6 +127,10 @@ def fine_tune(run: Run) -> Path:
     folder = work.folder / "dense"
     if (folder / "config.json").exists():
         return folder
+    if run.data.task.label_column is None:
+        raise DataError(
+            f"{spec.data} has no labels to teach {spec.model}: name the label column, or a trained reranker"
+        )
     run.model(spec.model)  # a mistake is told before anything is written
     work.claim()
     train, held_out = run.data.train, watched(run.data.validation)
@@ -142,6 +153,21 @@ def fine_tune(run: Run) -> Path:
     return folder
 
 
+def graded(run: Run, dense: Path) -> Run:
+    """The run, in which the dense model's probabilities stand for the grades of validation and test where data have no
+    labels: quality is then how well its order is kept."""
+    if run.data.task.label_column is not None:
+        return run
+    if not run.data.task.metric.startswith("ndcg"):
+        raise DataError(f"{run.spec.data} has no labels: {run.data.task.metric!r} needs them, use ndcg@10")
+    net, parts = run.model(dense).eval(), {}
+    for part in ("validation", "test"):
+        rows = getattr(run.data, part)
+        said: Any = run.ask(net, dense, rows, batch_size=run.spec.batch_size).logits
+        parts[part] = rows.add_column("labels", said[:, 0].double().sigmoid().tolist())
+    return replace(run, data=replace(run.data, **parts))
+
+
 def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
     """The rows of a part, "train" or "watched" (of the validation part), with the dense model's answers, asked once, in
     bf16 where the training is.
@@ -149,9 +175,10 @@ def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
     With ``replay`` they hold as well how many tokens of each text that model keeps.
     """
     folder, spec = run.work.folder / f"taught-{part}", run.spec
-    rows = run.data.train if part == "train" else watched(run.data.validation)
     if folder.exists():
         return load_from_disk(str(folder))
+    rows = run.data.train if part == "train" else watched(run.data.validation)
+    rows = rows.remove_columns("labels") if run.data.task.label_column is None and part != "train" else rows
     net, method = run.model(dense).eval(), method_of(spec)
     columns: dict[str, Any] = {}
     ranks = method is not None and method.ranks_teacher
@@ -204,7 +231,7 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
                 even: Any = space.falling(PROXY, target) or space.falling(0.0, target) or {}
                 method = TopK(**even)  # in a short training its own would be soft, and let nothing leave
             prune(net, method or TopK(keep=1.0, at=()))
-        kind = RerankTrainer if data.task.kind == "reranking" else PruningTrainer
+        kind = RerankTrainer if run.ranks else PruningTrainer
         return kind(
             *(net, arguments_of(run, folder.name, **arguments), run.collator, taught, held_out),
             calibration_dataset=data.validation,

@@ -24,7 +24,7 @@ from ..evaluation.predict import Predictions, outcome, predict, quality
 from ..evaluation.rows import folder_written_whole, row, writing
 from ..reports import plots
 from .spec import SUMMARY, TrainSpec, job, task_entry
-from .stages import Ask, Run, asked, fine_tune, load_data, method_of, prune_and_train
+from .stages import Ask, Run, asked, fine_tune, graded, load_data, method_of, prune_and_train
 from .strongest import milder, strongest
 from .workspace import Workspace
 
@@ -56,6 +56,7 @@ def train(spec: TrainSpec, *, progress: bool = True, ask: Ask | None = None) -> 
     run = Run(spec, work, load_data(spec), progress, ask or asked)
     work.begin(spec.fresh)
     dense = fine_tune(run)
+    run = graded(run, dense)
     if spec.max_drop is None:
         pruned = prune_and_train(run, dense, work.folder / "pruned", spec.method_options or {})
     else:
@@ -80,7 +81,8 @@ def measure(run: Run, dense: Path, pruned: Path) -> dict[str, Any]:
     after = before if untouched else predict(load(str(pruned))[0], data.test, batch_size=spec.batch_size, counts=counts)
     if not budget and target is not None and spec.prune_epochs != 0 and not spec.replay:
         stage["milder"] = milder(run, dense, pruned, target)
-    trained = {} if spec.dense_model else json.loads((dense / SUMMARY).read_text()).get("trained", {})
+    own = dense.parent == run.work.folder  # made here
+    trained = json.loads((dense / SUMMARY).read_text()).get("trained", {}) if own else {}
     steps = {"dense": trained.get("steps", 0), "prune": stage["steps"]}
     rows = [
         measured_row(run, before, before, "dense", steps["dense"]),

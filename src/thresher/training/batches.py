@@ -9,8 +9,10 @@ from torch.utils.data import Sampler
 
 
 class QueryBatches(Sampler[list[int]]):
-    """Whole queries in batches of near lengths; what is in a batch stays together, and the order of the batches is drawn
-    from torch's random numbers, as a resumed training draws it again.
+    """Whole queries in batches of near lengths.
+
+    What is in a batch stays together. The order of the batches is drawn from torch's random numbers, so that a resumed
+    training draws it again (``checkpoints.Order``).
 
     A query with more candidates than a batch takes is cut into parts of nearly the same size.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -54,11 +54,10 @@ class RerankTrainer(PruningTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Make the batches of ``QueryBatches``."""
-        data: Any = self.used_columns(self.train_dataset)
+        args, data = self.args, cast("Any", self.used_columns(self.train_dataset))
         lengths = [len(ids) for ids in data["input_ids"]]
-        size = self.args.train_batch_size
-        batches = QueryBatches([*data[ROW]], lengths, size, self.tokens, self.args.seed)
-        workers = {"num_workers": self.args.dataloader_num_workers, "pin_memory": self.args.dataloader_pin_memory}
+        batches = QueryBatches([*data[ROW]], lengths, args.train_batch_size, self.tokens, args.seed)
+        workers: Any = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
         return self.accelerator.prepare(
             DataLoader(data, batch_sampler=batches, collate_fn=self.data_collator, **workers)
         )

@@ -94,11 +94,11 @@ class Ranking(TokenPruner):
 class Collator(DataCollatorWithPadding):
     """Pad the inputs, and with them the columns that hold a number for each token (``TOKEN_COLUMNS``).
 
-    relevance: labels (B,) are grades of candidates, and a model of one logit learns which are above 0; they become
-        (B, 1).
+    highest: labels (B,) are grades of candidates, of which this is the best one; a model of one logit learns them as
+        probabilities (B, 1), 1 of the best and 0 of what is not relevant.
     """
 
-    relevance: bool = False
+    highest: float | None = None
 
     def __call__(self, features: list[dict]) -> dict[str, Any]:
         features = [dict(row) for row in features]
@@ -111,8 +111,8 @@ class Collator(DataCollatorWithPadding):
             padded = pad_sequence(rows, batch_first=True, padding_side=side)
             missing = batch["input_ids"].shape[1] - padded.shape[1]
             batch[name] = F.pad(padded, (missing, 0) if side == "left" else (0, missing))
-        if self.relevance and "labels" in batch:
-            batch["labels"] = (batch["labels"] > 0).float()[:, None]
+        if self.highest is not None and "labels" in batch:
+            batch["labels"] = (batch["labels"].float() / self.highest).clamp(0, 1)[:, None]
         return batch
 
 

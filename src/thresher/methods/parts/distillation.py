@@ -59,8 +59,8 @@ def margin_loss(student: Tensor, teacher: Tensor, queries: Tensor) -> Tensor:
 
 
 def order_loss(student: Tensor, teacher: Tensor, queries: Tensor, temperature: float = 1.0) -> Tensor:
-    """Compute T^2 KL(teacher || student) of the shares that a query's candidates have, softmax(score / T), a scalar: the
-    mean over the queries with two candidates or more (after Cao et al., 2007); 0 where there is none.
+    """Compute T^2 KL(teacher || student) of the shares of a query's candidates, softmax(score / T), a scalar: the mean
+    over the queries with two candidates or more (after Cao et al., 2007); 0 where there is none.
 
     Args as ``margin_loss``'s.
     """
