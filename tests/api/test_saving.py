@@ -74,6 +74,8 @@ def test_the_configuration_says_what_prunes(saved):
         "weights": digest({"threshold": torch.tensor([0.3, 0.5, 0.6, 0.9])}),
         "at": [0, 1, 2, 3],
         "protect": None,
+        "min_tokens": 0,
+        "pooling": "put-back",
         "target_flops": 0.4,
         "weight": None,
         "temperature": 0.1,

@@ -118,7 +118,7 @@ def test_a_model_without_layers_is_refused():
 
 def test_what_cannot_be_pruned_is_refused():
     model = FAMILIES["bert"].build()
-    with pytest.raises(TypeError, match="takes a transformers model or a PEFT model around one, got Linear"):
+    with pytest.raises(TypeError, match="PEFT or sentence-transformers around one; got Linear"):
         prune(nn.Linear(2, 2), TopK())
     for wrong in (TopK, "topk", 0.5):
         with pytest.raises(TypeError, match=r"takes a method such as TopK"):

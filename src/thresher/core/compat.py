@@ -98,6 +98,27 @@ def frames_mask(model: PreTrainedModel, frames: int, mask: Tensor) -> Tensor | N
     return None if rule is None else rule(frames, mask)
 
 
+# --- sentence-transformers: 6.2 --------------------------------------------------------------------------------------
+def transformer_module(model: nn.Module) -> nn.Module | None:
+    """The first module of a SentenceTransformer, CrossEncoder or MultiVectorEncoder; None for any other model.
+
+    It holds the transformers model as ``auto_model`` and calls its ``forward``; its answer is a dict of tensors, in
+    which later modules pool what ``attention_mask`` (B, N) says.
+    """
+    first = next(model.children(), None)
+    return first if isinstance(getattr(first, "auto_model", None), nn.Module) else None
+
+
+def flattens_inputs(module: nn.Module) -> bool:
+    """Whether it hands its model all texts of a batch as one row, without a mask."""
+    return bool(getattr(module, "can_flatten_inputs", False))
+
+
+def mask_survivors(answer: dict[str, Any], token_mask: Tensor) -> None:
+    """Have later modules pool the tokens in ``token_mask`` (B, N) alone."""
+    answer["attention_mask"] = token_mask
+
+
 # --- torch: 2.13 -----------------------------------------------------------------------------------------------------
 def check(condition: Any) -> None:
     """Tell a graph under construction that a symbolic condition holds."""

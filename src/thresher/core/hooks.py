@@ -24,7 +24,7 @@ from . import compat
 from .architecture import Architecture, find_architecture
 from .attention import PREFIX, register
 from .cost import LayerCount
-from .pruner import Options, Record, TokenPruner, pruner_of
+from .pruner import SURVIVORS, Options, Record, TokenPruner, pruner_of
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
 from .view import Site
 
@@ -88,6 +88,11 @@ class Hooks:
         self.architecture = find_architecture(model)
         base = self.architecture.base
         check_possible(self.architecture, pruner, layout)
+        if pruner.pooling == SURVIVORS and model is not base:
+            raise ValueError(
+                f"pooling='survivors' is for embedders: {type(model).__name__} has a head that reads all states as "
+                f"they are put back; prune its {type(base).__name__} alone, or a SentenceTransformer"
+            )
         self.inputs = list(inspect.signature(base.forward).parameters)
         self.__signature__ = inspect.signature(base.forward)
         self.inner: Callable | None = None  # a forward of the model's own instance, as accelerate sets one
@@ -485,11 +490,16 @@ class Hooks:
                 f"{call.layer} of {self.architecture.depth} layers ran, so the dropped tokens could not be put back; "
                 "set layerdrop to 0 while a model is pruned"
             )
+        survivors = call.tokens.spread_votes() if call.pruner.pooling == SURVIVORS else None
+        if survivors is not None:
+            if isinstance(output, tuple):
+                raise ValueError("return_dict=False is not possible with pooling='survivors'")
+            output.token_mask = survivors
         if torch.compiler.is_compiling():
             return output
         for site in call.sites if not torch.is_grad_enabled() else ():
             site.release()
-        self.pruner.record = Record(call.sites, call.counts, self.architecture.costs)
+        self.pruner.record = Record(call.sites, call.counts, self.architecture.costs, survivors)
         self.judge(call, kwargs, output)
         return reshaped(call, output) if call.wants else output
 

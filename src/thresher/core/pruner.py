@@ -38,6 +38,8 @@ Batch = dict[str, Any]  # the arguments of one call of the model
 RunAgain = Callable[..., Any]  # (**override): the model's output on the batch of the training step, run again
 RunBatch = Callable[[Batch], "Record"]  # the record of the model's forward on another batch
 CONFIG_KEY = "token_pruning"  # of a model's configuration
+PUT_BACK, SURVIVORS = POOLINGS = ("put-back", "survivors")
+QUERY = "query"  # of ``protect``
 MODULE = "token_pruner"  # the name of the method among the modules of the model that it prunes
 METHODS: dict[str, type[TokenPruner]] = {}
 _LAST = threading.local()  # .records: the record of the last forward of each method, for the thread that ran it
@@ -69,6 +71,7 @@ class Record:
     sites: list[Site]
     counts: list[LayerCount]
     costs: tuple[LayerCost, ...]
+    token_mask: Tensor | None = None  # (B, N0), 1 for the tokens that are left at the end, where these are pooled
     answers: Any = None  # the model's output, where a trainer looks at a calibration set
 
     @property
@@ -115,13 +118,21 @@ class TokenPruner(nn.Module):
     Args:
         at: 0-based layers after whose attention tokens leave; the score of layer i decides what goes on from i.
             Default: a quarter, a half and three quarters of the depth.
-        protect: tokens that never leave: positions among the live tokens (negative ones from the end), or
-            ``{"ids": [...]}`` for token ids. Default: the first token of text encoders, the last of decoders, class,
-            distillation and register tokens of vision models. Tokens of one batch: ``calling(model, protect=...)``.
+        protect: tokens that never leave: positions among the live tokens (negative ones from the end);
+            ``{"ids": [...]}`` for token ids; ``{"until": [...]}`` for all up to the first of these ids behind the first
+            token, the query of a pair; "query" for that with the separator of the model's configuration, or of a
+            CrossEncoder's tokenizer. Default: the first token of text encoders, the last of decoders, class,
+            distillation and register tokens of vision models; the query of a CrossEncoder. Tokens of one batch:
+            ``calling(model, protect=...)``.
+        min_tokens: rows with fewer tokens are left alone.
+        pooling: what pools the states of an embedder: "put-back", all tokens, those that left with their last states;
+            "survivors", those in ``output.token_mask`` (B, N) alone.
     """
 
     at: tuple[int, ...] | None = field(default=None, kw_only=True)
     protect: Any = field(default=None, kw_only=True)
+    min_tokens: int = field(default=0, kw_only=True)
+    pooling: str = field(default=PUT_BACK, kw_only=True)
 
     name: ClassVar[str] = ""
     lr: ClassVar[float] = 2e-2  # learning rate of its own parameters, where no other is given
@@ -152,6 +163,11 @@ class TokenPruner(nn.Module):
         super().__init__()
         if not 0 <= self.soft_until <= 1:
             raise ValueError(f"soft_until={self.soft_until}: expected a share of the training in [0, 1]")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling={self.pooling!r}: expected {' or '.join(POOLINGS)}")
+        if not isinstance(self.min_tokens, int) or isinstance(self.min_tokens, bool) or self.min_tokens < 0:
+            raise ValueError(f"min_tokens={self.min_tokens!r}: expected a number of tokens, from 0 up")
+        check_protect(self.protect)
         self.at = None if self.at is None else tuple(int(i) for i in self.at)
         self.architecture: Architecture = None  # type: ignore[assignment]  # until bind()
         self.hooks: Hooks | None = None
@@ -265,14 +281,14 @@ class TokenPruner(nn.Module):
                 )
         if list(at) != sorted(set(at)):
             raise ValueError(f"at={list(at)}: expected rising layers without repetition")
-        if isinstance(self.protect, Tensor):
-            raise ValueError("protect takes positions or ids; tokens of one batch: with calling(model, protect=mask)")
+        if self.protect == QUERY:
+            self.protect = {"until": [separator_of(model)]}
         self.sites = tuple(at)
         self.build(model)
 
     @property
     def protected_positions(self) -> tuple[int, ...] | None:
-        """Positions among the live tokens that never leave; None where ids or a batch's own mask say so."""
+        """Positions among the live tokens that never leave; None where the tokens of a batch say so."""
         protect = self.architecture.protected if self.protect is None else self.protect
         return tuple(protect) if isinstance(protect, (tuple, list)) else None
 
@@ -282,16 +298,34 @@ class TokenPruner(nn.Module):
             if protect.shape != alive.shape:
                 raise ValueError(f"protect has shape {tuple(protect.shape)}, the batch has {tuple(alive.shape)}")
             return protect.to(alive.device).bool() & alive
+        rank, live = alive.cumsum(1) - 1, alive.sum(1, keepdim=True)
         positions = self.protected_positions
         if positions is None:
-            if ids is None:
-                raise ValueError("protect={'ids': ...} needs input_ids, the model was called without")
-            return torch.isin(ids, torch.as_tensor(self.protect["ids"], device=ids.device)) & alive
-        rank, live = alive.cumsum(1) - 1, alive.sum(1, keepdim=True)
-        protected = torch.zeros_like(alive)
-        for position in positions:
-            protected = protected | (rank == (position if position >= 0 else live + position))
+            protected = self.protected_tokens(alive, ids, rank)
+        else:
+            protected = torch.zeros_like(alive)
+            for position in positions:
+                protected = protected | (rank == (position if position >= 0 else live + position))
+        if self.min_tokens > 1:
+            protected = protected | (live < self.min_tokens)
         return protected & alive
+
+    def protected_tokens(self, alive: Tensor, ids: Tensor | None, rank: Tensor) -> Tensor:
+        """(B, N) bool: what ``protect`` says of the token ``ids`` (B, N); ``rank`` (B, N): among the live tokens."""
+        if ids is None:
+            raise ValueError(f"protect={self.protect!r} needs input_ids, the model was called without")
+        ((what, named),) = self.protect.items()
+        found = torch.isin(ids, torch.as_tensor(named, device=ids.device)) & alive
+        if what == "ids":
+            return found
+        found = (found & (rank > 0)).long()
+        query = found.cumsum(1) == found
+        if not torch.compiler.is_compiling() and not bool((alive & ~query).any()):
+            raise ValueError(
+                f"protect={self.protect!r} protects every token of this batch, so nothing would be pruned: it is meant "
+                "for pairs of a query and a text, with a separator between them"
+            )
+        return query
 
     def check_readout(self, model: Architecture) -> None:
         """Raise ValueError where no token is protected whose attention a score could go by."""
@@ -324,7 +358,7 @@ class TokenPruner(nn.Module):
         """The tokens after a site: the others are dropped, or merged."""
         choice = site.choice
         assert choice is not None, "select() comes first"
-        width = self.width(choice.keep.shape[1], site.number)
+        width = None if self.min_tokens > 1 else self.width(choice.keep.shape[1], site.number)
         if choice.into is None:
             return site.tokens.drop(choice.keep, width)
         return site.tokens.merge(choice.keep, choice.into, choice.weight, width, self.sized, choice.longest)
@@ -419,8 +453,9 @@ class TokenPruner(nn.Module):
             raise ValueError(f"unknown pruning method {config.get('method')!r}; known: {', '.join(sorted(METHODS))}")
         method = METHODS[config["method"]]
         known = {f.name for f in dataclasses.fields(method)}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
         try:
-            return method(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known})
+            return method(**fields)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{entry} is nothing that {method.__name__} can take: {error}") from error
 
@@ -476,6 +511,29 @@ class TokenPruner(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("method", "version"))
+
+
+def check_protect(protect: Any) -> None:
+    """Raise ValueError unless ``protect`` is something that a method takes."""
+    if isinstance(protect, Tensor):
+        raise ValueError("protect takes positions or ids; tokens of one batch: with calling(model, protect=mask)")
+    positions = isinstance(protect, (tuple, list)) and all(isinstance(position, int) for position in protect)
+    named = isinstance(protect, Mapping) and len(protect) == 1 and {*protect} <= {"ids", "until"}
+    if not (protect is None or protect == QUERY or positions or named):
+        raise ValueError(
+            f"protect={protect!r}: expected positions as in (0, -1), {{'ids': [...]}}, {{'until': [...]}} or '{QUERY}'"
+        )
+
+
+def separator_of(model: Architecture) -> int:
+    """The id of the token that ends the query of a pair, as the model's configuration has it."""
+    separator = getattr(model.base.config, "sep_token_id", None)
+    if separator is None:
+        raise ValueError(
+            f"protect='{QUERY}' needs the id of the separator, which the configuration of {model.name} does not say: "
+            "give protect={'until': [tokenizer.sep_token_id]}, or prune a CrossEncoder"
+        )
+    return separator
 
 
 def pruner_of(model: nn.Module) -> TokenPruner | None:

@@ -265,6 +265,11 @@ class Tokens:
         restored = self.restore(hidden)
         return self.unmerge(restored.clone() if restored is self.full else restored)
 
+    def spread_votes(self) -> Tensor:
+        """(B, N0): 1 for the tokens that are left, 0 elsewhere; the gates while a method trains softly."""
+        votes = self.alive.long() if self.log_gate is None else self.votes
+        return votes.new_zeros(len(votes), self.width).scatter_add(1, self.index, votes)
+
     def spread(self, weights: Tensor) -> Tensor:
         """(B, H, N0, N0): attention probabilities (B, H, N, N) at the original places, 0 where a token is gone."""
         real = (self.alive[:, :, None] & self.alive[:, None])[:, None]

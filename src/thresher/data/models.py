@@ -42,7 +42,7 @@ def load(model: str, layout: str = "auto", **options) -> tuple[PreTrainedModel, 
     Raises:
         ValueError: no such model, or one that cannot be read.
     """
-    net = _pruned(lambda: open_model(model, **options), model, layout)
+    net = opened(lambda: open_model(model, **options), model, layout)
     return net, reading(AutoTokenizer.from_pretrained, model)
 
 
@@ -56,7 +56,7 @@ def load_vision(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any]
     known = reading(AutoConfig.from_pretrained, model).architectures or ()
     classifies = any(name.endswith("ForImageClassification") for name in known)
     kind = AutoModelForImageClassification if classifies else AutoModel
-    net = _pruned(lambda: reading(kind.from_pretrained, model), model, layout)
+    net = opened(lambda: reading(kind.from_pretrained, model), model, layout)
     if net.main_input_name != "pixel_values":
         raise ValueError(f"{model} is a {type(net).__name__}, which reads {net.main_input_name} and no pictures")
     try:
@@ -71,7 +71,7 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _pruned(opening: Callable[[], PreTrainedModel], model: str, layout: str) -> PreTrainedModel:
+def opened(opening: Callable[[], PreTrainedModel], model: str, layout: str) -> PreTrainedModel:
     """Return the model that ``opening`` gives, in the precision of its checkpoint, as its configuration prunes it."""
     with _without_report():
         net = opening()

@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..api import MODULE, calling, prune, unprune
+from ..api import MODULE, calling, inner_model, prune, unprune
 from ..core.architecture import find_architecture
 from ..core.cost import dense_macs, macs
 from ..core.pruner import METHODS, pruner_of
@@ -38,7 +38,7 @@ class Predictions:
     """What a model said of N examples, in their order, and what it cost.
 
     Attributes:
-        logits: (N, K) fp32; of question answering a list of N start and end logits (2, n).
+        logits: (N, K) fp32, of an embedder its vectors; of question answering a list of N start and end logits (2, n).
         kept: (N, S) long, tokens left after each site; S = 0 where nothing was pruned.
         tokens: (N,) long, tokens of each input.
         rows_used, rows_dense: (N,) MACs of each example, and those of the dense model on it without padding.
@@ -116,7 +116,7 @@ def predict(
     model = in_precision(model, torch.bfloat16) if bf16 else model
     text, pruner = Text(model, dataset, pad_to), pruner_of(model)
     counts = counts_of(model, len(dataset), counts)
-    stack = find_architecture(model) if pruner is None else pruner.architecture
+    stack = find_architecture(inner_model(model)) if pruner is None else pruner.architecture
     rows_dense = dense_macs(stack.costs, text.lengths)
     order: list[int] = []
     logits, kept, used, scored = [], [], [], []
@@ -164,9 +164,10 @@ def logits_of(
 
 
 def _logits(model: Any, output: Any, lengths: Tensor) -> list[Tensor]:
-    """The logits of each row: (K,) of a classifier, (2, n) of a model that answers questions."""
-    if isinstance(logits := getattr(output, "logits", None), Tensor) and logits.dim() == 2:
-        return [*logits.float()]
+    """The logits of each row: (K,) of a classifier, (2, n) of a model that answers questions; an embedder's vector."""
+    for name in ("logits", "sentence_embedding"):
+        if isinstance(logits := getattr(output, name, None), Tensor) and logits.dim() == 2:
+            return [*logits.float()]
     if getattr(output, "start_logits", None) is None:
         what = f"{type(model).__name__} gives no logits (B, K), and no start and end logits"
         raise ValueError(f"{what}: measure a model that classifies or answers questions")

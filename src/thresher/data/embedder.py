@@ -1,0 +1,254 @@
+"""A text embedder: a transformers model, the pooling of its states, and their length.
+
+Folders are those of sentence-transformers, which need not be installed.
+
+Shapes: B batch, N tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import cached_file
+
+from ..api import MODULE
+from .models import opened, positions, reading
+
+MODULES, POOLING, TEXTS, MODEL = (
+    "modules.json",
+    "config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+KINDS = {"Transformer", "Pooling", "Normalize"}  # modules of sentence-transformers that are understood
+FLAGS = {  # of its older folders
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+USUAL = 512  # tokens of a text, where nobody says
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """One vector of the states of a text.
+
+    Attributes:
+        mode: "mean", "max", "cls" (the first token) or "lasttoken".
+        normalize: whether the vector gets the length 1.
+    """
+
+    mode: str = "mean"
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mode not in FLAGS.values():
+            raise ValueError(f"pooling {self.mode!r} is not understood: {', '.join(FLAGS.values())} are")
+
+    def __call__(self, states: Tensor, mask: Tensor) -> Tensor:
+        """(B, C) of states (B, N, C); ``mask`` (B, N): what each token weighs, 0 where it is none."""
+        weight = mask[..., None].to(states.dtype)
+        if self.mode == "mean":
+            vector = (states * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
+        elif self.mode == "max":
+            vector = states.masked_fill(weight == 0, torch.finfo(states.dtype).min).amax(1)
+        else:
+            place = torch.arange(mask.shape[1], device=mask.device) * (mask != 0)
+            place = place.argmax(1) if self.mode == "lasttoken" else (mask != 0).long().argmax(1)
+            vector = states.gather(1, place[:, None, None].expand(-1, -1, states.shape[-1]))[:, 0]
+        return F.normalize(vector, dim=-1) if self.normalize else vector
+
+
+@dataclass
+class EmbeddingOutput(ModelOutput):
+    """Hold ``sentence_embedding`` (B, C) and the states (B, N, C) that were pooled.
+
+    ``token_mask`` (B, N): what each token weighed.
+    """
+
+    sentence_embedding: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    token_mask: Tensor | None = None
+
+
+class Embedder(nn.Module):
+    """A transformers model, pruned or not, and its pooling; ``prune``, ``unprune`` and ``dense`` take it.
+
+    Where its method pools survivors (``TopK(pooling="survivors")``), the tokens that are left at the end are pooled
+    alone; else all, those that left with their last states.
+
+    Attributes:
+        longest: tokens at which texts are cut.
+        prompts: by name, what stands before a text.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pooling: Pooling | None = None,
+        longest: int = USUAL,
+        prompts: Mapping[str, str] | None = None,
+    ):
+        super().__init__()
+        self.model, self.pooling, self.longest = model, pooling or Pooling(), longest
+        self.prompts = dict(prompts or {})
+
+    main_input_name = "input_ids"
+
+    @property
+    def config(self) -> Any:
+        """The configuration of its transformers model."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return self.model.dtype
+
+    @property
+    def token_pruner(self) -> Any:
+        """The method that prunes it, None where nothing does."""
+        return getattr(self.model, MODULE, None)
+
+    def get_base_model(self) -> PreTrainedModel:
+        """Return the transformers model that ``prune`` takes."""
+        return self.model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **inputs: Any,
+    ) -> EmbeddingOutput:
+        """Embed a batch of texts (B, N)."""
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        states = output.last_hidden_state
+        mask = getattr(output, "token_mask", None)
+        if mask is None:
+            mask = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask
+        return EmbeddingOutput(self.pooling(states, mask), states, mask)
+
+    def save_pretrained(self, folder: str | Path, tokenizer: Any) -> None:
+        """Write a folder that ``load_embedder`` and sentence-transformers read."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        names = ["Transformer", "Pooling", *["Normalize"] * self.pooling.normalize]
+        paths = ["", *(f"{i}_{name}" for i, name in enumerate(names) if i)]
+        kind = "sentence_transformers.models."
+        files: dict[str, Any] = {
+            MODULES: [
+                {"idx": i, "name": str(i), "path": path, "type": kind + name}
+                for i, (name, path) in enumerate(zip(names, paths, strict=True))
+            ],
+            TEXTS: {"max_seq_length": self.longest, "do_lower_case": False},
+            MODEL: {"prompts": self.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+            f"1_Pooling/{POOLING}": {
+                "word_embedding_dimension": self.config.hidden_size,
+                **{flag: mode == self.pooling.mode for flag, mode in FLAGS.items()},
+            },
+        }
+        for path, content in files.items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for path in paths[2:]:
+            (folder / path).mkdir(exist_ok=True)
+
+
+def is_embedder(model: str) -> bool:
+    """Whether a folder, or a name on the hub, is an embedder of sentence-transformers."""
+    try:
+        modules = _json(model, MODULES)
+    except ValueError:
+        return False
+    return bool(modules) and any(_kind(module) == "Pooling" for module in modules)
+
+
+def load_embedder(model: str, layout: str = "auto", pooling: str | None = None, **options: Any) -> tuple[Embedder, Any]:
+    """Return a saved embedder and its tokenizer: in evaluation mode, pruned if its configuration says so.
+
+    Args:
+        model: a folder or a name on the hub, of sentence-transformers; or of a plain transformers model with
+            ``pooling``.
+        pooling: "mean", "cls", "max" or "lasttoken", normalised; where the folder says nothing of it.
+        options: as ``AutoModel.from_pretrained`` takes them.
+
+    Raises:
+        ValueError: no such model, one that cannot be read, says nothing of its pooling or has modules that are not
+            understood.
+    """
+    modules = _json(model, MODULES)
+    if modules is None and pooling is None:
+        raise ValueError(
+            f"{model} does not say how its states are pooled (no {MODULES}): name it, as in pooling='mean', or "
+            "train it as an embedder first"
+        )
+    way, where, longest = Pooling(pooling or "mean"), model, None
+    prompts: dict[str, str] = {}
+    if modules is not None:
+        way, path = _pooling_of(model, modules)
+        where = str(Path(model) / path) if path and Path(model).is_dir() else model
+        if path and where == model:
+            options["subfolder"] = path
+        longest = (_json(model, "/".join(filter(None, (path, TEXTS)))) or {}).get("max_seq_length")
+        prompts = (_json(model, MODEL) or {}).get("prompts") or {}
+    net = opened(lambda: reading(AutoModel.from_pretrained, where, **options), model, layout)
+    if net.main_input_name != "input_ids":
+        raise ValueError(f"{model} is a {type(net).__name__}, which reads {net.main_input_name} and no text")
+    tokenizer = reading(AutoTokenizer.from_pretrained, where)
+    most = [limit for limit in (longest, positions(net), tokenizer.model_max_length) if limit]
+    return Embedder(net, way, min(most, default=USUAL), prompts).eval(), tokenizer
+
+
+def _kind(module: Mapping) -> str:
+    """The last name of a module's type."""
+    return str(module.get("type", "")).rpartition(".")[2]
+
+
+def _pooling_of(model: str, modules: list) -> tuple[Pooling, str]:
+    """How the states are pooled, and the folder of the transformers model."""
+    kinds = [_kind(module) for module in modules]
+    strange = [kind for kind in kinds if kind not in KINDS]
+    if strange or kinds[:2] != ["Transformer", "Pooling"]:
+        what = f"a module {strange[0]}" if strange else " and ".join(kinds)
+        raise ValueError(f"{model} has {what}: a transformer, its pooling and a normalisation are understood")
+    said = _json(model, f"{modules[1]['path']}/{POOLING}") or {}
+    modes = said.get("pooling_mode", [mode for flag, mode in FLAGS.items() if said.get(flag)] or "mean")
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    unknown = [name for name, on in said.items() if name.startswith("pooling_mode_") and on and name not in FLAGS]
+    if len(modes) != 1 or unknown:
+        what, one = ", ".join(unknown or modes), ", ".join(FLAGS.values())
+        raise ValueError(f"{model} joins or weighs states ({what}): one of {one} is understood")
+    if said.get("include_prompt") is False:
+        raise ValueError(f"{model} leaves the prompt out of its pooling, which is not understood")
+    return Pooling(modes[0], "Normalize" in kinds), modules[0]["path"]
+
+
+def _json(model: str, name: str) -> Any:
+    """A file of a folder, or of the hub; None where there is none."""
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = Path(model) / name if Path(model).is_dir() else reading(cached_file, model, filename=name, **options)
+    try:
+        return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{found} cannot be read: {error}") from None

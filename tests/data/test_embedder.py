@@ -1,0 +1,140 @@
+"""Embedders: the folders of sentence-transformers, read and written without it, and their pooling."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from support.families import FAMILIES
+from support.tiny import save_tiny, tiny_tokenizer
+from thresher import LTP, TopK, dense, prune, unprune
+from thresher.data.embedder import Embedder, Pooling, is_embedder, load_embedder
+from thresher.evaluation.predict import predict
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of the libraries that it opens
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling as Theirs
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:sentence_transformers", "ignore::FutureWarning")
+TEXTS = ["the farmer and the wheat and the script and the grain", "thresh the wheat and the grain", "grain"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    FAMILIES["bert"].build(max_position_embeddings=128).bert.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def vectors(embedder, tokenizer) -> np.ndarray:
+    return embedder(**tokenizer(TEXTS, return_tensors="pt", padding=True)).sentence_embedding.numpy()
+
+
+def rows(tokenizer) -> Dataset:
+    return Dataset.from_dict(dict(tokenizer(TEXTS))).remove_columns("attention_mask")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("mode", ["mean", "cls", "max", "lasttoken"])
+def test_a_folder_of_sentence_transformers(encoder, tmp_path, mode, normalize):
+    modules = [Transformer(str(encoder)), Theirs(32, mode), *[Normalize()] * normalize]
+    theirs = SentenceTransformer(modules=modules, device="cpu")
+    theirs.max_seq_length = 100
+    theirs.save_pretrained(str(tmp_path))
+    assert is_embedder(str(tmp_path))
+    embedder, tokenizer = load_embedder(str(tmp_path))
+    assert embedder.pooling == Pooling(mode, normalize) and embedder.longest == 100
+    assert np.abs(vectors(embedder, tokenizer) - theirs.encode(TEXTS)).max() <= 1e-6
+
+
+@pytest.mark.parametrize("pooling", ["put-back", "survivors"])
+@pytest.mark.parametrize("method", [TopK, LTP])
+def test_what_is_saved_comes_back(encoder, tmp_path, method, pooling):
+    embedder, tokenizer = load_embedder(str(encoder), pooling="mean")
+    embedder.prompts = {"query": "the "}
+    before = vectors(embedder, tokenizer)
+    prune(embedder, method(pooling=pooling))
+    with torch.no_grad():
+        for parameter in embedder.token_pruner.parameters():
+            parameter.fill_(1.0)
+    pruned = vectors(embedder, tokenizer)
+    assert np.abs(pruned - before).max() > 1e-4
+    embedder.save_pretrained(tmp_path, tokenizer)
+    again, its = load_embedder(str(tmp_path))
+    assert again.prompts == {"query": "the "} and again.longest == embedder.longest
+    assert np.abs(vectors(again, its) - pruned).max() <= 1e-6
+    theirs = prune(SentenceTransformer(str(tmp_path), device="cpu"))
+    assert np.abs(theirs.encode(TEXTS) - pruned).max() <= 1e-5
+    with dense(again):
+        assert np.abs(vectors(again, its) - before).max() <= 1e-5
+    assert np.abs(vectors(unprune(again), its) - before).max() <= 1e-6
+
+
+@pytest.mark.parametrize("pooling", ["put-back", "survivors"])
+def test_predict_gives_vectors_and_their_price(encoder, pooling):
+    embedder, tokenizer = load_embedder(str(encoder), pooling="mean")
+    dense_answers = predict(embedder, rows(tokenizer))
+    assert dense_answers.macs_used == dense_answers.macs_dense
+    assert np.abs(dense_answers.logits.numpy() - vectors(embedder, tokenizer)).max() <= 1e-5
+    prune(embedder, TopK(keep=0.5, pooling=pooling))
+    pruned = predict(embedder, rows(tokenizer), batch_size=2)
+    assert pruned.macs_used < 0.8 * pruned.macs_dense == 0.8 * dense_answers.macs_dense
+    assert np.abs(pruned.logits.numpy() - vectors(embedder, tokenizer)).max() <= 1e-5
+
+
+def test_folders_that_do_not_serve(encoder, tmp_path):
+    with pytest.raises(ValueError, match="does not say how its states are pooled"):
+        load_embedder(str(encoder))
+    with pytest.raises(ValueError, match="pooling 'mode' is not understood"):
+        load_embedder(str(encoder), pooling="mode")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_embedder(str(tmp_path / "nothing"))
+    assert not is_embedder(str(encoder)) and not is_embedder(str(tmp_path / "nothing"))
+    embedder, tokenizer = load_embedder(str(encoder), pooling="mean")
+    embedder.save_pretrained(tmp_path, tokenizer)
+    modules = json.loads((tmp_path / "modules.json").read_text())
+
+    def written(name: str, content) -> str:
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(tmp_path)
+
+    dense_layer = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    with pytest.raises(ValueError, match="has a module Dense: a transformer, its pooling"):
+        load_embedder(written("modules.json", [*modules[:2], dense_layer]))
+    with pytest.raises(ValueError, match="has Transformer: a transformer, its pooling"):
+        load_embedder(written("modules.json", modules[:1]))
+    with pytest.raises(ValueError, match=r"modules.json cannot be read"):
+        load_embedder(written("modules.json", "[{"))
+    written("modules.json", modules)
+    for said in ({"pooling_mode": ["mean", "cls"]}, {"pooling_mode_weightedmean_tokens": True}):
+        with pytest.raises(ValueError, match="joins or weighs states"):
+            load_embedder(written("1_Pooling/config.json", said))
+    with pytest.raises(ValueError, match="leaves the prompt out"):
+        load_embedder(written("1_Pooling/config.json", {"pooling_mode": "mean", "include_prompt": False}))
+    with pytest.raises(ValueError, match="reads pixel_values and no text"):
+        FAMILIES["vit"].build().save_pretrained(tmp_path / "vit")
+        load_embedder(str(tmp_path / "vit"), pooling="mean")
+
+
+def test_a_mask_weighs():
+    states, mask = torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1.0, 0.5, 0.0]])
+    assert Pooling("mean", False)(states, mask).item() == pytest.approx(2.5 / 1.5)
+    assert Pooling("max", False)(states, mask).item() == 3.0
+    assert Pooling("lasttoken", False)(states, mask).item() == 3.0
+    assert Pooling("cls", False)(states, mask.flip(1)).item() == 3.0
+
+
+def test_an_encoder_with_a_head_alone(tmp_path):
+    """The weights of a classifier make an embedder: its head is left out."""
+    folder = save_tiny(tmp_path, max_position_embeddings=128)
+    embedder, _ = load_embedder(str(folder), pooling="cls")
+    assert isinstance(embedder, Embedder) and type(embedder.model).__name__ == "BertModel"
