@@ -25,7 +25,7 @@ RUNS = HERE.parent / "runs" / "benchmarks"
 DATA = Path(os.environ.get("THRESHER_DATA", "data")) / "squad"
 LONGEST = 256
 # Of the 28,734 pairs of the train part; one pass, since the encoder has read SQuAD before.
-FULL = {"limit": 16_000, "epochs": 1, "lr": 1e-4, "batch_size": 32}
+FULL = {"limit": 12_000, "epochs": 1, "lr": 2e-4, "batch_size": 16}
 TINY = {"limit": 64, "epochs": 1, "lr": 1e-4, "batch_size": 16}
 
 

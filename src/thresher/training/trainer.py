@@ -171,7 +171,7 @@ class PruningTrainer(TrainerNames, Trainer):
         if not 0 <= distill <= 1:
             raise ValueError(f"distill={distill}: expected a weight in [0, 1]")
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
-        if teacher is not None and self.pruner.ranks_teacher and hasattr(teacher, MODULE):
+        if teacher is not None and self.pruner.ranks_teacher and pruner_of(teacher) is not None:
             raise ValueError(f"{self.pruner.name} wants the ranking of a teacher that is not pruned: unprune(teacher)")
         self.distill, self.temperature, self.pruner_lr = distill, temperature, pruner_lr
         self.calibration_dataset, self.soft_steps = calibration_dataset, soft_steps
