@@ -22,7 +22,7 @@ from thresher.experiments.evaluate import evaluate
 from thresher.stats.bootstrap import bootstrap_interval
 
 PER = 4
-RERANK = OPTIONS | {"task": "rerank", "method": "topk", "batch_size": 16, "epochs": 6}
+RERANK = OPTIONS | {"task": "rerank", "method": "topk", "batch_size": 16, "epochs": 6, "max_length": 48}
 
 
 def pairs_of(path, queries: int, seed: int, labels: bool = True):
@@ -33,9 +33,9 @@ def pairs_of(path, queries: int, seed: int, labels: bool = True):
         table = csv.writer(file)
         table.writerow(("query", "document", *(["label"] if labels else [])))
         for number in range(queries):
-            query = f"{seed} {number} " + " ".join(draw.choices(FILLERS, k=3))
+            query = f"{seed} {number}"
             for grade in draw.sample([0, 0, 1, 2], 4):
-                words = draw.choices(FILLERS, k=draw.randint(3, 8)) + ["wheat"] * grade + ["chaff"] * (2 - grade)
+                words = draw.choices(FILLERS, k=draw.randint(12, 20)) + ["wheat"] * grade + ["chaff"] * (2 - grade)
                 draw.shuffle(words)
                 table.writerow((query, " ".join(words), *([grade] if labels else [])))
     return path
@@ -88,7 +88,7 @@ def test_a_reranker_is_pruned_without_labels(ranked, tmp_path):
 
 def test_the_command_takes_the_task(ranked, tmp_path):
     given = f"train {ranked.out / 'dense'} --data {ranked.data} --out {tmp_path / 'out'} --task rerank --metric mrr"
-    given += " --method topk --target-flops 0.6 --prune-epochs 1 --batch-size 16 --max-length 32 --lr 0.001 --no-bf16"
+    given += " --method topk --target-flops 0.6 --prune-epochs 1 --batch-size 16 --max-length 48 --lr 0.001 --no-bf16"
     run = CliRunner().invoke(cli.app, given.split())
     assert run.exit_code == 0, run.output
     assert AutoConfig.from_pretrained(tmp_path / "out").num_labels == 1
@@ -99,7 +99,7 @@ def test_the_command_takes_the_task(ranked, tmp_path):
 
 def test_what_cannot_be_reranked_is_told(ranked, tmp_path):
     options = {"out": str(tmp_path / "out"), "progress": False}
-    with pytest.raises(ValueError, match="no task 'rank': expected classify or rerank"):
+    with pytest.raises(ValueError, match="no task 'rank': expected classify, rerank, embed"):
         jobs.train(ranked.model, ranked.data, task="rank", **options)
     with pytest.raises(DataError, match="name the label column, or a trained reranker"):
         jobs.train(ranked.model, ranked.bare, task="rerank", **options)

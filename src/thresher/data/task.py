@@ -37,8 +37,8 @@ class Task:
     text_columns: tuple[str, ...]
     label_column: str | None  # None where labels were neither found nor needed
     labels: list[str]  # class names; empty where a model gives one number
-    kind: str  # classification | regression | reranking (by one number) | qa
-    metric: str  # accuracy | f1 | matthews | pearson | spearman | qa_f1 | map | mrr | ndcg@10 | recall@10
+    kind: str  # classification | regression | reranking (by one number) | embedding | qa
+    metric: str  # accuracy | f1 | matthews | pearson | spearman | qa_f1 | map | mrr | ndcg@10 | recall@10 | cosine
     name: str
     selected_on: str  # how the validation part came about
     removed: dict[str, int]  # rows that train lost, by reason

@@ -22,7 +22,7 @@ from .recipes import recipe
 SUMMARY = "thresher.json"  # what a trained, tuned or exported folder says of itself
 COLUMNS = ("config", "text", "label", "train_split", "test_split")  # how a data set is read
 AMOUNTS = ("target_flops", "target_latency", "target_latency_ms", "keep", "r")  # options that say how much is left
-TASKS = ("classify", "rerank")
+TASKS = ("classify", "rerank", "embed")
 MAX_DROP = 1.0  # points, where none of them is given
 NOTICED = 2.0  # points of a drop above which the user is told
 FIXED = {"epochs": 3, "prune_epochs": 3, "lr": 5e-5}  # where a training cannot tell from held-out rows when it is over
@@ -328,7 +328,7 @@ class TrainSpec(MethodSpec, TrainingSpec):
     """Say how ``train`` makes a pruned model; the saved fields decide the result.
 
     task: what the model is to do. "rerank": give a query and a candidate one number, which orders a query's candidates.
-        Default: what the data say.
+        "embed": give a text the vector that the model gives it now; no label is read. Default: what the data say.
     max_drop: the strongest budget is searched for whose drop on the validation part keeps it, see ``strongest``.
     recipe: a method and a task, "top-mrpc" (see ``recipes``), whose settings stand where none is given.
     dense_model: a folder to take the dense fine-tuned model from.
@@ -337,7 +337,7 @@ class TrainSpec(MethodSpec, TrainingSpec):
     """
 
     out: Path = option("The folder for the pruned model.", MISSING, writes="folder", saved=False, metavar="DIR")
-    task: str | None = option("classify or rerank; default: what the data say.", metavar="NAME")
+    task: str | None = option("classify, rerank or embed; default: what the data say.", metavar="NAME")
     max_drop: float | None = option(
         "Points of quality that may be lost on the validation part; default, without another budget: 1."
     )
@@ -372,7 +372,7 @@ class TrainSpec(MethodSpec, TrainingSpec):
         settled = loose | open_ | {"method": method, "method_options": options, "max_drop": drop}
         spec = super(TrainSpec, replace(self, recipe=None, **settled)).completed()
         if spec.task not in (None, *TASKS):
-            raise ValueError(f"there is no task {spec.task!r}: expected {' or '.join(TASKS)}")
+            raise ValueError(f"there is no task {spec.task!r}: expected {', '.join(TASKS)}")
         if spec.task == "rerank" and spec.metric is None:
             spec = replace(spec, metric="ndcg@10")
         return spec.fixed() if self.replay else spec  # whose counts are known of the training rows alone

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from ..api import inner_model
 from ..core.architecture import find_architecture
 from ..data import qa
 from ..data.models import load
@@ -78,7 +79,7 @@ def measure(run: Run, dense: Path, pruned: Path) -> dict[str, Any]:
     target = budget["target_flops"] if budget else (spec.method_options or {}).get("target_flops")
     method = "dense" if budget and target is None else spec.method  # nothing can leave
     untouched = method == "dense" and not stage["steps"]
-    after = before if untouched else predict(load(str(pruned))[0], data.test, batch_size=spec.batch_size, counts=counts)
+    after = before if untouched else predict(run.finished(pruned), data.test, batch_size=spec.batch_size, counts=counts)
     if not budget and target is not None and spec.prune_epochs != 0 and not spec.replay:
         stage["milder"] = milder(run, dense, pruned, target)
     own = dense.parent == run.work.folder  # made here
@@ -115,7 +116,9 @@ def finish(run: Run, dense: Path, pruned: Path, summary: dict[str, Any]) -> None
                 shutil.copytree(dense, aside, dirs_exist_ok=True)
         (pruned / SUMMARY).write_text(json.dumps(summary, indent=1))
         if find_spec("matplotlib") and any("eval_quality" in line for line in summary["history"]):
-            plots.training(summary["history"], find_architecture(load(str(pruned))[0]).depth, pruned / PICTURE)
+            plots.training(
+                summary["history"], find_architecture(inner_model(run.finished(pruned))).depth, pruned / PICTURE
+            )
         for name in ("stage.json", "rung.json"):
             (pruned / name).unlink(missing_ok=True)
     run.work.deliver(pruned)

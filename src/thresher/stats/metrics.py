@@ -13,8 +13,8 @@ CORRELATIONS = ("pearson", "spearman")  # of numbers, and of their ranks
 
 
 def is_mean(metric: str) -> bool:
-    """Tell whether a metric is the mean of what each question or query gained: qa_f1 and those of ``is_ranking``."""
-    return metric == "qa_f1" or is_ranking(metric)
+    """Tell whether a metric is the mean of what each question, text or query gained: qa_f1, cosine, ``is_ranking``."""
+    return metric in ("qa_f1", "cosine") or is_ranking(metric)
 
 
 def compute_metric(task_metric: str, predictions: Any, labels: Any) -> float:
