@@ -8,6 +8,7 @@ import random
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 from transformers import AutoConfig
 from typer.testing import CliRunner
@@ -105,3 +106,17 @@ def test_what_cannot_be_reranked_is_told(ranked, tmp_path):
         jobs.train(ranked.model, ranked.bare, task="rerank", **options)
     with pytest.raises(DataError, match="has no labels: 'mrr' needs them, use ndcg@10"):
         jobs.train(str(ranked.out / "dense"), ranked.bare, task="rerank", metric="mrr", **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*questions have no answer")
+def test_what_was_made_of_paragraphs_is_made_again(ranked, tmp_path):
+    rows = []
+    for title in range(8):
+        texts = [f"{word} {title} grain and {word} the" for word in ("wheat", "chaff", "farmer", "script")]
+        answer = {"text": ["grain"], "answer_start": [8]}
+        rows += [(f"t{title}", text, f"{text[:5]} {title}", answer) for text in texts]
+    names = ("title", "context", "question", "answers")
+    pandas.DataFrame([dict(zip(names, row, strict=True)) for row in rows]).to_parquet(tmp_path / "squad.parquet")
+    options = RERANK | {"metric": "mrr", "epochs": 1, "prune_epochs": 0, "method": "dense", "target_flops": None}
+    jobs.train(ranked.model, str(tmp_path / "squad.parquet"), str(tmp_path / "dense"), **options)
+    assert evaluate(str(tmp_path / "dense"))[0]["metric"] == "mrr"

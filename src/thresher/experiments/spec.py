@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
+from ..data.reranking import COLUMNS as PAIR
 from ..data.spec import DataSpec, option
 from .recipes import recipe
 
@@ -435,7 +436,9 @@ def job(kind: type[Any]) -> Callable[[Callable], Callable]:
 
 def task_entry(spec: TaskSpec, task: Any, max_length: int) -> dict[str, Any]:
     """What a folder remembers of its task, for ``TaskSpec.completed``."""
-    found = {} if task.kind == "qa" else {"text": list(task.text_columns), "label": task.label_column}
+    usual = (task.text_columns, task.label_column) == (PAIR, "label")  # maybe made of paragraphs: found again
+    made = usual or task.kind in ("qa", "embedding")
+    found = {} if made else {"text": list(task.text_columns), "label": task.label_column}
     read = {name: getattr(spec, name) for name in COLUMNS} | found
     return {"data": located(spec.data), **read, "metric": task.metric, "max_length": max_length}
 

@@ -13,7 +13,7 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
@@ -120,7 +120,8 @@ def _check_request(model: PreTrainedModel, format: str, precision: str, calibrat
 def _checked(model: PreTrainedModel, tokenizer: Any, folder: Path, spec: dict[str, Any]) -> float:
     """The largest difference of logits; ValueError where an fp32 graph answers otherwise than its model."""
     longest = spec["max_length"]
-    shapes = [shape for shape in SHAPES if shape[1] <= longest] + [(1, longest)]
+    least = 1 if _separator(model) is None else 3  # tokens, two of them the query
+    shapes = [shape for shape in SHAPES if least <= shape[1] <= longest] + [(1, longest)]
     difference = _difference(model, tokenizer, folder, shapes)
     if spec["precision"] == "fp32" and not difference <= CLOSE:  # nor where it is no number
         raise ValueError(
@@ -128,6 +129,12 @@ def _checked(model: PreTrainedModel, tokenizer: Any, folder: Path, spec: dict[st
             f"(logits differ by {difference:.2g}, expected {CLOSE} at most); nothing was written"
         )
     return difference
+
+
+def _separator(model: PreTrainedModel) -> int | None:
+    """What ends the query of a pair, where the method protects it."""
+    protect = getattr(getattr(model, MODULE, None), "protect", None)
+    return protect["until"][0] if isinstance(protect, Mapping) and "until" in protect else None
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -153,10 +160,12 @@ def inputs_of(model: PreTrainedModel, tokenizer: Any, batch: int, length: int) -
     """Random inputs (B, N) of a model, the first row without padding, the others shorter and shorter.
 
     ``token_type_ids`` are among them if the tokenizer makes them; without a tokenizer, if the model tells segments
-    apart: a graph that was not traced with them would drop them.
+    apart: a graph that was not traced with them would drop them. Where the query is protected it ends early in a row.
     """
     draw = torch.Generator().manual_seed(batch * 1000 + length)
     ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=draw)
+    if (separator := _separator(model)) is not None:
+        ids[:, max(1, length // 4)] = separator
     own = torch.arange(length) < torch.linspace(length, max(1, length // 2), batch).long()[:, None]
     ids[~own] = getattr(model.config, "pad_token_id", None) or 0
     inputs = {"input_ids": ids, "attention_mask": own.long()}
