@@ -48,7 +48,7 @@ class Size:
 
 
 FULL = Size("passages", 12_000, 12_000, 16, None, (128, 256, 512), 7)
-TINY = Size("passages-tiny", 64, 64, 16, 8, (32, 48), 2)
+TINY = Size("passages-tiny", 64, 64, 16, 8, (64, 96), 2)
 
 
 def data_of(size: Size) -> str:
