@@ -23,7 +23,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "qnli": _SHORT | {"epochs": 2, "prune_epochs": 2},
     "20newsgroups": _LONG | {"max_length": 256, "batch_size": 32, "lr": 1e-4},
     "imdb": _LONG,
-    "rerank": _LONG | {"task": "rerank", "max_length": 256, "lr": 1e-4},
+    "rerank": {"task": "rerank", "max_length": 256, "batch_size": 16, "prune_epochs": 2, "lr": 1e-4, "prune_lr": 1e-4},
     "embed": _LONG | {"task": "embed", "max_length": 256, "batch_size": 32, "epochs": 0},
     "squad": _LONG | {"max_length": 384, "lr": 1e-4},
 }
