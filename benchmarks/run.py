@@ -100,7 +100,7 @@ def run(entry: Entry) -> None:
         from answer_cache import cached_answers
         from thresher.experiments.spec import SUMMARY, TrainSpec
         from thresher.experiments.train import train
-        from thresher.stats.metrics import MEANS
+        from thresher.stats.metrics import is_mean
 
         spec = TrainSpec(**entry.recipe(RUNS), out=RUNS / entry.name)
         rows = train(spec, progress=sys.stderr.isatty(), ask=partial(cached_answers, RUNS))
@@ -111,7 +111,7 @@ def run(entry: Entry) -> None:
             rows[0].update(mode="dense-unpadded")
         if summary["budget"]:
             rows[0]["target_flops"] = summary["budget"]["target_flops"]
-        means = rows[0]["metric"] in MEANS
+        means = is_mean(rows[0]["metric"])
         extra = {"labels": [1] * len(summary["predictions"]["dense"]) if means else labels_of(entry)}
         extra |= {k: summary[k] for k in ("reached", "kept", "seconds", "texts_cut", "removed", "predictions")}
         extra |= {k: summary[k] for k in ("rates", "schedule", "budget", "milder") if summary.get(k)}

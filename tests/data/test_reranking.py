@@ -9,6 +9,7 @@ import warnings
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 from typer.testing import CliRunner
 
@@ -23,6 +24,7 @@ from thresher.experiments.audit import audit
 from thresher.experiments.compare import compare
 from thresher.stats.bootstrap import bootstrap_interval
 from thresher.stats.metrics import compute_metric
+from thresher.stats.ranking import query_gains
 
 PER = 4  # candidates of a query
 PAIR = ("question", "answer", "label")
@@ -110,7 +112,7 @@ def test_evaluation_audit_and_comparison_judge_queries(ranked, tmp_path):
             PAIR,
             "no query in 'question' has candidates",
         ),
-        ([("a", "b", i % 3) for i in range(30)], PAIR, "'map' is no metric for classification"),
+        ([("a", "b", "xyz"[i % 3]) for i in range(30)], PAIR, "'map' is no metric for classification"),
         ([("a", i % 2) for i in range(30)], PAIR[1:], "'map' is no metric for classification"),
         ([("a", "b", i % 2) for i in range(30)], PAIR, "all 30 rows are on one question"),
     ],
@@ -124,3 +126,105 @@ def test_data_that_cannot_be_ranked_are_refused(tmp_path, rows, columns, message
             csv.writer(file).writerows([columns, *((f"{part} {row[0]}", *row[1:]) for row in rows)])
     with pytest.raises(DataError, match=message):
         load_task(tmp_path / "bad", metric="map", text=columns[:-1])
+
+
+# --- one score for a candidate ----------------------------------------------------------------------------------------
+def graded(path, part: str, queries: int, grades=(0, 1, 3)):
+    path.mkdir(exist_ok=True)
+    with open(path / f"{part}.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("query", "document", "label"))
+        rows = [(f"{part} {q}", f"grain {i}", grades[i % len(grades)]) for q in range(queries) for i in range(6)]
+        table.writerows(rows)
+    return path
+
+
+def test_grades_are_numbers_that_an_order_is_judged_by(tmp_path):
+    for part in ("train", "test"):
+        graded(tmp_path / "graded", part, 30)
+    task = load_task(tmp_path / "graded", metric="ndcg@10")
+    assert (task.kind, task.labels, task.metric) == ("reranking", [], "ndcg@10")
+    assert {*task.test["label"]} == {0.0, 1.0, 3.0} and len({*task.validation["query"]}) == 3
+    rows, _ = tokenize(task.test, task, tiny_tokenizer(), 32)
+    found = query_gains([[float(y)] for y in rows["labels"]], rows["row"], rows["labels"], "ndcg@10")
+    assert found.tolist() == [1.0] * 30
+
+
+def test_a_model_of_one_logit_makes_two_classes_grades(ranked):
+    asked = [load_task(ranked.data, metric="mrr", labels=given) for given in (None, [])]
+    assert [task.kind for task in asked] == ["classification", "reranking"]
+    assert asked[1].test["label"] == [float(y) for y in asked[0].test["label"]]
+    assert load_task(ranked.data, metric="recall@2").metric == "recall@2"
+
+
+def test_a_limit_takes_whole_queries(ranked):
+    whole, some = (load_task(ranked.data, metric="map", limit=limit).train for limit in (None, 3 * PER - 1))
+    assert len(some) == 3 * PER and len({*some["question"]}) == 3
+    assert {*zip(some["question"], some["answer"], strict=True)} <= {
+        *zip(whole["question"], whole["answer"], strict=True)
+    }
+    again = load_task(ranked.data, metric="map", limit=3 * PER - 1, seed=1).train
+    assert {*again["question"]} != {*some["question"]}
+
+
+# --- paragraphs with questions ----------------------------------------------------------------------------------------
+def articles(path, count: int, paragraphs: int = 5, first: int = 0):
+    """Articles of so many paragraphs, two questions each; one question of each article is unanswerable."""
+    rows = []
+    for title in range(first, first + count):
+        for p in range(paragraphs):
+            context = f"article {title} paragraph {p} grain"
+            for q in range(2):
+                answer = {"text": ["grain"], "answer_start": [context.index("grain")]}
+                rows.append((f"t{title}", context, f"what {title} {p} {q}?", answer))
+        rows.append((f"t{title}", context, f"nothing {title}?", {"text": [], "answer_start": []}))
+        rows.append((f"t{title}", context, "asked of all?", answer))
+    names = ("title", "context", "question", "answers")
+    path.parent.mkdir(exist_ok=True)
+    pandas.DataFrame([dict(zip(names, row, strict=True)) for row in rows]).to_parquet(path)
+    return path
+
+
+def test_a_question_is_to_find_its_paragraph_among_those_of_its_article(tmp_path):
+    path = articles(tmp_path / "squad" / "validation.parquet", 12, paragraphs=30)
+    with pytest.warns(UserWarning, match="23 questions have no answer, or were asked in another article"):
+        task = load_task(path, metric="mrr")
+    assert (task.kind, task.metric, task.text_columns) == ("reranking", "mrr", ("query", "passage"))
+    tested = pandas.DataFrame(task.test.to_dict())
+    assert len({text.split()[1] for text in tested["passage"]}) == 2, "a fifth of 12 articles"
+    sizes = tested.groupby("query").agg({"label": "sum", "passage": "nunique"})
+    assert (sizes["passage"] == 30).all() and (sizes["label"] == 1).all() and len(sizes) == 2 * 20
+    train = pandas.DataFrame(task.train.to_dict())
+    sizes = train.groupby("query").agg({"label": "sum", "passage": "nunique"})
+    assert (sizes["passage"] == 4).all() and (sizes["label"] == 1).all()
+    assert len({*task.validation["query"]}) == 10, "a tenth of ten articles"
+    of = [{text.split()[1] for text in part["passage"]} for part in (task.train, task.validation, task.test)]
+    assert not of[0] & of[1] and not of[1] & of[2] and not of[0] & of[2]
+    for query, passage, label in zip(tested["query"], tested["passage"], tested["label"], strict=True):
+        if query != "asked of all?":
+            assert (passage.split()[1:4:2] == query.rstrip("?").split()[1:3]) == (label == 1)
+    with pytest.warns(UserWarning, match="left out"):
+        again = load_task(path, metric="mrr")
+    assert again.train.to_dict() == task.train.to_dict() and again.test.to_dict() == task.test.to_dict()
+
+
+@pytest.mark.filterwarnings("ignore:.*questions have no answer")
+def test_parts_that_are_there_are_taken(tmp_path):
+    articles(tmp_path / "squad" / "train.parquet", 10)
+    articles(tmp_path / "squad" / "validation.parquet", 4, first=8)
+    task = load_task(tmp_path / "squad", metric="ndcg@10")
+    of = [{int(text.split()[1]) for text in part["passage"]} for part in (task.train, task.validation, task.test)]
+    assert of[2] == {8, 9, 10, 11} and of[0] | of[1] == {*range(8)}, "what is in test is in no other part"
+
+
+def test_paragraphs_that_cannot_be_ranked_are_refused(tmp_path):
+    path = articles(tmp_path / "squad.parquet", 3)
+    pandas.read_parquet(path).drop(columns="title").to_parquet(tmp_path / "bare.parquet")
+    with pytest.raises(DataError, match="has no column title: articles are told apart"):
+        load_task(tmp_path / "bare.parquet", metric="mrr")
+    with pytest.raises(DataError, match="'accuracy' is no metric for question answering"):
+        load_task(path, metric="accuracy")
+    with pytest.raises(DataError, match="1 articles have two paragraphs"):
+        load_task(articles(tmp_path / "one.parquet", 1), metric="mrr")
+    with pytest.raises(DataError, match="no part 'dev2'"):
+        load_task(path, metric="mrr", test_split="dev2")

@@ -58,6 +58,18 @@ def test_a_graph_answers_as_its_model_at_other_shapes(exported):
     assert not model.training and model.token_pruner.hooks.layout == "auto"
 
 
+def test_a_graph_of_a_reranker_keeps_the_query(tmp_path):
+    method = TopK(keep=0.3, at=(0, 1), protect={"until": [3]})
+    model = prune(classifier(num_labels=1, vocab_size=len(tiny_tokenizer())), method)
+    assert export(model, tmp_path / "graph", tokenizer=tiny_tokenizer(), max_length=64)["difference"] <= 1e-4
+    graph, rows = load_runtime(tmp_path / "graph"), inputs_of(model, tiny_tokenizer(), 3, 40)
+    with torch.no_grad():
+        wanted = model.eval()(**rows).logits
+    left = model.token_pruner.record.sites[-1].keep.sum(1)
+    assert (rows["input_ids"][:, 10] == 3).all() and left.tolist()[0] >= 11, "the first eleven tokens of each"
+    torch.testing.assert_close(graph.forward(**rows)["logits"], wanted, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8", "bf16"])
 @pytest.mark.parametrize("format", ["onnx", "openvino"])

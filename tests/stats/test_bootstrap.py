@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from thresher.stats.bootstrap import bootstrap_interval, pooled_interval
-from thresher.stats.metrics import checked_answers, compute_metric, points_of
+from thresher.stats.metrics import CORRELATIONS, checked_answers, compute_metric, points_of
 
 
 def answers(metric, seed=0, n=300):
     rng = np.random.default_rng(seed)
-    if metric == "pearson":
-        labels = rng.normal(size=n)
+    if metric in CORRELATIONS:
+        labels = rng.normal(size=n).round(1)  # some are equal
         return labels, labels + rng.normal(size=n), labels + 2 * rng.normal(size=n)
     classes = 2 if metric == "f1" else 3
     labels = rng.integers(classes, size=n)
@@ -22,7 +22,7 @@ def answers(metric, seed=0, n=300):
     return labels, logits, logits + rng.normal(size=(n, classes))
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews", "pearson"])
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews", "pearson", "spearman"])
 def test_the_fast_metrics_are_the_metrics(metric):
     labels, a, _ = answers(metric)
     said, some = checked_answers(metric, labels, a), np.random.default_rng(2).integers(len(labels), size=len(labels))
@@ -30,11 +30,11 @@ def test_the_fast_metrics_are_the_metrics(metric):
     whole, drawn = points_of(metric, labels, said, times)
     assert whole == pytest.approx(compute_metric(metric, a, labels), abs=1e-9)
     assert drawn == pytest.approx(compute_metric(metric, said[some], labels[some]), abs=1e-9)
-    nothing = np.zeros(4, int) if metric != "pearson" else np.zeros(4)
+    nothing = np.zeros(4, int) if metric not in CORRELATIONS else np.zeros(4)
     assert points_of(metric, nothing, nothing, np.ones((1, 4))) == compute_metric(metric, nothing, nothing)
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews", "pearson"])
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews", "pearson", "spearman"])
 def test_intervals_hold_the_estimate(metric):
     labels, a, b = answers(metric)
     point, other = (compute_metric(metric, x, labels) for x in (a, b))

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import cached_file
 
-from ..api import MODULE
+from ..api import MODULE, unprune
 from .models import opened, positions, reading
 
 MODULES, POOLING, TEXTS, MODEL = (
@@ -215,6 +215,36 @@ def load_embedder(model: str, layout: str = "auto", pooling: str | None = None, 
     tokenizer = reading(AutoTokenizer.from_pretrained, where)
     most = [limit for limit in (longest, positions(net), tokenizer.model_max_length) if limit]
     return Embedder(net, way, min(most, default=USUAL), prompts).eval(), tokenizer
+
+
+def embedder_for(
+    model: str,
+    *,
+    dropout: float | None = None,
+    freeze_embeddings: bool = False,
+    layers: int | None = None,
+    again: bool = False,
+) -> Embedder:
+    """Return an embedder to train, in fp32; arguments as those of ``models.for_task``.
+
+    Raises:
+        ValueError: as ``load_embedder``; or the checkpoint is pruned; or ``layers`` are asked for.
+    """
+    if layers is not None:
+        raise ValueError(f"layers={layers}: an embedder is trained with all its layers")
+    on_cpu: dict[str, Any] = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+    net, _ = load_embedder(model, dtype=torch.float32, **on_cpu)
+    if net.token_pruner is not None:
+        if not again:
+            raise ValueError(f"{model} is pruned already: train from its dense model")
+        unprune(net)
+    for module in net.modules():
+        if isinstance(module, nn.Dropout) and dropout is not None:
+            module.p = dropout
+    embeddings = [part for name, part in net.model.named_children() if "embedding" in name]
+    for part in [net.model.get_input_embeddings(), *embeddings] if freeze_embeddings else ():
+        part.requires_grad_(False)
+    return net
 
 
 def _kind(module: Mapping) -> str:

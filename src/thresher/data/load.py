@@ -6,24 +6,26 @@ The test part chooses nothing: every choice is made on `Task.validation`, always
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import checks, qa
+from . import checks, qa, reranking, retrieval
 from .checks import Flaws
 from .labels import as_classes, check, encode, find_columns, unlabelled
 from .newsgroups import strip_post
 from .read import read
+from .reranking import first_queries, is_ranking, judged
 from .spec import DataSpec
-from .split import RANKING, choose_parts, hold_out, hold_out_groups, judged
+from .split import choose_parts, hold_out, hold_out_groups
 from .task import Task, brief, require, task_parts, with_columns
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+CORRELATIONS = ("pearson", "spearman")  # metrics of numbers
 USUAL = {"mrpc": "f1", "cola": "matthews", "trecqa": "map"}
 
 
@@ -44,10 +46,13 @@ def load_task(
     * Copies of a text, blanks and case aside, lie in one part. Train loses what test has as well, and empty texts.
     * Class names come from ClassLabel features, from a column ``label_text`` beside integers in ``label``, or are the
       sorted labels; -1 means "no label", as on the hub. Floats mean regression, unless they are up to 10 whole numbers
-      and the metric is not "pearson".
-    * Columns like SQuAD's make a question answering task (``qa.load_qa``).
-    * The metrics "map" and "mrr" rerank: of two classes of pairs of a query and a candidate, class 1 is relevant; parts
-      are then cut by query, and queries without candidates of both classes leave test and validation.
+      and the metric is not "pearson" or "spearman".
+    * Columns like SQuAD's make a question answering task (``qa.load_qa``), or one of finding the paragraph where the
+      metric ranks (``reranking.load_paragraphs``).
+    * The metrics "map", "mrr", "ndcg@10" and "recall@10" (any number) rerank pairs of a query and a candidate: of two
+      classes class 1 is relevant, of more numbers what is above 0. Parts are then cut by query, and queries without
+      candidates of both kinds leave test and validation.
+    * A folder with corpus, queries and qrels (BEIR's form) becomes such pairs (``retrieval``).
     * Quotes are plain characters in a .tsv, and nothing but "" is missing in a .csv.
     * 20newsgroups is stripped (``strip_post``), bbc loses its duplicates.
 
@@ -65,10 +70,18 @@ def load_task(
         DataError: whatever cannot be used.
     """
     spec = data if isinstance(data, DataSpec) else DataSpec(data=str(data), **fields)
-    name, parts = read(spec.data, spec.config, (spec.train_split, spec.test_split))
     flaws = Flaws()
+    if retrieval.is_retrieval(spec.data):
+        whole = retrieval.load_retrieval(spec.data)
+        name, parts, labels = whole.name, {"train": whole.pairs()}, ()
+        metric = spec.metric or "ndcg@10"
+        require(is_ranking(metric), f"{metric!r} is no metric for retrieval: use {brief(*reranking.USUAL)}")
+        spec = replace(spec, metric=metric, text=reranking.COLUMNS, label="label")
+    else:
+        name, parts = read(spec.data, spec.config, (spec.train_split, spec.test_split))
     if spec.text is None and spec.label is None and qa.is_qa(next(iter(parts.values()))):
-        task = qa.load_qa(name, parts, spec, flaws, seed=seed, beside=beside)
+        made = reranking.load_paragraphs if is_ranking(spec.metric) else qa.load_qa
+        task = made(name, parts, spec, flaws, seed=seed, beside=beside)
     else:
         table = _table(name, parts, spec, flaws, labels, need_labels)
         task = _cut(table, spec, flaws, seed, beside)
@@ -84,12 +97,12 @@ class _Table:
     parts: dict[str, DataFrame]
     columns: tuple[str, ...]
     label: str | None
-    names: list[str] | None  # of the classes; None for regression
+    names: list[str] | None  # of the classes; None where labels are numbers
     learns: bool  # labels are there, and needed
 
-    @property
-    def kind(self) -> str:
-        return "regression" if self.names is None else "classification"
+    def kind(self, metric: str | None) -> str:
+        numbers = "reranking" if is_ranking(metric) else "regression"
+        return numbers if self.names is None else "classification"
 
 
 def _table(name: str, parts: dict, spec: DataSpec, flaws: Flaws, labels, need_labels: bool) -> _Table:
@@ -98,12 +111,15 @@ def _table(name: str, parts: dict, spec: DataSpec, flaws: Flaws, labels, need_la
     parts = choose_parts(parts, spec.train_split, spec.test_split, label if need_labels else None)
     if not need_labels and any(unlabelled(part, label).any() for part in parts.values()):
         label = None
-    numbers = labels is not None and not labels if spec.metric is None else spec.metric == "pearson"
-    if label and not numbers:
+    numbers = labels is not None and not labels if spec.metric is None else spec.metric in CORRELATIONS
+    if label and is_ranking(spec.metric) and reranking.are_grades(parts, label, labels):
+        parts = {where: part.astype({label: float}) for where, part in parts.items()}
+    elif label and not numbers:
         parts = as_classes(parts, label, flaws)
     for where, part in parts.items():
         check(where, part, columns, label)
     parts, names = encode(parts, label, labels)
+    names = None if label is None and labels is not None and not labels else names  # a model of numbers
     if name == "20newsgroups":
         parts = {where: part.assign(**{columns[0]: part[columns[0]].map(strip_post)}) for where, part in parts.items()}
     parts = checks.without_empty(parts, columns, flaws)
@@ -119,11 +135,13 @@ def _table(name: str, parts: dict, spec: DataSpec, flaws: Flaws, labels, need_la
 def _metric(table: _Table, asked: str | None) -> str:
     """Return the metric that was asked for, or the usual one. Raises DataError where it does not fit the labels."""
     classes = len(table.names or ())
-    fits = ["pearson"] if table.names is None else ["accuracy", "matthews"] + ["f1"] * (classes == 2)
-    fits += RANKING if table.label and classes == len(table.columns) == 2 else ()
+    fits = [*CORRELATIONS] if table.names is None else ["accuracy", "matthews"] + ["f1"] * (classes == 2)
+    pairs = len(table.columns) == 2 and (table.names is None or (table.label is not None and classes == 2))
+    fits += reranking.USUAL if pairs else ()
     usual = USUAL.get(table.name)
     metric = asked or (usual if usual in fits else fits[0])
-    require(metric in fits, f"{metric!r} is no metric for {table.kind} ({classes} classes): use {brief(*fits)}")
+    fit = metric in fits or (pairs and is_ranking(metric))
+    require(fit, f"{metric!r} is no metric for {table.kind(None)} ({classes} classes): use {brief(*fits)}")
     return metric
 
 
@@ -131,7 +149,7 @@ def _cut(table: _Table, spec: DataSpec, flaws: Flaws, seed: int, beside: Sequenc
     """Cut a table into the parts of a task."""
     columns, label, train, test = table.columns, table.label, table.parts.get("train"), table.parts.get("test")
     metric, validation, selected_on = _metric(table, spec.metric), None, "nothing: there is no train part"
-    ranked, classes = metric in RANKING, table.names or []
+    ranked, classes = is_ranking(metric), table.names or []
     if test is None:
         whole = (train, columns, label, 5 if table.name == "bbc" else 10)
         train, test = hold_out_groups(train, columns[0], 0.1) if ranked else hold_out(*whole)
@@ -146,13 +164,16 @@ def _cut(table: _Table, spec: DataSpec, flaws: Flaws, seed: int, beside: Sequenc
         if ranked:
             share = min(0.1, 2000 / len(train))
             train, validation = hold_out_groups(train, columns[0], share)
-            validation = judged(validation, columns[0], label or "")
+            validation = judged(validation, columns[0], label) if label else validation
         else:
             train, validation = hold_out(train, columns, label, most=2000)
         how = f" by {columns[0]}" if ranked else ", at most 2000 texts" if len(validation) >= 2000 else ""
         selected_on = f"10% of train{how} (seed 0), {len(validation)} rows"
-        train = train.iloc[np.random.RandomState(seed).permutation(len(train))[: spec.limit]]
-    test = judged(test, columns[0], label or "") if ranked else test
+        if ranked:
+            train = first_queries(train, columns[0], spec.limit, seed)
+        else:
+            train = train.iloc[np.random.RandomState(seed).permutation(len(train))[: spec.limit]]
+    test = judged(test, columns[0], label) if ranked and label else test
     used = [*columns, label] if label else [*columns]
     cut = task_parts(train, validation, with_columns(test, used, beside), used, beside)
-    return Task(*cut, columns, label, classes, table.kind, metric, table.name, selected_on, flaws.removed)
+    return Task(*cut, columns, label, classes, table.kind(metric), metric, table.name, selected_on, flaws.removed)

@@ -29,6 +29,10 @@ from ..core.pruner import METHODS, TokenPruner
 from .task import Task
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout")
+PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
+PROBLEMS["reranking"] = (
+    "multi_label_classification"  # whose loss is that of one label there or not, and score a sigmoid
+)
 
 
 def load(model: str, layout: str = "auto", **options) -> tuple[PreTrainedModel, Any]:
@@ -143,7 +147,7 @@ def for_task(
         labels = task.labels or ["score"]
         config.num_labels = len(labels)
         config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
-        config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+        config.problem_type = PROBLEMS[task.kind]
     for name in DROPOUTS:
         if dropout is not None and getattr(config, name, None) is not None:
             setattr(config, name, dropout)
@@ -204,6 +208,12 @@ def positions(model_or_config: Any) -> int | None:
         return min(t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables)
     limit = getattr(config, "max_position_embeddings", None) or 0  # XLNet's is -1, and DeBERTa-v3's is not used
     return limit if limit > 0 and getattr(config, "position_biased_input", True) else None
+
+
+def is_reranker(config: Any) -> bool:
+    """Tell whether a configuration is of a model that gives a pair one number, which orders candidates."""
+    classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return classifies and config.num_labels == 1 and config.problem_type != "regression"
 
 
 def class_names(model: PreTrainedModel) -> list[str] | None:

@@ -43,7 +43,7 @@ def read(path: str, config: str | None, wanted: Sequence[str | None]) -> tuple[s
     require(known, f"{local} has no configuration {config!r}: leave it out, or give the folder that is meant")
     if local.is_file():
         name = local.parent.name if local.stem in PARTS else local.stem
-        return name, {PARTS.get(local.stem, "train"): _read_file(local)}
+        return name, {PARTS.get(local.stem, "train"): read_file(local)}
     files: dict[str, list[Path]] = {}
     for file in sorted(local.iterdir()):
         stem = Path(SHARD.sub("", file.name)).stem
@@ -53,11 +53,12 @@ def read(path: str, config: str | None, wanted: Sequence[str | None]) -> tuple[s
     require(files, f"{local} holds {content}: expected train, validation or test files ({brief(*SUFFIXES)})")
     twice = [part for part in files if len({SHARD.sub("", file.name) for file in files[part]}) > 1]
     require(not twice, f"{local} has the part {brief(*twice)} in more than one form: keep one")
-    parts = {part: pandas.concat(map(_read_file, files[part]), ignore_index=True) for part in files}
+    parts = {part: pandas.concat(map(read_file, files[part]), ignore_index=True) for part in files}
     return local.name + ("-raw" if config else ""), parts
 
 
-def _read_file(path: Path) -> DataFrame:
+def read_file(path: Path) -> DataFrame:
+    """Return the rows of a file, columns of classes as categories. Raises DataError where it cannot be read."""
     import pandas
     from datasets import Dataset
     from pyarrow import parquet

@@ -35,7 +35,7 @@ class DataSpec:
     config: str | None = option("Configuration of a hub data set: sst2 of glue.", metavar="NAME")
     text: str | Sequence[str] | None = option("Text columns, if unusual.", metavar="A[,B]")
     label: str | None = option("Label column, if unusual.", metavar="NAME")
-    metric: str | None = option("accuracy, f1, matthews, pearson, map, mrr; default: what fits.", metavar="NAME")
+    metric: str | None = option("accuracy, f1, matthews, pearson, spearman, map, mrr, ndcg@10, ...", metavar="NAME")
     train_split: str | None = option("The part to train on, if it is not called train.", metavar="NAME")
     test_split: str | None = option("The part to test on, if it is not called test.", metavar="NAME")
     max_length: int = option("Tokens of a text; the rest is cut.", 256, metavar="N", min=3)

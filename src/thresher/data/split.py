@@ -16,8 +16,6 @@ from .task import brief, require
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-RANKING = ("map", "mrr")  # metrics of the order of each query's candidates
-
 
 def choose_parts(parts: dict, train: str | None, test: str | None, label: str | None) -> dict[str, DataFrame]:
     """Return the parts to be train and test, under these names; one of them may be missing."""
@@ -67,14 +65,3 @@ def hold_out_groups(frame: DataFrame, column: str, share: float) -> tuple[DataFr
             rows += counts[names[i]]
     mask = groups.isin(held)
     return frame[~mask], frame[mask]
-
-
-def judged(frame: DataFrame, query: str, label: str) -> DataFrame:
-    """Return the rows of queries that an order matters to: those with a candidate of class 1 and with one of class 0.
-
-    TREC QA without the others is what the literature calls its clean version (Rao et al., 2016). Raises DataError where
-    none is left.
-    """
-    both = frame.groupby(query)[label].transform("nunique") == 2
-    require(both.any(), f"no query in {query!r} has candidates of both classes: map and mrr need such queries")
-    return frame[both]

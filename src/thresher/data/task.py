@@ -29,16 +29,16 @@ def require(condition: object, message: str) -> None:
 
 @dataclass
 class Task:
-    """Hold a data set in parts: raw text, and labels 0..K-1 in the order of ``labels`` (floats for regression)."""
+    """Hold a data set in parts: raw text, and labels 0..K-1 in the order of ``labels``, else numbers."""
 
     train: Dataset | None
     validation: Dataset | None
     test: Dataset
     text_columns: tuple[str, ...]
     label_column: str | None  # None where labels were neither found nor needed
-    labels: list[str]  # class names; empty for regression
-    kind: str  # classification | regression | qa
-    metric: str  # accuracy | f1 | matthews | pearson | qa_f1 | map | mrr
+    labels: list[str]  # class names; empty where a model gives one number
+    kind: str  # classification | regression | reranking (by one number) | embedding | qa
+    metric: str  # accuracy | f1 | matthews | pearson | spearman | qa_f1 | map | mrr | ndcg@10 | recall@10 | cosine
     name: str
     selected_on: str  # how the validation part came about
     removed: dict[str, int]  # rows that train lost, by reason

@@ -6,7 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from . import qa
-from .split import RANKING
+from .reranking import is_ranking
 from .task import DataError, Task
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: Any, max_length: int | Non
     if cut:
         warnings.warn(f"{cut} of {len(dataset)} texts are longer than {max_length} tokens and were cut", stacklevel=2)
     whole = concatenate_datasets(chunks)
-    if task.metric in RANKING:
+    if is_ranking(task.metric):
         queries = pandas.Series([*dataset[task.text_columns[0]]])
         whole = whole.add_column("row", queries.factorize()[0].tolist())
     return whole, cut

@@ -27,7 +27,9 @@ from ..core.pruner import METHODS, pruner_of
 from ..core.tokens import LAYOUTS
 from ..data import qa
 from ..methods.topk import REPLAY, TopK
-from ..stats.metrics import MEANS, RANKING, compute_metric, query_gains
+from ..stats.metrics import compute_metric, is_mean
+from ..stats.ranking import is_ranking, query_gains
+from .retrieval import cosines
 
 REPLAYING = ("topk", "random", "firstk")  # methods that keep as many tokens as they are told
 
@@ -176,10 +178,13 @@ def _logits(model: Any, output: Any, lengths: Tensor) -> list[Tensor]:
 
 def outcome(predictions: Predictions, dataset: Dataset, metric: str) -> tuple[Any, Any]:
     """(answers, labels) as ``compute_metric`` takes them: logits and the column ``labels``; of the windows of question
-    answering the F1 of each question's answer, of reranking what each query gained, and ones."""
-    if metric in RANKING:
+    answering the F1 of each question's answer, of reranking what each query gained, of vectors the cosine to those in
+    ``labels``, and ones."""
+    if is_ranking(metric):
         gains = query_gains(predictions.logits, dataset["row"], dataset["labels"], metric)
-    elif metric in MEANS:
+    elif metric == "cosine":
+        gains = cosines(predictions.logits, dataset["labels"])
+    elif is_mean(metric):
         gains = qa.question_f1([*predictions.logits], dataset)
     else:
         return predictions.logits, np.asarray(dataset["labels"])

@@ -34,7 +34,12 @@ from .spec import AuditSpec, job
 SMALLEST = 10  # examples of a group that is looked at
 FEW, MANY = 10, 50  # numbers of more values are cut at their quartiles; other columns may have so many values
 LENGTH, CLASS = "input length", "class"
-SCORES = {"classification": "accuracy", "qa": "F1 of the answer", "regression": "absolute error"}
+SCORES = {
+    "classification": "accuracy",
+    "qa": "F1 of the answer",
+    "regression": "absolute error",
+    "reranking": "accuracy",
+}
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,8 @@ def _answers(predictions: Predictions, test: Dataset, task: Task) -> Answers:
         raise ValueError(f"the model gives {logits.shape[1]} logits, {task.name} has {wanted} labels (1: a number)")
     if task.kind == "regression":
         return Answers(-np.abs(logits[:, 0] - labels), [f"{value:.3g}" for value in logits[:, 0]])
+    if task.kind == "reranking":
+        return Answers(100.0 * ((logits[:, 0] > 0) == (labels > 0)), [f"{value:.3g}" for value in logits[:, 0]])
     chosen = logits.argmax(1)
     names = dict(enumerate(task.labels))
     return Answers(100.0 * (chosen == labels), [names.get(int(i), f"class {i}") for i in chosen])
@@ -223,7 +230,7 @@ def _number(name: str) -> float | None:
 
 def _rows(task: Task, said: dict[str, Answers], cost: np.ndarray, cuts: dict) -> tuple[list[dict], np.ndarray]:
     """The rows of the result, and their members (S, N)."""
-    unit = 100.0 if task.kind == "classification" else None
+    unit = 100.0 if SCORES[task.kind] == "accuracy" else None
     change = said["dense"].scores - said["pruned"].scores
     found = list(_slices(cuts))
     members = np.array([np.ones(len(change), bool), *(member for *_, member in found)])

@@ -22,7 +22,7 @@ from ..methods.parts.budget import Budgeted
 from ..reports.plots import pareto
 from ..stats.bootstrap import pooled_interval
 from ..stats.letters import groups
-from ..stats.metrics import MEANS
+from ..stats.metrics import is_mean
 from .spec import SUMMARY, CompareSpec, TrainingSpec, TrainSpec, job
 from .train import train
 
@@ -182,7 +182,7 @@ def _times(spec: CompareSpec, teacher: Run, runs: list[Run], task: Task) -> dict
 
 def _rows(task: Task, teachers: list[Run], runs: list[Run], times: dict) -> Iterator[dict]:
     """The rows, means over the seeds; one for each batch size where times were taken."""
-    means = task.metric in MEANS
+    means = is_mean(task.metric)
     labels = [1] * len(teachers[0].answers) if means else list(task.test[task.label_column])
     taught = {run.seed: run for run in teachers}
     for mode in ("dense-padded", "dense-unpadded") if times else ("dense-unpadded",):

@@ -1,5 +1,7 @@
 """How known tasks are trained, in one table: ``thresher train --recipe top-mrpc`` puts a method and a task together.
 
+"rerank" and "embed" are of any data of their kind.
+
 Rates, batches and lengths follow the papers' (LTP, table 6; ToP's README), shortened to the few epochs after which a
 small encoder stops gaining; what the user gives takes precedence.
 """
@@ -21,6 +23,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "qnli": _SHORT | {"epochs": 2, "prune_epochs": 2},
     "20newsgroups": _LONG | {"max_length": 256, "batch_size": 32, "lr": 1e-4},
     "imdb": _LONG,
+    "rerank": {"task": "rerank", "max_length": 256, "batch_size": 16, "prune_epochs": 2, "lr": 1e-4, "prune_lr": 1e-4},
+    "embed": _LONG | {"task": "embed", "max_length": 256, "batch_size": 32, "epochs": 0},
     "squad": _LONG | {"max_length": 384, "lr": 1e-4},
 }
 # Options of a method that depend on the task: finer bins and a longer ranking for longer texts.

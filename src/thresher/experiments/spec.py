@@ -17,12 +17,14 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
+from ..data.reranking import COLUMNS as PAIR
 from ..data.spec import DataSpec, option
 from .recipes import recipe
 
 SUMMARY = "thresher.json"  # what a trained, tuned or exported folder says of itself
 COLUMNS = ("config", "text", "label", "train_split", "test_split")  # how a data set is read
 AMOUNTS = ("target_flops", "target_latency", "target_latency_ms", "keep", "r")  # options that say how much is left
+TASKS = ("classify", "rerank", "embed")
 MAX_DROP = 1.0  # points, where none of them is given
 NOTICED = 2.0  # points of a drop above which the user is told
 FIXED = {"epochs": 3, "prune_epochs": 3, "lr": 5e-5}  # where a training cannot tell from held-out rows when it is over
@@ -367,6 +369,8 @@ class TrainingSpec(TaskSpec):
 class TrainSpec(MethodSpec, TrainingSpec):
     """Say how ``train`` makes a pruned model; the saved fields decide the result.
 
+    task: what the model is to do. "rerank": give a query and a candidate one number, which orders a query's candidates.
+        "embed": give a text the vector that the model gives it now; no label is read. Default: what the data say.
     max_drop: the strongest budget is searched for whose drop on the validation part keeps it, see ``strongest``.
     recipe: a method and a task, "top-mrpc" (see ``recipes``), whose settings stand where none is given.
     dense_model: a folder to take the dense fine-tuned model from.
@@ -375,6 +379,7 @@ class TrainSpec(MethodSpec, TrainingSpec):
     """
 
     out: Path = option("The folder for the pruned model.", MISSING, writes="folder", saved=False, metavar="DIR")
+    task: str | None = option("classify, rerank or embed; default: what the data say.", metavar="NAME")
     max_drop: float | None = option(
         "Points of quality that may be lost on the validation part; default, without another budget: 1."
     )
@@ -408,6 +413,10 @@ class TrainSpec(MethodSpec, TrainingSpec):
         loose = dict.fromkeys(f.name for f in fields(MethodSpec))
         settled = loose | open_ | {"method": method, "method_options": options, "max_drop": drop}
         spec = super(TrainSpec, replace(self, recipe=None, **settled)).completed()
+        if spec.task not in (None, *TASKS):
+            raise ValueError(f"there is no task {spec.task!r}: expected {', '.join(TASKS)}")
+        if spec.task == "rerank" and spec.metric is None:
+            spec = replace(spec, metric="ndcg@10")
         return spec.fixed() if self.replay else spec  # whose counts are known of the training rows alone
 
     def saved(self) -> dict[str, Any]:
@@ -468,7 +477,9 @@ def job(kind: type[Any]) -> Callable[[Callable], Callable]:
 
 def task_entry(spec: TaskSpec, task: Any, max_length: int) -> dict[str, Any]:
     """What a folder remembers of its task, for ``TaskSpec.completed``."""
-    found = {} if task.kind == "qa" else {"text": list(task.text_columns), "label": task.label_column}
+    usual = (task.text_columns, task.label_column) == (PAIR, "label")  # maybe made of paragraphs: found again
+    made = usual or task.kind in ("qa", "embedding")
+    found = {} if made else {"text": list(task.text_columns), "label": task.label_column}
     read = {name: getattr(spec, name) for name in COLUMNS} | found
     return {"data": located(spec.data), **read, "metric": task.metric, "max_length": max_length}
 

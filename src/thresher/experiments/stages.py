@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +21,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, Tr
 from ..api import CONFIG_KEY, prune, unprune
 from ..core.pruner import METHODS, TokenPruner, pruner_in
 from ..data import qa
+from ..data.embedder import Embedder, embedder_for, load_embedder
 from ..data.load import load_task
-from ..data.models import clip, for_task, load, make_method, reading
+from ..data.models import clip, for_task, is_reranker, load, make_method, reading
 from ..data.task import DataError, Task
+from ..data.texts import load_texts
 from ..data.tokenize import tokenize
 from ..evaluation.hardware import has_bf16
 from ..evaluation.latency import compare
@@ -34,8 +36,10 @@ from ..methods.topk import REPLAY, TopK
 from ..search.halving import successive_halving
 from ..search.schedules import WIDTHS, Space
 from ..training.checkpoints import Order, last_checkpoint, step_of
+from ..training.embedding import EmbedTrainer
 from ..training.interrupt import Interrupt
 from ..training.monitor import WATCHED, Watch
+from ..training.reranking import RerankTrainer
 from ..training.trainer import Collator, PruningTrainer, Ranking
 from ..training.until import UntilTrained
 from .spec import FIXED, SUMMARY, TrainSpec, task_entry
@@ -45,6 +49,7 @@ RATES = (5e-5, 1e-4, 2e-4, 4e-4)  # that are tried
 RATE_STEPS, SCHEDULE_STEPS = (40, 100), (40, 80)  # rounds of the trials
 EPOCHS, LEAST, MOST = 20, 600, 3000  # a ceiling of the training: in epochs, but at least and at most in steps
 LOOK, WARMUP = 25, 50  # steps between two looks at held-out rows, at least; of the warm-up, at most
+SAVED = 200  # steps between two checkpoints of a dense training, at most
 SOFT_STEPS = 300  # of a soft stage, at least
 PROXY = 0.16  # width of the schedule that stands in for a learned one while rates are tried
 USUAL = 1e-4  # the rate with which schedules are compared, where none is given
@@ -76,20 +81,54 @@ class Run:
     ask: Ask
 
     @property
+    def collator(self) -> Collator:
+        """What makes batches of rows."""
+        labels = self.data.train["labels"] if "labels" in self.data.train.column_names else []
+        return Collator(self.data.tokenizer, highest=max(labels, default=1.0) if self.ranks else None)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the model gives one number, which orders a query's candidates."""
+        return self.data.task.kind == "reranking"
+
+    @property
     def bf16(self) -> bool:
         """Whether to train under bf16 autocast."""
         return has_bf16() if self.spec.bf16 is None else self.spec.bf16
 
+    @property
+    def embeds(self) -> bool:
+        """Whether the model gives a text a vector."""
+        return self.data.task.kind == "embedding"
+
     def model(self, folder: str | Path, **options: Any) -> PreTrainedModel:
-        """A model for the task on the weights in a folder; ``options`` as ``for_task`` takes them."""
+        """A model for the task on the weights in a folder, an ``Embedder`` for texts; ``options`` as ``for_task`` takes
+        them."""
         own: dict[str, Any] = {"dropout": self.spec.dropout, "freeze_embeddings": self.spec.freeze_embeddings}
+        if self.embeds:
+            return cast("Any", embedder_for(str(folder), **own, **options))
         return for_task(str(folder), self.data.task, **own, **options)
+
+    def finished(self, folder: Path) -> PreTrainedModel:
+        """A model that was trained here, as it lies in a folder."""
+        return cast("Any", load_embedder(str(folder))[0]) if self.embeds else load(str(folder))[0]
+
+    def method(self, options: dict[str, Any] | None = None) -> TokenPruner | None:
+        """``method_of``; of a pair whose candidate is ranked the query stays, unless the options say otherwise."""
+        method, separator = method_of(self.spec, options), self.data.tokenizer.sep_token_id
+        if method is not None and self.ranks and method.protect is None and separator is not None:
+            method.protect = {"until": [separator]}
+        return method
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
 def load_data(spec: TrainSpec) -> Data:
     """The data of a training, cut and tokenized."""
-    task = load_task(spec, seed=0)
+    ranks = spec.task == "rerank"
+    if spec.task == "embed":
+        task = load_texts(spec, seed=0)
+    else:
+        task = load_task(spec, labels=[] if ranks else None, need_labels=not ranks, seed=0)
     if task.train is None:
         raise DataError(f"{spec.data} has no training part: name a file or folder that holds train")
     tokenizer = reading(AutoTokenizer.from_pretrained, spec.model)
@@ -111,19 +150,26 @@ def fine_tune(run: Run) -> Path:
     folder = work.folder / "dense"
     if (folder / "config.json").exists():
         return folder
+    known = reading(AutoConfig.from_pretrained, spec.model)
+    able = run.embeds or (run.ranks and spec.epochs is None and is_reranker(known))
+    epochs = 0 if able else spec.epochs
+    if run.data.task.label_column is None and epochs != 0:
+        raise DataError(
+            f"{spec.data} has no labels to teach {spec.model}: name the label column, or a trained reranker"
+        )
     run.model(spec.model)  # a mistake is told before anything is written
     work.claim()
     train, held_out = run.data.train, watched(run.data.validation)
+    headless = not any("ForSequenceClassification" in name for name in known.architectures or ())
 
     def make(**arguments: Any) -> Trainer:
         set_seed(spec.seed)
         net = run.model(spec.model)
-        known = reading(AutoConfig.from_pretrained, spec.model).architectures or ()
-        if run.data.task.kind == "regression" and not any("ForSequenceClassification" in name for name in known):
+        if run.data.task.kind == "regression" and headless:
             start_at_mean(net, train["labels"])
-        return Trainer(net, arguments_of(run, "dense", **arguments), Collator(run.data.tokenizer), train, held_out)
+        return Trainer(net, arguments_of(run, "dense", **arguments), run.collator, train, held_out)
 
-    trainer = settled(run, "dense", make, spec.epochs, spec.lr)
+    trainer = settled(run, "dense", make, epochs, spec.lr)
     with folder_written_whole(folder) as aside:
         save(run, trainer.model, aside)
         stage = {"steps": trainer.state.global_step, "rate": trainer.args.learning_rate}
@@ -133,6 +179,23 @@ def fine_tune(run: Run) -> Path:
     return folder
 
 
+def graded(run: Run, dense: Path) -> Run:
+    """The run, in which what the dense model says stands for the labels of validation and test where data have none: a
+    reranker's probabilities for grades, an embedder's vectors. Quality is then how well its order, or they, are
+    kept."""
+    if run.data.task.label_column is not None:
+        return run
+    if not run.embeds and not run.data.task.metric.startswith("ndcg"):
+        raise DataError(f"{run.spec.data} has no labels: {run.data.task.metric!r} needs them, use ndcg@10")
+    net, parts = run.model(dense).eval(), {}
+    for part in ("validation", "test"):
+        rows = getattr(run.data, part)
+        said: Any = run.ask(net, dense, rows, batch_size=run.spec.batch_size).logits
+        labels = said if run.embeds else said[:, 0].double().sigmoid()
+        parts[part] = concatenate_datasets([rows, Dataset.from_dict({"labels": labels.tolist()})], axis=1)
+    return replace(run, data=replace(run.data, **parts))
+
+
 def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
     """The rows of a part, "train" or "watched" (of the validation part), with the dense model's answers, asked once, in
     bf16 where the training is.
@@ -140,10 +203,11 @@ def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
     With ``replay`` they hold as well how many tokens of each text that model keeps.
     """
     folder, spec = run.work.folder / f"taught-{part}", run.spec
-    rows = run.data.train if part == "train" else watched(run.data.validation)
     if folder.exists():
         return load_from_disk(str(folder))
-    net, method = run.model(dense).eval(), method_of(spec)
+    rows = run.data.train if part == "train" else watched(run.data.validation)
+    rows = rows.remove_columns("labels") if run.data.task.label_column is None and part != "train" else rows
+    net, method = run.model(dense).eval(), run.method()
     columns: dict[str, Any] = {}
     ranks = method is not None and method.ranks_teacher
     if ranks:
@@ -154,7 +218,7 @@ def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
         for i, name in enumerate(("teacher_start_logits", "teacher_end_logits")):
             columns[name] = [both[i].numpy() for both in answers.logits]
     else:
-        columns["teacher_logits"] = answers.logits.numpy()
+        columns["teacher_sentence_embedding" if run.embeds else "teacher_logits"] = answers.logits.numpy()
     if ranks:
         columns["teacher_ranking"] = [score.numpy() for score in answers.scores]
     if spec.replay:
@@ -178,7 +242,7 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
     spec, work, data = run.spec, run.work, run.data
     if folder.exists():
         return folder
-    prune(run.model(dense), method_of(spec, options) or TopK(keep=1.0, at=()))  # as there
+    prune(run.model(dense), run.method(options) or TopK(keep=1.0, at=()))  # as there
     work.claim()
     lasts = spec.prune_epochs
     schedule: dict[str, Any] = {}
@@ -189,14 +253,15 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
         set_seed(spec.seed)
         if net is None:
             net = run.model(start or dense, layers=spec.layers, again=start is not None)
-            method = method_of(spec, options | schedule)
+            method = run.method(options | schedule)
             if "steps" in arguments and method is not None and method.soft_until:
                 space, target = space_of(run, net), options.get("target_flops") or options.get("target_latency") or 0.4
                 even: Any = space.falling(PROXY, target) or space.falling(0.0, target) or {}
                 method = TopK(**even)  # in a short training its own would be soft, and let nothing leave
             prune(net, method or TopK(keep=1.0, at=()))
-        return PruningTrainer(
-            *(net, arguments_of(run, folder.name, **arguments), Collator(data.tokenizer), taught, held_out),
+        kind = RerankTrainer if run.ranks else EmbedTrainer if run.embeds else PruningTrainer
+        return kind(
+            *(net, arguments_of(run, folder.name, **arguments), run.collator, taught, held_out),
             calibration_dataset=data.validation,
             distill=spec.distill,
             pruner_lr=spec.pruner_lr,
@@ -414,6 +479,9 @@ def arguments_of(
         if steps is None:
             more |= {"eval_strategy": "steps", "eval_steps": looks, "save_strategy": "steps", "save_steps": looks}
             more |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    saves: dict[str, Any] = {"save_strategy": "epoch" if steps is None else "no"}
+    if epochs and stage == "dense" and every > SAVED:  # no budget has to be met where it is saved
+        saves = {"save_strategy": "steps", "save_steps": SAVED}
     return TrainingArguments(
         output_dir=str(run.work.folder / f"{stage}-checkpoints"),
         learning_rate=lr,
@@ -429,7 +497,7 @@ def arguments_of(
         report_to=[],
         disable_tqdm=not run.progress or steps is not None,
         dataloader_pin_memory=not on_cpu,
-        **{"save_strategy": "epoch" if steps is None else "no"} | more,
+        **saves | more,
     )
 
 
@@ -464,5 +532,8 @@ def timed(net: PreTrainedModel, validation: Dataset) -> dict[str, float]:
 
 def save(run: Run, net: PreTrainedModel, folder: Path) -> None:
     """Write a model and its tokenizer."""
+    if isinstance(net, Embedder):
+        net.save_pretrained(folder, run.data.tokenizer)
+        return
     net.save_pretrained(folder)
     run.data.tokenizer.save_pretrained(folder)

@@ -17,7 +17,7 @@ import torch
 from ..api import prune, unprune
 from ..checkpoint import tensors_of
 from ..core.pruner import pruner_in
-from ..data.models import load, make_method
+from ..data.models import make_method
 from ..evaluation.predict import Predictions, Text, outcome, predict, quality
 from ..evaluation.rows import folder_written_whole, whole
 from ..methods.parts.budget import OutOfReach
@@ -95,7 +95,7 @@ def judge(run: Run, before: Predictions, folder: Path, target: float, max_drop: 
     path = folder / "rung.json"
     if not path.exists():
         rows, metric = run.data.validation, run.data.task.metric
-        after = predict(load(str(folder))[0], rows, batch_size=run.spec.batch_size)
+        after = predict(run.finished(folder), rows, batch_size=run.spec.batch_size)
         (a, labels), (b, _) = outcome(before, rows, metric), outcome(after, rows, metric)
         drop = compute_metric(metric, a, labels) - compute_metric(metric, b, labels)
         low, high = bootstrap_interval(metric, labels, a, b)
@@ -124,7 +124,7 @@ def milder(run: Run, dense: Path, folder: Path, target: float) -> dict[str, floa
     """
     rows, metric = run.data.validation, run.data.task.metric
     best = quality(asked(run.model(dense).eval(), dense, rows, batch_size=run.spec.batch_size), rows, metric)
-    net = load(str(folder))[0]
+    net = run.finished(folder)
     if best - quality(predict(net, rows, batch_size=run.spec.batch_size), rows, metric) <= NOTICED:
         return None
     for share in (share for share in reversed(LADDER) if share > target):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from ..api import inner_model
 from ..core.architecture import find_architecture
 from ..data import qa
 from ..data.models import load
@@ -24,7 +25,7 @@ from ..evaluation.predict import Predictions, outcome, predict, quality
 from ..evaluation.rows import folder_written_whole, row, writing
 from ..reports import plots
 from .spec import SUMMARY, TrainSpec, job, task_entry
-from .stages import Ask, Run, asked, fine_tune, load_data, method_of, prune_and_train
+from .stages import Ask, Run, asked, fine_tune, graded, load_data, method_of, prune_and_train
 from .strongest import milder, strongest
 from .workspace import Workspace
 
@@ -56,6 +57,7 @@ def train(spec: TrainSpec, *, progress: bool = True, ask: Ask | None = None) -> 
     run = Run(spec, work, load_data(spec), progress, ask or asked)
     work.begin(spec.fresh)
     dense = fine_tune(run)
+    run = graded(run, dense)
     if spec.max_drop is None:
         pruned = prune_and_train(run, dense, work.folder / "pruned", spec.method_options or {})
     else:
@@ -77,10 +79,11 @@ def measure(run: Run, dense: Path, pruned: Path) -> dict[str, Any]:
     target = budget["target_flops"] if budget else (spec.method_options or {}).get("target_flops")
     method = "dense" if budget and target is None else spec.method  # nothing can leave
     untouched = method == "dense" and not stage["steps"]
-    after = before if untouched else predict(load(str(pruned))[0], data.test, batch_size=spec.batch_size, counts=counts)
+    after = before if untouched else predict(run.finished(pruned), data.test, batch_size=spec.batch_size, counts=counts)
     if not budget and target is not None and spec.prune_epochs != 0 and not spec.replay:
         stage["milder"] = milder(run, dense, pruned, target)
-    trained = {} if spec.dense_model else json.loads((dense / SUMMARY).read_text()).get("trained", {})
+    own = dense.parent == run.work.folder  # made here
+    trained = json.loads((dense / SUMMARY).read_text()).get("trained", {}) if own else {}
     steps = {"dense": trained.get("steps", 0), "prune": stage["steps"]}
     rows = [
         measured_row(run, before, before, "dense", steps["dense"]),
@@ -113,7 +116,9 @@ def finish(run: Run, dense: Path, pruned: Path, summary: dict[str, Any]) -> None
                 shutil.copytree(dense, aside, dirs_exist_ok=True)
         (pruned / SUMMARY).write_text(json.dumps(summary, indent=1))
         if find_spec("matplotlib") and any("eval_quality" in line for line in summary["history"]):
-            plots.training(summary["history"], find_architecture(load(str(pruned))[0]).depth, pruned / PICTURE)
+            plots.training(
+                summary["history"], find_architecture(inner_model(run.finished(pruned))).depth, pruned / PICTURE
+            )
         for name in ("stage.json", "rung.json"):
             (pruned / name).unlink(missing_ok=True)
     run.work.deliver(pruned)

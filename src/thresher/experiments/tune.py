@@ -18,6 +18,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..core.pareto import pareto_front
+from ..core.pruner import pruner_of
+from ..data.embedder import Embedder, is_embedder, load_embedder
 from ..data.models import clip, load
 from ..data.task import Task
 from ..evaluation.hardware import environment
@@ -63,8 +65,9 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
         raise ValueError(f"{out} is there and not empty: choose another folder for the result")
     if spec.plot is not None and find_spec("matplotlib") is None:
         raise ValueError("the picture needs matplotlib, which is missing: pip install 'thresher[plot]'")
-    net, tokenizer = load(spec.model)
-    if hasattr(net, "token_pruner"):
+    loaded: Any = load_embedder(spec.model) if is_embedder(spec.model) else load(spec.model)
+    net, tokenizer = loaded
+    if pruner_of(net) is not None:
         raise ValueError(f"{spec.model} is pruned already: tune its dense model")
     tell = progress or (lambda what, done, total: None)
     texts = read_texts(spec, budget, net, tokenizer, tell)
@@ -87,8 +90,11 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
         **environment(),
     }
     with folder_written_whole(out) as aside:
-        net.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        if isinstance(net, Embedder):
+            net.save_pretrained(aside, tokenizer)
+        else:
+            net.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
         (aside / SUMMARY).write_text(json.dumps(summary, indent=1))
         if find_spec("matplotlib"):
             plots.search(rows, search.profiled, aside / PICTURE, budget.limit)
@@ -119,7 +125,7 @@ def read_texts(spec: TuneSpec, budget: Budget, net: PreTrainedModel, tokenizer: 
     if least is not None and not (isinstance(least, int) and 1 <= least <= max_length):
         raise ValueError(f"min_length={least!r}: expected tokens of a text, 1 to max_length={max_length}")
     task, texts, fresh = texts_of(net, tokenizer, spec, labelled=budget.of_accuracy, seed=spec.seed, min_length=least)
-    budget.check(task.kind, net.config.num_labels == 1)
+    budget.check(task.kind, task.kind in ("reranking", "embedding") or net.config.num_labels == 1)
     tested, searched = budget.split(len(texts), f" of {least} tokens or more" if least else "")
     if tested > fresh:
         warnings.warn(

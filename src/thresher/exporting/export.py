@@ -77,18 +77,8 @@ def export(
     folder = Path(folder)
     _check_request(model, format, precision, calibration)
     _check_folder(folder)
-    pruner, usual = getattr(model, MODULE, None), model.longest if isinstance(model, Embedder) else 512
-    longest = min(max_length or usual, positions(model) or 512)
-    spec = {
-        "format": format,
-        "precision": precision,
-        "architecture": type(model).__name__,
-        "pruning": None if pruner is None else pruner.to_dict(),
-        "max_length": longest,
-        **({"pooling": asdict(model.pooling), "prompts": model.prompts} if isinstance(model, Embedder) else {}),
-        "source": fingerprint(model),
-        "versions": environment()["versions"],
-    }
+    spec = _spec_of(model, format, precision, max_length)
+    longest = spec["max_length"]
     with _padded(model):
         with _quiet():
             exporter, config = graph_exporter(format, precision == "int8", calibration)
@@ -101,6 +91,23 @@ def export(
             spec["difference"] = _checked(model, tokenizer, aside, spec)
             (aside / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
             _check_folder(folder)  # what came there meanwhile is not ours to replace
+    return spec
+
+
+def _spec_of(model: PreTrainedModel | Embedder, format: str, precision: str, max_length: int | None) -> dict[str, Any]:
+    """What thresher.json says of a graph before it is written."""
+    pruner, usual = getattr(model, MODULE, None), model.longest if isinstance(model, Embedder) else 512
+    longest = min(max_length or usual, positions(model) or 512)
+    spec: dict[str, Any] = {
+        "format": format,
+        "precision": precision,
+        "architecture": type(model).__name__,
+        "pruning": None if pruner is None else pruner.to_dict(),
+        "max_length": longest,
+        **({"pooling": asdict(model.pooling), "prompts": model.prompts} if isinstance(model, Embedder) else {}),
+        "source": fingerprint(model),
+        "versions": environment()["versions"],
+    }
     return spec
 
 
@@ -127,7 +134,8 @@ def _check_request(model: PreTrainedModel | Embedder, format: str, precision: st
 def _checked(model: PreTrainedModel | Embedder, tokenizer: Any, folder: Path, spec: dict[str, Any]) -> float:
     """The largest difference of logits; ValueError where an fp32 graph answers otherwise than its model."""
     longest = spec["max_length"]
-    shapes = [shape for shape in SHAPES if shape[1] <= longest] + [(1, longest)]
+    least = 1 if _separator(model) is None else 3  # tokens, two of them the query
+    shapes = [shape for shape in SHAPES if least <= shape[1] <= longest] + [(1, longest)]
     difference = _difference(model, tokenizer, folder, shapes)
     if spec["precision"] == "fp32" and not difference <= CLOSE:  # nor where it is no number
         raise ValueError(
@@ -135,6 +143,12 @@ def _checked(model: PreTrainedModel | Embedder, tokenizer: Any, folder: Path, sp
             f"(logits differ by {difference:.2g}, expected {CLOSE} at most); nothing was written"
         )
     return difference
+
+
+def _separator(model: PreTrainedModel | Embedder) -> int | None:
+    """What ends the query of a pair, where the method protects it."""
+    protect = getattr(getattr(model, MODULE, None), "protect", None)
+    return protect["until"][0] if isinstance(protect, Mapping) and "until" in protect else None
 
 
 def fingerprint(model: PreTrainedModel | Embedder) -> str:
@@ -160,14 +174,13 @@ def inputs_of(model: PreTrainedModel | Embedder, tokenizer: Any, batch: int, len
     """Random inputs (B, N) of a model, the first row without padding, the others shorter and shorter.
 
     ``token_type_ids`` are among them if the tokenizer makes them; without a tokenizer, if the model tells segments
-    apart: a graph that was not traced with them would drop them.
+    apart: a graph that was not traced with them would drop them. Where the query is protected it ends early in a row.
     """
     draw = torch.Generator().manual_seed(batch * 1000 + length)
     ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=draw)
+    if (separator := _separator(model)) is not None:
+        ids[:, max(1, length // 4)] = separator
     own = torch.arange(length) < torch.linspace(length, max(1, length // 2), batch).long()[:, None]
-    protect = getattr(getattr(model, MODULE, None), "protect", None)
-    if isinstance(protect, Mapping) and "until" in protect and length > 2:
-        ids[:, length // 3] = protect["until"][0]  # a pair
     ids[~own] = getattr(model.config, "pad_token_id", None) or 0
     inputs = {"input_ids": ids, "attention_mask": own.long()}
     segments = getattr(model.config, "type_vocab_size", 0)

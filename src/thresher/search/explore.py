@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..api import prune, unprune
 from ..core.cost import LatencyTable
 from ..core.pareto import pareto_front
-from ..core.pruner import METHODS, pruner_in
+from ..core.pruner import METHODS, pruner_in, pruner_of
 from ..data.models import make_method
 from ..evaluation.predict import Text
 from ..methods.topk import TopK
@@ -232,7 +232,7 @@ class ScheduleSearch:
 
     def apply(self, score: str, left: Left) -> None:
         """Prune the model by a schedule."""
-        if hasattr(self.net, "token_pruner"):
+        if pruner_of(self.net) is not None:
             unprune(self.net)
         method, options = self.scores[score]
         prune(self.net, make_method(method, options | self.space.fields(left)))

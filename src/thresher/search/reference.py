@@ -6,20 +6,24 @@ Shapes: N texts (of question answering windows), K logits, Q examples (texts, or
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import qa
+from ..data.embedder import Embedder
 from ..data.load import load_task
-from ..data.models import class_names
+from ..data.models import class_names, is_reranker
 from ..data.spec import DataSpec
 from ..data.task import DataError, Task
+from ..data.texts import load_texts
 from ..data.tokenize import tokenize
 from ..evaluation.predict import Predictions, predict
 
@@ -34,6 +38,16 @@ def divergence(dense: Tensor | list[Tensor], pruned: Tensor | list[Tensor]) -> T
         return (dense - pruned).square()[:, 0]
     d, p = dense.double().log_softmax(-1), pruned.double().log_softmax(-1)
     return (d.exp() * (d - p)).sum(-1).clamp(min=0)
+
+
+def order_divergence(dense: Tensor, pruned: Tensor, queries: Sequence[int]) -> Tensor:
+    """(Q,) KL(dense || pruned) in nats of the shares of each query's candidates, softmax of their scores (N, 1)."""
+    found = []
+    rows = torch.as_tensor(queries)
+    for query in rows.unique():
+        own = rows == query
+        found.append(divergence(dense[own].T, pruned[own].T) if own.sum() > 1 else dense.new_zeros(1).double())
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,7 @@ class Sample:
     """Tokenized texts with the dense model's answers, which are asked for once."""
 
     def __init__(self, net: PreTrainedModel, rows: Dataset, batch_size: int):
-        self.rows, self.batch_size = rows, batch_size
+        self.rows, self.batch_size, self.embeds = rows, batch_size, isinstance(net, Embedder)
         self.dense = predict(net, rows, batch_size=batch_size)
         self.answers = self._answers(self.dense)
         classes = self.answers is not None and not isinstance(self.dense.logits, list)
@@ -67,7 +81,7 @@ class Sample:
     def compare(self, net: PreTrainedModel) -> Comparison:
         """Run a pruned model beside the dense one's answers. Raises DataError where its logits are not finite."""
         pruned = predict(net, self.rows, batch_size=self.batch_size)
-        mean = divergence(self.dense.logits, pruned.logits).mean().item()
+        mean = self._away(pruned.logits).mean().item()
         if not np.isfinite(mean):
             raise DataError("logits hold NaN or infinity: expected numbers, has the model diverged?")
         answers = self._answers(pruned)
@@ -78,11 +92,21 @@ class Sample:
         differs = None if answers is None else answers != self.answers
         return Comparison(mean, pruned.macs_used / pruned.macs_dense, differs, **right)
 
+    def _away(self, logits: Any) -> Tensor:
+        """How far answers are from the dense model's: of vectors 1 - cosine, of a reranker's numbers by query."""
+        dense: Any = self.dense.logits
+        if self.embeds:
+            return 1 - F.cosine_similarity(dense, logits)
+        if not isinstance(logits, list) and logits.shape[1] == 1 and "row" in self.rows.column_names:
+            return order_divergence(dense, logits, [*self.rows["row"]])
+        return divergence(dense, logits)
+
     def _answers(self, predictions: Predictions) -> np.ndarray | None:
         """(Q,) the class or the words of each answer; None for numbers."""
         if isinstance(predictions.logits, list):
             return np.array(qa.best_answers(predictions.logits, self.rows), dtype=object)
-        return None if predictions.logits.shape[1] == 1 else predictions.logits.argmax(1).numpy()
+        numbers = self.embeds or predictions.logits.shape[1] == 1
+        return None if numbers else predictions.logits.argmax(1).numpy()
 
 
 def texts_of(
@@ -105,7 +129,7 @@ def texts_of(
     task = _task(net, replace(data, limit=None), labelled)
     rng = np.random.default_rng(seed)
     assert task.validation is not None and task.train is not None, "_task() refuses a test part alone"
-    parts = [part.select(rng.permutation(len(part))) for part in (task.validation, task.train)]
+    parts = [part.select(_order(part, task, rng)) for part in (task.validation, task.train)]
     if min_length is not None:
         if task.kind == "qa":
             raise DataError(
@@ -119,8 +143,35 @@ def texts_of(
     return task, texts, min(len(parts[0]), len(texts))
 
 
+def _order(part: Dataset, task: Task, rng: np.random.Generator) -> np.ndarray:
+    """The rows of a part in a random order; where candidates are ranked those of a query stay together."""
+    if task.kind != "reranking" or not len(part):
+        return rng.permutation(len(part))
+    queries = np.unique([*part[task.text_columns[0]]], return_inverse=True)[1]
+    return np.argsort(rng.permutation(queries.max() + 1)[queries], kind="stable")
+
+
+def _ranking(net: PreTrainedModel, data: DataSpec) -> Task | None:
+    """The task of a model that gives pairs one number, by which candidates are ranked; None where data are no pairs."""
+    if not is_reranker(net.config):
+        return None
+    try:
+        task = load_task(replace(data, metric=data.metric or "ndcg@10"), labels=[], need_labels=False)
+    except DataError as error:
+        if "is no metric" in str(error):
+            return None
+        raise
+    return replace(task, label_column=None)
+
+
 def _task(net: PreTrainedModel, data: DataSpec, labelled: bool) -> Task:
     """The task of a model on ``data``, with labels where the model has learned them."""
+    ranking = None if isinstance(net, Embedder) else _ranking(net, data)
+    if ranking is not None or isinstance(net, Embedder):
+        task = ranking or load_texts(data)
+        if labelled:
+            raise DataError(f"a drop of accuracy is measured on classes: the model is of {task.kind}")
+        return task
     try:
         task = load_task(data, labels=class_names(net))
     except DataError as error:

@@ -6,6 +6,7 @@ All content lives in the method, so that a loop of one's own needs one added ter
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,8 +90,15 @@ class Ranking(TokenPruner):
         return Choice(view.alive)
 
 
+@dataclass
 class Collator(DataCollatorWithPadding):
-    """Pad the inputs, and with them the columns that hold a number for each token (``TOKEN_COLUMNS``)."""
+    """Pad the inputs, and with them the columns that hold a number for each token (``TOKEN_COLUMNS``).
+
+    highest: labels (B,) are grades of candidates, of which this is the best one; a model of one logit learns them as
+        probabilities (B, 1), 1 of the best and 0 of what is not relevant.
+    """
+
+    highest: float | None = None
 
     def __call__(self, features: list[dict]) -> dict[str, Any]:
         features = [dict(row) for row in features]
@@ -103,6 +111,8 @@ class Collator(DataCollatorWithPadding):
             padded = pad_sequence(rows, batch_first=True, padding_side=side)
             missing = batch["input_ids"].shape[1] - padded.shape[1]
             batch[name] = F.pad(padded, (missing, 0) if side == "left" else (0, missing))
+        if self.highest is not None and "labels" in batch:
+            batch["labels"] = (batch["labels"].float() / self.highest).clamp(0, 1)[:, None]
         return batch
 
 
@@ -245,24 +255,33 @@ class PruningTrainer(Pruning, Trainer):
         if not 0 <= distill <= 1:
             raise ValueError(f"distill={distill}: expected a weight in [0, 1]")
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
-        if teacher is not None and self.pruner.ranks_teacher and hasattr(teacher, MODULE):
+        if teacher is not None and self.pruner.ranks_teacher and pruner_of(teacher) is not None:
             raise ValueError(f"{self.pruner.name} wants the ranking of a teacher that is not pruned: unprune(teacher)")
         self.distill, self.temperature, self.calibration_dataset = distill, temperature, calibration_dataset
         self.label_names = [*self.label_names] if self.label_names else ["labels"]
+        self.labels = self.label_names  # that the task's loss needs
+        held_out = getattr(self.eval_dataset, "column_names", None) or ()
+        if not {*self.labels} & {*held_out}:  # rows without these have a loss all the same, if a teacher saw them
+            self.label_names = [column for column in self.taught_columns() if column in held_out][:1] or self.labels
         if self.args.world_size > 1:
             self.model.register_forward_hook(join_backward)
 
+    def taught_columns(self) -> dict[str, str]:
+        """The columns of a data set that take a teacher's place, and what they are called among its answers."""
+        return TAUGHT
+
     def extra_columns(self) -> set[str]:
         """The columns of a data set that the loss reads and the model's forward does not."""
-        return {*TAUGHT, COUNTS}
+        return {*self.taught_columns(), COUNTS}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Add up the losses of the task, the distillation and the method; in evaluation without the method's, and with
         the distillation of answers that the data set has."""
         inputs = dict(inputs)
-        answers = {name: inputs.pop(column) for column, name in TAUGHT.items() if column in inputs}
+        taught = self.taught_columns()
+        answers = {name: inputs.pop(column) for column, name in taught.items() if column in inputs}
         with self.pruner.attached().asking(counts=inputs.pop(COUNTS, None)):
-            if any(name in inputs for name in self.label_names):
+            if any(name in inputs for name in self.labels):
                 task, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
             else:
                 task, outputs = None, model(**inputs)
@@ -292,8 +311,12 @@ class PruningTrainer(Pruning, Trainer):
         weight = 1.0 if task is None else self.distill
         mask = inputs.get("attention_mask")
         mask = mask if torch.is_tensor(mask) and mask.dim() == 2 else None
-        learned = weight * distillation(outputs, answers, self.temperature, mask)
+        learned = weight * self.distilled(outputs, answers, mask)
         return learned if task is None else (1 - weight) * task + learned
+
+    def distilled(self, outputs: Any, answers: Any, mask: Any) -> Tensor:
+        """Compute how far the model is from its teacher; ``mask`` (B, N): the tokens that are there, or None."""
+        return distillation(outputs, answers, self.temperature, mask)
 
     def train(self, *args, **kwargs):
         """Train as the Trainer does; a teacher whose ranking is wanted scores its last layer meanwhile."""
@@ -313,7 +336,8 @@ class PruningTrainer(Pruning, Trainer):
         if rows is not None and rows < len(data):  # spread over all, which may be in the order of their labels
             data = Subset(data, [i * len(data) // rows for i in range(rows)])
         loader = DataLoader(data, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
-        return [{k: v for k, v in b.items() if k not in (*TAUGHT, COUNTS, "labels")} for b in loader]
+        aside = {*self.extra_columns(), "labels"}
+        return [{k: v for k, v in b.items() if k not in aside} for b in loader]
 
 
 class _Stages(TrainerCallback):

@@ -37,3 +37,62 @@ def distillation(student: Any, teacher: Any, temperature: float = 2.0, mask: Ten
     if not losses:
         raise ValueError(f"nothing to distil: the outputs hold none of {', '.join(LOGITS)}")
     return torch.stack(losses).mean()
+
+
+# --- orders and embeddings --------------------------------------------------------------------------------------------
+def margin_loss(student: Tensor, teacher: Tensor, queries: Tensor) -> Tensor:
+    """Compute the mean squared difference of the margins between any two candidates of a query (MarginMSE, Hofstätter
+    et al., 2020), a scalar; 0 where no query has two.
+
+    The mean is over the queries, of each over its pairs. A number added to all scores of a query changes nothing.
+
+    Args:
+        student, teacher: (B,) scores of candidates.
+        queries: (B,) the number of each candidate's query.
+    """
+    same, away = _candidates(queries), (student - teacher).float()
+    pairs = same & ~torch.eye(len(queries), dtype=torch.bool, device=same.device)
+    margins = (away[:, None] - away[None, :]).square() * pairs
+    others = pairs.sum(1)
+    weight = torch.where(others > 0, 1 / (others * (others + 1)).clamp(min=1), 0.0)  # of a query's pairs, to sum to one
+    return (margins * weight[:, None]).sum() / _count(queries[others > 0])
+
+
+def order_loss(student: Tensor, teacher: Tensor, queries: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute T^2 KL(teacher || student) of the shares of a query's candidates, softmax(score / T), a scalar: the mean
+    over the queries with two candidates or more (after Cao et al., 2007); 0 where there is none.
+
+    Args as ``margin_loss``'s.
+    """
+    same = _candidates(queries)
+    s, t = (torch.where(same, x.float()[None, :] / temperature, -torch.inf) for x in (student, teacher))
+    s, t = (x.log_softmax(-1).masked_fill(~same, 0.0) for x in (s, t))
+    sizes = same.sum(1)
+    rows = (t.exp() * same * (t - s)).sum(1) * (sizes > 1) / sizes
+    return temperature**2 * rows.sum() / _count(queries[sizes > 1])
+
+
+def embedding_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05) -> Tensor:
+    """Compute how far embeddings (B, C) are from the teacher's, a scalar: the mean of 1 - cosine, and KL(teacher ||
+    student) of how near each text is to the others of the batch, softmax(cosine / T); that is 0 for less than three
+    texts."""
+    s, t = (F.normalize(x.float(), dim=-1) for x in (student, teacher))
+    loss = (1 - (s * t).sum(-1)).mean()
+    if len(s) < 3:
+        return loss
+    others = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
+    near = [(x @ x.T / temperature)[others].view(len(x), -1).log_softmax(-1) for x in (s, t)]
+    return loss + F.kl_div(near[0], near[1], reduction="batchmean", log_target=True)
+
+
+def scores_of(logits: Tensor) -> Tensor:
+    """Return (B,) the scores of candidates: of logits (B, 2) class 1 over class 0, of (B, 1) the number itself."""
+    return logits[:, -1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
+
+
+def _candidates(queries: Tensor) -> Tensor:
+    return queries[:, None] == queries[None, :]
+
+
+def _count(queries: Tensor) -> int:
+    return max(1, len(queries.unique()))

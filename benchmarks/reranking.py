@@ -1,0 +1,230 @@
+"""A cross-encoder on SQuAD's articles, one step after the other; each resumes, and is not run again once it is done.
+
+    python benchmarks/reranking.py train      MiniLM-L6 learns which paragraph of an article answers a question
+    python benchmarks/reranking.py prune      and is pruned by ToP and TopK, without labels
+    python benchmarks/reranking.py measure    reciprocal rank and nDCG of all, with paired intervals over questions
+    python benchmarks/reranking.py time       milliseconds for 100 candidates in every runtime, interleaved
+
+``--tiny`` does it all at a size that says nothing, to see that it works, and lands nothing. Models lie in
+``runs/benchmarks/passages``, rows in ``results/passages``. ``THRESHER_DATA`` names the folder that holds ``squad``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from weights import pretrained  # noqa: E402
+
+RUNS = HERE.parent / "runs" / "benchmarks"
+DATA = Path(os.environ.get("THRESHER_DATA", "data")) / "squad"
+LONGEST = 256
+METHODS: dict[str, dict[str, Any]] = {"top": {}, "topk": {"at": (1, 2, 3, 4)}}  # and their options
+TARGET = 0.5
+METRICS = ("mrr", "ndcg@10")
+CANDIDATES, BATCH = 100, 25  # beside the question that is timed; pairs in a forward
+GRAPHS = (("onnx", "int8"), ("openvino", "int8"))
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done: rows of the trainings, questions of the test part (None: all), tokens and repeats that are
+    timed."""
+
+    name: str
+    rows: int
+    pruning: int
+    batch: int
+    questions: int | None
+    widths: tuple[int, ...]
+    repeats: int
+
+
+FULL = Size("passages", 12_000, 12_000, 16, None, (128, 256, 512), 7)
+TINY = Size("passages-tiny", 64, 64, 16, 8, (64, 96), 2)
+
+
+def data_of(size: Size) -> str:
+    """Where the data are: all articles, or short ones."""
+    if size.questions is None:
+        return str(DATA)
+    import pandas
+
+    file = RUNS / size.name / "data" / "squad" / "validation.parquet"
+    if not file.exists():
+        whole = pandas.read_parquet(DATA / "validation.parquet")
+        kept = whole.groupby("title").context.transform(lambda column: column.isin(column.unique()[:3]))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        whole[kept & whole["title"].isin(whole["title"].unique()[:12])].to_parquet(file)
+    return str(file.parent)
+
+
+def common(size: Size, rows: int) -> dict[str, Any]:
+    """What all trainings share."""
+    settings = {"data": data_of(size), "max_length": LONGEST, "metric": "mrr", "task": "rerank", "threads": 1}
+    return settings | {"limit": rows, "batch_size": size.batch, "progress": False}
+
+
+def folder(name: str, size: Size) -> Path:
+    """Where a model lies."""
+    return RUNS / size.name / f"minilm-l6-{name}"
+
+
+def train(size: Size) -> None:
+    """Train the dense cross-encoder: one pass, with labels."""
+    from thresher.experiments.train import train as job
+
+    own = {"method": "dense", "prune_epochs": 0, "epochs": 1, "lr": 2e-4}
+    job(model=pretrained("minilm-l6"), out=folder("dense", size), **own, **common(size, size.rows))
+
+
+def prune(size: Size) -> None:
+    """Prune it, taught by itself alone."""
+    from thresher.experiments.train import train as job
+
+    dense = str(folder("dense", size))
+    for method, options in METHODS.items():
+        own = {"method": method, "target_flops": TARGET, "method_options": dict(options), "distill": 1.0}
+        own |= {"epochs": 0, "prune_epochs": 1, "lr": 5e-5, "prune_lr": 1e-4, "dense_model": dense}
+        job(model=dense, out=folder(method, size), **own, **common(size, size.pruning))
+
+
+def measure(size: Size) -> None:
+    """Judge the order of the test part's passages."""
+    from functools import partial
+
+    import numpy as np
+
+    from answer_cache import cached_answers
+    from thresher.data.load import load_task
+    from thresher.data.models import load
+    from thresher.data.tokenize import tokenize
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.predict import outcome
+    from thresher.evaluation.rows import row
+    from thresher.stats.bootstrap import bootstrap_interval
+
+    nets = {name: load(str(folder(name, size))) for name in ("dense", *METHODS)}
+    task = load_task(data_of(size), metric=METRICS[0])
+    test = tokenize(task.test, task, nets["dense"][1], LONGEST)[0]
+    test = test.select([i for i, question in enumerate(test["row"]) if question < (size.questions or np.inf)])
+    ask = partial(cached_answers, RUNS / size.name)
+    said = {name: ask(net, folder(name, size), test) for name, (net, _) in nets.items()}
+    rows, gains = [], {name: {m: outcome(own, test, m)[0] for m in METRICS} for name, own in said.items()}
+    for metric in METRICS:
+        before = gains["dense"][metric]
+        for name, own in said.items():
+            values = {"quality": 100 * float(gains[name][metric].mean()), "quality_dense": 100 * float(before.mean())}
+            if name != "dense":
+                low, high = bootstrap_interval(metric, np.ones(len(before)), before, gains[name][metric])
+                values |= {"interval_low": low, "interval_high": high, "target_flops": TARGET}
+            mode = "dense-unpadded" if name == "dense" else "pruned"
+            values |= {"task": "passages", "model": "minilm-l6", "method": name, "metric": metric, "mode": mode}
+            values |= {"split": "test", "selected_on": task.selected_on, "max_length": LONGEST, "runtime": "torch"}
+            values |= {"precision": "fp32", "n_examples": len(before), "tokens_mean": own.tokens_mean, "seed": 0}
+            rows.append(row(**values, flops_ratio=own.macs_dense / own.macs_used, **environment()))
+    predictions = {name: {m: own[m].round(5).tolist() for m in METRICS} for name, own in gains.items()}
+    land(size, "quality", {"rows": rows, "predictions": predictions})
+
+
+def candidates(size: Size, tokenizer: Any, width: int, seed: int = 0) -> Any:
+    """The tokens of a question with 100 passages of the test part's paragraphs, one behind the other: ``width`` / 2 to
+    ``width`` tokens in all, drawn evenly."""
+    import random
+
+    from datasets import Dataset
+
+    from thresher.data.load import load_task
+
+    task, draw = load_task(data_of(size), metric=METRICS[0]), random.Random(seed)
+    passages, question = list(dict.fromkeys(task.test["passage"])), task.test["query"][0]
+    made = []
+    for i in range(CANDIDATES):
+        text = " ".join(passages[(i + j) % len(passages)] for j in range(8))
+        given = {"truncation": "only_second", "max_length": draw.randint(width // 2, width)}
+        made.append(dict(tokenizer(question, text, return_attention_mask=True, **given)))
+    return Dataset.from_list(made)
+
+
+def time(size: Size) -> None:
+    """Time 100 candidates of one question: dense as it is mostly run, without padding, and pruned."""
+    import torch
+
+    from speed import graph_of
+    from thresher.data.models import load
+    from thresher.data.task import Task
+    from thresher.evaluation.benchmark import measure as timed
+
+    nets = {name: load(str(folder(name, size))) for name in ("dense", *METHODS)}
+    tokenizer, opened = nets["dense"][1], {}
+    names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in tokenizer.model_input_names]
+    rows = candidates(size, tokenizer, LONGEST, seed=1)
+    calibration = [{name: torch.tensor([rows[i][name]]) for name in names} for i in range(16)]
+    for runtime, precision in GRAPHS:
+        how = {"format": runtime, "precision": precision, "tokenizer": tokenizer, "calibration": calibration}
+        place = {name: RUNS / size.name / "graphs" / f"{name}-{runtime}-{precision}" for name in ("dense", "top")}
+        both = {name: graph_of(nets[name][0], place[name], max(size.widths), **how) for name in place}
+        opened[runtime, precision] = {"dense": both["dense"], "pruned": both["top"]}
+    found = []
+    for width in size.widths:
+        data = candidates(size, tokenizer, width)
+        task = Task(None, None, data, ("query", "passage"), None, [], "reranking", "mrr", "passages", "nothing", {})
+        given = {"model": "minilm-l6", "split": "test", "seed": 0, "metric": None}
+        made = timed(
+            nets["top"][0],
+            data,
+            task,
+            max_length=width,
+            against=nets["dense"][0],
+            baselines={name: nets[name][0] for name in METHODS if name != "top"},
+            graphs=opened,
+            batch_sizes=(BATCH,),
+            batches=CANDIDATES // BATCH,
+            repeats=size.repeats,
+            fields=given,
+        )
+        for row in made:
+            spent = 1000 * CANDIDATES / row["samples_per_second"]
+            found.append({**row, "note": f"{spent:.1f} ms for {CANDIDATES} candidates"})
+    land(size, "time", {"rows": found})
+
+
+def land(size: Size, name: str, result: dict[str, Any]) -> None:
+    """Write rows where they belong, as a whole; those of no meaning beside the models."""
+    from run import RESULTS, as_json
+    from thresher.evaluation.rows import whole
+
+    place = RESULTS / "passages" if size is FULL else RUNS / size.name
+    command = f"python benchmarks/reranking.py {name.replace('quality', 'measure')}"
+    rows = [{**row, "command": command} for row in result["rows"]]
+    with whole(place / f"minilm-l6-{name}-s0.json") as aside:
+        aside.write_text(as_json({**result, "rows": rows}))
+
+
+STEPS = {"train": train, "prune": prune, "measure": measure, "time": time}
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--tiny", action="store_true", help="at a size that says nothing")
+    parser.add_argument("--threads", type=int, help="threads of measure and time (default: torch's)")
+    options = parser.parse_args()
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    STEPS[options.step](TINY if options.tiny else FULL)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Batches that keep the candidates of a query together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+
+class QueryBatches(Sampler[list[int]]):
+    """Whole queries in batches of near lengths.
+
+    What is in a batch stays together. The order of the batches is drawn from torch's random numbers, so that a resumed
+    training draws it again (``checkpoints.Order``).
+
+    A query with more candidates than a batch takes is cut into parts of nearly the same size.
+
+    Args:
+        queries: the number of each row's query.
+        lengths: tokens of each row.
+        size: rows of a batch, at most.
+        tokens: padded tokens of a batch, at most, where a row is not longer; default: any.
+        seed: of what is put together.
+
+    Raises:
+        ValueError: no rows, or a size or budget below 1.
+    """
+
+    def __init__(
+        self, queries: Sequence[int], lengths: Sequence[int], size: int, tokens: int | None = None, seed: int = 0
+    ):
+        if not queries or size < 1 or (tokens is not None and tokens < 1):
+            what = f"{len(queries)} rows in batches of {size} rows and {tokens} tokens"
+            raise ValueError(f"{what}: expected rows, and 1 or more in a batch")
+        self.lengths, self.size, self.tokens = lengths, size, tokens
+        draw = torch.Generator().manual_seed(seed)
+        groups: dict[int, list[int]] = {}
+        for row in torch.randperm(len(queries), generator=draw).tolist():
+            groups.setdefault(queries[row], []).append(row)
+        parts = [part for group in groups.values() for part in self._parts(group)]
+        parts.sort(key=lambda part: self._longest(part))  # stable: among equal lengths as drawn
+        self.batches: list[list[int]] = [[]]
+        for part in parts:
+            if self.batches[-1] and not self._fits([*self.batches[-1], *part]):
+                self.batches.append([])
+            self.batches[-1] += part
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([self.batches[i] for i in torch.randperm(len(self.batches)).tolist()])
+
+    def _longest(self, rows: list[int]) -> int:
+        return max(self.lengths[row] for row in rows)
+
+    def _fits(self, rows: list[int]) -> bool:
+        return len(rows) <= self.size and (self.tokens is None or len(rows) * self._longest(rows) <= self.tokens)
+
+    def _parts(self, group: list[int]) -> list[list[int]]:
+        """A query's rows, cut where they do not fit: in halves, thirds, ..."""
+        for count in range(1, len(group) + 1):
+            parts = [group[i::count] for i in range(count)]
+            if all(map(self._fits, parts)):
+                return parts
+        return [[row] for row in group]

@@ -1,0 +1,81 @@
+"""An embedder is pruned without labels, from texts to the folder of the pruned one."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import BertModel
+from typer.testing import CliRunner
+
+from support.families import FAMILIES
+from support.tiny import tiny_tokenizer
+from support.toy import OPTIONS, write
+from thresher.cli import app as cli
+from thresher.data.embedder import Embedder, Pooling, is_embedder, load_embedder
+from thresher.data.models import load
+from thresher.data.spec import DataSpec
+from thresher.data.task import DataError
+from thresher.data.texts import load_texts
+from thresher.data.tokenize import tokenize
+from thresher.evaluation.predict import predict
+from thresher.evaluation.retrieval import cosines
+from thresher.experiments import train as jobs
+
+EMBED = OPTIONS | {"task": "embed", "method": "topk", "target_flops": 0.5, "epochs": None, "prune_epochs": 4}
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("embedded")
+    write(folder / "farm" / "train.csv", 160, 0)
+    write(folder / "farm" / "test.csv", 48, 1)
+    torch.manual_seed(0)
+    config = FAMILIES["bert"].build(0, num_hidden_layers=3, initializer_range=0.3).config
+    Embedder(BertModel(config), Pooling()).save_pretrained(folder / "model", tiny_tokenizer())
+    rows = jobs.train(str(folder / "model"), str(folder / "farm"), str(folder / "out"), **EMBED)
+    return SimpleNamespace(model=str(folder / "model"), data=str(folder / "farm"), out=folder / "out", rows=rows)
+
+
+def test_a_pruned_embedder_is_near_its_dense_one(embedded):
+    dense, row = embedded.rows
+    assert dense["quality"] == pytest.approx(100, abs=1e-3) and row["metric"] == "cosine" and row["n_examples"] == 48
+    assert row["flops_ratio"] == pytest.approx(2, rel=0.15)
+    net, tokenizer = load_embedder(str(embedded.out))
+    assert is_embedder(str(embedded.out)) and net.token_pruner.name == "topk"
+    reference, _ = load_embedder(str(embedded.out / "dense"))
+    task = load_texts(DataSpec(data=embedded.data))
+    rows, _ = tokenize(task.test, task, tokenizer, 32)
+    said, wanted = (predict(model, rows).logits for model in (net, reference))
+    assert 100 * cosines(said, wanted).mean() == pytest.approx(row["quality"], abs=1e-2)
+    torch.testing.assert_close(wanted, predict(load_embedder(embedded.model)[0], rows).logits)
+    summary = json.loads((embedded.out / jobs.SUMMARY).read_text())
+    assert len(summary["predictions"]["pruned"]) == 48 and summary["steps"]["dense"] == 0
+
+
+def test_training_brings_it_nearer(embedded, tmp_path):
+    untrained = jobs.train(embedded.model, embedded.data, str(tmp_path / "out"), **EMBED | {"prune_epochs": 0})
+    assert embedded.rows[1]["quality"] > untrained[1]["quality"] + 1
+
+
+def test_the_command_embeds(embedded, tmp_path):
+    given = f"train {embedded.model} --data {embedded.data} --out {tmp_path / 'out'} --task embed --no-bf16"
+    given += " --method topk --max-drop 20 --prune-epochs 1 --batch-size 16 --max-length 32 --lr 0.001"
+    run = CliRunner().invoke(cli.app, given.split())
+    assert run.exit_code == 0, run.output
+    assert is_embedder(str(tmp_path / "out"))
+
+
+def test_what_cannot_be_embedded_is_told(embedded, tmp_path):
+    options = {"out": str(tmp_path / "out"), "task": "embed", "progress": False}
+    with pytest.raises(DataError, match="'accuracy' is no metric of texts without labels"):
+        jobs.train(embedded.model, embedded.data, metric="accuracy", **options)
+    plain, tokenizer = load(str(FAMILIES["bert"].build(0).config._name_or_path or embedded.model), num_labels=2)
+    plain.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="does not say how its states are pooled"):
+        jobs.train(str(tmp_path / "plain"), embedded.data, **options)
+    with pytest.raises(ValueError, match="is pruned already"):
+        jobs.train(str(embedded.out), embedded.data, **options)

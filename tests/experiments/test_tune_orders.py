@@ -1,0 +1,82 @@
+"""A schedule for a reranker is searched by the order of candidates, one for an embedder by the cosine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import BertModel
+
+from support.families import FAMILIES
+from support.tiny import save_tiny, tiny_tokenizer
+from support.toy import write
+from thresher.core.pruner import pruner_of
+from thresher.data.embedder import Embedder, load_embedder
+from thresher.data.models import load
+from thresher.data.spec import DataSpec
+from thresher.experiments.spec import SUMMARY
+from thresher.experiments.tune import tune
+from thresher.search import explore as trials
+from thresher.search.reference import Sample, order_divergence, texts_of
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(trials, "LOOKS", 2)
+    monkeypatch.setattr(trials, "SHARES", (0.7, 0.5))
+
+
+def pairs(path):
+    lines = ["query,document"] + [f"farmer {q},grain {q} wheat and {i} the script" for q in range(40) for i in range(4)]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    return path.parent
+
+
+def test_orders_are_compared_query_by_query():
+    dense, pruned = torch.randn(2, 7, 1, generator=torch.Generator().manual_seed(0)).unbind()
+    found = order_divergence(dense, pruned, [0, 4, 0, 4, 4, 0, 9])
+    for i, rows in enumerate(([0, 2, 5], [1, 3, 4])):
+        d, p = (x[rows, 0].double() for x in (dense, pruned))
+        assert found[i].item() == pytest.approx(F.kl_div(p.log_softmax(0), d.softmax(0), reduction="sum").item())
+    assert found[2] == 0 and torch.allclose(order_divergence(dense, dense + 3, [0] * 7), torch.zeros(1).double())
+
+
+def test_a_reranker_is_tuned_by_the_order_of_its_candidates(tmp_path):
+    model = save_tiny(
+        tmp_path / "model", num_hidden_layers=3, num_labels=1, problem_type="multi_label_classification", seed=2
+    )
+    data = pairs(tmp_path / "pairs" / "train.csv")
+    net, tokenizer = load(str(model))
+    task, texts, _ = texts_of(net, tokenizer, DataSpec(data=str(data)), labelled=False, seed=0)
+    queries = [*texts["query"]]
+    assert task.kind == "reranking" and all(len({*queries[i : i + 4]}) == 1 for i in range(0, len(queries), 4))
+    rows = tune(str(model), str(data), str(tmp_path / "out"), target_flops=0.7, max_length=32, method="topk")
+    assert any(row["chosen"] and row["flops_fraction"] <= 0.7 for row in rows)
+    assert pruner_of(load(str(tmp_path / "out"))[0]).name == "topk"
+    with pytest.raises(ValueError, match="max_disagreement is for models that give classes"):
+        tune(str(model), str(data), str(tmp_path / "no"), max_disagreement=0.1, max_length=32)
+
+
+def test_an_embedder_is_tuned_by_the_cosine(tmp_path):
+    write(tmp_path / "farm" / "train.csv", 160, 0)
+    torch.manual_seed(0)
+    config = FAMILIES["bert"].build(0, num_hidden_layers=3, initializer_range=0.3).config
+    net = Embedder(BertModel(config)).eval()
+    net.save_pretrained(tmp_path / "model", tiny_tokenizer())
+    out = tmp_path / "out"
+    rows = tune(
+        str(tmp_path / "model"), str(tmp_path / "farm"), str(out), target_flops=0.7, max_length=32, method="topk"
+    )
+    assert any(row["chosen"] and row["flops_fraction"] <= 0.7 for row in rows)
+    assert all(0 <= row["divergence"] <= 2 for row in rows)
+    opened, tokenizer = load_embedder(str(out))
+    assert pruner_of(opened).name == "topk"
+
+    texts = Dataset.from_dict(dict(tokenizer(["wheat and grain the farmer", "script"])))
+    sample = Sample(load_embedder(str(tmp_path / "model"))[0], texts, 2)
+    assert sample.answers is None and 0 < sample.compare(opened).divergence < 2
+    assert json.loads((out / SUMMARY).read_text())["task"]["metric"] == "cosine"

@@ -1,0 +1,78 @@
+"""The losses of orders and of embeddings, against loops over queries, pairs and texts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from thresher.methods.parts.distillation import embedding_loss, margin_loss, order_loss, scores_of
+
+QUERIES = torch.tensor([3, 1, 3, 1, 1, 7, 3, 3])
+STUDENT, TEACHER = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+def each(queries):
+    """The rows of every query with two candidates or more."""
+    found = [torch.nonzero(queries == q).flatten() for q in queries.unique()]
+    return [rows for rows in found if len(rows) > 1]
+
+
+def test_margins_are_compared_pair_by_pair():
+    means = []
+    for rows in each(QUERIES):
+        pairs = [(i, j) for i in rows for j in rows if i < j]
+        away = [((STUDENT[i] - STUDENT[j]) - (TEACHER[i] - TEACHER[j])) ** 2 for i, j in pairs]
+        means.append(sum(away) / len(pairs))
+    torch.testing.assert_close(margin_loss(STUDENT, TEACHER, QUERIES), sum(means) / len(means))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_orders_are_compared_query_by_query(temperature):
+    means = []
+    for rows in each(QUERIES):
+        s, t = STUDENT[rows] / temperature, TEACHER[rows] / temperature
+        means.append(temperature**2 * F.kl_div(s.log_softmax(0), t.softmax(0), reduction="sum"))
+    found = order_loss(STUDENT, TEACHER, QUERIES, temperature)
+    torch.testing.assert_close(found, sum(means) / len(means))
+
+
+@pytest.mark.parametrize("loss", [margin_loss, order_loss])
+def test_a_score_added_to_a_query_changes_nothing(loss):
+    added = STUDENT + torch.where(QUERIES == 3, 5.0, -2.0)
+    torch.testing.assert_close(loss(added, TEACHER, QUERIES), loss(STUDENT, TEACHER, QUERIES), atol=1e-5, rtol=1e-4)
+    assert loss(TEACHER + 3, TEACHER, QUERIES).item() == pytest.approx(0, abs=1e-6)
+    assert loss(STUDENT, TEACHER, QUERIES) > 0.1
+    student = STUDENT.clone().requires_grad_()
+    loss(student, TEACHER, QUERIES).backward()
+    assert student.grad.isfinite().all() and student.grad[5] == 0 and (student.grad[:5] != 0).all()
+    alone = loss(student, TEACHER, torch.arange(8))
+    alone.backward()
+    assert alone.item() == 0 and student.grad.isfinite().all(), "there is nothing to compare"
+
+
+def test_a_score_is_that_of_the_second_class_over_the_first():
+    assert scores_of(torch.tensor([[1.0, 3.0], [2.0, 0.0]])).tolist() == [2, -2]
+    assert scores_of(torch.tensor([[1.0], [2.0]])).tolist() == [1, 2]
+
+
+def test_embeddings_are_near_by_themselves_and_to_each_other():
+    student, teacher = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1)).unbind()
+    total = 0.0
+    for i in range(5):
+        near = [
+            torch.stack([F.cosine_similarity(x[i], x[j], dim=0) for j in range(5) if j != i]) / 0.05
+            for x in (student, teacher)
+        ]
+        total += 1 - F.cosine_similarity(student[i], teacher[i], dim=0)
+        total += F.kl_div(near[0].log_softmax(0), near[1].softmax(0), reduction="sum")
+    torch.testing.assert_close(embedding_loss(student, teacher), total / 5)
+    assert embedding_loss(3 * teacher, teacher).item() == pytest.approx(0, abs=1e-5), "length does not count"
+    turned = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(2)))[0]
+    away = 1 - F.cosine_similarity(teacher @ turned, teacher).mean()
+    torch.testing.assert_close(embedding_loss(teacher @ turned, teacher), away, atol=1e-4, rtol=1e-4)
+    pair = embedding_loss(student[:2], teacher[:2])
+    torch.testing.assert_close(pair, (1 - F.cosine_similarity(student[:2], teacher[:2])).mean())
+    assert math.isfinite(pair)
