@@ -70,10 +70,10 @@ def load_paragraphs(
     """Return the task of finding a question's paragraph among all paragraphs of its article, of SQuAD's columns.
 
     Where there is one part, a fifth of its articles (``title``) is test; a tenth of the others is validation. Both have
-    up to ``ASKED`` questions of each article, with all paragraphs. Train has every question with its paragraph, ``NEAR``
-    others of its article and ``FAR`` of other articles, which are told apart first. All is drawn with the fixed seed 0,
-    but for the order of train. A paragraph is relevant, 1, if the question is asked of it and has an answer there. A
-    question that is asked in several articles counts in the first.
+    up to ``ASKED`` questions of each article, with all paragraphs. Train has every question with its paragraph,
+    ``NEAR`` others of its article and ``FAR`` of other articles, which are told apart first. All is drawn with the
+    fixed seed 0, but for the order of train. A paragraph is relevant, 1, if the question is asked of it and has an
+    answer there. A question that is asked in several articles counts in the first.
 
     Args as ``load_task``'s; the metric is "mrr" unless ``spec`` names one.
 
