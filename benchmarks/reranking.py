@@ -47,7 +47,7 @@ class Size:
     repeats: int
 
 
-FULL = Size("passages", 12_000, 12_000, 16, None, (128, 256, 512), 7)
+FULL = Size("passages", 20_000, 12_000, 32, None, (128, 256, 512), 7)
 TINY = Size("passages-tiny", 64, 64, 16, 8, (64, 96), 2)
 
 
@@ -81,7 +81,7 @@ def train(size: Size) -> None:
     """Train the dense cross-encoder: one pass, with labels."""
     from thresher.experiments.train import train as job
 
-    own = {"method": "dense", "prune_epochs": 0, "epochs": 1, "lr": 2e-4}
+    own = {"method": "dense", "prune_epochs": 0, "epochs": 1, "lr": 1e-4}
     job(model=pretrained("minilm-l6"), out=folder("dense", size), **own, **common(size, size.rows))
 
 

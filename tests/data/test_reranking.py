@@ -197,6 +197,9 @@ def test_a_question_is_to_find_its_paragraph_among_those_of_its_article(tmp_path
     train = pandas.DataFrame(task.train.to_dict())
     sizes = train.groupby("query").agg({"label": "sum", "passage": "nunique"})
     assert (sizes["passage"] == 4).all() and (sizes["label"] == 1).all()
+    own = train[train["query"] != "asked of all?"]
+    far = [q.split()[1] != p.split()[1] for q, p in zip(own["query"], own["passage"], strict=True)]
+    assert sum(far) * 4 == len(own), "one of four is of another article"
     assert len({*task.validation["query"]}) == 10, "a tenth of ten articles"
     of = [{text.split()[1] for text in part["passage"]} for part in (task.train, task.validation, task.test)]
     assert not of[0] & of[1] and not of[1] & of[2] and not of[0] & of[2]

@@ -24,7 +24,7 @@ METRICS = re.compile(r"(map|mrr|ndcg|recall)(@[1-9]\d*)?")
 USUAL = ("map", "mrr", "ndcg@10", "recall@10")  # of METRICS, for messages
 COLUMNS = ("query", "passage")  # of a table that is made here
 ARTICLE = ("title", "context", "question", "answers")
-NEGATIVES = 3  # other paragraphs beside each question of a train part
+NEAR, FAR = 2, 1  # other paragraphs beside each question of a train part: of its article, and of others
 ASKED = {"validation": 10, "test": 20}  # questions of each article, all its paragraphs beside each of them
 
 
@@ -70,10 +70,10 @@ def load_paragraphs(
     """Return the task of finding a question's paragraph among all paragraphs of its article, of SQuAD's columns.
 
     Where there is one part, a fifth of its articles (``title``) is test; a tenth of the others is validation. Both have
-    up to ``ASKED`` questions of each article, with all paragraphs. Train has every question with its paragraph and
-    ``NEGATIVES`` others. All is drawn with the fixed seed 0, but for the order of train. A paragraph is relevant, 1, if
-    the question is asked of it and has an answer there. A question that is asked in several articles counts in the
-    first.
+    up to ``ASKED`` questions of each article, with all paragraphs. Train has every question with its paragraph,
+    ``NEAR`` others of its article and ``FAR`` of other articles, which are told apart first. All is drawn with the
+    fixed seed 0, but for the order of train. A paragraph is relevant, 1, if the question is asked of it and has an
+    answer there. A question that is asked in several articles counts in the first.
 
     Args as ``load_task``'s; the metric is "mrr" unless ``spec`` names one.
 
@@ -98,8 +98,8 @@ def load_paragraphs(
     rest = {title: article for title, article in rest.items() if title not in tested}
     train, validation = _split(rest, 10)
     chosen = {"validation": validation, "test": tested}
-    tables = {where: _table(_rows(articles, ASKED[where], None)) for where, articles in chosen.items()}
-    whole = _table(_rows(train, None, NEGATIVES))
+    tables = {where: _table(_rows(articles, ASKED[where])) for where, articles in chosen.items()}
+    whole = _table(_sampled(train))
     whole = first_queries(whole, COLUMNS[0], spec.limit, seed)
     used = [*COLUMNS, "label"]
     cut = task_parts(whole, tables["validation"], with_columns(tables["test"], used, ()), used, ())
@@ -141,17 +141,28 @@ def _split(articles: Articles, one_in: int) -> tuple[Articles, Articles]:
     return {t: a for t, a in articles.items() if t not in held}, {t: a for t, a in articles.items() if t in held}
 
 
-def _rows(articles: Articles, most: int | None, negatives: int | None) -> Iterator[tuple[str, str, float]]:
-    """Yield (question, paragraph, relevance) of ``most`` questions an article, with so many or all other paragraphs."""
+def _rows(articles: Articles, most: int) -> Iterator[tuple[str, str, float]]:
+    """Yield (question, paragraph, relevance) of ``most`` questions an article, with all its paragraphs."""
     draw = np.random.RandomState(0)
     for paragraphs, asked in articles.values():
-        questions = [[*asked][i] for i in draw.permutation(len(asked))[:most]]
-        for question in questions:
-            others = [i for i in range(len(paragraphs)) if i not in asked[question]]
-            if negatives is not None:
-                others = [others[i] for i in draw.permutation(len(others))[:negatives]]
-            for i in sorted({*others, *asked[question]}):
-                yield question, paragraphs[i], float(i in asked[question])
+        for question in [[*asked][i] for i in draw.permutation(len(asked))[:most]]:
+            for i, paragraph in enumerate(paragraphs):
+                yield question, paragraph, float(i in asked[question])
+
+
+def _sampled(articles: Articles) -> Iterator[tuple[str, str, float]]:
+    """Yield (question, paragraph, relevance) of all questions, with what is relevant and a few other paragraphs."""
+    draw, titles = np.random.RandomState(0), [*articles]
+    for title, (paragraphs, asked) in articles.items():
+        for question, own in asked.items():
+            others = [i for i in range(len(paragraphs)) if i not in own]
+            others = [others[i] for i in draw.permutation(len(others))[:NEAR]]
+            for i in sorted({*others, *own}):
+                yield question, paragraphs[i], float(i in own)
+            elsewhere = [name for name in titles if name != title]
+            for i in draw.permutation(len(elsewhere))[:FAR]:
+                there = articles[elsewhere[i]][0]
+                yield question, there[draw.randint(len(there))], 0.0
 
 
 def _table(rows: Iterator[tuple[str, str, float]]) -> DataFrame:

@@ -65,10 +65,7 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
         raise ValueError(f"{out} is there and not empty: choose another folder for the result")
     if spec.plot is not None and find_spec("matplotlib") is None:
         raise ValueError("the picture needs matplotlib, which is missing: pip install 'thresher[plot]'")
-    loaded: Any = load_embedder(spec.model) if is_embedder(spec.model) else load(spec.model)
-    net, tokenizer = loaded
-    if pruner_of(net) is not None:
-        raise ValueError(f"{spec.model} is pruned already: tune its dense model")
+    net, tokenizer = finished(spec.model)
     tell = progress or (lambda what, done, total: None)
     texts = read_texts(spec, budget, net, tokenizer, tell)
     search = ScheduleSearch(net, scores, texts.samples, latency_table(net) if budget.of_time else None, tell)
@@ -90,17 +87,23 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
         **environment(),
     }
     with folder_written_whole(out) as aside:
-        if isinstance(net, Embedder):
-            net.save_pretrained(aside, tokenizer)
-        else:
-            net.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
+        net.save_pretrained(aside, *([tokenizer] if isinstance(net, Embedder) else []))
+        tokenizer.save_pretrained(aside)
         (aside / SUMMARY).write_text(json.dumps(summary, indent=1))
         if find_spec("matplotlib"):
             plots.search(rows, search.profiled, aside / PICTURE, budget.limit)
     if spec.plot is not None:
         plots.search(rows, search.profiled, spec.plot, budget.limit)
     return best(rows, search.cost)
+
+
+def finished(model: str) -> tuple[Any, Any]:
+    """A dense model that is to be tuned, an ``Embedder`` where it is one, and its tokenizer. Raises ValueError for a
+    pruned one."""
+    net, tokenizer = load_embedder(model) if is_embedder(model) else load(model)
+    if pruner_of(net) is not None:
+        raise ValueError(f"{model} is pruned already: tune its dense model")
+    return net, tokenizer
 
 
 @dataclass(frozen=True)
