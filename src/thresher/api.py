@@ -19,7 +19,7 @@ from .core.architecture import Architecture
 from .core.compat import execution_device, flattens_inputs, mask_survivors, transformer_module
 from .core.hooks import Hooks
 from .core.probe import settle
-from .core.pruner import CONFIG_KEY, MODULE, SURVIVORS, TokenPruner, pruner_in, pruner_of
+from .core.pruner import CONFIG_KEY, MODULE, SURVIVORS, TokenPruner, pruner_in, pruner_of, query_of
 from .core.tokens import LAYOUTS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -141,8 +141,7 @@ def _suit_pairs(method: TokenPruner, model: nn.Module, info: Architecture) -> No
     first, separator = transformer_module(model), getattr(getattr(model, "tokenizer", None), "sep_token_id", None)
     if first is None or separator is None or first.auto_model is info.base or inner_model(model).config.num_labels != 1:
         return
-    if method.protect is None:
-        method.protect = {"until": [separator]}
+    method.protect = query_of(separator, method.protect).get("protect", method.protect)
     if method.at is None:
         usual = method.default_at(info)
         method.at = tuple(layer for layer in usual if layer >= info.depth // 3) or usual

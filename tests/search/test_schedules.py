@@ -14,7 +14,7 @@ from support.families import FAMILIES
 from thresher import ATS, FirstK, TopK, prune
 from thresher.core.cost import LatencyTable
 from thresher.evaluation.predict import predict
-from thresher.search.schedules import LEVELS, WIDTHS, Space, curves, neighbours
+from thresher.search.schedules import LEVELS, WIDTHS, Space, curves, neighbours, protected_by
 
 LINE = ((10.0, 40.0), (1.0, 4.0))
 PARTS = {"attention": LINE, "scored": LINE, "ffn": LINE, "rest": ((10.0, 40.0), (0.5, 0.5))}
@@ -155,3 +155,20 @@ def test_the_family_goes_from_rectangular_to_geometric():
 def test_a_budget_out_of_reach_has_no_member():
     assert space()[0].falling(0.0, 0.01) is None
     assert space()[0].falling(0.32, 0.3) is None, "a wide one cannot be steep"
+
+
+def test_queries_are_counted_as_they_stay():
+    """Where a method keeps the query of a pair, the cost of a schedule is what the model then takes."""
+    model, method = FAMILIES["bert"].build(), TopK(keep=0.2, at=(1, 2), protect={"until": [3]})
+    batch = FAMILIES["bert"].batch((24, 18, 10))
+    for row, place in enumerate((5, 12, 8)):
+        batch["input_ids"][row, place] = 3
+    texts = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    prune(model, method)
+    with torch.no_grad():
+        model(**batch)
+    protected = protected_by(method, texts)
+    assert protected.tolist() == [6, 13, 9]
+    lengths = torch.tensor([len(text) for text in texts])
+    space = Space(method.architecture, lengths, protected=protected)
+    assert space._cost({"at": (1, 2), "keep": (0.2, 0.2)}) == pytest.approx(method.record.used.item() / 3)

@@ -527,6 +527,12 @@ def check_protect(protect: Any) -> None:
         )
 
 
+def query_of(separator: int | None, protect: Any = None) -> dict[str, Any]:
+    """The option of a method that keeps the query of a pair; none where ``protect`` says otherwise, or no token ends
+    it."""
+    return {} if separator is None or protect is not None else {"protect": {"until": [separator]}}
+
+
 def separator_of(model: Architecture) -> int:
     """The id of the token that ends the query of a pair, as the model's configuration has it."""
     separator = getattr(model.base.config, "sep_token_id", None)

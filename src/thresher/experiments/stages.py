@@ -19,7 +19,7 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from ..api import CONFIG_KEY, prune, unprune
-from ..core.pruner import METHODS, TokenPruner, pruner_in
+from ..core.pruner import METHODS, TokenPruner, pruner_in, query_of
 from ..data import qa
 from ..data.embedder import Embedder, embedder_for, load_embedder
 from ..data.load import load_task
@@ -34,7 +34,7 @@ from ..evaluation.rows import folder_written_whole, whole, writing
 from ..methods.parts.budget import OutOfReach
 from ..methods.topk import REPLAY, TopK
 from ..search.halving import successive_halving
-from ..search.schedules import WIDTHS, Space
+from ..search.schedules import WIDTHS, Space, protected_by
 from ..training.checkpoints import Order, last_checkpoint, step_of
 from ..training.embedding import EmbedTrainer
 from ..training.interrupt import Interrupt
@@ -113,12 +113,16 @@ class Run:
         """A model that was trained here, as it lies in a folder."""
         return cast("Any", load_embedder(str(folder))[0]) if self.embeds else load(str(folder))[0]
 
-    def method(self, options: dict[str, Any] | None = None) -> TokenPruner | None:
-        """``method_of``; of a pair whose candidate is ranked the query stays, unless the options say otherwise."""
-        method, separator = method_of(self.spec, options), self.data.tokenizer.sep_token_id
-        if method is not None and self.ranks and method.protect is None and separator is not None:
-            method.protect = {"until": [separator]}
-        return method
+    def options(self, options: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Options of a method; of a pair whose candidate is ranked the query stays, unless they say otherwise."""
+        options = (self.spec.method_options if options is None else options) or {}
+        query = query_of(self.data.tokenizer.sep_token_id, options.get("protect")) if self.ranks else {}
+        return query | options
+
+    @property
+    def protects(self) -> dict[str, Any]:
+        """Of ``options`` the one that says what never leaves."""
+        return {name: value for name, value in self.options().items() if name == "protect"}
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
         return load_from_disk(str(folder))
     rows = run.data.train if part == "train" else watched(run.data.validation)
     rows = rows.remove_columns("labels") if run.data.task.label_column is None and part != "train" else rows
-    net, method = run.model(dense).eval(), run.method()
+    net, method = run.model(dense).eval(), method_of(spec, run.options())
     columns: dict[str, Any] = {}
     ranks = method is not None and method.ranks_teacher
     if ranks:
@@ -242,7 +246,7 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
     spec, work, data = run.spec, run.work, run.data
     if folder.exists():
         return folder
-    prune(run.model(dense), run.method(options) or TopK(keep=1.0, at=()))  # as there
+    prune(run.model(dense), method_of(spec, run.options(options)) or TopK(keep=1.0, at=()))  # as there
     work.claim()
     lasts = spec.prune_epochs
     schedule: dict[str, Any] = {}
@@ -253,11 +257,13 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
         set_seed(spec.seed)
         if net is None:
             net = run.model(start or dense, layers=spec.layers, again=start is not None)
-            method = run.method(options | schedule)
+            method = method_of(spec, run.options(options | schedule))
             if "steps" in arguments and method is not None and method.soft_until:
                 space, target = space_of(run, net), options.get("target_flops") or options.get("target_latency") or 0.4
                 even: Any = space.falling(PROXY, target) or space.falling(0.0, target) or {}
-                method = TopK(**even)  # in a short training its own would be soft, and let nothing leave
+                method = TopK(
+                    **even, **cast("Any", run.protects)
+                )  # in a short training its own would be soft, and let nothing leave
             prune(net, method or TopK(keep=1.0, at=()))
         kind = RerankTrainer if run.ranks else EmbedTrainer if run.embeds else PruningTrainer
         return kind(
@@ -353,7 +359,8 @@ def choose_schedule(
     """
     target, learns = options["target_flops"], "schedule" in fields_of(run.spec.method)
     proxy = TopK if learns else METHODS[run.spec.method or ""]
-    own = {name: value for name, value in options.items() if not learns and name != "target_flops"}
+    own = {name: value for name, value in run.options(options).items() if not learns and name != "target_flops"}
+    own |= run.protects if learns else {}
     space = space_of(run, model(), cast("Any", proxy)(keep=1.0, at=(), **own))
     family = {f"{width:g}": space.falling(width, target) for width in WIDTHS}
     family = {name: schedule for name, schedule in family.items() if schedule is not None}
@@ -374,9 +381,11 @@ def choose_schedule(
 
 def space_of(run: Run, net: PreTrainedModel, method: TokenPruner | None = None) -> Space:
     """The schedules of a model, by default for ``TopK``, on the lengths of the validation part."""
-    pruner = pruner_in(prune(net, method or TopK(keep=1.0, at=())))
-    lengths = torch.tensor([len(ids) for ids in run.data.validation["input_ids"]])
-    space = Space(pruner.architecture, lengths, pruner.needs_attention and pruner.scores_all)
+    default: Any = run.protects
+    pruner = pruner_in(prune(net, method or TopK(keep=1.0, at=(), **default)))
+    ids = run.data.validation["input_ids"]
+    lengths, protected = torch.tensor([len(text) for text in ids]), protected_by(pruner, ids)
+    space = Space(pruner.architecture, lengths, pruner.needs_attention and pruner.scores_all, protected=protected)
     unprune(net)
     return space
 

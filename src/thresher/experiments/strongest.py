@@ -144,7 +144,7 @@ def at_budget(run: Run, net: Any, share: float) -> Any:
         space = space_of(run, unprune(net))
         schedules = (space.falling(width, share) for width in reversed(WIDTHS))
         schedule = next((one for one in schedules if one is not None), None)
-        return None if schedule is None else prune(net, make_method(pruner.name, dict(schedule)))
+        return None if schedule is None else prune(net, make_method(pruner.name, {**run.protects, **schedule}))
     if getattr(pruner, "target_flops", None) is None:
         return None
     pruner.target_flops = share

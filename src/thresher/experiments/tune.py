@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..core.pareto import pareto_front
-from ..core.pruner import pruner_of
+from ..core.pruner import pruner_of, query_of
 from ..data.embedder import Embedder, is_embedder, load_embedder
 from ..data.models import clip, load
 from ..data.task import Task
@@ -68,6 +68,11 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     net, tokenizer = finished(spec.model)
     tell = progress or (lambda what, done, total: None)
     texts = read_texts(spec, budget, net, tokenizer, tell)
+    if texts.task.kind == "reranking":  # the query stays
+        scores = {
+            name: (one, query_of(tokenizer.sep_token_id, own.get("protect")) | own)
+            for name, (one, own) in scores.items()
+        }
     search = ScheduleSearch(net, scores, texts.samples, latency_table(net) if budget.of_time else None, tell)
     chosen = search.find(budget)
     method, options = scores[chosen["method"]]

@@ -21,7 +21,7 @@ from ..evaluation.predict import Text
 from ..methods.topk import TopK
 from ..stats import bounds
 from .reference import Comparison, Sample
-from .schedules import LEVELS, Left, Space, curves, neighbours
+from .schedules import LEVELS, Left, Space, curves, neighbours, protected_by
 
 PROFILED = (0.75, 0.5, 0.3, 0.15, 0.0)  # shares at which each layer is tried alone
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of the dense cost, for which a schedule is looked for
@@ -194,11 +194,12 @@ class ScheduleSearch:
     ):
         self.net, self.scores, self.samples = net, served(net, scores), samples
         self.tell, self.score = tell, next(iter(self.scores))
-        info = pruner_in(prune(net, TopK(keep=1.0, at=()))).architecture
+        method, options = self.scores[self.score]
+        pruner = pruner_in(prune(net, make_method(method, {"keep": 1.0, "at": ()} | options)))
+        info, lengths = pruner.architecture, Text(net, samples.search.rows, None).lengths
+        protected = protected_by(pruner, samples.search.rows["input_ids"])
         unprune(net)
-        kind = METHODS[self.scores[self.score][0]]
-        lengths = Text(net, samples.search.rows, None).lengths
-        self.space = Space(info, lengths, kind.needs_attention and kind.scores_all, table)
+        self.space = Space(info, lengths, pruner.needs_attention and pruner.scores_all, table, protected)
         if not self.space.layers:
             raise ValueError(f"{info.name} has no layer after which tokens could leave")
         self.cost = "flops_fraction" if table is None else "latency_ms"

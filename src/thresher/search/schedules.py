@@ -8,16 +8,18 @@ Shapes: N texts, L layers that can be sites, V levels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..core.architecture import Architecture
 from ..core.cost import LatencyTable, LayerCount, between, dense_macs, macs, tokens_by_layer
+from ..core.pruner import TokenPruner
 from ..methods.parts.budget import bisect_to_budget
 from ..methods.parts.selection import kept_count
 
@@ -41,12 +43,14 @@ class Space:
         lengths: (N,) tokens of each text.
         charged: whether the method takes all attention probabilities of a site, whose MACs then count.
         table: measured times, one text at a time.
+        protected: (N,) tokens of each text that never leave; default: those that the model protects.
     """
 
     info: Architecture
     lengths: Tensor
     charged: bool = True
     table: LatencyTable | None = None
+    protected: Tensor | None = None
 
     @property
     def layers(self) -> range:
@@ -150,7 +154,7 @@ class Space:
 
     @property
     def _protected(self) -> Tensor:
-        return self.lengths.clamp(max=len(self.info.protected))
+        return self.lengths.clamp(max=len(self.info.protected)) if self.protected is None else self.protected
 
     @property
     def _fixed(self) -> float:
@@ -182,6 +186,13 @@ class Space:
                     after = {layer: lambda _, left=kept[b]: left} if a != b else {}
                     steps[i, a, b] = self._price(self._counts(kept[a], after, bears), layer)
         return self._fixed + self._price(self._counts(n, {}, range(self.info.first_site))), steps
+
+
+def protected_by(pruner: TokenPruner, texts: Sequence[Sequence[int]]) -> Tensor:
+    """(N,) how many tokens of each text, given as ids, a method protects."""
+    ids = [torch.tensor(text) for text in texts]
+    alive = pad_sequence([torch.ones(len(text), dtype=torch.bool) for text in ids], batch_first=True)
+    return pruner.protection(alive, pad_sequence(ids, batch_first=True)).sum(1)
 
 
 def _falling(count: int, width: float, by: float) -> list[float]:
