@@ -1,6 +1,8 @@
 """A cross-encoder on SQuAD's articles, one step after the other; each resumes, and is not run again once it is done.
 
-    python benchmarks/reranking.py train      MiniLM-L6 learns which paragraph of an article answers a question
+    python benchmarks/reranking.py warm       MiniLM-L6 learns which sentence answers a question: short pairs, of the
+                                              articles to train on
+    python benchmarks/reranking.py train      and which paragraph of an article does
     python benchmarks/reranking.py prune      and is pruned by ToP and TopK, without labels
     python benchmarks/reranking.py measure    reciprocal rank and nDCG of all, with paired intervals over questions
     python benchmarks/reranking.py time       milliseconds for 100 candidates in every runtime, interleaved
@@ -47,7 +49,7 @@ class Size:
     repeats: int
 
 
-FULL = Size("passages", 20_000, 12_000, 32, None, (128, 256, 512), 7)
+FULL = Size("passages", 8_000, 8_000, 32, None, (128, 256, 512), 7)
 TINY = Size("passages-tiny", 64, 64, 16, 8, (64, 96), 2)
 
 
@@ -77,12 +79,57 @@ def folder(name: str, size: Size) -> Path:
     return RUNS / size.name / f"minilm-l6-{name}"
 
 
+def sentences(size: Size) -> str:
+    """Where the short pairs are: each question with the sentence that holds its answer, with another one of that
+    paragraph and with one of another paragraph of its article."""
+    import random
+    import re
+
+    import pandas
+
+    from thresher.data.load import load_task
+
+    place = RUNS / size.name / "data" / "sentences" / "train.parquet"
+    if place.exists():
+        return str(place)
+    train = load_task(data_of(size), metric=METRICS[0]).train.to_pandas()
+    relevant = train[train["label"] == 1]
+    known = {*zip(relevant["query"], relevant["passage"], strict=True)}
+    asked = pandas.read_parquet(Path(data_of(size)) / "validation.parquet")
+    draw, rows = random.Random(0), []
+    cut = {text: re.split(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])", text) for text in asked["context"].unique()}
+    beside = asked.groupby("title")["context"].unique()
+    columns = (asked[name] for name in ("title", "context", "question", "answers"))
+    for title, text, question, answers in zip(*columns, strict=True):
+        if (question.strip(), text) not in known or not len(answers["text"]):
+            continue
+        answer = answers["text"][0]
+        right = next((one for one in cut[text] if answer in one), None)
+        others = [one for one in cut[text] if answer not in one]
+        away = [one for other in beside[title] if other != text for one in cut[other] if answer not in one]
+        if right is not None and away:
+            rows += [(question, right, 1.0), (question, draw.choice(away), 0.0)]
+            rows += [(question, draw.choice(others), 0.0)] if others else []
+    place.parent.mkdir(parents=True, exist_ok=True)
+    pandas.DataFrame(rows, columns=["query", "passage", "label"]).to_parquet(place)
+    return str(place)
+
+
+def warm(size: Size) -> None:
+    """Train on short pairs, of which a step takes little: two passes."""
+    from thresher.experiments.train import train as job
+
+    own = {"method": "dense", "prune_epochs": 0, "epochs": 2, "lr": 1e-4, "batch_size": 32, "max_length": 96}
+    given = common(size, size.rows) | {"data": sentences(size), "limit": None}
+    job(model=pretrained("minilm-l6"), out=folder("warm", size), **given | own)
+
+
 def train(size: Size) -> None:
     """Train the dense cross-encoder: one pass, with labels."""
     from thresher.experiments.train import train as job
 
     own = {"method": "dense", "prune_epochs": 0, "epochs": 1, "lr": 1e-4}
-    job(model=pretrained("minilm-l6"), out=folder("dense", size), **own, **common(size, size.rows))
+    job(model=str(folder("warm", size)), out=folder("dense", size), **own, **common(size, size.rows))
 
 
 def prune(size: Size) -> None:
@@ -208,7 +255,7 @@ def land(size: Size, name: str, result: dict[str, Any]) -> None:
         aside.write_text(as_json({**result, "rows": rows}))
 
 
-STEPS = {"train": train, "prune": prune, "measure": measure, "time": time}
+STEPS = {"warm": warm, "train": train, "prune": prune, "measure": measure, "time": time}
 
 
 def main() -> int:
