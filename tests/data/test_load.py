@@ -387,3 +387,13 @@ def test_words_among_numbers(tmp_path):
     write(tmp_path / "train.csv", [{"text": "a", "label": i / 4} for i in range(20)])
     write(tmp_path / "test.csv", reviews(4))
     assert "test column 'label' holds no numbers" in failure(tmp_path)
+
+
+def test_accuracy_says_little_where_one_class_is_common(tmp_path):
+    rows = [(f"text {i}", "rare" if i % 20 == 0 else "common") for i in range(100)]
+    path = tmp_path / "rare.csv"
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    with pytest.warns(UserWarning, match="95% of the rows are of the class common: quality is Matthews' correlation"):
+        task = load_task(path)
+    assert task.metric == "matthews"
+    assert load_task(path, metric="accuracy").metric == "accuracy"

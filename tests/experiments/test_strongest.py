@@ -23,6 +23,8 @@ def toy(tmp_path_factory) -> SimpleNamespace:
 
 def trained(toy, out, monkeypatch, lost: dict[float, float] | None = None, **options):
     """A run without a training, in which the drops are those of ``lost`` where it says so."""
+    if "epochs" not in options:  # the dense model is not trained either
+        monkeypatch.setattr(strongest, "CHANCE", -100.0)
     if lost is not None:
 
         def judge(run, before, folder, target, max_drop):
@@ -57,6 +59,15 @@ def test_budgets_are_searched_by_halves(toy, tmp_path, monkeypatch, bears, tried
         assert 1 / pruned["flops_ratio"] == pytest.approx(chosen, rel=0.1)
         assert lines[-1].endswith("of the MACs are left, the least of those tried within a drop of 1 point")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_what_has_learned_nothing_is_not_pruned(toy, tmp_path, monkeypatch):
+    """Whose every answer is the same loses none by losing tokens."""
+    (dense, pruned), summary = trained(toy, tmp_path / "out", monkeypatch, epochs=0)
+    assert summary["budget"]["tried"] == [] and pruned["quality"] == dense["quality"]
+    assert not hasattr(load(str(tmp_path / "out"))[0], "token_pruner")
+    (line,) = budget_lines(summary, [dense, pruned])
+    assert "points above one answer for every text" in line and "The result is the dense model" in line
 
 
 def test_a_bound_is_kept_on_rows_that_chose_nothing_else(toy, tmp_path, monkeypatch):

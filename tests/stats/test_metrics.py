@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
-from thresher.stats.metrics import compute_metric
+from thresher.stats.metrics import compute_metric, trivial
 
 
 def test_metrics_are_in_points():
@@ -38,3 +38,10 @@ def test_metrics_of_nothing_or_of_nan_are_errors():
         compute_metric("accuracy", [], [])
     with pytest.raises(ValueError, match="diverged"):
         compute_metric("accuracy", [[math.nan, 0.0]], [1])
+
+
+def test_one_answer_for_every_text():
+    labels = np.array([1] * 9 + [0])
+    assert trivial("accuracy", labels) == pytest.approx(90)
+    assert trivial("f1", labels) == pytest.approx(100 * 18 / 19)
+    assert trivial("matthews", labels) == trivial("pearson", labels) == trivial("map", np.ones(3)) == 0

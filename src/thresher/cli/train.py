@@ -47,7 +47,14 @@ def budget_lines(summary: dict, rows: list[dict]) -> list[str]:
             for rung in budget["tried"]
         ]
         bound = f"a drop of {budget['max_drop']:g} point{'s' * (budget['max_drop'] != 1)}"
-        if not tried:
+        if "trivial" in budget:
+            gain = budget["dense"] - budget["trivial"]
+            last = (
+                f"the dense model is {gain:.1f} points above one answer for every text on the validation part: it has "
+                "learned too little to tell what a token is worth. The result is the dense model; train it longer "
+                "(--epochs), or give it more rows, most of all of rare classes"
+            )
+        elif not tried:
             last = "none of the budgets is in reach of these texts: the result is the dense model"
         elif budget["target_flops"] is None:
             last = f"no token can leave within {bound}: the result is the dense model, to be run packed or exported"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 CORRELATIONS = ("pearson", "spearman")  # metrics of numbers
+COMMON, MANY = 0.8, 50  # share of (so many) rows in one class above which accuracy says little
 USUAL = {"mrpc": "f1", "cola": "matthews", "trecqa": "map"}
 
 
@@ -49,6 +50,7 @@ def load_task(
       and the metric is not "pearson" or "spearman".
     * Columns like SQuAD's make a question answering task (``qa.load_qa``), or one of finding the paragraph where the
       metric ranks (``reranking.load_paragraphs``).
+    * Of classes the metric is accuracy, or "matthews" where four rows of five are of one class.
     * The metrics "map", "mrr", "ndcg@10" and "recall@10" (any number) rerank pairs of a query and a candidate: of two
       classes class 1 is relevant, of more numbers what is above 0. Parts are then cut by query, and queries without
       candidates of both kinds leave test and validation.
@@ -132,7 +134,7 @@ def _table(name: str, parts: dict, spec: DataSpec, flaws: Flaws, labels, need_la
     return _Table(name, parts, columns, label, names, bool(label and names and need_labels))
 
 
-def _metric(table: _Table, asked: str | None) -> str:
+def _metric(table: _Table, asked: str | None, flaws: Flaws) -> str:
     """Return the metric that was asked for, or the usual one. Raises DataError where it does not fit the labels."""
     classes = len(table.names or ())
     fits = [*CORRELATIONS] if table.names is None else ["accuracy", "matthews"] + ["f1"] * (classes == 2)
@@ -140,6 +142,15 @@ def _metric(table: _Table, asked: str | None) -> str:
     fits += reranking.USUAL if pairs else ()
     usual = USUAL.get(table.name)
     metric = asked or (usual if usual in fits else fits[0])
+    rows: Any = table.parts.get("train", table.parts.get("test"))
+    if metric == "accuracy" and not asked and table.learns and len(rows) >= MANY:
+        shares = rows[table.label].value_counts(normalize=True)
+        if shares.iloc[0] >= COMMON:
+            metric, name = "matthews", brief((table.names or [])[shares.index[0]])
+            flaws.notices.append(
+                f"{shares.iloc[0]:.0%} of the rows are of the class {name}: quality is Matthews' correlation, in which "
+                "giving that answer always is worth 0; name accuracy as the metric if you want it"
+            )
     fit = metric in fits or (pairs and is_ranking(metric))
     require(fit, f"{metric!r} is no metric for {table.kind(None)} ({classes} classes): use {brief(*fits)}")
     return metric
@@ -148,7 +159,7 @@ def _metric(table: _Table, asked: str | None) -> str:
 def _cut(table: _Table, spec: DataSpec, flaws: Flaws, seed: int, beside: Sequence[str]) -> Task:
     """Cut a table into the parts of a task."""
     columns, label, train, test = table.columns, table.label, table.parts.get("train"), table.parts.get("test")
-    metric, validation, selected_on = _metric(table, spec.metric), None, "nothing: there is no train part"
+    metric, validation, selected_on = _metric(table, spec.metric, flaws), None, "nothing: there is no train part"
     ranked, classes = is_ranking(metric), table.names or []
     if test is None:
         whole = (train, columns, label, 5 if table.name == "bbc" else 10)

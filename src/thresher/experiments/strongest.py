@@ -23,13 +23,14 @@ from ..evaluation.rows import folder_written_whole, whole
 from ..methods.parts.budget import OutOfReach
 from ..search.schedules import WIDTHS
 from ..stats.bootstrap import bootstrap_interval
-from ..stats.metrics import compute_metric
+from ..stats.metrics import compute_metric, trivial
 from ..training.monitor import WATCHED
 from .spec import NOTICED
 from .stages import Run, asked, open_schedule, prune_and_train, save, space_of
 
 LADDER = (0.85, 0.7, 0.55, 0.42, 0.32, 0.24)  # shares of the dense MACs, from mild to strong
 MILD = 1.0  # points: of a drop above ``NOTICED`` the budget is told at which it would have been these
+CHANCE = 5.0  # points above one answer for all texts that the dense model has to be, or a drop says nothing
 MARGIN = 0.5  # standard errors, of one row at least, that a drop must be below the bound: a best look flatters
 Z95 = 1.96
 
@@ -56,14 +57,17 @@ class Rung:
 
 def strongest(run: Run, dense: Path, max_drop: float) -> Path:
     """The folder of the model of the strongest budget that loses at most ``max_drop`` points; where none does, of the
-    dense model, unpruned. ``stage.json`` has all budgets that were tried.
+    dense model, unpruned; and so where that has learned next to nothing. ``stage.json`` has what was tried.
     """
     final = run.work.folder / "pruned"
     if final.exists():
         return final
     before = asked(run.model(dense).eval(), dense, run.data.validation, batch_size=run.spec.batch_size)
     low, high, best, start, rungs = 0, len(LADDER), None, None, []
-    while low < high:
+    rows, metric = run.data.validation, run.data.task.metric
+    known, least = quality(before, rows, metric), trivial(metric, outcome(before, rows, metric)[1])
+    learned = known - least >= CHANCE
+    while learned and low < high:
         middle = (low + high) // 2
         target = LADDER[middle]
         folder = run.work.folder / f"pruned-{target}"
@@ -85,6 +89,7 @@ def strongest(run: Run, dense: Path, max_drop: float) -> Path:
             shutil.copytree(best, aside, dirs_exist_ok=True)
         stage: dict[str, Any] = json.loads((aside / "stage.json").read_text())
         stage["budget"] = {"max_drop": max_drop, "tried": [asdict(rung) for rung in rungs]}
+        stage["budget"] |= {} if learned else {"dense": known, "trivial": least}
         stage["budget"]["target_flops"] = None if best is None else float(best.name.split("-")[1])
         (aside / "stage.json").write_text(json.dumps(stage))
     return final

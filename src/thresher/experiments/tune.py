@@ -68,11 +68,7 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     net, tokenizer = finished(spec.model)
     tell = progress or (lambda what, done, total: None)
     texts = read_texts(spec, budget, net, tokenizer, tell)
-    if texts.task.kind == "reranking":  # the query stays
-        scores = {
-            name: (one, query_of(tokenizer.sep_token_id, own.get("protect")) | own)
-            for name, (one, own) in scores.items()
-        }
+    scores = {name: (one, kept_query(texts.task, tokenizer, own) | own) for name, (one, own) in scores.items()}
     search = ScheduleSearch(net, scores, texts.samples, latency_table(net) if budget.of_time else None, tell)
     chosen = search.find(budget)
     method, options = scores[chosen["method"]]
@@ -150,6 +146,11 @@ def read_texts(spec: TuneSpec, budget: Budget, net: PreTrainedModel, tokenizer: 
     few = min(PROFILING, searched)
     samples = Samples(sample(tested, searched), sample(tested, few), sample(0, tested) if tested else None)
     return Texts(task, max_length, samples, searched, tested)
+
+
+def kept_query(task: Task, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The option of a method that keeps the query of each pair, where candidates are ranked."""
+    return query_of(tokenizer.sep_token_id, options.get("protect")) if task.kind == "reranking" else {}
 
 
 def best(rows: list[dict], cost: str = "flops_fraction") -> list[dict]:
