@@ -145,6 +145,10 @@ class TrainerNames(_Trainer):
         """The columns of a data set that are kept, beside those that the model's forward takes."""
         return set()
 
+    def row_order(self, data: Any) -> Any:
+        """The sampler of the training rows; None: the Trainer's own."""
+        return None
+
     def may_be_best(self) -> bool:
         """Whether the model as it is may be the best one."""
         return True
@@ -156,6 +160,10 @@ class TrainerNames(_Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns: Any = list({*self._signature_columns, *self.extra_columns()})
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        own = self.row_order(self.train_dataset if train_dataset is None else train_dataset)
+        return super()._get_train_sampler(train_dataset) if own is None else own
 
     def _determine_best_metric(self, metrics: dict, trial: Any) -> bool:
         return self.may_be_best() and super()._determine_best_metric(metrics, trial)

@@ -40,7 +40,7 @@ from ..training.embedding import EmbedTrainer
 from ..training.interrupt import Interrupt
 from ..training.monitor import WATCHED, Watch
 from ..training.reranking import RerankTrainer
-from ..training.trainer import Collator, PruningTrainer, Ranking
+from ..training.trainer import Collator, FineTuner, PruningTrainer, Ranking
 from ..training.until import UntilTrained
 from .spec import FIXED, SUMMARY, TrainSpec, task_entry
 from .workspace import Workspace
@@ -171,7 +171,7 @@ def fine_tune(run: Run) -> Path:
         net = run.model(spec.model)
         if run.data.task.kind == "regression" and headless:
             start_at_mean(net, train["labels"])
-        return Trainer(net, arguments_of(run, "dense", **arguments), run.collator, train, held_out)
+        return FineTuner(net, arguments_of(run, "dense", **arguments), run.collator, train, held_out)
 
     trainer = settled(run, "dense", make, epochs, spec.lr)
     with folder_written_whole(folder) as aside:

@@ -1,4 +1,4 @@
-"""Batches that keep the candidates of a query together."""
+"""Batches of texts that are alike: in length, or the candidates of one query."""
 
 from __future__ import annotations
 
@@ -6,6 +6,47 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
+
+WINDOW = 50  # batches that are put together by length
+
+
+class LengthOrder(Sampler[int]):
+    """Rows in an order of which each run of ``size`` is a batch of near lengths, and the batches come in no order.
+
+    transformers' own grouping by length goes through each window from the longest batch to the shortest: the labels of
+    one batch after the other then lean to the same side, and a model may learn nothing (see docs/training.md). All is
+    drawn from torch's random numbers, so that a resumed training draws it again (``checkpoints.Order``). A smaller
+    batch comes last.
+
+    Args:
+        lengths: tokens of each row.
+        size: rows of a batch.
+        window: batches that are put together by length; the rows of a window are drawn at random.
+
+    Raises:
+        ValueError: no rows, or a size or window below 1.
+    """
+
+    def __init__(self, lengths: Sequence[int], size: int, window: int = WINDOW):
+        if not lengths or size < 1 or window < 1:
+            what = f"{len(lengths)} rows in batches of {size}, {window} in a window"
+            raise ValueError(f"{what}: expected rows, and 1 or more of both")
+        self.lengths, self.size, self.rows = lengths, size, size * window
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = torch.randperm(len(self.lengths)).tolist()
+        rest = len(drawn) % self.size
+        whole, last = drawn[: len(drawn) - rest], drawn[len(drawn) - rest :]
+        batches = []
+        for start in range(0, len(whole), self.rows):
+            window = sorted(whole[start : start + self.rows], key=lambda row: self.lengths[row])
+            batches += [window[i : i + self.size] for i in range(0, len(window), self.size)]
+        for batch in torch.randperm(len(batches)).tolist():
+            yield from batches[batch]
+        yield from last
 
 
 class QueryBatches(Sampler[list[int]]):

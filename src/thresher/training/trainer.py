@@ -23,6 +23,7 @@ from ..core.pruner import MODULE, Batch, Choice, Record, TokenPruner, pruner_in,
 from ..core.view import View
 from ..evaluation.latency import latency_table
 from ..methods.parts.distillation import LOGITS, distillation
+from .batches import LengthOrder
 
 # columns of a data set that take a teacher's place
 TAUGHT = {f"teacher_{name}": name for name in (*LOGITS, "ranking")}
@@ -116,7 +117,23 @@ class Collator(DataCollatorWithPadding):
         return batch
 
 
-class Pruning(TrainerNames):
+class Grouped(TrainerNames):
+    """Group the training rows by length, where the arguments ask for it, without an order of lengths. A base class
+    before a Trainer."""
+
+    def row_order(self, data: Any) -> Any:
+        args: Any = self.args
+        if args.train_sampling_strategy != "group_by_length" or "input_ids" not in getattr(data, "column_names", ()):
+            return None
+        lengths = [len(ids) for ids in data["input_ids"]]
+        return LengthOrder(lengths, args.train_batch_size * args.gradient_accumulation_steps)
+
+
+class FineTuner(Grouped, Trainer):
+    """Fine-tune a dense model: transformers' Trainer with rows grouped by length as ``Grouped`` does."""
+
+
+class Pruning(Grouped):
     """Do what any Trainer of a pruned model does: keep the budget, tell the method how far it is, step its parameters.
 
     A base class before a Trainer. ``begin`` follows the Trainer's own ``__init__``.
