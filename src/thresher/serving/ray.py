@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from .workers import Work, Worker, understood
 LOCAL = "local"  # the address of a cluster of this machine alone, that lives as long as the call
 TRIES = 3  # more times that a shard is begun whose actor was killed
 PATIENCE = 60.0  # seconds until it is said that no actor has started
+SECONDS = 10.0  # in which a cluster has to answer
 STORE = 200 << 20  # bytes of memory for objects in a cluster of our own: there are only numbers of shards
 
 
@@ -86,19 +88,11 @@ def _everywhere(work: Work) -> Work:
 
 @contextmanager
 def _actors(ray: Any, address: str, count: int, work: Work) -> Iterator[list[Any]]:
-    """Actors of a cluster, to which this process connects unless it already is; they end with the context.
-
-    Raises ValueError where there is no cluster.
-    """
+    """Actors of a cluster, to which this process connects unless it already is; they end with the context."""
     ours, threads = not ray.is_initialized(), work.scorer.threads or 1
-    own = {"num_cpus": count * threads, "include_dashboard": False, "object_store_memory": STORE}
-    try:
-        if ours:
-            more = own if address == LOCAL else {}
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **more)
-    except (OSError, RuntimeError, ValueError) as error:
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"ray={address}: there is no Ray cluster ({why}): start one, or say --ray {LOCAL}") from None
+    if ours:
+        own = {"num_cpus": count * threads, "include_dashboard": False, "object_store_memory": STORE}
+        _connect(ray, address, own if address == LOCAL else {})
     needs = {"num_cpus": threads, "num_gpus": int(work.scorer.device.startswith("cuda"))}
     kind = ray.remote(**needs, max_restarts=-1, max_task_retries=TRIES)(Worker)
     actors = [kind.remote(work) for _ in range(count)]
@@ -109,6 +103,19 @@ def _actors(ray: Any, address: str, count: int, work: Work) -> Iterator[list[Any
             ray.kill(actor)
         if ours:
             ray.shutdown()
+
+
+def _connect(ray: Any, address: str, own: dict[str, Any]) -> None:
+    """Connect to a cluster, or start one. Raises ValueError where there is none."""
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdecimal() and "/" not in host:  # ray itself would try for minutes, and end the process
+            socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (OSError, RuntimeError, ValueError, OverflowError, SystemExit) as error:
+        why = "" if isinstance(error, SystemExit) else next(iter(str(error).strip().splitlines()), "")
+        said = f"there is no Ray cluster ({why or 'no answer'}): start one, or say --ray {LOCAL}"
+        raise ValueError(f"ray={address}: {said}") from None
 
 
 def _heard(ray: Any, reference: Any) -> tuple[str, Any]:
