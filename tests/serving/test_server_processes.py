@@ -194,7 +194,7 @@ def test_memory_is_flat_over_ten_thousand_requests(model):
 def test_large_blocks_of_memory_are_handed_back():
     code = """if True:
         import ctypes, sys
-        from thresher.serving.engine import steady
+        from thresher.serving.server import steady
         libc = ctypes.CDLL(None)
         libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
         class Info(ctypes.Structure):
