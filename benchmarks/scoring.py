@@ -112,7 +112,8 @@ class Scoring:
         """The command, in a group of processes of its own."""
         call = [*COMMAND, self.folder / "pruned", "--data", self.data, "--out", out, "--shard-rows", self.every]
         call += ["--max-length", LONGEST, "--keep", "id", "--workers", 2, "--quiet", *options]
-        return subprocess.Popen([*map(str, call)], start_new_session=True, stderr=subprocess.PIPE, text=True)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([*map(str, call)], start_new_session=True, **quiet)
 
     def ended(self, process: subprocess.Popen) -> None:
         """Wait for the end of a run that nobody disturbs any more."""
@@ -247,6 +248,9 @@ def main() -> None:
     def told(row: dict) -> None:
         rows.append(row | {key: value for key, value in shared.items() if key not in row})
         print(json.dumps(row), flush=True)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
     folder = Path(tempfile.mkdtemp(prefix="scoring-"))
     try:
@@ -262,9 +266,6 @@ def main() -> None:
         if find_spec("ray"):
             row = on_ray(scoring, folder / "ray", pace)
             told({"part": "ray", **row, **scoring.judged(folder / "ray", undisturbed)})
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     finally:
         shutil.rmtree(folder)
 

@@ -31,7 +31,7 @@ from .inputs import is_text
 
 HEAD = "ForSequenceClassification"
 CHUNK = 512  # texts that are tokenized at once
-TIDY = 16  # batches after which free memory is handed back
+TIDY = 8  # batches after which free memory is handed back
 LONGEST = 512  # tokens of a text, where nobody says
 SPEC = "thresher.json"
 Row = dict[str, np.ndarray]  # the inputs of one text, each (n,) int32, without padding

@@ -43,7 +43,8 @@ def make(
     Raises:
         ValueError: there is no cluster.
         ImportError: ray is not installed.
-        ChildProcessError: a shard was begun ``TRIES`` times more, and its actor was killed every time.
+        ChildProcessError: an actor cannot start, or a shard was begun ``TRIES`` times more and its actor was killed
+            every time.
     """
     ray = _imported()
     todo, total, first = deque(shards), Tally(), True
@@ -125,7 +126,7 @@ def _heard(ray: Any, reference: Any) -> tuple[str, Any]:
     except ray.exceptions.RayError as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ChildProcessError(
-            f"an actor was lost {TRIES + 1} times at the same shard, perhaps for its memory ({line}): run the same "
-            "command again with fewer --workers or --tokens; finished shards stay"
+            f"an actor was lost and could not be replaced ({line}): perhaps its node lacks memory (fewer --workers or "
+            "--tokens) or Thresher; run the same command again, finished shards stay"
         ) from None
     return understood(said)
