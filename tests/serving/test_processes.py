@@ -20,7 +20,10 @@ from support.files import write
 from support.tiny import save_tiny
 from thresher import TopK
 from thresher.experiments.score import score
-from thresher.serving.plan import PLAN, REPORT
+from thresher.serving import ray
+from thresher.serving.plan import PLAN, REPORT, make_plan
+from thresher.serving.score import Scorer
+from thresher.serving.workers import Work
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WORDS = ["the", "farmer", "wheat", "chaff", "and", "grain", "script", "thresh"]
@@ -170,3 +173,18 @@ def test_what_is_wrong_with_a_cluster_or_in_an_actor_is_one_line(model, tmp_path
     told = process.communicate(timeout=300)[1]
     assert process.returncode == 2 and "layout" in told and len(told.splitlines()) == 1
     assert not out.exists()
+
+
+@needs_ray
+@pytest.mark.usefixtures("quiet_ray")
+def test_a_shard_that_kills_every_actor_ends_the_run(model, tmp_path):
+    class Deadly(Scorer):
+        def score(self, texts, told=None):
+            os._exit(1)
+
+    data, out = texts(tmp_path, 100), tmp_path / "out"
+    plan = make_plan([str(data)], out, "", {"text": ["text"], "keep": [], "shard_rows": 100})
+    out.mkdir()
+    with pytest.raises(ChildProcessError, match="could not be replaced"):
+        ray.make(Work(plan, Deadly(str(model), threads=1), out), [0], 1, lambda: None, lambda rows: None, "local")
+    assert not [*out.iterdir()]
