@@ -199,11 +199,15 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def speed(scoring: Scoring, repeats: int) -> list[dict]:
-    """Rows of the loops and of the command, the medians of runs that took turns; ``score`` of the first one stays."""
+    """Rows of the loops and of the command, the medians of runs that took turns; what the first run made stays.
+
+    Without repeats the command runs alone, once.
+    """
     import pandas as pd
 
-    runs: dict[str, list[dict]] = {"loop, dense": [], "loop, pruned": [], "thresher score, pruned": []}
-    for number in range(repeats):
+    loops = ["loop, dense", "loop, pruned"] if repeats else []
+    runs: dict[str, list[dict]] = {name: [] for name in (*loops, "thresher score, pruned")}
+    for number in range(max(1, repeats)):
         for name, seen in runs.items():
             began, out = time.perf_counter(), scoring.folder / f"{name.partition(',')[0]}-{number}"
             if name.startswith("loop"):
@@ -215,15 +219,18 @@ def speed(scoring: Scoring, repeats: int) -> list[dict]:
                 told = json.loads(out.with_suffix(".json").read_text())["rows"][0]
                 within = told["rows"] / told["rows_per_second"]
             seen.append({"seconds": time.perf_counter() - began, "rows_per_second": scoring.rows / within})
-    mine = pd.read_parquet(scoring.folder / "thresher score-0")["probability"]
-    by_hand = pd.read_parquet(scoring.folder / "loop-0.parquet")["probability"]  # of the pruned model, the later one
     rows = []
     for name, seen in runs.items():
         middle = {key: statistics.median(run[key] for run in seen) for key in seen[0]}
         every = [round(run["rows_per_second"], 1) for run in seen]
         rows.append({"part": "speed", "what": name, **middle, "rows_per_second_each": every})
     rows[-1] |= {key: told[key] for key in ("tokens", "padding_ratio", "flops_ratio")}
-    rows[-1]["largest_difference_from_the_loop"] = float((mine - by_hand).abs().max())
+    if loops:
+        mine = pd.read_parquet(scoring.folder / "thresher score-0")["probability"]
+        by_hand = pd.read_parquet(scoring.folder / "loop-0.parquet")[
+            "probability"
+        ]  # of the pruned model, the later one
+        rows[-1]["largest_difference_from_the_loop"] = float((mine - by_hand).abs().max())
     return rows
 
 
@@ -234,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2, help="of the loops; 0: none")
     parser.add_argument("--out", type=Path, help="a file for the rows")
     parser.add_argument("--loop", nargs=3, type=Path, metavar=("MODEL", "DATA", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
