@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,10 @@ from support.files import write
 from support.tiny import save_tiny
 from thresher import TopK
 from thresher.experiments.score import score
-from thresher.serving.plan import PLAN, REPORT
+from thresher.serving import ray
+from thresher.serving.plan import PLAN, REPORT, make_plan
+from thresher.serving.score import Scorer
+from thresher.serving.workers import Work
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WORDS = ["the", "farmer", "wheat", "chaff", "and", "grain", "script", "thresh"]
@@ -121,3 +125,66 @@ def test_workers_do_not_change_the_bytes(model, tmp_path):
     assert [one["workers"] for one in made] == [1, 2, 3]
     assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "3")
     assert json.loads((tmp_path / "3" / REPORT).read_text())["rows"] == 1000
+
+
+# --- Ray -------------------------------------------------------------------------------------------------------------
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+
+
+def actors_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The processes of its actors; before they begin and after they end they are called otherwise."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [one for one in below if one.is_running() and " ".join(one.cmdline()).startswith("ray::Worker")]
+
+
+@pytest.fixture
+def quiet_ray(monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else 15, which is to wait for all others
+
+
+@needs_ray
+@pytest.mark.usefixtures("quiet_ray")
+def test_an_actor_that_is_killed_costs_a_shard(model, tmp_path):
+    data, out = texts(tmp_path, 6000), tmp_path / "out"
+    score(model, data, tmp_path / "undisturbed", shard_rows=100, workers=1)
+    process = started(model, data, out, "--workers", 2, "--ray", "local")
+    wait_for(lambda: process.poll() is not None or [*out.glob("part-*")])
+    (killed, *_) = actors = actors_of(process)
+    killed.kill()
+    before = len([*out.glob("part-*")])
+    assert len(actors) == 2 and before < 50
+    everything = psutil.Process(process.pid).children(recursive=True)
+    assert process.wait(600) == 0, process.stderr.read()
+    process.stderr.close()
+    assert not at_work(everything)
+    assert content(out) == content(tmp_path / "undisturbed")
+
+
+@needs_ray
+@pytest.mark.usefixtures("quiet_ray")
+def test_what_is_wrong_with_a_cluster_or_in_an_actor_is_one_line(model, tmp_path):
+    data, out = texts(tmp_path, 300), tmp_path / "out"
+    for place, said in (("127.0.0.1:9", "there is no Ray cluster"), ("auto", "there is no Ray cluster")):
+        process = started(model, data, out, "--workers", 2, "--ray", place)
+        told = process.communicate(timeout=300)[1]
+        assert process.returncode == 2 and said in told and len(told.splitlines()) == 1
+    process = started(model, data, out, "--workers", 2, "--ray", "local", "--layout", "fast")
+    told = process.communicate(timeout=300)[1]
+    assert process.returncode == 2 and "layout" in told and len(told.splitlines()) == 1
+    assert not out.exists()
+
+
+@needs_ray
+@pytest.mark.usefixtures("quiet_ray")
+def test_a_shard_that_kills_every_actor_ends_the_run(model, tmp_path):
+    class Deadly(Scorer):
+        def score(self, texts, told=None):
+            os._exit(1)
+
+    data, out = texts(tmp_path, 100), tmp_path / "out"
+    plan = make_plan([str(data)], out, "", {"text": ["text"], "keep": [], "shard_rows": 100})
+    out.mkdir()
+    with pytest.raises(ChildProcessError, match="could not be replaced"):
+        ray.make(Work(plan, Deadly(str(model), threads=1), out), [0], 1, lambda: None, lambda rows: None, "local")
+    assert not [*out.iterdir()]

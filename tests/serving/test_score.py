@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -13,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from support.families import FAMILIES
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from thresher import TopK, export, load_runtime, prune
+from thresher.serving import engine
 from thresher.serving.engine import Outline
 from thresher.serving.score import Scorer, columns_of
 
@@ -175,3 +179,34 @@ def test_labels_of_one_name_are_numbered():
     config.id2label = {0: "same", 1: "same"}
     got = columns_of(np.array([[0.0, 1.0]], np.float32), Outline("m", "classifier", config, False, {}))
     assert list(got) == ["label", "probability", "probability_0", "probability_1"] and got["label"][0] == "same"
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+def test_free_memory_is_handed_back_every_few_batches(folders, monkeypatch):
+    calls, scorer = [], Scorer(folders["dense"], tokens=1)  # one text a batch
+    monkeypatch.setattr(engine, "tidy", lambda: calls.append(len(calls)))
+    scorer(texts(engine.TIDY + 1))
+    assert len(calls) == 1
+    scorer(texts(engine.TIDY - 1))
+    assert len(calls) == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_holes_in_the_memory_are_handed_back():
+    code = """if True:
+        import ctypes, psutil
+        from thresher.serving.engine import tidy
+        libc, mb = ctypes.CDLL(None), 2**20
+        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+        libc.free(libc.malloc(20 * mb))  # after which 20 MB are no longer large
+        blocks = [libc.malloc(mb) for _ in range(64)]
+        for block in blocks:
+            ctypes.memset(block, 1, mb)
+        for block in blocks[:-1]:  # the last one keeps the end of the memory in use
+            libc.free(block)
+        before = psutil.Process().memory_info().rss
+        tidy()
+        print((before - psutil.Process().memory_info().rss) // mb)
+    """
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert int(made.stdout) > 50, made.stderr

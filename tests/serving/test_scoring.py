@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -269,6 +270,14 @@ def test_what_is_wrong_with_a_call_is_one_line_and_leaves_nothing(model, data, t
     other = write(tmp_path / "other.csv", [{"id": "a", "text": "b"}])
     assert "'id' is int64 in" in fails(model, *call, other, "--keep", "id")
     assert not out.exists()
+
+
+def test_actors_need_a_number_and_ray(model, data, tmp_path, monkeypatch):
+    call = ("--data", data, "--out", tmp_path / "out", "--ray", "auto")
+    assert "say how many actors there are to be (--workers N)" in fails(model, *call)
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    assert "pip install 'thresher[ray]'" in fails(model, *call, "--workers", 2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_that_cannot_take_the_result(model, data, tmp_path):

@@ -358,6 +358,26 @@ def test_a_graph_is_served_as_its_model(folders, tmp_path):
         assert "x-thresher-tokens-kept" not in client.post("/predict", json={"inputs": "a"}).headers
 
 
+def test_the_graph_of_an_embedder_is_scored_and_served_as_its_model(tmp_path):
+    from thresher import export
+
+    net, tokenizer = load_embedder(save_embedder(tmp_path / "embedder", TopK(keep=0.6, at=(1,))))
+    export(net, tmp_path / "graph", tokenizer=tokenizer)
+    expected, scorer = Scorer(tmp_path / "embedder")(TEXTS)["embedding"], Scorer(tmp_path / "graph", threads=1)
+    assert np.abs(scorer(TEXTS)["embedding"] - expected).max() < 1e-5
+    holes = scorer([TEXTS[0], None])["embedding"]
+    assert holes.shape == (2, SIZE) and np.isnan(holes[1]).all() and not np.isnan(holes[0]).any()
+    with serving(tmp_path / "graph") as client:
+        assert np.abs(np.array(asked(client, "/embed", {"inputs": TEXTS})) - expected).max() < 1e-5
+        prompted = asked(client, "/embed", {"inputs": "grain", "prompt_name": "query"})
+        assert (
+            np.abs(np.array(prompted) - Scorer(tmp_path / "embedder")(["the farmer grain"])["embedding"]).max() < 1e-5
+        )
+        info = client.get("/info").json()
+        assert (info["model_type"], info["max_input_length"]) == ({"embedding": {"pooling": "mean"}}, 64)
+        assert "not a re-ranker" in asked(client, "/rerank", {"query": "a", "texts": ["b"]}, 424)["error"]
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 EMPTY, WRONG = "Input validation error: `inputs` cannot be empty", "model is not a re-ranker model"
 REFUSED = {

@@ -20,6 +20,7 @@ def score(spec: ScoreSpec, screen: Screen) -> None:
       thresher score runs/reviews --data reviews.parquet --out scored
       thresher score runs/reviews --data in/*.jsonl --text body --keep id,url --out scored --workers 4
       thresher score runs/reviews-onnx --data "in/**/*.parquet" --keep label --prefix model_ --out scored
+      thresher score runs/reviews --data /shared/in --out /shared/scored --ray auto --workers 32
     """
     from ..experiments.score import score as job
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.rows import whole, writing
+from ..serving import ray as on_ray
+from ..serving import workers as here
 from ..serving.engine import Tally, outline
 from ..serving.inputs import columns_of, find_files
 from ..serving.plan import PLAN, REPORT, Plan, differences, files_digest, make_plan, same_files
 from ..serving.score import Scorer, names_of
 from ..serving.shards import made, settle
-from ..serving.workers import Work, make
+from ..serving.workers import Work
 from .spec import ScoreSpec, job, log, remembered
 
 MOST = 8  # processes, where nobody says
@@ -64,7 +66,11 @@ def score(spec: ScoreSpec, *, progress: Callable[[str, int, int | None], Any] | 
 
         if not todo and not (spec.out / REPORT).exists():
             opened()
-        now = make(Work(plan, scorer, spec.out), todo, workers, opened, more)
+        work = Work(plan, scorer, spec.out)
+        if spec.ray and todo:
+            now = on_ray.make(work, todo, workers, opened, more, spec.ray)
+        else:
+            now = here.make(work, todo, workers, opened, more)
         seconds = time.perf_counter() - started
         total = before + now
         if todo or not (spec.out / REPORT).exists():

@@ -192,7 +192,7 @@ class ScoreSpec(ModelSpec):
     """Say which files ``score`` reads, by which model and how; the saved fields decide the result.
 
     Raises:
-        ValueError: a number is below 1, or ``text`` names more than two columns.
+        ValueError: a number is below 1, ``text`` names more than two columns, or ``ray`` comes without ``workers``.
     """
 
     data: list[str] = option(
@@ -211,6 +211,9 @@ class ScoreSpec(ModelSpec):
     tokens: int = option("Padded tokens of a batch.", 8192, metavar="N", min=1)
     shard_rows: int = option("Rows of a shard, which is a file of the result.", 16384, metavar="N", min=1)
     workers: int | None = option("Processes; default: one for each core, 8 at most.", saved=False, metavar="N", min=1)
+    ray: str | None = option(
+        "Workers are actors of a Ray cluster: auto, local or HOST:PORT.", saved=False, metavar="AT"
+    )
     threads: int = option("Threads of each process.", 1, metavar="N", min=1)
     layout: str = option("auto, mask, padded or packed, of a pruned model in torch.", "auto", metavar="NAME")
     device: str = option("cpu or cuda, of a model in torch.", "cpu", metavar="NAME")
@@ -230,6 +233,8 @@ class ScoreSpec(ModelSpec):
         small = [name for name in ("tokens", "shard_rows", "threads") if getattr(self, name) < 1]
         if small or (self.workers is not None and self.workers < 1):
             raise ValueError(f"{(small or ['workers'])[0]} is below 1: expected 1 or more")
+        if self.ray is not None and self.workers is None:
+            raise ValueError(f"ray={self.ray}: say how many actors there are to be (--workers N)")
         if self.text is not None and not 1 <= len({*self.text}) == len(self.text) <= 2:
             raise ValueError(f"text={','.join(self.text)}: expected one column of text, or two")
 

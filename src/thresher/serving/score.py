@@ -62,7 +62,6 @@ class Scorer:
     Example:
         >>> scorer = Scorer("runs/reviews")
         >>> scorer(["Wonderful acting.", "Far too long."])["label"]
-        >>> dataset.map_batches(Scorer, fn_constructor_args=["runs/reviews"], concurrency=2)  # Ray Data
     """
 
     model: str

@@ -33,6 +33,50 @@ class Work:
     out: Path
 
 
+class Worker:
+    """Make shards in a process of their own, here or elsewhere. What it says is "ready" and the warnings of the model,
+    "done" and a tally, or "error" with a kind and a line; ``understood`` takes it in."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        if work.scorer.threads:
+            os.environ.update(dict.fromkeys(THREADS, str(work.scorer.threads)))
+
+    def open(self) -> tuple[str, Any]:
+        """Open the model."""
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                self.work.scorer.open()
+        except Exception as error:
+            return _mistake(error)
+        ours = str(Path(__file__).parents[1])
+        return "ready", [str(one.message) for one in caught if one.filename.startswith(ours)]
+
+    def make(self, shard: int, told: Callable[[int], Any] | None = None) -> tuple[str, Any]:
+        """Make a shard, with the model that is open or is opened now."""
+        try:
+            return "done", make_shard(self.work.plan, shard, self.work.scorer, self.work.out, told)
+        except Exception as error:
+            return _mistake(error)
+
+
+def _mistake(error: Exception) -> tuple[str, Any]:
+    """What a worker says of an error: a line where the call is wrong, else where in the code it was."""
+    name = next((name for name, kind in MISTAKES.items() if isinstance(error, kind)), "")
+    name = "" if isinstance(error, ImportError) and error.name else name  # a fault, see the command line
+    message = str(error) if name else "".join(traceback.format_exception(error))
+    return "error", (name, message)
+
+
+def understood(said: tuple[str, Any]) -> tuple[str, Any]:
+    """What a worker says; raises what it caught."""
+    kind, value = said
+    if kind == "error":
+        name, message = value
+        raise MISTAKES.get(name, RuntimeError)(message)
+    return kind, value
+
+
 def make(
     work: Work, shards: Iterable[int], workers: int, opened: Callable[[], Any], told: Callable[[int], Any]
 ) -> Tally:
@@ -104,7 +148,7 @@ def _in_processes(
 def _heard(pipe: Any, processes: dict[Any, Any]) -> tuple[str, Any]:
     """What a worker says; raises what it raised."""
     try:
-        kind, value = pipe.recv()
+        said = pipe.recv()
     except (EOFError, ConnectionError):
         process = processes[pipe]
         process.join()
@@ -112,31 +156,18 @@ def _heard(pipe: Any, processes: dict[Any, Any]) -> tuple[str, Any]:
             f"a worker was killed (exit code {process.exitcode}), perhaps for its memory: "
             "run the same command again with fewer --workers or --tokens; finished shards stay"
         ) from None
-    if kind == "error":
-        name, message = value
-        raise MISTAKES.get(name, RuntimeError)(message)
-    return kind, value
+    return understood(said)
 
 
 def _serve(work: Work, pipe: Any) -> None:
     """Make the shards whose numbers come through the pipe, until there is none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the whole group gets; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    worker = Worker(work)
     with suppress(BrokenPipeError, EOFError):
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                work.scorer.open()
-            ours = str(Path(__file__).parents[1])
-            pipe.send(("ready", [str(one.message) for one in caught if one.filename.startswith(ours)]))
-            while (shard := pipe.recv()) is not None:
-                spent = make_shard(work.plan, shard, work.scorer, work.out, lambda rows: pipe.send(("rows", rows)))
-                pipe.send(("done", spent))
-        except (BrokenPipeError, EOFError):
-            raise
-        except Exception as error:
-            name = next((name for name, kind in MISTAKES.items() if isinstance(error, kind)), "")
-            name = "" if isinstance(error, ImportError) and error.name else name  # a fault, see the command line
-            pipe.send(("error", (name, str(error) if name else traceback.format_exc())))
+        pipe.send(said := worker.open())
+        while said[0] != "error" and (shard := pipe.recv()) is not None:
+            pipe.send(said := worker.make(shard, lambda rows: pipe.send(("rows", rows))))
 
 
 def _end_with_parent() -> None:
