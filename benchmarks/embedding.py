@@ -1,0 +1,212 @@
+"""An embedder with fewer tokens, tuned alone and trained without labels: how well it finds documents, and how fast.
+
+    python benchmarks/embedding.py tune       all-MiniLM-L6-v2, a schedule for each budget, nothing trained
+    python benchmarks/embedding.py train      and trained by the dense model's vectors
+    python benchmarks/embedding.py measure    Cranfield and 20 Newsgroups: nDCG@10, overlap, cosine
+    python benchmarks/embedding.py time       documents per second beside dense unpadded
+
+The texts to learn from are the train part of 20 Newsgroups; Cranfield is not seen. Each step resumes and is not run
+again once it is done. Models lie in ``runs/benchmarks/embedding``, rows in ``results/embedding``; ``THRESHER_DATA`` names
+the folder of the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from weights import pretrained  # noqa: E402
+
+RUNS = HERE.parent / "runs" / "benchmarks" / "embedding"
+DATA = Path(os.environ.get("THRESHER_DATA", "data"))
+TARGETS = {"2x": 0.5, "3x": 0.333}
+LONGEST, TEXTS, POSTS, SAME = 256, 6000, 2000, 10  # tokens; to train on; to judge; neighbours that are judged
+TIMED, REPEATS = 300, 5
+WAYS = ("tuned", "topk", "top")
+
+
+def folder(way: str, budget: str) -> Path:
+    """Where a model lies."""
+    return RUNS / f"minilm-l6-{way}-{budget}"
+
+
+def models() -> dict[tuple[str, str], Path]:
+    """The folders of what is there, by way and budget."""
+    named = {(way, budget): folder(way, budget) for way in WAYS for budget in TARGETS}
+    return {name: place for name, place in named.items() if (place / "config.json").exists()}
+
+
+def tune() -> None:
+    """Look for the schedules that move the vectors least."""
+    from thresher.experiments.tune import tune as job
+
+    for budget, target in TARGETS.items():
+        if not folder("tuned", budget).exists():
+            given = {"data": str(DATA / "20newsgroups"), "text": ("text",), "max_length": LONGEST}
+            job(model=pretrained("minilm-l6"), target_flops=target, out=folder("tuned", budget), **given)
+
+
+def train() -> None:
+    """Train to the budgets: TopK by the schedule that held-out texts choose, and ToP."""
+    from thresher.experiments.train import train as job
+
+    for budget, target in TARGETS.items():
+        for method in WAYS[1:]:
+            given = {"data": str(DATA / "20newsgroups"), "text": ("text",), "max_length": LONGEST, "limit": TEXTS}
+            own = {"task": "embed", "method": method, "target_flops": target, "threads": 1}
+            job(model=pretrained("minilm-l6"), out=folder(method, budget), progress=False, **given, **own)
+
+
+def tokens_of(texts: list[str], tokenizer: Any) -> Any:
+    """Tokenized rows of some texts, cut."""
+    from datasets import Dataset
+
+    encoded = tokenizer(texts, truncation=True, max_length=LONGEST)
+    return Dataset.from_dict({name: encoded[name] for name in ("input_ids", "token_type_ids")})
+
+
+def measure() -> None:
+    """Judge all models on what they have not seen."""
+    import numpy as np
+
+    from thresher.data.embedder import load_embedder
+    from thresher.data.load import load_task
+    from thresher.data.retrieval import load_retrieval
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.predict import predict
+    from thresher.evaluation.retrieval import compare_embeddings, nearest, retrieval_gains
+    from thresher.evaluation.rows import row
+    from thresher.stats.bootstrap import bootstrap_interval
+    from thresher.stats.ranking import gain
+
+    cranfield, posts = load_retrieval(DATA / "cranfield"), load_task(str(DATA / "20newsgroups")).test
+    posts = posts.shuffle(seed=0).select(range(POSTS))
+    labels = np.asarray(posts["label"])
+    dense, tokenizer = load_embedder(pretrained("minilm-l6"))
+    nets = {("dense", ""): dense} | {name: load_embedder(str(place))[0] for name, place in models().items()}
+    texts = {"documents": cranfield.documents, "queries": cranfield.queries, "posts": list(posts["text"])}
+    parts = {name: tokens_of(own, tokenizer) for name, own in texts.items()}
+    said = {name: {part: predict(net, rows) for part, rows in parts.items()} for name, net in nets.items()}
+
+    def same(vectors: Any) -> np.ndarray:
+        found = nearest(vectors, vectors, SAME + 1)
+        grades = [(labels[own] == labels[i])[own != i][:SAME].astype(float) for i, own in enumerate(found)]
+        return np.array([gain(own, (labels == labels[i]).astype(float), "ndcg@10") for i, own in enumerate(grades)])
+
+    rows, first = [], {}
+    for name, own in said.items():
+        vectors = {part: answers.logits.numpy() for part, answers in own.items()}
+        gains = {
+            "cranfield": retrieval_gains(cranfield, vectors["queries"], vectors["documents"], ["ndcg@10"])["ndcg@10"],
+            "20newsgroups": same(vectors["posts"]),
+        }
+        first = first or {"vectors": vectors, "gains": gains}
+        both = [(them["queries"], them["documents"]) for them in (vectors, first["vectors"])]
+        near = {
+            "cranfield": compare_embeddings(*both[0], *both[1]),
+            "20newsgroups": {"cosine": float((vectors["posts"] * first["vectors"]["posts"]).sum(1).mean())},
+        }
+        for task, values in gains.items():
+            before, parted = first["gains"][task], ("posts",) if task == "20newsgroups" else ("documents",)
+            low, high = bootstrap_interval("ndcg@10", np.ones(len(before)), before, values)
+            answers = own[parted[0]]
+            rows.append(
+                row(
+                    task=task,
+                    model="minilm-l6",
+                    method="-".join(filter(None, name)),
+                    target_flops=TARGETS.get(name[1]),
+                    seed=0,
+                    runtime="torch",
+                    precision="fp32",
+                    mode="pruned" if name[1] else "dense-unpadded",
+                    metric="ndcg@10",
+                    quality=100 * float(values.mean()),
+                    quality_dense=100 * float(before.mean()),
+                    flops_ratio=answers.macs_dense / answers.macs_used,
+                    split="test",
+                    selected_on="validation part of 20newsgroups",
+                    max_length=LONGEST,
+                    n_examples=len(values),
+                    tokens_mean=answers.tokens_mean,
+                    **environment(),
+                )
+                | {"interval_low": low, "interval_high": high, **near[task]}
+            )
+    land("quality", rows)
+
+
+def time() -> None:
+    """Time documents of 20 Newsgroups, interleaved: dense in sorted batches and packed, and pruned."""
+    from statistics import median
+    from time import perf_counter
+
+    import torch
+
+    from thresher.data.embedder import load_embedder
+    from thresher.data.load import load_task
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.predict import packed, plain, predict
+
+    texts = list(load_task(str(DATA / "20newsgroups")).test.shuffle(seed=1).select(range(TIMED))["text"])
+    dense, tokenizer = load_embedder(pretrained("minilm-l6"))
+    rows, nets = tokens_of(texts, tokenizer), {"dense": plain(dense), "dense-packed": packed(dense)}
+    nets |= {"-".join(name): load_embedder(str(place))[0] for name, place in models().items()}
+    spent: dict[str, list[float]] = {name: [] for name in nets}
+    for turn in range(REPEATS + 1):
+        for name, net in nets.items():
+            start = perf_counter()
+            predict(net, rows)
+            if turn:
+                spent[name].append(perf_counter() - start)
+    best = min(median(spent[name]) for name in ("dense", "dense-packed"))
+    land(
+        "time",
+        [
+            {
+                "method": name,
+                "documents_per_second": TIMED / median(own),
+                "speedup": best / median(own),
+                "spread": (max(own) - min(own)) / median(own),
+                "threads": torch.get_num_threads(),
+                "max_length": LONGEST,
+                **environment(),
+            }
+            for name, own in spent.items()
+        ],
+    )
+
+
+def land(name: str, rows: list[dict]) -> None:
+    """Write rows where they belong, as a whole."""
+    from run import RESULTS, as_json
+    from thresher.evaluation.rows import whole
+
+    rows = [{**row, "command": f"python benchmarks/embedding.py {name.replace('quality', 'measure')}"} for row in rows]
+    place = RESULTS / "embedding" / f"minilm-l6-{name}.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with whole(place) as aside:
+        aside.write_text(as_json({"rows": rows}))
+    for row in rows:
+        print({key: value for key, value in row.items() if value is not None and key not in ("versions", "command")})
+
+
+STEPS = {"tune": tune, "train": train, "measure": measure, "time": time}
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=STEPS)
+    STEPS[parser.parse_args().step]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
