@@ -6,8 +6,8 @@
     python benchmarks/embedding.py time       documents per second beside dense unpadded
 
 The texts to learn from are the train part of 20 Newsgroups; Cranfield is not seen. Each step resumes and is not run
-again once it is done. Models lie in ``runs/benchmarks/embedding``, rows in ``results/embedding``; ``THRESHER_DATA`` names
-the folder of the data.
+again once it is done. Models lie in ``runs/benchmarks/embedding``, rows in ``results/embedding``;
+``THRESHER_DATA`` names the folder of the data.
 """
 
 from __future__ import annotations
