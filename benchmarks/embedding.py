@@ -71,6 +71,34 @@ def tokens_of(texts: list[str], tokenizer: Any) -> Any:
     return Dataset.from_dict({name: encoded[name] for name in ("input_ids", "token_type_ids")})
 
 
+def judged(task: str, name: tuple[str, str], answers: Any, gains: tuple[Any, Any]) -> dict[str, Any]:
+    """The row of a model on a task; ``gains``: of each query, of the dense model and of this one."""
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.rows import row
+
+    before, values = gains
+    return row(
+        task=task,
+        model="minilm-l6",
+        method="-".join(filter(None, name)),
+        target_flops=TARGETS.get(name[1]),
+        seed=0,
+        runtime="torch",
+        precision="fp32",
+        mode="pruned" if name[1] else "dense-unpadded",
+        metric="ndcg@10",
+        quality=100 * float(values.mean()),
+        quality_dense=100 * float(before.mean()),
+        flops_ratio=answers.macs_dense / answers.macs_used,
+        split="test",
+        selected_on="validation part of 20newsgroups",
+        max_length=LONGEST,
+        n_examples=len(values),
+        tokens_mean=answers.tokens_mean,
+        **environment(),
+    )
+
+
 def measure() -> None:
     """Judge all models on what they have not seen."""
     import numpy as np
@@ -78,10 +106,8 @@ def measure() -> None:
     from thresher.data.embedder import load_embedder
     from thresher.data.load import load_task
     from thresher.data.retrieval import load_retrieval
-    from thresher.evaluation.hardware import environment
     from thresher.evaluation.predict import predict
     from thresher.evaluation.retrieval import compare_embeddings, nearest, retrieval_gains
-    from thresher.evaluation.rows import row
     from thresher.stats.bootstrap import bootstrap_interval
     from thresher.stats.ranking import gain
 
@@ -115,30 +141,8 @@ def measure() -> None:
         for task, values in gains.items():
             before, parted = first["gains"][task], ("posts",) if task == "20newsgroups" else ("documents",)
             low, high = bootstrap_interval("ndcg@10", np.ones(len(before)), before, values)
-            answers = own[parted[0]]
-            rows.append(
-                row(
-                    task=task,
-                    model="minilm-l6",
-                    method="-".join(filter(None, name)),
-                    target_flops=TARGETS.get(name[1]),
-                    seed=0,
-                    runtime="torch",
-                    precision="fp32",
-                    mode="pruned" if name[1] else "dense-unpadded",
-                    metric="ndcg@10",
-                    quality=100 * float(values.mean()),
-                    quality_dense=100 * float(before.mean()),
-                    flops_ratio=answers.macs_dense / answers.macs_used,
-                    split="test",
-                    selected_on="validation part of 20newsgroups",
-                    max_length=LONGEST,
-                    n_examples=len(values),
-                    tokens_mean=answers.tokens_mean,
-                    **environment(),
-                )
-                | {"interval_low": low, "interval_high": high, **near[task]}
-            )
+            said_of = judged(task, name, own[parted[0]], (before, values))
+            rows.append(said_of | {"interval_low": low, "interval_high": high, **near[task]})
     land("quality", rows)
 
 

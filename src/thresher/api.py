@@ -70,7 +70,7 @@ def prune(
     hooks = Hooks(target, method, layout, None if before is None else before.attached().original)
     with _free_if_refused(method):
         if method is not before:
-            _suit_pairs(method, model, hooks.architecture)
+            _suit_pairs(method, model, hooks.architecture, saved=entry is not None or checkpoint is not None)
             _bind(method, hooks.architecture)
         if entry is not None and stored is None and tensors_of(method):
             stored = stored_with(target, _weights_of(target))
@@ -136,13 +136,22 @@ def _method_of(model: nn.Module) -> TokenPruner | None:
     return pruner if pruner is not None or isinstance(model, PreTrainedModel) else pruner_of(inner_model(model))
 
 
-def _suit_pairs(method: TokenPruner, model: nn.Module, info: Architecture) -> None:
-    """Give a method the defaults for a CrossEncoder of one number, which tells how well a text answers a query."""
+def _suit_pairs(method: TokenPruner, model: nn.Module, info: Architecture, saved: bool) -> None:
+    """Give a method the defaults for a CrossEncoder of one number, which tells how well a text answers a query.
+
+    One that was ``saved`` prunes as it did."""
     first, separator = transformer_module(model), getattr(getattr(model, "tokenizer", None), "sep_token_id", None)
-    if first is None or separator is None or first.auto_model is info.base or inner_model(model).config.num_labels != 1:
+    if (
+        saved
+        or first is None
+        or separator is None
+        or first.auto_model is info.base
+        or inner_model(model).config.num_labels != 1
+    ):
         return
     method.protect = query_of(separator, method.protect).get("protect", method.protect)
-    if method.at is None:
+    several = any(isinstance(getattr(method, name, None), (tuple, list)) for name in ("keep", "schedule"))
+    if method.at is None and not several:  # a value for each of the usual sites
         usual = method.default_at(info)
         method.at = tuple(layer for layer in usual if layer >= info.depth // 3) or usual
 

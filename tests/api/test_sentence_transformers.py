@@ -131,6 +131,22 @@ def test_nothing_leaves_early_in_a_ranker(ranker, make, sites):
     assert method.sites == sites
 
 
+def test_what_was_saved_prunes_as_it_did(folder, tmp_path):
+    """A reranker that was pruned as a plain model keeps its own protection and layers as a CrossEncoder."""
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    model = prune(Auto.from_pretrained(folder / "ranker"), TopK(keep=0.4))
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    again = prune(CrossEncoder(str(tmp_path), device="cpu"))
+    assert again[0].auto_model.token_pruner.to_dict() == model.token_pruner.to_dict()
+
+
+def test_a_value_for_each_site_is_for_the_usual_sites(ranker):
+    prune(ranker, TopK(keep=(0.9, 0.7, 0.5)))
+    assert ranker[0].auto_model.token_pruner.sites == (0, 1, 2)
+
+
 def test_several_classes_have_no_query(folder):
     method = TopK(keep=0.5)
     prune(CrossEncoder(str(save_tiny(folder / "classes", max_position_embeddings=128)), device="cpu"), method)
@@ -141,8 +157,8 @@ def test_a_refused_method_is_as_it_was(ranker):
     method = TopK(keep=0.5, pooling="survivors")
     with pytest.raises(ValueError, match="a head that reads all states"):
         prune(ranker, method)
-    again = TopK(keep=(0.5, 0.5, 0.5))
-    with pytest.raises(ValueError, match="keep has 3 entries for the 2 sites"):
+    again = TopK(keep=(0.5, 0.5))
+    with pytest.raises(ValueError, match="keep has 2 entries for the 3 sites"):
         prune(ranker, again)
     for one in (method, again):
         assert one.at is None and one.protect is None and one.architecture is None

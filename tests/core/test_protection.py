@@ -7,7 +7,7 @@ import torch
 
 from support.families import FAMILIES, difference
 from support.methods import METHODS, refusal
-from thresher import LTP, Cut, ToMe, TopK, dense, prune
+from thresher import LTP, Cut, ToMe, TopK, calling, dense, prune
 from thresher.core.tokens import LAYOUTS
 
 SEPARATOR = 3  # no token of the random batches
@@ -59,11 +59,13 @@ def test_a_configuration_names_its_separator():
 def test_single_texts_are_no_pairs():
     model, batch = FAMILIES["bert"].build(), FAMILIES["bert"].batch(LENGTHS)
     prune(model, TopK(keep=0.5, protect={"until": [SEPARATOR]}))
-    with pytest.raises(ValueError, match="nothing would be pruned"):
+    with pytest.warns(UserWarning, match="nothing is pruned"):
         model(**batch)  # no separator at all
     batch["input_ids"][torch.arange(3), torch.tensor(LENGTHS) - 1] = SEPARATOR
-    with pytest.raises(ValueError, match="nothing would be pruned"):
-        model(**batch)  # one, at the end
+    with pytest.warns(UserWarning, match="nothing is pruned"):
+        single = model(**batch).logits  # one, at the end
+    batch["input_ids"][0, 4] = SEPARATOR  # a pair beside them changes nothing
+    assert difference({"": model(**batch).logits[1:]}, {"": single[1:]}) <= 1e-5
     with pytest.raises(ValueError, match="needs input_ids"):
         model(inputs_embeds=torch.randn(2, 6, 32))
 
@@ -91,6 +93,15 @@ def test_short_rows_are_left_alone(method, layout):
     assert difference({"": answers[:2]}, {"": pruned[:2]}) <= 1e-5
     assert kept(model).sum(1).tolist()[2] == LENGTHS[2]
     assert kept(model).sum(1).tolist()[0] < LENGTHS[0]
+
+
+@torch.no_grad()
+def test_short_rows_are_left_alone_whatever_a_call_protects():
+    model, batch = FAMILIES["bert"].build(), FAMILIES["bert"].batch(LENGTHS)
+    prune(model, TopK(keep=0.4, min_tokens=18))
+    with calling(model, protect=torch.arange(24).expand(3, -1) == 0):
+        model(**batch)
+    assert kept(model).sum(1)[2] == LENGTHS[2] and kept(model).sum(1)[0] < LENGTHS[0]
 
 
 @pytest.mark.parametrize("count", [-1, 1.5, True, "8"])

@@ -125,6 +125,23 @@ def test_folders_that_do_not_serve(encoder, tmp_path):
         load_embedder(str(tmp_path / "vit"), pooling="mean")
 
 
+def test_a_prompt_by_default_is_refused(encoder, tmp_path):
+    embedder, tokenizer = load_embedder(str(encoder), pooling="mean")
+    embedder.prompts = {"query": "the "}
+    embedder.save_pretrained(tmp_path, tokenizer)
+    said = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(said | {"default_prompt_name": "query"}))
+    with pytest.raises(ValueError, match="its prompt 'query' before every text where none is named"):
+        load_embedder(str(tmp_path))
+
+
+def test_one_token_has_no_survivors(encoder):
+    embedder, tokenizer = load_embedder(str(encoder), pooling="lasttoken")
+    prune(embedder, TopK(keep=0.3, pooling="survivors"))
+    with pytest.raises(ValueError, match="says nothing of an embedder that pools one token"):
+        vectors(embedder, tokenizer)
+
+
 def test_a_mask_weighs():
     states, mask = torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1.0, 0.5, 0.0]])
     assert Pooling("mean", False)(states, mask).item() == pytest.approx(2.5 / 1.5)

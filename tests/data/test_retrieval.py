@@ -89,6 +89,18 @@ def test_a_folder_in_beirs_form_is_a_task_of_reranking(tmp_path):
         load_task(tmp_path / "made", metric="accuracy")
 
 
+def test_ids_are_as_they_are_written(tmp_path):
+    """001 and 1 are two ids, in a table too."""
+    folder = beir(
+        tmp_path / "made",
+        corpus=[{"_id": "001", "text": "one"}, {"_id": "1", "text": "another"}],
+        queries=[{"_id": "007", "text": "which one"}],
+        qrels=[("007", "001", 2), ("007", "1", 0)],
+    )
+    task = load_retrieval(folder)
+    assert task.query_ids == ["007"] and task.document_ids == ["001", "1"] and task.judged == [{0: 2.0}]
+
+
 def changed(rows, i, **values):
     return [row | values if j == i else row for j, row in enumerate(rows)]
 

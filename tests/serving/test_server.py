@@ -494,3 +494,19 @@ def test_a_key_is_asked_for_where_it_matters(folders):
         assert client.post("/predict", json={"inputs": "a"}, headers=good).status_code == 200
         assert client.get("/info", headers=good).status_code == 200
         assert all(client.get(path).status_code == 200 for path in ("/health", "/ping", "/", "/metrics"))
+
+
+def test_a_reranker_that_keeps_its_query_is_served(tmp_path):
+    """As ``thresher train --task rerank`` and ``prune(CrossEncoder)`` make it; it is warmed up by pairs."""
+    method = TopK(keep=0.6, at=(1,), protect={"until": [3]})
+    with serving(save_tiny(tmp_path / "keeps", method, num_labels=1)) as client:
+        answer = client.post("/rerank", json={"query": "the wheat", "texts": ["grain and chaff", "script"]})
+        assert answer.status_code == 200 and len(answer.json()) == 2
+
+
+def test_scores_that_are_all_one_have_an_order(folders):
+    from thresher.serving.wire import Wire
+
+    wire = object.__new__(Wire)
+    wire.__dict__["scores"] = lambda values, raw: 1 / (1 + np.exp(-values.astype(np.float32)))
+    assert [i for i, _ in wire.ranked(np.array([[17.5], [25.0]], np.float32), False)] == [1, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -76,3 +78,34 @@ def test_trainers_use_it_where_they_are_asked_to(kind, tmp_path):
         assert len(seen) == 8
         padded[strategy] = sum(batch.numel() for batch in seen)
     assert padded["group_by_length"] < 0.9 * padded["random"]
+
+
+def test_a_resumed_training_goes_on_with_the_rows_that_are_left(tmp_path):
+    seen: list[list[int]] = []
+
+    def noting(batch: list[dict]) -> dict:
+        seen.append([row["number"] for row in batch])
+        return collate([{name: value for name, value in row.items() if name != "number"} for row in batch])
+
+    def trainer(**options) -> PruningTrainer:
+        args = TrainingArguments(
+            str(tmp_path),
+            train_sampling_strategy="group_by_length",
+            per_device_train_batch_size=8,
+            max_steps=8,
+            save_steps=4,
+            save_strategy="steps",
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        data = rows(64).add_column("number", [*range(64)])
+        return PruningTrainer(prune(FAMILIES["bert"].build(), TopK(keep=0.5)), args, noting, data)
+
+    trainer().train()
+    whole = seen[-8:]
+    seen.clear()
+    trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert seen[-4:] == whole[4:] and sorted(itertools.chain(*whole)) == [*range(64)]

@@ -87,6 +87,15 @@ def test_batches_hold_whole_queries_and_held_out_rows_have_a_loss(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+def test_held_out_candidates_meet_their_rivals(tmp_path):
+    """Whatever the arguments say of an order, and in the same batches each time."""
+    trainer = made(tmp_path, eval_dataset=pairs(labels=False))
+    trainer.args.train_sampling_strategy = "group_by_length"
+    found = [batch["row"].tolist() for batch in trainer.get_eval_dataloader()]
+    assert all(own.count(query) == PER for own in found for query in own)
+    assert found == [batch["row"].tolist() for batch in trainer.get_eval_dataloader()]
+
+
 def test_what_cannot_be_trained_is_told(tmp_path):
     with pytest.raises(ValueError, match="no loss 'listwise': expected margin or order"):
         made(tmp_path, teaching="listwise")

@@ -91,7 +91,8 @@ class Hooks:
         if pruner.pooling == SURVIVORS and model is not base:
             raise ValueError(
                 f"pooling='survivors' is for embedders: {type(model).__name__} has a head that reads all states as "
-                f"they are put back; prune its {type(base).__name__} alone, or a SentenceTransformer"
+                f"they are put back; prune a SentenceTransformer, or the {type(base).__name__} alone and pool "
+                "output.token_mask yourself"
             )
         self.inputs = list(inspect.signature(base.forward).parameters)
         self.__signature__ = inspect.signature(base.forward)

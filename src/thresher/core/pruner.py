@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import json
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -128,7 +129,8 @@ class TokenPruner(nn.Module):
             ``calling(model, protect=...)``.
         min_tokens: rows with fewer tokens are left alone.
         pooling: what pools the states of an embedder: "put-back", all tokens, those that left with their last states;
-            "survivors", those in ``output.token_mask`` (B, N) alone.
+            "survivors", those in ``output.token_mask`` (B, N) alone, which a SentenceTransformer, pruned as a whole,
+            then pools.
     """
 
     at: tuple[int, ...] | None = field(default=None, kw_only=True)
@@ -296,13 +298,13 @@ class TokenPruner(nn.Module):
 
     def protection(self, alive: Tensor, ids: Tensor | None, protect: Tensor | None = None) -> Tensor:
         """(B, N) bool: the protected tokens among those ``alive`` (B, N); ``protect`` (B, N): this batch's own."""
-        if protect is not None:
-            if protect.shape != alive.shape:
-                raise ValueError(f"protect has shape {tuple(protect.shape)}, the batch has {tuple(alive.shape)}")
-            return protect.to(alive.device).bool() & alive
+        if protect is not None and protect.shape != alive.shape:
+            raise ValueError(f"protect has shape {tuple(protect.shape)}, the batch has {tuple(alive.shape)}")
         rank, live = alive.cumsum(1) - 1, alive.sum(1, keepdim=True)
         positions = self.protected_positions
-        if positions is None:
+        if protect is not None:
+            protected = protect.to(alive.device).bool()
+        elif positions is None:
             protected = self.protected_tokens(alive, ids, rank)
         else:
             protected = torch.zeros_like(alive)
@@ -323,9 +325,10 @@ class TokenPruner(nn.Module):
         found = (found & (rank > 0)).long()
         query = found.cumsum(1) == found
         if not torch.compiler.is_compiling() and not bool((alive & ~query).any()) and bool((rank > 0).any()):
-            raise ValueError(
-                f"protect={self.protect!r} protects every token of this batch, so nothing would be pruned: it is meant "
-                "for pairs of a query and a text, with a separator between them"
+            warnings.warn(
+                f"protect={self.protect!r} protects every token of this batch, so that nothing is pruned: it is meant "
+                "for pairs of a query and a text, with a separator between them",
+                stacklevel=2,
             )
         return query
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import cached_file
 
@@ -140,6 +140,11 @@ class Embedder(nn.Module):
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         states = output.last_hidden_state
         mask = getattr(output, "token_mask", None)
+        if mask is not None and self.pooling.mode not in ("mean", "max"):
+            raise ValueError(
+                f"pooling='survivors' says nothing of an embedder that pools one token ({self.pooling.mode}): leave it "
+                "out"
+            )
         if mask is None:
             mask = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask
         vectors = self.pooling(states, mask)
@@ -208,11 +213,18 @@ def load_embedder(model: str, layout: str = "auto", pooling: str | None = None, 
         if path and where == model:
             options["subfolder"] = path
         longest = (_json(model, "/".join(filter(None, (path, TEXTS)))) or {}).get("max_seq_length")
-        prompts = (_json(model, MODEL) or {}).get("prompts") or {}
+        said = _json(model, MODEL) or {}
+        prompts = said.get("prompts") or {}
+        if prompts.get(said.get("default_prompt_name") or ""):
+            raise ValueError(
+                f"{model} sets its prompt {said['default_prompt_name']!r} before every text where none is named, which "
+                "is not understood: write null for default_prompt_name, and name the prompt in each call"
+            )
     net = opened(lambda: reading(AutoModel.from_pretrained, where, **options), model, layout)
     if net.main_input_name != "input_ids":
         raise ValueError(f"{model} is a {type(net).__name__}, which reads {net.main_input_name} and no text")
-    tokenizer = reading(AutoTokenizer.from_pretrained, where)
+    subfolder = {"subfolder": options["subfolder"]} if "subfolder" in options else {}
+    tokenizer = reading(AutoTokenizer.from_pretrained, where, **subfolder)
     most = [limit for limit in (longest, positions(net), tokenizer.model_max_length) if limit]
     return Embedder(net, way, min(most, default=USUAL), prompts).eval(), tokenizer
 
@@ -245,6 +257,15 @@ def embedder_for(
     for part in [net.model.get_input_embeddings(), *embeddings] if freeze_embeddings else ():
         part.requires_grad_(False)
     return net
+
+
+def config_of(model: str) -> Any:
+    """The configuration of the transformers model of an embedder."""
+    modules = _json(model, MODULES)
+    path = _pooling_of(model, modules)[1] if modules else ""
+    if path and Path(model).is_dir():
+        return reading(AutoConfig.from_pretrained, str(Path(model) / path))
+    return reading(AutoConfig.from_pretrained, model, **({"subfolder": path} if path else {}))
 
 
 def _kind(module: Mapping) -> str:

@@ -57,8 +57,9 @@ def read(path: str, config: str | None, wanted: Sequence[str | None]) -> tuple[s
     return local.name + ("-raw" if config else ""), parts
 
 
-def read_file(path: Path) -> DataFrame:
-    """Return the rows of a file, columns of classes as categories. Raises DataError where it cannot be read."""
+def read_file(path: Path, text: bool = False) -> DataFrame:
+    """Return the rows of a file, columns of classes as categories; ``text``: fields of a table stay as they are
+    written, 001 too. Raises DataError where it cannot be read."""
     import pandas
     from datasets import Dataset
     from pyarrow import parquet
@@ -76,6 +77,7 @@ def read_file(path: Path) -> DataFrame:
         else:
             options = {"sep": ","} if kind == ".csv" else {"sep": "\t", "quoting": csv.QUOTE_NONE}
             options |= {"keep_default_na": False, "na_values": [""]}  # "NA", "null" and "None" are text
+            options |= {"dtype": str} if text else {}
             frame = pandas.read_csv(path, encoding="utf-8-sig", low_memory=False, **options)
             require(isinstance(frame.index, pandas.RangeIndex), "lines have more fields than the header")
         require(len(frame), "it has no rows")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,7 @@ def _read(folder: Path, name: str) -> DataFrame:
     content = brief(*sorted(file.name for file in folder.iterdir())) or "nothing"
     what = f"{folder} holds {content}: expected one {name} file ({brief(*SUFFIXES)})"
     require(len(found) == 1, what)
-    return read_file(found[0])
+    return read_file(found[0], text=True)
 
 
 def _column(frame: DataFrame, names: tuple[str, ...], where: str) -> Series:
@@ -164,8 +165,12 @@ def _judged(
     qrels: DataFrame, documents: dict[str, int], query_ids: list[str], grades: Mapping[Any, float] | None
 ) -> list[dict[int, float]]:
     """Return the grades above 0 of each query, by the number of the document."""
+    import pandas
+
     asked, found = (_column(qrels, names[1:], "qrels").astype(str) for names in (QUERY, DOCUMENT))
     values = _column(qrels, GRADE, "qrels")
+    with suppress(ValueError, TypeError):  # of a table, whose fields are text
+        values = pandas.to_numeric(values)
     require(values.dtype.kind in "iuf", f"qrels has grades of the type {values.dtype}: expected numbers")
     unknown = sorted({*values} - {*grades}) if grades is not None else []
     require(not unknown, f"qrels has the grades {brief(*unknown)}: expected {brief(*(grades or ()))}")

@@ -35,7 +35,7 @@ from ..methods.parts.budget import OutOfReach
 from ..methods.topk import REPLAY, TopK
 from ..search.halving import successive_halving
 from ..search.schedules import WIDTHS, Space, protected_by
-from ..training.checkpoints import Order, last_checkpoint, step_of
+from ..training.checkpoints import last_checkpoint, step_of
 from ..training.embedding import EmbedTrainer
 from ..training.interrupt import Interrupt
 from ..training.monitor import WATCHED, Watch
@@ -514,7 +514,6 @@ def run_trainer(run: Run, trainer: Trainer) -> None:
     """Train from the last checkpoint, if there is one; Ctrl-C leaves a new one and raises KeyboardInterrupt."""
     interrupt, checkpoint = Interrupt(), last_checkpoint(Path(trainer.args.output_dir))
     trainer.add_callback(interrupt)
-    trainer.add_callback(Order())
     if checkpoint and run.progress:
         print(f"resumed: {checkpoint.parent.name.split('-')[0]} training goes on after step {step_of(checkpoint)}")
     with interrupt, writing(run.work.folder):

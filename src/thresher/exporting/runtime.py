@@ -110,7 +110,7 @@ class Runtime:
         self, query: str, texts: Sequence[str], *, top_k: int | None = None, return_text: bool = False, **options: Any
     ) -> list[dict]:
         """{"index", "score"} of the ``top_k`` texts (all) that answer a query best, the best first; and "text" where it
-        is asked for. The score lies in (0, 1), as a CrossEncoder's.
+        is asked for. The score is the logit's sigmoid, as that of a CrossEncoder that names no other function.
 
         Raises:
             ValueError: the model does not give one number, or the query alone is as long as it takes.
@@ -125,8 +125,9 @@ class Runtime:
         if tokens >= most:
             raise ValueError(f"the query has {tokens} tokens, the model takes {most}: there is no room for a text")
         outputs = self._run(self._encoded([query] * len(texts), texts), **{"batch_size": 32, **options})
-        scores = torch.stack([output["logits"][0] for output in outputs]).float().sigmoid().tolist()
-        best = sorted(range(len(texts)), key=lambda i: -scores[i])[:top_k]
+        logits = torch.stack([output["logits"][0] for output in outputs]).float()
+        scores = logits.sigmoid().tolist()  # of which several may be 1.0
+        best = sorted(range(len(texts)), key=lambda i: -logits[i].item())[:top_k]
         return [{"index": i, "score": scores[i], **({"text": texts[i]} if return_text else {})} for i in best]
 
     def _check_tokenizer(self) -> None:

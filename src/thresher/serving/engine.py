@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from ..core.cost import dense_macs, macs
 from ..core.pruner import TokenPruner, pruner_of
-from ..data.embedder import is_embedder, load_embedder
+from ..data.embedder import config_of, is_embedder, load_embedder
 from ..data.models import clip, load, name_of, positions, reading
 from ..exporting.runtime import load_runtime
 from .batching import BUDGET, WINDOW, Batcher
@@ -331,7 +331,8 @@ def outline(model: str) -> Outline:
     spec = _spec(model)
     graph = "format" in spec
     if "pooling" in spec if graph else is_embedder(model):
-        return Outline(model, "embedding", reading(AutoConfig.from_pretrained, model), graph, spec)
+        config = reading(AutoConfig.from_pretrained, model) if graph else config_of(model)
+        return Outline(model, "embedding", config, graph, spec)
     config = reading(AutoConfig.from_pretrained, model)
     names = [spec["architecture"]] if graph else config.architectures or ()
     if not any(name.endswith(HEAD) for name in names):

@@ -108,9 +108,10 @@ class Service:
     def warm_up(self) -> None:
         """Run a text of every width that is likely, and the largest batch: kernels are made and memory is taken now."""
         encode = self.engine.encode
+        first = [["a"]] if self.about.kind == "reranker" else []  # a method may keep the query of a pair alone
         for side in ("right", "left", None):
-            encode([["a"]], side)
-        ((whole,), _) = encode([["a " * encode.longest]])
+            encode([*first, ["a"]], side)
+        ((whole,), _) = encode([*first, ["a " * encode.longest]])
         longest = len(whole["input_ids"])
         widths = [n for n in (2**i for i in range(3, 20)) if n < longest]
         for width in (*widths, longest):

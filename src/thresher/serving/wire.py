@@ -241,7 +241,8 @@ class Wire:
     def ranked(self, values: np.ndarray, raw: bool) -> list[tuple[int, float]]:
         """The texts by their number, with their scores, best first."""
         scores = self.scores(values, raw)[:, 0].tolist()
-        return sorted(enumerate(scores), key=lambda one: -one[1])
+        best = sorted(range(len(scores)), key=lambda i: -values[i, 0])  # not by scores, of which several may be 1.0
+        return [(i, scores[i]) for i in best]
 
 
 @dataclass

@@ -63,18 +63,25 @@ class QueryBatches(Sampler[list[int]]):
         size: rows of a batch, at most.
         tokens: padded tokens of a batch, at most, where a row is not longer; default: any.
         seed: of what is put together.
+        drawn: whether the order of the batches is drawn; else it is that of their lengths.
 
     Raises:
         ValueError: no rows, or a size or budget below 1.
     """
 
     def __init__(
-        self, queries: Sequence[int], lengths: Sequence[int], size: int, tokens: int | None = None, seed: int = 0
+        self,
+        queries: Sequence[int],
+        lengths: Sequence[int],
+        size: int,
+        tokens: int | None = None,
+        seed: int = 0,
+        drawn: bool = True,
     ):
         if not queries or size < 1 or (tokens is not None and tokens < 1):
             what = f"{len(queries)} rows in batches of {size} rows and {tokens} tokens"
             raise ValueError(f"{what}: expected rows, and 1 or more in a batch")
-        self.lengths, self.size, self.tokens = lengths, size, tokens
+        self.lengths, self.size, self.tokens, self.drawn = lengths, size, tokens, drawn
         draw = torch.Generator().manual_seed(seed)
         groups: dict[int, list[int]] = {}
         for row in torch.randperm(len(queries), generator=draw).tolist():
@@ -91,7 +98,8 @@ class QueryBatches(Sampler[list[int]]):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter([self.batches[i] for i in torch.randperm(len(self.batches)).tolist()])
+        order = torch.randperm(len(self.batches)).tolist() if self.drawn else range(len(self.batches))
+        return iter([self.batches[i] for i in order])
 
     def _longest(self, rows: list[int]) -> int:
         return max(self.lengths[row] for row in rows)

@@ -16,6 +16,10 @@ class EmbedTrainer(PruningTrainer):
     The teacher is another ``Embedder``, or a column ``teacher_sentence_embedding`` of its vectors. No label is read.
     """
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        known = {name: value for name, value in inputs.items() if name not in self.labels}
+        return super().compute_loss(model, known, return_outputs, num_items_in_batch)
+
     def taught_columns(self) -> dict[str, str]:
         return {**TAUGHT, f"teacher_{VECTOR}": VECTOR}
 

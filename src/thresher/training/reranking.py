@@ -54,9 +54,17 @@ class RerankTrainer(PruningTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Make the batches of ``QueryBatches``."""
-        args, data = self.args, cast("Any", self.used_columns(self.train_dataset))
+        return self._batched(self.train_dataset, self.args.train_batch_size)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Make such batches in a fixed order: a loss says nothing of candidates whose rivals lie elsewhere."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._batched(data, self.args.eval_batch_size, drawn=False)
+
+    def _batched(self, data: Any, size: int, drawn: bool = True) -> DataLoader:
+        args, data = self.args, cast("Any", self.used_columns(data))
         lengths = [len(ids) for ids in data["input_ids"]]
-        batches = QueryBatches([*data[ROW]], lengths, args.train_batch_size, self.tokens, args.seed)
+        batches = QueryBatches([*data[ROW]], lengths, size, self.tokens, args.seed, drawn)
         workers: Any = {"num_workers": args.dataloader_num_workers, "pin_memory": args.dataloader_pin_memory}
         return self.accelerator.prepare(
             DataLoader(data, batch_sampler=batches, collate_fn=self.data_collator, **workers)

@@ -50,6 +50,11 @@ class PruningMixin(SentenceTrainerNames, Pruning):
     ):
         super().__init__(*args, **kwargs)
         self.begin(pruner_lr, soft_steps)
+        if self.args.world_size > 1 and [*self.pruner.parameters()]:
+            raise ValueError(
+                f"{self.pruner.name} has parameters of its own, which this mixin trains in one process alone: take "
+                "thresher train, EmbedTrainer or RerankTrainer"
+            )
         if not calibration_texts:
             raise ValueError("calibration_texts is empty: the budget is kept on some texts that are not tested")
         if self.pruner.ranks_teacher and teacher is None:

@@ -24,6 +24,7 @@ from ..core.view import View
 from ..evaluation.latency import latency_table
 from ..methods.parts.distillation import LOGITS, distillation
 from .batches import LengthOrder
+from .checkpoints import Order
 
 # columns of a data set that take a teacher's place
 TAUGHT = {f"teacher_{name}": name for name in (*LOGITS, "ranking")}
@@ -75,7 +76,7 @@ def join_backward(model: nn.Module, args: Any, outputs: Any) -> Any:
     """
     if model.training and torch.is_grad_enabled():
         zero: Any = sum(0.0 * parameter.sum() for parameter in pruner_in(model).parameters())
-        for name in ("loss", *LOGITS):
+        for name in ("loss", *LOGITS, "sentence_embedding"):
             if outputs.get(name) is not None:
                 outputs[name] = outputs[name] + zero
     return outputs
@@ -120,6 +121,10 @@ class Collator(DataCollatorWithPadding):
 class Grouped(TrainerNames):
     """Group the training rows by length, where the arguments ask for it, without an order of lengths. A base class
     before a Trainer."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_callback(Order())
 
     def row_order(self, data: Any) -> Any:
         args: Any = self.args
