@@ -307,6 +307,8 @@ def test_info_of_pruned_models(models):
         "version": 1,
         "at": [0, 1, 2],
         "protect": None,
+        "min_tokens": 0,
+        "pooling": "put-back",
         "keep": 0.6,
         "target_flops": None,
     }

@@ -29,7 +29,8 @@ SHARED = {  # beside --json, --quiet and --verbose, which all have
 }
 TRAINING = "--epochs --prune-epochs --lr --dropout --bf16 --no-bf16 --freeze-embeddings --no-freeze-embeddings --at"
 OWN = {
-    "train": f"--out --method --max-drop --target-flops --target-latency --target-latency-ms --keep --recipe --fresh "
+    "train": f"--out --task --method --max-drop --target-flops --target-latency --target-latency-ms --keep --recipe "
+    f"--fresh "
     f"{TRAINING}",
     "tune": "--out --target-flops --target-latency-ms --max-disagreement --max-drop --method --plot --min-length",
     "eval": "",

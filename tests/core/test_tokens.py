@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.families import FAMILIES
+from thresher import TopK, prune
 from thresher.core.tokens import LAYOUTS, Masked, Packed, Padded, take
 
 LOWEST = torch.finfo(torch.float32).min
@@ -188,3 +190,19 @@ def test_gathering_broadcasts_the_first_dimension():
     x, index = torch.arange(12.0).view(1, 3, 4), torch.tensor([[0, 2], [1, 1]])
     assert torch.equal(take(x, index, 1), x[0][index])
     assert torch.equal(take(x, index, -1), x[0].T[index].mT)
+
+
+@torch.no_grad()
+def test_what_a_site_shows_is_not_written_over():
+    """Packed rows of equal lengths start as the states themselves; putting tokens back writes into a copy."""
+    shown: list[torch.Tensor] = []
+
+    class Looks(TopK):
+        def score(self, view):
+            shown.append(view._shown.hidden)
+            shown.append(view._shown.hidden.clone())
+            return super().score(view)
+
+    model = prune(FAMILIES["bert"].build(), Looks(keep=0.5, at=(0, 1, 2)), layout="packed")
+    model(**FAMILIES["bert"].batch((12, 12, 12)))
+    assert len(shown) == 6 and all(torch.equal(a, b) for a, b in zip(shown[::2], shown[1::2], strict=True))

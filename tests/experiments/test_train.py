@@ -234,7 +234,10 @@ def spoiled(toy, folder: Path) -> Path:
 MISTAKES = {
     "method": (lambda toy, t: ({"method": "nope"}), r"unknown pruning method 'nope'; known: .*ltp"),
     "target": (lambda toy, t: ({"target_flops": 1.5}), r"target_flops=1\.5: expected a fraction"),
-    "option": (lambda toy, t: ({"method": "threshold"}), r"method threshold has no target_flops; it has at, prot"),
+    "option": (
+        lambda toy, t: ({"method": "threshold"}),
+        r"threshold has no target_flops; it has at, min_tokens",
+    ),
     "layer": (lambda toy, t: ({"at": (0, 7)}), r"at=\[0, 7\]: layer 7 is not possible"),
     "no data": (lambda toy, t: ({"data": str(t / "none.csv")}), r"none\.csv' is no file or folder"),
     "no train": (lambda toy, t: ({"data": str(write(t / "d" / "test.csv", 20, 0).parent)}), "no training part"),

@@ -13,7 +13,8 @@ from thresher.evaluation.rows import row
 from thresher.reports.tables import Column, fit, fixed, markdown, schedules, summary, table
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-MEASURED = {str(file.relative_to(RESULTS)): json.loads(file.read_text())["rows"] for file in RESULTS.rglob("*.json")}
+ROWS = {str(file.relative_to(RESULTS)): json.loads(file.read_text())["rows"] for file in RESULTS.rglob("*.json")}
+MEASURED = {name: rows for name, rows in ROWS.items() if all("layout" in row for row in rows)}  # not those of scripts
 WIDTHS = (60, 80, 100, 120, 160)
 
 

@@ -444,8 +444,9 @@ class Packed(Tokens):
         return x.movedim(dim, 1).flatten(0, 1).index_select(0, rows)[None].movedim(1, dim)
 
     def leave(self, before: Tokens, states: Tensor) -> None:
+        assert isinstance(before, Packed)
         super().leave(before, states)
-        self.owned = True
+        self.owned = len(before.rows) < before.full.shape[0] * before.full.shape[1]  # else it is ``states`` itself
 
     def runs(self, *states: Tensor) -> list[tuple[int, int, list[Tensor]]]:
         """(first sequence, length, parts (count, H, length, d) of the ``states``) of each run of equal neighbours."""

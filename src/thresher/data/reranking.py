@@ -14,6 +14,7 @@ import numpy as np
 
 from .checks import Flaws, normalized
 from .read import PARTS
+from .spec import PAIR as COLUMNS
 from .spec import DataSpec
 from .task import Task, brief, require, task_parts, with_columns
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 METRICS = re.compile(r"(map|mrr|ndcg|recall)(@[1-9]\d*)?")
 USUAL = ("map", "mrr", "ndcg@10", "recall@10")  # of METRICS, for messages
-COLUMNS = ("query", "passage")  # of a table that is made here
 ARTICLE = ("title", "context", "question", "answers")
 NEAR, FAR = 2, 1  # other paragraphs beside each question of a train part: of its article, and of others
 ASKED = {"validation": 10, "test": 20}  # questions of each article, all its paragraphs beside each of them

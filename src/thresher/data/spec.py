@@ -8,6 +8,8 @@ from typing import Any
 
 from .task import require
 
+PAIR = ("query", "passage")  # columns of a table of pairs that is made here
+
 
 def option(help: str, default: Any = None, **settings: Any) -> Any:
     """Declare a field with its one line of ``help``; ``settings`` (metavar, min) are for the command line."""

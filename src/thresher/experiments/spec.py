@@ -17,8 +17,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from ..data.reranking import COLUMNS as PAIR
-from ..data.spec import DataSpec, option
+from ..data.spec import PAIR, DataSpec, option
 from .recipes import recipe
 
 SUMMARY = "thresher.json"  # what a trained, tuned or exported folder says of itself

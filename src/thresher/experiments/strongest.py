@@ -21,12 +21,13 @@ from ..data.models import make_method
 from ..evaluation.predict import Predictions, Text, outcome, predict, quality
 from ..evaluation.rows import folder_written_whole, whole
 from ..methods.parts.budget import OutOfReach
+from ..methods.topk import TopK
 from ..search.schedules import WIDTHS
 from ..stats.bootstrap import bootstrap_interval
 from ..stats.metrics import compute_metric, trivial
 from ..training.monitor import WATCHED
 from .spec import NOTICED
-from .stages import Run, asked, open_schedule, prune_and_train, save, space_of
+from .stages import Run, asked, method_of, open_schedule, prune_and_train, save, space_of
 
 LADDER = (0.85, 0.7, 0.55, 0.42, 0.32, 0.24)  # shares of the dense MACs, from mild to strong
 MILD = 1.0  # points: of a drop above ``NOTICED`` the budget is told at which it would have been these
@@ -67,6 +68,8 @@ def strongest(run: Run, dense: Path, max_drop: float) -> Path:
     rows, metric = run.data.validation, run.data.task.metric
     known, least = quality(before, rows, metric), trivial(metric, outcome(before, rows, metric)[1])
     learned = known - least >= CHANCE
+    options = run.options({**(run.spec.method_options or {}), "target_flops": LADDER[0]})
+    unprune(prune(run.model(dense), method_of(run.spec, options) or TopK(keep=1.0, at=())))  # a mistake is told here
     while learned and low < high:
         middle = (low + high) // 2
         target = LADDER[middle]
