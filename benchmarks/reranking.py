@@ -59,12 +59,15 @@ def data_of(size: Size) -> str:
         return str(DATA)
     import pandas
 
+    from thresher.evaluation.rows import whole
+
     file = RUNS / size.name / "data" / "squad" / "validation.parquet"
     if not file.exists():
-        whole = pandas.read_parquet(DATA / "validation.parquet")
-        kept = whole.groupby("title").context.transform(lambda column: column.isin(column.unique()[:3]))
+        rows = pandas.read_parquet(DATA / "validation.parquet")
+        kept = rows.groupby("title").context.transform(lambda column: column.isin(column.unique()[:3]))
         file.parent.mkdir(parents=True, exist_ok=True)
-        whole[kept & whole["title"].isin(whole["title"].unique()[:12])].to_parquet(file)
+        with whole(file) as aside:
+            rows[kept & rows["title"].isin(rows["title"].unique()[:12])].to_parquet(aside)
     return str(file.parent)
 
 
@@ -88,6 +91,7 @@ def sentences(size: Size) -> str:
     import pandas
 
     from thresher.data.load import load_task
+    from thresher.evaluation.rows import whole
 
     place = RUNS / size.name / "data" / "sentences" / "train.parquet"
     if place.exists():
@@ -111,7 +115,8 @@ def sentences(size: Size) -> str:
             rows += [(question, right, 1.0), (question, draw.choice(away), 0.0)]
             rows += [(question, draw.choice(others), 0.0)] if others else []
     place.parent.mkdir(parents=True, exist_ok=True)
-    pandas.DataFrame(rows, columns=["query", "passage", "label"]).to_parquet(place)
+    with whole(place) as aside:
+        pandas.DataFrame(rows, columns=["query", "passage", "label"]).to_parquet(aside)
     return str(place)
 
 

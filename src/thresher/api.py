@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import methods  # noqa: F401  makes the methods known by name
 from .checkpoint import Entry, Stored, load_into, stored_at, stored_with, tensors_of
 from .core.architecture import Architecture
-from .core.compat import execution_device, flattens_inputs, mask_survivors, transformer_module
+from .core.compat import execution_device, flattens_inputs, mask_survivors, pooled_alone, transformer_module
 from .core.hooks import Hooks
 from .core.probe import settle
 from .core.pruner import CONFIG_KEY, MODULE, SURVIVORS, TokenPruner, pruner_in, pruner_of, query_of
@@ -188,7 +188,11 @@ def _saved_entry(model: nn.Module, target: PreTrainedModel, stored: Stored | Non
 
 
 def _check_free(method: TokenPruner, model: nn.Module, target: PreTrainedModel) -> None:
-    """Raise ValueError where a method prunes another model, or an adapter of ``model`` could not save it."""
+    """Raise ValueError where a method prunes another model, says nothing of this one's pooling, or an adapter of
+    ``model`` could not save it."""
+    alone = pooled_alone(model) if method.pooling == SURVIVORS and transformer_module(model) is not None else []
+    if alone:
+        raise ValueError(f"pooling='survivors' is for means: this {type(model).__name__} pools {', '.join(alone)}")
     other = None if method.hooks is None else method.hooks.model
     if other not in (None, target) and pruner_of(other) is method:
         raise ValueError(

@@ -176,6 +176,14 @@ def test_the_index_of_a_late_interaction_model_is_its_survivors(folder):
     assert all(np.abs(np.asarray(a) - np.asarray(b)).max() <= 1e-5 for a, b in zip(pruned, reference, strict=True))
 
 
+@pytest.mark.parametrize("mode", ["cls", "lasttoken"])
+def test_one_pooled_token_has_no_survivors(embedder, mode):
+    embedder[1].pooling_mode = mode
+    with pytest.raises(ValueError, match=f"is for means: this SentenceTransformer pools {mode}"):
+        prune(embedder, TopK(keep=0.4, pooling="survivors"))
+    prune(embedder, TopK(keep=0.4))
+
+
 def test_what_cannot_be_pruned_is_refused(embedder):
     with pytest.raises(ValueError, match="is not pruned"):
         unprune(embedder)

@@ -192,12 +192,6 @@ def test_the_first_row_after_a_pause_waits_for_company(made):
     queue.add(second)
     second.future.result(20)
     assert model.batches == [[5, 5]]
-    alone = made(Model())
-    began = time.perf_counter()
-    call = Call([row(5)])
-    alone.add(call)
-    call.future.result(20)
-    assert time.perf_counter() - began < 0.25
 
 
 def test_what_comes_first_can_fail():

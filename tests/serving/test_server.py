@@ -16,7 +16,9 @@ from support.served import asked, in_threads, serving
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from thresher import TopK
 from thresher.data.embedder import load_embedder
+from thresher.serving.engine import outline
 from thresher.serving.score import Scorer
+from thresher.serving.wire import Wire
 
 TEXTS = ["the wheat", "the farmer and the grain", "chaff"]
 HEADERS = ("compute-type", "compute-time", "compute-characters", "compute-tokens", "total-time", "tokenization-time")
@@ -505,8 +507,6 @@ def test_a_reranker_that_keeps_its_query_is_served(tmp_path):
 
 
 def test_scores_that_are_all_one_have_an_order(folders):
-    from thresher.serving.wire import Wire
-
-    wire = object.__new__(Wire)
-    wire.__dict__["scores"] = lambda values, raw: 1 / (1 + np.exp(-values.astype(np.float32)))
+    wire = Wire(outline(str(folders["reranker"])), "ranker", 8)
+    assert [score for _, score in wire.ranked(np.array([[17.5], [25.0]], np.float32), False)] == [1.0, 1.0]
     assert [i for i, _ in wire.ranked(np.array([[17.5], [25.0]], np.float32), False)] == [1, 0]

@@ -114,6 +114,13 @@ def flattens_inputs(module: nn.Module) -> bool:
     return bool(getattr(module, "can_flatten_inputs", False))
 
 
+def pooled_alone(model: nn.Module) -> list[str]:
+    """How a SentenceTransformer pools single tokens ("cls", "lasttoken") or weighs by place; empty: it does not."""
+    modes = [getattr(module, "pooling_mode", ()) for module in model.children()]
+    flat = [mode for own in modes for mode in ([own] if isinstance(own, str) else own)]
+    return [mode for mode in flat if mode in ("cls", "lasttoken", "weightedmean")]
+
+
 def mask_survivors(answer: dict[str, Any], token_mask: Tensor) -> None:
     """Have later modules pool the tokens in ``token_mask`` (B, N) alone."""
     answer["attention_mask"] = token_mask

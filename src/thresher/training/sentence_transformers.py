@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..api import inner_model, prune, unprune
+from ..api import inner_model, prune
 from ..core.compat import SentenceTrainerNames, prepared_texts
-from ..core.pruner import Batch, Record, pruner_in
-from .trainer import Pruning, Ranking
+from ..core.pruner import Batch, Record, pruner_in, pruner_of
+from .trainer import Pruning
 
 
 class PruningMixin(SentenceTrainerNames, Pruning):
@@ -59,7 +59,7 @@ class PruningMixin(SentenceTrainerNames, Pruning):
             raise ValueError("calibration_texts is empty: the budget is kept on some texts that are not tested")
         if self.pruner.ranks_teacher and teacher is None:
             raise ValueError(f"{self.pruner.name} distils a teacher's ranking: pass teacher=, the dense model")
-        if teacher is not None and hasattr(inner_model(teacher), "token_pruner"):
+        if teacher is not None and pruner_of(inner_model(teacher)) is not None:
             raise ValueError("the teacher is pruned: unprune(teacher)")
         self.calibration_texts = calibration_texts
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
@@ -96,21 +96,10 @@ class PruningMixin(SentenceTrainerNames, Pruning):
         answers = None
         if self.pruner.ranks_teacher:
             with torch.no_grad():
-                inner_model(self.teacher)(**arguments)  # type: ignore[arg-type]
-            answers = {"ranking": pruner_in(inner_model(self.teacher)).last_record().sites[-1].score}  # type: ignore[arg-type]
+                inner_model(self.teacher)(**arguments)
+            answers = {"ranking": pruner_in(inner_model(self.teacher)).last_record().sites[-1].score}
         return self.pruner.loss(partial(self._again, net, arguments), arguments, record, answers)
 
     @staticmethod
     def _again(net: nn.Module, arguments: Batch, **override: Any) -> Any:
         return net(**{**arguments, **override})
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does; a teacher whose ranking is wanted scores its last layer meanwhile."""
-        ranked = self.teacher if self.pruner.ranks_teacher else None
-        if ranked is not None:
-            prune(ranked, Ranking(), layout="mask")
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            if ranked is not None:
-                unprune(ranked)

@@ -146,6 +146,7 @@ class Pruning(Grouped):
 
     model: Any
     optimizer: torch.optim.Optimizer
+    teacher: Any = None  # a frozen dense model
 
     def begin(self, pruner_lr: float | None = None, soft_steps: int | None = None) -> None:
         """Check the model and follow the training; arguments as of ``PruningTrainer``.
@@ -175,6 +176,17 @@ class Pruning(Grouped):
     def may_be_best(self) -> bool:
         """Whether the model as it is may be the best one: not before the hard stage, when no budget is met yet."""
         return self.pruner.phase(self.pruner.progress) == "hard"
+
+    def train(self, *args, **kwargs):
+        """Train as the Trainer does; a teacher whose ranking is wanted scores its last layer meanwhile."""
+        ranked = self.teacher if self.pruner.ranks_teacher else None
+        if ranked is not None:
+            prune(ranked, Ranking(), layout="mask")
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if ranked is not None:
+                unprune(ranked)
 
     def create_optimizer(self, model=None):
         """Make the Trainer's optimiser, with a group of its own for the method's parameters."""
@@ -339,17 +351,6 @@ class PruningTrainer(Pruning, Trainer):
     def distilled(self, outputs: Any, answers: Any, mask: Any) -> Tensor:
         """Compute how far the model is from its teacher; ``mask`` (B, N): the tokens that are there, or None."""
         return distillation(outputs, answers, self.temperature, mask)
-
-    def train(self, *args, **kwargs):
-        """Train as the Trainer does; a teacher whose ranking is wanted scores its last layer meanwhile."""
-        ranked = self.teacher if self.pruner.ranks_teacher else None
-        if ranked is not None:
-            prune(ranked, Ranking(), layout="mask")
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            if ranked is not None:
-                unprune(ranked)
 
     def calibration_batches(self, rows: int | None) -> Iterable[Batch]:
         """Arguments of the model for (``rows`` of) the calibration data."""
