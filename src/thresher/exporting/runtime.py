@@ -110,7 +110,8 @@ class Runtime:
         self, query: str, texts: Sequence[str], *, top_k: int | None = None, return_text: bool = False, **options: Any
     ) -> list[dict]:
         """{"index", "score"} of the ``top_k`` texts (all) that answer a query best, the best first; and "text" where it
-        is asked for. The score is the logit's sigmoid, as that of a CrossEncoder that names no other function.
+        is asked for. The score is the logit's sigmoid, as that of a CrossEncoder that names no other function; the
+        number itself of a model that was trained for numbers.
 
         Raises:
             ValueError: the model does not give one number, or the query alone is as long as it takes.
@@ -126,7 +127,7 @@ class Runtime:
             raise ValueError(f"the query has {tokens} tokens, the model takes {most}: there is no room for a text")
         outputs = self._run(self._encoded([query] * len(texts), texts), **{"batch_size": 32, **options})
         logits = torch.stack([output["logits"][0] for output in outputs]).float()
-        scores = logits.sigmoid().tolist()  # of which several may be 1.0
+        scores = judged(logits[:, None], self.config)[:, 0].tolist()  # of which several may be 1.0
         best = sorted(range(len(texts)), key=lambda i: -logits[i].item())[:top_k]
         return [{"index": i, "score": scores[i], **({"text": texts[i]} if return_text else {})} for i in best]
 
@@ -157,15 +158,9 @@ class Runtime:
 
     def _classify(self, texts: Sequence[str], pairs: Sequence[str] | None, batch_size: int) -> list[dict]:
         rows = self._encoded(texts, pairs)
-        labels, kind, found = self.config.id2label, self.config.problem_type, []
+        labels, found = self.config.id2label, []
         for output in self._run(rows, batch_size):
-            logits = output["logits"].float()
-            if kind == "regression":
-                scores = logits
-            elif kind == "multi_label_classification" or len(logits) == 1:
-                scores = logits.sigmoid()
-            else:
-                scores = logits.softmax(-1)
+            scores = judged(output["logits"].float(), self.config)
             best = int(scores.argmax())
             found.append({"label": labels[best], "score": float(scores[best])})
         return found
@@ -183,6 +178,15 @@ class Runtime:
             for o, r in zip(outputs, cut, strict=True)
         ]
         return [{n: x for n, x in span.items() if n != "logit"} for span in qa.best_spans(logits, cut)]
+
+
+def judged(logits: Tensor, config: Any) -> Tensor:
+    """(..., K) scores out of logits (..., K), as a pipeline's: softmax, sigmoid or the number itself."""
+    if config.problem_type == "regression":
+        return logits
+    if config.problem_type == "multi_label_classification" or logits.shape[-1] == 1:
+        return logits.sigmoid()
+    return logits.softmax(-1)
 
 
 def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Iterable[int] = ()) -> Runtime:

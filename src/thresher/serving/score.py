@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..exporting import runtime
 from .batching import BUDGET
 from .engine import Engine, Opening, Outline, Tally
 
@@ -142,13 +143,8 @@ def names_of(about: Outline, best: bool = False) -> dict[str, str]:
 
 
 def judged(logits: np.ndarray, config: Any) -> np.ndarray:
-    """(N, K) fp32 scores out of logits (N, K), as ``Runtime`` judges them: softmax, sigmoid or the number itself."""
-    numbers = torch.from_numpy(logits)
-    if config.problem_type == "regression":
-        return logits
-    if config.problem_type == "multi_label_classification" or logits.shape[1] == 1:
-        return numbers.sigmoid().numpy()
-    return numbers.softmax(-1).numpy()
+    """(N, K) scores out of logits (N, K), as ``Runtime`` judges them."""
+    return runtime.judged(torch.from_numpy(logits), config).numpy()
 
 
 def columns_of(values: np.ndarray, about: Outline, best: bool = False) -> dict[str, np.ndarray]:
