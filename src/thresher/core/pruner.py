@@ -93,6 +93,20 @@ class Record:
         """(B,) tokens that go on after each layer."""
         return [*(count.n_attention for count in self.counts[1:]), self.counts[-1].n_ffn]
 
+    def departures(self, count: int) -> tuple[list[int | None], list[float | None]]:
+        """Of the first row, of ``count`` tokens: the layer at which each left, None where it stayed to the end; and its
+        score there, or at the last site where any could leave."""
+        layers: list[int | None] = [None] * count
+        scores: list[float | None] = [None] * count
+        for site in self.sites:
+            if site.score is None:  # nothing leaves there, whatever the input
+                continue
+            columns = (site.tokens.index, site.alive, site.keep, site.score.float())
+            for position, alive, keep, score in zip(*(column[0].tolist() for column in columns), strict=True):
+                if alive:
+                    layers[position], scores[position] = None if keep else site.layer, score
+        return layers, scores
+
 
 @dataclass(frozen=True, eq=False)
 class Options:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ..evaluation.predict import ready
 from ..evaluation.rows import whole
-from .trace import departures, page, prediction, ramp, slider, told
+from .trace import page, prediction, ramp, slider, told
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,7 +96,7 @@ def trace(model, processor, image: str | os.PathLike | Image) -> PatchTrace:
     if count != special + rows * columns:
         what = f"{type(model).__name__} makes {count} tokens of {rows} × {columns} patches and {special} special tokens"
         raise ValueError(f"{what}: only one token a patch can be drawn")
-    layers, scores = departures(pruner, count)
+    layers, scores = pruner.record.departures(count)
     places = [(row, column) for row in range(rows) for column in range(columns)]
     found = zip(places, layers[special:], scores[special:], strict=True)
     patches = tuple(Patch(*place, layer, score) for place, layer, score in found)

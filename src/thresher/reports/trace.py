@@ -90,24 +90,10 @@ def trace(model, tokenizer, text: str, text_pair: str | None = None, max_length:
     with torch.no_grad(), ready(model):
         output = model(**{k: torch.tensor([v], device=device) for k, v in encoded.items() if k in accepted})
 
-    layers, scores = departures(pruner, len(ids))
+    layers, scores = pruner.record.departures(len(ids))
     spans = [(None, None) if part is None else span for part, span in zip(parts, spans, strict=True)]
     tokens = zip(tokenizer.convert_ids_to_tokens(ids), parts, *zip(*spans, strict=True), layers, scores, strict=True)
     return Trace(texts, tuple(Token(*token) for token in tokens), *told(model, output.get("logits")))
-
-
-def departures(pruner, count: int) -> tuple[list[int | None], list[float | None]]:
-    """Of the last forward, on one input of ``count`` tokens: ``layer`` and ``score`` of each, as ``Token`` has them."""
-    layers: list[int | None] = [None] * count
-    scores: list[float | None] = [None] * count
-    for view in pruner.record.sites:
-        if view.score is None:  # nothing leaves there, whatever the text
-            continue
-        columns = (view.tokens.index, view.alive, view.keep, view.score.float())
-        for position, alive, keep, score in zip(*(column[0].tolist() for column in columns), strict=True):
-            if alive:
-                layers[position], scores[position] = None if keep else view.layer, score
-    return layers, scores
 
 
 def told(model, logits: torch.Tensor | None) -> tuple:

@@ -1,0 +1,5 @@
+"""Texts that arrive in pieces."""
+
+from .classifier import Answer, Stream
+
+__all__ = ["Answer", "Stream"]
