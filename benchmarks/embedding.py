@@ -6,14 +6,17 @@
     python benchmarks/embedding.py time       documents per second beside dense unpadded
 
 The texts to learn from are the train part of 20 Newsgroups; Cranfield is not seen. Each step resumes and is not run
-again once it is done. Models lie in ``runs/benchmarks/embedding``, rows in ``results/embedding``;
+again once it is done. ``THRESHER_PEERS`` names the python of an environment with other libraries (see ``peers.py``),
+which are then timed as well. Models lie in ``runs/benchmarks/embedding``, rows in ``results/embedding``;
 ``THRESHER_DATA`` names the folder of the data.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ DATA = Path(os.environ.get("THRESHER_DATA", "data"))
 TARGETS = {"2x": 0.5, "3x": 0.333}
 LONGEST, TEXTS, POSTS, SAME = 256, 6000, 2000, 10  # tokens; to train on; to judge; neighbours that are judged
 TIMED, REPEATS = 300, 5
-WAYS = ("tuned", "topk", "top")
+WAYS = ("tuned", "topk", "top", "tome")
 
 
 def folder(way: str, budget: str) -> Path:
@@ -146,13 +149,42 @@ def measure() -> None:
     land("quality", rows)
 
 
+class Peer:
+    """Another library, in a process of its own that waits between turns."""
+
+    def __init__(self, python: str, engine: str, texts: Path):
+        command = [python, str(HERE / "peers.py"), engine, pretrained("minilm-l6"), str(texts)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.vectors = texts.with_name(f"{engine}.npy")
+        if "ready" not in self.said():
+            raise SystemExit(f"{engine} did not start: run it by hand, {' '.join(command)}")
+
+    def said(self) -> dict[str, Any]:
+        """The next line of JSON that it prints, empty at its end."""
+        assert self.process.stdout is not None
+        line = next((line for line in self.process.stdout if line.startswith("{")), "{}")
+        return json.loads(line)
+
+    def turn(self) -> float:
+        """Embed the texts once; the seconds it took."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self.said()["seconds"]
+
+
 def time() -> None:
-    """Time documents of 20 Newsgroups, interleaved: dense in sorted batches and packed, and pruned."""
+    """Time documents of 20 Newsgroups, interleaved: dense in sorted batches and packed, and pruned; other libraries."""
     from statistics import median
+    from tempfile import TemporaryDirectory
     from time import perf_counter
 
+    import numpy as np
     import torch
 
+    from peers import ENGINES
     from thresher.data.embedder import load_embedder
     from thresher.data.load import load_task
     from thresher.evaluation.hardware import environment
@@ -162,13 +194,23 @@ def time() -> None:
     dense, tokenizer = load_embedder(pretrained("minilm-l6"))
     rows, nets = tokens_of(texts, tokenizer), {"dense": plain(dense), "dense-packed": packed(dense)}
     nets |= {"-".join(name): load_embedder(str(place))[0] for name, place in models().items()}
-    spent: dict[str, list[float]] = {name: [] for name in nets}
-    for turn in range(REPEATS + 1):
-        for name, net in nets.items():
-            start = perf_counter()
-            predict(net, rows)
-            if turn:
-                spent[name].append(perf_counter() - start)
+    python = os.environ.get("THRESHER_PEERS")
+    with TemporaryDirectory() as place:
+        file = Path(place) / "texts.json"
+        file.write_text(json.dumps(texts))
+        peers = {name: Peer(python, name, file) for name in ENGINES} if python else {}
+        spent: dict[str, list[float]] = {name: [] for name in (*nets, *peers)}
+        for turn in range(REPEATS + 1):
+            for name in spent:
+                start = perf_counter()
+                if name in peers:
+                    peers[name].turn()
+                else:
+                    predict(nets[name], rows)
+                if turn:
+                    spent[name].append(perf_counter() - start)
+        ours = predict(nets["dense"], rows).logits.numpy()
+        near = {name: float((np.load(peer.vectors) * ours).sum(1).mean()) for name, peer in peers.items()}
     best = min(median(spent[name]) for name in ("dense", "dense-packed"))
     land(
         "time",
@@ -177,6 +219,7 @@ def time() -> None:
                 "method": name,
                 "documents_per_second": TIMED / median(own),
                 "speedup": best / median(own),
+                "cosine": near.get(name),
                 "spread": (max(own) - min(own)) / median(own),
                 "threads": torch.get_num_threads(),
                 "max_length": LONGEST,
