@@ -5,7 +5,8 @@ pip install "torch==2.13.0" "infinity-emb[torch]" fastembed "optimum[onnxruntime
 
 Prints one line of JSON for each turn, and waits for a line of input before each: ``embedding.py time`` starts it, so
 that turns of all engines alternate. ENGINE: sentence-transformers, sentence-transformers-onnx-int8, infinity,
-fastembed. MODEL is a folder of sentence-transformers, TEXTS a JSON list. The vectors of the first turn are written beside TEXTS.
+fastembed. MODEL is a folder of sentence-transformers, TEXTS a JSON list. The vectors of the
+first turn are written beside TEXTS.
 """
 
 from __future__ import annotations
