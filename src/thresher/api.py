@@ -98,12 +98,12 @@ def _check_request(method: Any, layout: str) -> None:
 @contextmanager
 def _free_if_refused(method: TokenPruner) -> Iterator[None]:
     """Within the context a refusal leaves a method that prunes nothing yet as it was."""
-    before = (method.architecture, method.at, method.protect)
+    before = (method.architecture, method.at, method.protect, method.votes)
     try:
         yield
     except ValueError:
         if before[0] is None:
-            method.architecture, method.at, method.protect = before
+            method.architecture, method.at, method.protect, method.votes = before
         raise
 
 

@@ -7,6 +7,7 @@ import torch
 
 from support.tiny import tiny_model, tiny_tokenizer
 from thresher import Entropy, Threshold, ToMe, TopK
+from thresher.core.view import departures
 from thresher.streaming import Stream
 
 TEXT = "the farmer and the grain of wheat , chaff & script threshing grains the"
@@ -43,7 +44,7 @@ def test_the_memory_holds_those_that_stayed_longest_in_their_order():
     stream(text)
     ids = stream.tokenizer(text)["input_ids"]
     asked(stream, text)
-    left = list(zip(*stream.pruner.record.departures(len(ids)), range(len(ids)), strict=True))[1:-1]
+    left = list(zip(*departures(stream.pruner.record.sites, len(ids)), range(len(ids)), strict=True))[1:-1]
     stayed = [i for layer, _, i in left if layer is None]
     later = sorted(((layer, score, i) for layer, score, i in left if layer is not None), reverse=True)
     expected = sorted([*stayed, *(i for _, _, i in later)][:4]) if len(stayed) < 4 else None

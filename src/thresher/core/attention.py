@@ -6,6 +6,8 @@ for "sdpa" and so on; nothing of transformers is replaced. Shapes: B batch, N to
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +39,7 @@ class PrunedAttention:
         site.inputs = given = AttentionInputs(module, query, key, value, attention_mask, causal, logits)
         statistic = site.statistic if logits.plain and not (dropout and module.training) else None
         if isinstance(site.tokens, Packed):
-            output, site.scores = self._packed(function, given, site.tokens, statistic, kwargs)
+            output, site.scores = self._packed(function, given, site, statistic, kwargs)
             return output, None
         sees = None
         graph, bools = torch.compiler.is_compiling(), attention_mask is not None and attention_mask.dtype == torch.bool
@@ -45,7 +47,7 @@ class PrunedAttention:
             sees = attention_mask.any(-1)[:, 0]  # a query that sees nobody gets zeros, for which runtimes have others
         if statistic is not None and graph:
             bias = given.bias(attention_mask, query.shape[-2])
-            output, site.scores = attend_and_score(query, key, value, bias, scaling, site.tokens.votes, statistic)
+            output, site.scores = attend_and_score(query, key, value, bias, scaling, site.votes, statistic)
             weights = None
         else:
             output, weights = function(module, query, key, value, attention_mask, **kwargs)
@@ -61,17 +63,19 @@ class PrunedAttention:
         return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
     def _packed(
-        self, function, given: AttentionInputs, tokens: Packed, statistic: Statistic | None, kwargs: dict
+        self, function, given: AttentionInputs, site: Site, statistic: Statistic | None, kwargs: dict
     ) -> tuple[Tensor, Tensor | None]:
         """Attend once per run of equally long neighbours, or once per sequence where a mask tells them apart; returns
         the states and, where a ``statistic`` is made with them, the scores (B, N)."""
         query, key, value, dtype = given.query, given.key, given.value, given.value.dtype
+        tokens: Any = site.tokens
         outputs, scores, fused = [], [], statistic is not None
+        votes = [] if site.voters is None or statistic is None else [tokens.as_state(site.votes)]
         if fused and query.is_cpu:  # products as small are no quicker in bf16, and each new shape costs a new kernel
             query, key, value = query.float(), key.float(), value.float()
         if given.mask is not None:  # a part of it that lets everything through becomes None, which is not causal here
             kwargs = {**kwargs, "is_causal": False}
-        for sequence, length, run in tokens.runs(query, key, value):
+        for sequence, length, run in tokens.runs(query, key, value, *votes):
             count = len(run[0])
             masks: list[Tensor | None] = [None] * count
             if given.mask is not None:
@@ -81,13 +85,14 @@ class PrunedAttention:
             else:
                 step = max(1, CHUNK // (query.shape[1] * length * length)) if fused else count
             for i in range(0, count, step):
-                (q, k, v), mask = (x[i : i + step] for x in run), masks[i]
+                (q, k, v, *vote), mask = (x[i : i + step] for x in run), masks[i]
                 if fused or tokens.log_size is not None:
                     bias = None if mask is None and given.mask is not None else given.bias(mask, length)
                     bias = tokens.biased(bias, sequence + i, len(q), length)
                     mask = bias if tokens.log_size is not None else mask
                 if statistic is not None:
-                    output, score = attend_and_score(q, k, v, bias, given.logits.scaling, reduce=statistic)
+                    heard = vote[0][:, 0, :, 0] if vote else None
+                    output, score = attend_and_score(q, k, v, bias, given.logits.scaling, heard, statistic)
                     scores.append(score.flatten())
                 else:
                     mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)

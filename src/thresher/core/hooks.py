@@ -24,7 +24,7 @@ from . import compat
 from .architecture import Architecture, find_architecture
 from .attention import PREFIX, register
 from .cost import LayerCount
-from .pruner import SURVIVORS, Options, Record, TokenPruner, pruner_of
+from .pruner import PROTECTED, SURVIVORS, Options, Record, TokenPruner, pruner_of
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
 from .view import Site
 
@@ -347,6 +347,7 @@ class Hooks:
             site.previous, site.counts, site.passed = call.previous, call.options.counts, self.passes_by(pruner, number)
             if pruner.needs_attention and pruner.scores_all and not site.passed and not call.options.gates:
                 site.statistic = pruner.statistic
+            site.voters = protected if pruner.votes == PROTECTED else None
         return site
 
     def passes_by(self, pruner: TokenPruner, number: int) -> bool:

@@ -41,6 +41,7 @@ RunBatch = Callable[[Batch], "Record"]  # the record of the model's forward on a
 CONFIG_KEY = "token_pruning"  # of a model's configuration
 PUT_BACK, SURVIVORS = POOLINGS = ("put-back", "survivors")
 QUERY = "query"  # of ``protect``
+ALL, PROTECTED = "all", "protected"  # of ``votes``
 MODULE = "token_pruner"  # the name of the method among the modules of the model that it prunes
 METHODS: dict[str, type[TokenPruner]] = {}
 _LAST = threading.local()  # .records: the record of the last forward of each method, for the thread that ran it
@@ -93,20 +94,6 @@ class Record:
         """(B,) tokens that go on after each layer."""
         return [*(count.n_attention for count in self.counts[1:]), self.counts[-1].n_ffn]
 
-    def departures(self, count: int) -> tuple[list[int | None], list[float | None]]:
-        """Of the first row, of ``count`` tokens: the layer at which each left, None where it stayed to the end; and its
-        score there, or at the last site where any could leave."""
-        layers: list[int | None] = [None] * count
-        scores: list[float | None] = [None] * count
-        for site in self.sites:
-            if site.score is None:  # nothing leaves there, whatever the input
-                continue
-            columns = (site.tokens.index, site.alive, site.keep, site.score.float())
-            for position, alive, keep, score in zip(*(column[0].tolist() for column in columns), strict=True):
-                if alive:
-                    layers[position], scores[position] = None if keep else site.layer, score
-        return layers, scores
-
 
 @dataclass(frozen=True, eq=False)
 class Options:
@@ -141,6 +128,8 @@ class TokenPruner(nn.Module):
             CrossEncoder's tokenizer. Default: the first token of text encoders, the last of decoders, class,
             distillation and register tokens of vision models; the query of a CrossEncoder. Tokens of one batch:
             ``calling(model, protect=...)``.
+        votes: whose attention makes the score: that of "all" tokens, or of the "protected" ones alone. Default: all;
+            where a query is protected the protected ones, so that a text keeps what the query looks at.
         min_tokens: rows with fewer tokens are left alone.
         pooling: what pools the states of an embedder: "put-back", all tokens, those that left with their last states;
             "survivors", those in ``output.token_mask`` (B, N) alone, which a SentenceTransformer, pruned as a whole,
@@ -148,6 +137,7 @@ class TokenPruner(nn.Module):
     """
 
     at: tuple[int, ...] | None = field(default=None, kw_only=True)
+    votes: str | None = field(default=None, kw_only=True)
     protect: Any = field(default=None, kw_only=True)
     min_tokens: int = field(default=0, kw_only=True)
     pooling: str = field(default=PUT_BACK, kw_only=True)
@@ -185,6 +175,9 @@ class TokenPruner(nn.Module):
             raise ValueError(f"pooling={self.pooling!r}: expected {' or '.join(POOLINGS)}")
         if not isinstance(self.min_tokens, int) or isinstance(self.min_tokens, bool) or self.min_tokens < 0:
             raise ValueError(f"min_tokens={self.min_tokens!r}: expected a number of tokens, from 0 up")
+        if self.votes not in (None, ALL, PROTECTED if self.votable else ALL):
+            what = f"{ALL} or {PROTECTED}" if self.votable else f"nothing: {self.name} takes no score of all rows"
+            raise ValueError(f"votes={self.votes!r}: expected {what}")
         check_protect(self.protect)
         self.at = None if self.at is None else tuple(int(i) for i in self.at)
         self.architecture: Architecture = None  # type: ignore[assignment]  # until bind()
@@ -196,6 +189,11 @@ class TokenPruner(nn.Module):
         """What the score takes of the attention probabilities: it is made with the attention where that is possible.
         Default: the attention received."""
         return columns
+
+    @property
+    def votable(self) -> bool:
+        """Whether tokens vote in the score: it is a sum over the rows of the attention probabilities."""
+        return self.needs_attention and self.scores_all
 
     @property
     def ranks_teacher(self) -> bool:
@@ -301,6 +299,9 @@ class TokenPruner(nn.Module):
             raise ValueError(f"at={list(at)}: expected rising layers without repetition")
         if self.protect == QUERY:
             self.protect = {"until": [separator_of(model)]}
+        if self.votes is None:
+            queried = isinstance(self.protect, dict) and "until" in self.protect and self.votable
+            self.votes = PROTECTED if queried else ALL
         self.sites = tuple(at)
         self.build(model)
 

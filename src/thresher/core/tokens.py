@@ -458,6 +458,10 @@ class Packed(Tokens):
             sequence, row = sequence + count, rows.stop
         return found
 
+    def as_state(self, x: Tensor) -> Tensor:
+        """(1, 1, T, 1): numbers (B, N) of the slots, as a state of one head and one channel."""
+        return self._flat(x).reshape(1, 1, -1, 1)
+
     def sequence_mask(self, mask: Tensor, sequence: int) -> Tensor | None:
         """The part of an attention mask of original size (B or 1, 1 or H, N0 or 1, N0) that one sequence needs.
 

@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, H heads, d channels of a head, C channels of a state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ class Site:
     previous: Site | None = None  # the site before this one
     passed: bool = False  # whether nothing can leave here, so that the layer need show nothing
     counts: Tensor | None = None  # (B, S), how many tokens each row keeps, where the caller says so
+    voters: Tensor | None = None  # (B, N) bool, the tokens whose attention makes the scores; None: all
 
     @property
     def acts(self) -> bool:
@@ -69,6 +71,17 @@ class Site:
     def keep(self) -> Tensor:
         """(B, N) bool, the tokens that stay; all live ones where nothing was decided."""
         return self.tokens.alive if self.choice is None else self.choice.keep
+
+    @property
+    def votes(self) -> Tensor:
+        """(B, N) fp32: what the attention of each token counts in a score; a row's sum is that of its live tokens, also
+        where some ``voters`` alone have a vote. A row without voters votes as a whole."""
+        votes = self.tokens.votes
+        if self.voters is None:
+            return votes
+        some, total = votes * self.voters, votes.sum(1, keepdim=True)
+        voting = some.sum(1, keepdim=True)
+        return torch.where(voting > 0, some * (total / voting.clamp(min=1e-9)), votes)
 
     @property
     def view(self) -> View:
@@ -166,7 +179,8 @@ class View:
 
         The mean over heads and live query rows of the attention probabilities before dropout (LTP eq. 1, "column
         mean"), times the number of live tokens, so that thresholds carry over lengths. Padding and dead tokens neither
-        vote nor receive; in a soft stage each row votes with its gate.
+        vote nor receive; in a soft stage each row votes with its gate. With ``votes="protected"`` the rows of protected
+        tokens alone vote.
         """
         return self.reduce_attention(columns)
 
@@ -177,18 +191,18 @@ class View:
             scores = shown.scores
         elif shown.weights is not None:
             with torch.autocast(shown.weights.device.type, enabled=False):
-                scores = reduce(shown.weights.float(), self.tokens.votes) / shown.weights.shape[1]
+                scores = reduce(shown.weights.float(), shown.votes) / shown.weights.shape[1]
         elif isinstance(self.tokens, Packed):
             scores = self._reduce_packed(self.tokens, reduce)
         else:
             given = self._inputs("queries")
             bias = given.bias(given.mask, given.query.shape[-2])
-            scores = reduce_over_heads(given.query, given.key, bias, self.tokens.votes, given.logits, reduce)
+            scores = reduce_over_heads(given.query, given.key, bias, shown.votes, given.logits, reduce)
         return scores.masked_fill(~self.alive, 0.0)
 
     def _reduce_packed(self, tokens: Packed, reduce: Statistic) -> Tensor:
         given, parts = self._inputs("queries"), []
-        for sequence, length, (q, k) in tokens.runs(given.query, given.key):
+        for sequence, length, (q, k, votes) in tokens.runs(given.query, given.key, tokens.as_state(self._shown.votes)):
             step = 1 if given.mask is not None else max(1, CHUNK // max(1, length * length))
             for i in range(0, len(q), step):
                 mask = None if given.mask is None else tokens.sequence_mask(given.mask, sequence + i)
@@ -196,8 +210,8 @@ class View:
                 causal = given.mask is None and given.causal  # a part without a mask lets everything through
                 bias = additive(mask, length, causal, q.device)
                 bias = tokens.biased(bias, sequence + i, len(some), length)
-                votes = q.new_ones(len(some), length, dtype=torch.float32)
-                parts.append(reduce_over_heads(some, k[i : i + step], bias, votes, given.logits, reduce).flatten())
+                vote = votes[i : i + step, 0, :, 0]
+                parts.append(reduce_over_heads(some, k[i : i + step], bias, vote, given.logits, reduce).flatten())
         return tokens.pad(torch.cat(parts)[None])
 
     def attention_from(self, slot: Tensor) -> Tensor:
@@ -223,3 +237,18 @@ class View:
             logits = logits + self.tokens.log_size[:, None, None]
         logits = logits[:, :, 0] if bias is None else (logits + bias)[:, :, 0]
         return given.logits.softmax(logits.masked_fill(~self.alive[:, None], float("-inf")))
+
+
+def departures(sites: Sequence[Site], count: int) -> tuple[list[int | None], list[float | None]]:
+    """Of the first row of a forward, of ``count`` tokens: the layer at which each left, None where it stayed to the
+    end; and its score there, or at the last site where any could leave."""
+    layers: list[int | None] = [None] * count
+    scores: list[float | None] = [None] * count
+    for site in sites:
+        if site.score is None:  # nothing leaves there, whatever the input
+            continue
+        columns = (site.tokens.index, site.alive, site.keep, site.score.float())
+        for position, alive, keep, score in zip(*(column[0].tolist() for column in columns), strict=True):
+            if alive:
+                layers[position], scores[position] = None if keep else site.layer, score
+    return layers, scores

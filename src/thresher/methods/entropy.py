@@ -70,6 +70,10 @@ class Entropy(TopK):
             )
 
     @property
+    def votable(self) -> bool:
+        return self.criterion == "column"
+
+    @property
     def statistic(self) -> Callable[[Tensor, Tensor], Tensor]:
         return row_entropy if self.criterion == "row" else column_power
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.text import Text
 
+from ..core.view import departures
 from ..evaluation.predict import ready
 from ..evaluation.rows import whole
 from .trace import page, prediction, ramp, slider, told
@@ -96,7 +97,7 @@ def trace(model, processor, image: str | os.PathLike | Image) -> PatchTrace:
     if count != special + rows * columns:
         what = f"{type(model).__name__} makes {count} tokens of {rows} × {columns} patches and {special} special tokens"
         raise ValueError(f"{what}: only one token a patch can be drawn")
-    layers, scores = pruner.record.departures(count)
+    layers, scores = departures(pruner.record.sites, count)
     places = [(row, column) for row in range(rows) for column in range(columns)]
     found = zip(places, layers[special:], scores[special:], strict=True)
     patches = tuple(Patch(*place, layer, score) for place, layer, score in found)

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from ..core.view import departures
 from ..data.models import positions
 from ..evaluation.predict import ready
 from ..evaluation.rows import whole
@@ -90,7 +91,7 @@ def trace(model, tokenizer, text: str, text_pair: str | None = None, max_length:
     with torch.no_grad(), ready(model):
         output = model(**{k: torch.tensor([v], device=device) for k, v in encoded.items() if k in accepted})
 
-    layers, scores = pruner.record.departures(len(ids))
+    layers, scores = departures(pruner.record.sites, len(ids))
     spans = [(None, None) if part is None else span for part, span in zip(parts, spans, strict=True)]
     tokens = zip(tokenizer.convert_ids_to_tokens(ids), parts, *zip(*spans, strict=True), layers, scores, strict=True)
     return Trace(texts, tuple(Token(*token) for token in tokens), *told(model, output.get("logits")))

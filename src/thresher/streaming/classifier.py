@@ -12,6 +12,7 @@ from torch import nn
 
 from ..api import inner_model
 from ..core.pruner import TokenPruner, pruner_of
+from ..core.view import departures
 
 WORD = "a"  # any text: around its tokens a tokenizer puts the special ones
 
@@ -136,7 +137,7 @@ class Stream:
             logits = self.model(**given).logits[0]
         record: Any = self.pruner.record
         inner = range(len(self.before), len(ids) - len(self.behind))
-        layers, scores = record.departures(len(ids))
+        layers, scores = departures(record.sites, len(ids))
         after = len(record.costs)  # a layer behind the last one
         ranked = sorted(inner, key=lambda i: (after if layers[i] is None else layers[i], scores[i] or 0.0, i))
         self.held = [ids[i] for i in sorted(ranked[len(ranked) - min(self.memory, len(ranked)) :])]

@@ -1,0 +1,130 @@
+"""Whose attention makes the score: all tokens', or that of the protected ones alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support.tiny import tiny_model, tiny_tokenizer
+from thresher import ATS, LTP, Cut, Entropy, PoWERBERT, SpAtten, Threshold, ToP, TopK, prune
+from thresher.core.pruner import TokenPruner
+
+PAIRS = [
+    ("the farmer", "wheat and chaff , the grain & script"),
+    ("script", "the wheat threshing grains"),
+    ("and", "the"),
+]
+UNTIL = {"until": [3]}  # [SEP] of the tiny tokenizer
+
+
+def batch() -> dict:
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.sep_token_id == UNTIL["until"][0]
+    return dict(tokenizer([a for a, _ in PAIRS], [b for _, b in PAIRS], padding=True, return_tensors="pt"))
+
+
+def by_hand(model, inputs: dict, layer: int) -> torch.Tensor:
+    """The attention that each token receives from the query, the mean over heads and the query's rows, times the number
+    of tokens."""
+    with torch.no_grad():
+        weights = model(**inputs, output_attentions=True).attentions[layer]
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    rows = []
+    for b in range(len(ids)):
+        end = ids[b].tolist().index(3) + 1
+        rows.append(weights[b, :, :end].mean((0, 1)) * mask[b].sum())
+    return torch.stack(rows)
+
+
+def score_at(model, inputs: dict) -> torch.Tensor:
+    with torch.no_grad():
+        model(**inputs)
+    site = model.token_pruner.record.sites[0]
+    return torch.zeros(inputs["input_ids"].shape).scatter_add(1, site.tokens.index, site.score.float() * site.alive)
+
+
+@pytest.mark.parametrize("attention", ("sdpa", "eager"))
+@pytest.mark.parametrize("layout", ("mask", "padded", "packed"))
+def test_the_score_is_the_attention_of_the_query(layout, attention):
+    inputs = batch()
+    expected = by_hand(tiny_model(attn_implementation="eager").eval(), inputs, 1)
+    model = tiny_model(TopK(keep=0.5, at=(1,), protect=UNTIL), layout=layout, attn_implementation=attention).eval()
+    assert model.token_pruner.votes == "protected"
+    assert score_at(model, inputs) == pytest.approx(expected * inputs["attention_mask"], abs=1e-5)
+
+
+def test_it_differs_from_the_attention_of_all():
+    inputs = batch()
+    scores = [
+        score_at(tiny_model(TopK(keep=0.5, at=(1,), protect=UNTIL, votes=votes)).eval(), inputs)
+        for votes in ("all", "protected")
+    ]
+    assert (scores[0] - scores[1]).abs().max() > 1e-3
+    live = inputs["attention_mask"].sum(1)
+    for score in scores:  # both average 1
+        assert score.sum(1) / live == pytest.approx(torch.ones(3), abs=1e-4)
+
+
+METHODS = [
+    TopK(keep=0.5, protect=UNTIL),
+    Threshold(0.9, protect=UNTIL),
+    SpAtten(keep=0.6, protect=UNTIL),
+    Entropy(keep=0.6, criterion="column", protect=UNTIL),
+    TopK(keep=0.5, votes="protected"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.name}-{method.votes}")
+def test_removed_is_masked_and_a_row_answers_alone_as_in_a_batch(method):
+    inputs, logits = batch(), {}
+    for layout in ("mask", "padded", "packed"):
+        model = tiny_model(TokenPruner.from_dict(method.to_dict()), layout=layout).eval()
+        with torch.no_grad():
+            logits[layout] = model(**inputs).logits
+            for b in range(len(PAIRS)):
+                alone = {name: x[b : b + 1, : inputs["attention_mask"][b].sum()] for name, x in inputs.items()}
+                assert (model(**alone).logits - logits[layout][b]).abs().max() <= 1e-5
+        assert model.token_pruner.votes == "protected"
+    assert (logits["mask"] - logits["padded"]).abs().max() <= 1e-5
+    assert (logits["mask"] - logits["packed"]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("make", (LTP, ToP, PoWERBERT))
+def test_a_soft_stage_hears_the_query_alone_too(make):
+    model = tiny_model(make(protect=UNTIL))
+    model.train()
+    model.token_pruner.progress = 0.0
+    model(**batch()).logits.sum().backward()
+    assert model.token_pruner.votes == "protected"
+    for parameter in model.token_pruner.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+
+
+def test_a_saved_model_keeps_its_voters(tmp_path):
+    model = tiny_model(TopK(keep=0.5, protect=UNTIL, votes="all"))
+    model.save_pretrained(tmp_path)
+    again = prune(type(model).from_pretrained(tmp_path))
+    assert again.token_pruner.votes == "all"
+
+
+def test_without_a_query_all_vote():
+    assert tiny_model(TopK(keep=0.5)).token_pruner.votes == "all"
+
+
+def test_rows_without_a_protected_token_vote_as_a_whole():
+    inputs = batch()
+    one, other = (tiny_model(TopK(keep=0.5, at=(1,), protect=(), votes=votes)).eval() for votes in ("protected", "all"))
+    assert torch.equal(score_at(one, inputs), score_at(other, inputs))
+
+
+@pytest.mark.parametrize(
+    ("make", "votes", "message"), [(TopK, "some", "all or protected"), (ATS, "protected", "ats takes no score")]
+)
+def test_what_cannot_vote_is_refused(make, votes, message):
+    with pytest.raises(ValueError, match=message):
+        make(votes=votes)
+
+
+@pytest.mark.parametrize("method", (Cut(protect=UNTIL), ATS(protect=UNTIL)), ids=lambda method: method.name)
+def test_methods_that_take_no_votes_prune_queries_as_ever(method):
+    assert tiny_model(method).token_pruner.votes == "all"
