@@ -3,7 +3,8 @@
     python benchmarks/reranking.py warm       MiniLM-L6 learns which sentence answers a question: short pairs, of the
                                               articles to train on
     python benchmarks/reranking.py train      and which paragraph of an article does
-    python benchmarks/reranking.py prune      and is pruned to two budgets, without labels
+    python benchmarks/reranking.py prune      and is pruned, without labels: early and late, by the
+                                              query's attention and by that of all tokens, and by ToP
     python benchmarks/reranking.py measure    reciprocal rank and nDCG of all, with paired intervals over questions
     python benchmarks/reranking.py time       milliseconds for 100 candidates in every runtime, interleaved
 
@@ -28,12 +29,13 @@ from weights import pretrained  # noqa: E402
 RUNS = HERE.parent / "runs" / "benchmarks"
 DATA = Path(os.environ.get("THRESHER_DATA", "data")) / "squad"
 LONGEST = 256
-PRUNED: dict[str, tuple[str, float, dict[str, Any]]] = {  # method, share of the MACs, options
-    "top": ("top", 0.5, {}),
-    "topk": ("topk", 0.5, {"at": (1, 2, 3, 4)}),
-    "topk-3x": ("topk", 0.34, {"at": (1, 2, 3)}),
+PRUNED: dict[str, tuple[str, dict[str, Any], int]] = {  # method, options, epochs
+    "early": ("topk", {"at": (1, 2, 3), "keep": (0.5, 0.25, 0.1)}, 1),
+    "late": ("topk", {"at": (2, 3), "keep": (0.25, 0.1)}, 0),
+    "late-all": ("topk", {"at": (2, 3), "keep": (0.25, 0.1), "votes": "all"}, 0),  # what the query's votes are worth
+    "top": ("top", {"target_flops": 0.5}, 1),
 }
-TIMED = "topk-3x"  # whose graphs are made
+TIMED = "early"  # whose graphs are made
 METRICS = ("mrr", "ndcg@10")
 CANDIDATES, BATCH = 100, 25  # beside the question that is timed; pairs in a forward
 GRAPHS = (("onnx", "int8"), ("openvino", "int8"))
@@ -84,6 +86,11 @@ def common(size: Size, rows: int) -> dict[str, Any]:
 def folder(name: str, size: Size) -> Path:
     """Where a model lies."""
     return RUNS / size.name / f"minilm-l6-{name}"
+
+
+def models(size: Size) -> dict[str, Path]:
+    """The models that are there, the dense one first."""
+    return {name: folder(name, size) for name in ("dense", *PRUNED) if (folder(name, size) / "config.json").exists()}
 
 
 def sentences(size: Size) -> str:
@@ -146,9 +153,9 @@ def prune(size: Size) -> None:
     from thresher.experiments.train import train as job
 
     dense = str(folder("dense", size))
-    for name, (method, target, options) in PRUNED.items():
-        own = {"method": method, "target_flops": target, "method_options": dict(options), "distill": 1.0}
-        own |= {"epochs": 0, "prune_epochs": 1, "lr": 5e-5, "prune_lr": 1e-4, "dense_model": dense}
+    for name, (method, options, epochs) in PRUNED.items():
+        own = {"method": method, "method_options": dict(options), "distill": 1.0, "dense_model": dense}
+        own |= {"epochs": 0, "prune_epochs": epochs, "lr": 5e-5, "prune_lr": 1e-4}
         job(model=dense, out=folder(name, size), **own, **common(size, size.pruning))
 
 
@@ -167,7 +174,7 @@ def measure(size: Size) -> None:
     from thresher.evaluation.rows import row
     from thresher.stats.bootstrap import bootstrap_interval
 
-    nets = {name: load(str(folder(name, size))) for name in ("dense", *PRUNED)}
+    nets = {name: load(str(place)) for name, place in models(size).items()}
     task = load_task(data_of(size), metric=METRICS[0])
     test = tokenize(task.test, task, nets["dense"][1], LONGEST)[0]
     test = test.select([i for i, question in enumerate(test["row"]) if question < (size.questions or np.inf)])
@@ -180,7 +187,7 @@ def measure(size: Size) -> None:
             values = {"quality": 100 * float(gains[name][metric].mean()), "quality_dense": 100 * float(before.mean())}
             if name != "dense":
                 low, high = bootstrap_interval(metric, np.ones(len(before)), before, gains[name][metric])
-                values |= {"interval_low": low, "interval_high": high, "target_flops": PRUNED[name][1]}
+                values |= {"interval_low": low, "interval_high": high}
             mode = "dense-unpadded" if name == "dense" else "pruned"
             values |= {"task": "passages", "model": "minilm-l6", "method": name, "metric": metric, "mode": mode}
             values |= {"split": "test", "selected_on": task.selected_on, "max_length": LONGEST, "runtime": "torch"}
@@ -218,7 +225,7 @@ def time(size: Size) -> None:
     from thresher.data.task import Task
     from thresher.evaluation.benchmark import measure as timed
 
-    nets = {name: load(str(folder(name, size))) for name in ("dense", *PRUNED)}
+    nets = {name: load(str(place)) for name, place in models(size).items()}
     tokenizer, opened = nets["dense"][1], {}
     names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in tokenizer.model_input_names]
     rows = candidates(size, tokenizer, LONGEST, seed=1)
@@ -239,7 +246,7 @@ def time(size: Size) -> None:
             task,
             max_length=width,
             against=nets["dense"][0],
-            baselines={name: nets[name][0] for name in PRUNED if name != TIMED},
+            baselines={name: nets[name][0] for name in nets if name not in (TIMED, "dense")},
             graphs=opened,
             batch_sizes=(BATCH,),
             batches=CANDIDATES // BATCH,
