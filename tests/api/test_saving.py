@@ -73,6 +73,7 @@ def test_the_configuration_says_what_prunes(saved):
         "version": 1,
         "weights": digest({"threshold": torch.tensor([0.3, 0.5, 0.6, 0.9])}),
         "at": [0, 1, 2, 3],
+        "votes": "all",
         "protect": None,
         "min_tokens": 0,
         "pooling": "put-back",
