@@ -5,6 +5,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import calling, dense, prune, unprune
+    from .caches.baselines import RandomCache
+    from .caches.keydiff import KeyDiff
+    from .caches.knorm import Knorm
+    from .caches.pruner import CachePruner
+    from .caches.streamingllm import StreamingLLM
     from .core.pruner import TokenPruner
     from .exporting.export import export
     from .exporting.runtime import load_runtime
@@ -37,15 +42,20 @@ __all__ = [
     "TRBERT",
     "VATP",
     "AdapLeR",
+    "CachePruner",
     "Cut",
     "DynamicViT",
     "EViT",
     "Entropy",
     "FirstK",
+    "KeyDiff",
+    "Knorm",
     "PoWERBERT",
     "PruningTrainer",
     "Random",
+    "RandomCache",
     "SpAtten",
+    "StreamingLLM",
     "Threshold",
     "ToFu",
     "ToMe",
@@ -62,6 +72,11 @@ __all__ = [
 ]
 _HOMES = {
     "api": ("calling", "dense", "prune", "unprune"),
+    "caches.baselines": ("RandomCache",),
+    "caches.keydiff": ("KeyDiff",),
+    "caches.knorm": ("Knorm",),
+    "caches.pruner": ("CachePruner",),
+    "caches.streamingllm": ("StreamingLLM",),
     "exporting.export": ("export",),
     "methods.dynamicvit": ("DynamicViT",),
     "methods.adapler": ("AdapLeR",),
