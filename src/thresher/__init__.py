@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import calling, dense, prune, unprune
     from .caches.baselines import RandomCache
+    from .caches.expected_attention import ExpectedAttention
+    from .caches.h2o import H2O
     from .caches.keydiff import KeyDiff
     from .caches.knorm import Knorm
     from .caches.pruner import CachePruner
+    from .caches.snapkv import SnapKV
     from .caches.streamingllm import StreamingLLM
+    from .caches.tova import TOVA
     from .core.pruner import TokenPruner
     from .exporting.export import export
     from .exporting.runtime import load_runtime
@@ -36,9 +40,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ATS",
+    "H2O",
     "LAT",
     "LTMP",
     "LTP",
+    "TOVA",
     "TRBERT",
     "VATP",
     "AdapLeR",
@@ -47,6 +53,7 @@ __all__ = [
     "DynamicViT",
     "EViT",
     "Entropy",
+    "ExpectedAttention",
     "FirstK",
     "KeyDiff",
     "Knorm",
@@ -54,6 +61,7 @@ __all__ = [
     "PruningTrainer",
     "Random",
     "RandomCache",
+    "SnapKV",
     "SpAtten",
     "StreamingLLM",
     "Threshold",
@@ -73,10 +81,14 @@ __all__ = [
 _HOMES = {
     "api": ("calling", "dense", "prune", "unprune"),
     "caches.baselines": ("RandomCache",),
+    "caches.expected_attention": ("ExpectedAttention",),
+    "caches.h2o": ("H2O",),
     "caches.keydiff": ("KeyDiff",),
     "caches.knorm": ("Knorm",),
     "caches.pruner": ("CachePruner",),
+    "caches.snapkv": ("SnapKV",),
     "caches.streamingllm": ("StreamingLLM",),
+    "caches.tova": ("TOVA",),
     "exporting.export": ("export",),
     "methods.dynamicvit": ("DynamicViT",),
     "methods.adapler": ("AdapLeR",),

@@ -39,8 +39,7 @@ def prune(
     Args:
         model: any transformers model with a stack of attention layers; or what is around one: a PEFT model, whose
             active adapter the method is then trained, saved and loaded with; a SentenceTransformer, CrossEncoder or
-            MultiVectorEncoder. In a CrossEncoder of one number the query never leaves, and nothing in the first third
-            of the layers, where the method does not say otherwise.
+            MultiVectorEncoder. In a CrossEncoder of one number the query stays, and all in the first third of the layers.
         method: e.g. ``TopK(keep=0.5)``, or ``SnapKV(keep=0.25)`` for the KV cache of a decoder; it prunes one model.
             None: what the model's config.json says, with the parameters that lie in its weights.
         layout: "mask" hides what is dropped (reference), "padded" shortens to the widest row, "packed" has no padding;
@@ -57,8 +56,7 @@ def prune(
         TypeError: ``model`` or ``method`` is something else.
 
     Example:
-        >>> model = AutoModelForSequenceClassification.from_pretrained("my-classifier")
-        >>> model = prune(model, TopK(keep=0.5))
+        >>> model = prune(AutoModelForSequenceClassification.from_pretrained("my-classifier"), TopK(keep=0.5))
     """
     target = inner_model(model)
     _check_method(method)

@@ -6,7 +6,7 @@ import torch
 import transformers as t
 from transformers import DynamicCache
 
-from thresher import KeyDiff, Knorm, RandomCache, StreamingLLM
+from thresher import H2O, TOVA, ExpectedAttention, KeyDiff, Knorm, RandomCache, SnapKV, StreamingLLM
 
 LENGTHS = (40, 27)  # of the rows of a batch
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 97}
@@ -18,6 +18,7 @@ LATENT = TINY | {"num_key_value_heads": 4, "moe_intermediate_size": 16, "n_route
 LATENT |= {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16}
 LATENT |= {"q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 HYBRID = ["sliding_attention", "full_attention", "full_attention"]
+OTHERS = {"cohere": ("Cohere", GROUPED)}  # besides the families of the matrix
 DECODERS = {
     "llama": ("Llama", GROUPED),
     "qwen2": ("Qwen2", GROUPED),
@@ -39,6 +40,10 @@ METHODS = {
     "keydiff": KeyDiff,
     "knorm": Knorm,
     "random-cache": RandomCache,
+    "snapkv": SnapKV,
+    "tova": TOVA,
+    "h2o": H2O,
+    "expectedattention": ExpectedAttention,
 }
 BUDGETS = {"share": {"keep": 0.3}, "count": {"keep": 12}, "hold": {"hold": 12, "every": 3}}
 
@@ -46,7 +51,7 @@ BUDGETS = {"share": {"keep": 0.3}, "count": {"keep": 12}, "hold": {"hold": 12, "
 def build(family: str, implementation: str = "sdpa", seed: int = 0, **options):
     """A tiny decoder whose attention is far from uniform."""
     torch.manual_seed(seed)
-    name, own = DECODERS[family]
+    name, own = (DECODERS | OTHERS)[family]
     kind = "Gemma3Text" if name == "Gemma3" else name
     config = getattr(t, f"{kind}Config")(**own | options, attn_implementation=implementation)
     head = {"GPT2": "GPT2LMHeadModel", "Gemma3": "Gemma3ForCausalLM"}.get(name, f"{name}ForCausalLM")

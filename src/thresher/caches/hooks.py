@@ -110,8 +110,8 @@ class CacheHooks(Attachment):
         return rotation_of(self.architecture.base, self.blocks[number])
 
     def turns(self, number: int) -> bool:
-        """Whether a layer has rotary positions, of whatever kind."""
-        return self.rotary and getattr(self.blocks[number], "use_rope", True) is not False
+        """Whether positions count in a layer."""
+        return getattr(self.blocks[number], "use_rope", True) is not False
 
     def hook_layers(self) -> None:
         """Put hooks on the layers and their attention blocks."""
@@ -290,7 +290,8 @@ class CacheHooks(Attachment):
         """Remember the queries of a draft; what leaves is decided when it is known which of its tokens stay."""
         layer, asks = site.layer, site.call.asks
         assert asks is not None
-        layer.remember(inputs.query, asks, self.method.window + asks.shape[1])
+        earlier = 0 if self.method.keep is not None else self.method.window
+        layer.remember(inputs.query, asks, earlier + asks.shape[1])
         layer.waiting, layer.cropped, layer.logits = asks.shape[1], False, inputs.logits
 
     # --- one layer ---------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ class CacheHooks(Attachment):
             slots, dead = method.select(view, kept)
             layer.evict(slots if order is None else order.gather(2, slots), dead, kept, method.intact(kept))
             if self.moves and (rotation := self.rotation(site.number)) is not None:
-                close_gap(layer, rotation, method.sinks)
+                close_gap(layer, rotation, method.sinks, "values" if self.latent else "keys")
         layer.seconds += time.perf_counter() - begun
 
     def order(self, layer: PrunedLayer) -> Tensor | None:

@@ -70,8 +70,8 @@ class StreamingLLM(CachePruner):
                 f"{name} has {changing[0]} rotary positions, whose frequencies change with the length, so that the "
                 "sinks cannot follow: use move_sinks=False within the trained range, or keep="
             )
-        if hooks.latent or any(hooks.rotation(number) is None and hooks.turns(number) for number in hooks.full):
+        if any(hooks.rotation(number) is None and hooks.turns(number) for number in hooks.full):
             raise ValueError(
-                f"the sinks of {name} cannot follow: its layers have no rotary positions, or turn neighbouring "
-                "channels; use move_sinks=False within the trained range, or keep="
+                f"the sinks of {name} cannot follow: its layers have no rotary positions, or turn them in a way that "
+                "is not known; use move_sinks=False within the trained range, or keep="
             )

@@ -160,12 +160,14 @@ def rotary_kinds(module: Any) -> set[str]:
     return set(kinds.values()) if isinstance(kinds, dict) else {kinds}
 
 
-def rotates_halves(block: nn.Module) -> bool:
-    """Whether a block turns the first half of its channels against the second, and not neighbours."""
+def rotary_pairs(block: nn.Module) -> str:
+    """Which channels of a block's keys turn against each other as they are cached: "halves", the first half against the
+    second; "neighbours"; empty: it does not turn them, or in a way that is not known."""
     function = getattr(sys.modules[type(block).__module__], "rotate_half", None)
-    if function is None or getattr(getattr(block, "config", None), "rope_interleave", False):
-        return False
-    return getattr(block, "use_rope", True) is not False and "shape[-1] // 2" in _text(inspect.unwrap(function))
+    if function is None or getattr(block, "use_rope", True) is False:
+        return ""
+    text = _text(inspect.unwrap(function))
+    return "halves" if "shape[-1] // 2" in text else "neighbours" if "::2]" in text else ""
 
 
 # --- sentence-transformers: 6.2 --------------------------------------------------------------------------------------
