@@ -39,7 +39,7 @@ def prune(
     Args:
         model: any transformers model with a stack of attention layers; or what is around one: a PEFT model, whose
             active adapter the method is then trained, saved and loaded with; a SentenceTransformer, CrossEncoder or
-            MultiVectorEncoder. In a CrossEncoder of one number the query stays, and all in the first third of the layers.
+            MultiVectorEncoder. In a CrossEncoder of one number the query stays, and all else for a third of the layers.
         method: e.g. ``TopK(keep=0.5)``, or ``SnapKV(keep=0.25)`` for the KV cache of a decoder; it prunes one model.
             None: what the model's config.json says, with the parameters that lie in its weights.
         layout: "mask" hides what is dropped (reference), "padded" shortens to the widest row, "packed" has no padding;

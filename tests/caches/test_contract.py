@@ -128,7 +128,7 @@ def test_a_report_belongs_to_its_thread():
     assert model.token_pruner.report[0]["seen"] == 40
 
 
-# --- what is saved, copied, changed ------------------------------------------------------------------------------------
+# --- what is saved, copied, changed ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", METHODS)
 def test_a_saved_model_prunes_as_it_did(method, tmp_path):
     model = prune(build("llama"), make(method, "hold"))

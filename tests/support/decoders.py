@@ -53,6 +53,7 @@ def build(family: str, implementation: str = "sdpa", seed: int = 0, **options):
     torch.manual_seed(seed)
     name, own = (DECODERS | OTHERS)[family]
     kind = "Gemma3Text" if name == "Gemma3" else name
+    implementation = "eager" if family in EAGER_ONLY else implementation
     config = getattr(t, f"{kind}Config")(**own | options, attn_implementation=implementation)
     head = {"GPT2": "GPT2LMHeadModel", "Gemma3": "Gemma3ForCausalLM"}.get(name, f"{name}ForCausalLM")
     model = getattr(t, head)(config).eval()
