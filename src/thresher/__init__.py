@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .caches.h2o import H2O
     from .caches.keydiff import KeyDiff
     from .caches.knorm import Knorm
+    from .caches.kvzip import KVzip
     from .caches.pruner import CachePruner
     from .caches.snapkv import SnapKV
     from .caches.streamingllm import StreamingLLM
@@ -55,6 +56,7 @@ __all__ = [
     "Entropy",
     "ExpectedAttention",
     "FirstK",
+    "KVzip",
     "KeyDiff",
     "Knorm",
     "PoWERBERT",
@@ -85,6 +87,7 @@ _HOMES = {
     "caches.h2o": ("H2O",),
     "caches.keydiff": ("KeyDiff",),
     "caches.knorm": ("Knorm",),
+    "caches.kvzip": ("KVzip",),
     "caches.pruner": ("CachePruner",),
     "caches.snapkv": ("SnapKV",),
     "caches.streamingllm": ("StreamingLLM",),

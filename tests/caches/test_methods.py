@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from support.decoders import METHODS, SMALL, build, make, prompts
-from thresher import H2O, TOVA, ExpectedAttention, KeyDiff, Knorm, RandomCache, SnapKV, StreamingLLM, prune
+from thresher import H2O, TOVA, ExpectedAttention, KeyDiff, Knorm, KVzip, RandomCache, SnapKV, StreamingLLM, prune
 from thresher.caches.hooks import ours
 
 N, K = 40, 14
@@ -112,6 +112,26 @@ def test_expected_attention_is_that_of_queries_to_come(shown):
         scores.append((k @ mu / 8**0.5 + ((k @ sigma) * k).sum(-1) / 16).softmax(-1))
     expected = (pairs(torch.stack(scores)) + 0.01) * shown["v"].norm(dim=-1)
     assert torch.equal(kept(ExpectedAttention(keep=K, horizon=64, epsilon=0.01, **SMALL)), best(expected))
+
+
+@torch.no_grad()
+def test_kvzip_keeps_what_a_repetition_sees(shown):
+    """The repetition by hand: the text twice, and of its second half what each head sees of the first, at most."""
+    model, ids = build("llama", "eager"), prompts((N,))["input_ids"]
+    fed, seen = torch.cat([ids, torch.tensor([[9, 8]]), ids], 1), {}
+    block = model.model.layers[1].self_attn
+
+    def look(module, args, kwargs, output):
+        x = kwargs["hidden_states"]
+        q, k = (m(x).view(1, 2 * N + 2, -1, 8).transpose(1, 2) for m in (module.q_proj, module.k_proj))
+        seen["q"], seen["k"] = (x[0] for x in apply_rotary_pos_emb(q, k, *kwargs["position_embeddings"]))
+
+    block.register_forward_hook(look, with_kwargs=True)
+    model(input_ids=fed)
+    q, k = seen["q"][:, N:], seen["k"].repeat_interleave(2, 0)
+    products = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(~torch.ones(N + 2, 2 * N + 2).tril(N).bool(), -torch.inf)
+    most = products.softmax(-1)[..., :N].amax(1).unflatten(0, (2, 2)).amax(1)
+    assert torch.equal(kept(KVzip(keep=K, request=(9, 8), **SMALL)), best(most))
 
 
 def test_random_keeps_others_in_each_head_and_layer_and_the_same_again():

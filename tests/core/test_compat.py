@@ -125,6 +125,20 @@ def test_the_layers_of_a_dynamic_cache_can_be_exchanged():
     assert not empty.layers and empty.layer_class_to_replicate is DynamicLayer and empty.offloading is False
 
 
+def test_generate_prepares_its_cache_before_it_speaks_of_drafts(monkeypatch):
+    model, told = decoders.build("llama"), []
+
+    def prepare(config, arguments, *args):
+        answer = getattr(type(model), compat.PREPARE_CACHE)(model, config, arguments, *args)
+        told.append(bool(config.is_assistant))
+        monkeypatch.setattr(arguments["past_key_values"], "activate_past_recording", lambda: told.append("drafts"))
+        return answer
+
+    monkeypatch.setattr(model, compat.PREPARE_CACHE, prepare, raising=False)
+    model.generate(**decoders.prompts((12,)), max_new_tokens=3, do_sample=False, prompt_lookup_num_tokens=2)
+    assert told == [False, "drafts"]
+
+
 def test_quantized_caches_are_known():
     config = decoders.build("llama").config
     assert compat.is_quantized(QuantizedCache("fp8", config)) and not compat.is_quantized(DynamicCache(config=config))

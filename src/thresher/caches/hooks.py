@@ -25,7 +25,8 @@ from ..core import compat
 from ..core.attachment import Attachment
 from ..core.pruner import Options
 from ..core.view import AttentionInputs
-from .layer import PrunedLayer
+from .kvzip import KVzip, RepeatOptions
+from .layer import PrunedLayer, last_real
 from .pruner import CachePruner
 from .rope import Rotation, close_gap, rotation_of
 from .view import CacheView, attention_received
@@ -38,7 +39,7 @@ FUNCTIONS = ("sdpa", "eager")  # attention functions that take a mask for each l
 class CacheCall:
     """One forward between its layers."""
 
-    options: Options
+    options: Any  # RepeatOptions
     dense: bool = False  # whether the model runs as it is
     cache: Any = None
     layers: dict[int, PrunedLayer] = field(default_factory=dict)  # ours, by their number
@@ -65,6 +66,7 @@ class CacheHooks(Attachment):
     """The forward of a decoder, and the hooks of its layers, while its cache is pruned."""
 
     tried: ClassVar[bool] = False
+    unasked: ClassVar[Options] = RepeatOptions()
     method: CachePruner
 
     # --- on ----------------------------------------------------------------------------------------------------------
@@ -120,6 +122,30 @@ class CacheHooks(Attachment):
             block = layer.get_submodule(self.architecture.block)
             self.handles.append(block.register_forward_hook(self.after_block, with_kwargs=True))
 
+    def attach(self) -> None:
+        """Put the hooks on."""
+        super().attach()
+        if hasattr(type(self.model), compat.PREPARE_CACHE):
+            setattr(self.model, compat.PREPARE_CACHE, self.prepare_cache)
+
+    def detach(self) -> None:
+        """Take the hooks off: the model is what it was."""
+        super().detach()
+        self.model.__dict__.pop(compat.PREPARE_CACHE, None)
+
+    def prepare_cache(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for what prepares the cache of ``generate``: our layers have to be told then of drafts that come."""
+        prepare = getattr(type(self.model), compat.PREPARE_CACHE)
+        answer, cache = prepare(self.model, generation_config, model_kwargs, *args, **kwargs), None
+        if self.options.mode != "dense":
+            cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            assists = bool(generation_config.is_assistant)
+            for layer in ours(self.adopted(cache, {})).values():
+                layer.fresh = layer.seen == 0 or not assists
+                layer.record_past = assists
+        return answer
+
     # --- the beginning of a forward ----------------------------------------------------------------------------------
     def begin(self, kwargs: dict) -> CacheCall:
         """Make the cache ours, and say where the new tokens stand."""
@@ -142,10 +168,14 @@ class CacheHooks(Attachment):
         asks, added = first.next_positions(new, mask)
         asks = asks.to(given.device)
         self.check_range(first, added)
+        draft, prompt = first.record_past, new > 1 and (first.fresh or not first.record_past)
+        if draft and prompt and isinstance(self.pruner, KVzip):
+            raise ValueError(
+                f"{self.pruner.name} cannot repeat a prompt that comes with a draft: fill the cache first, by "
+                "model(**inputs, past_key_values=cache), and generate from it"
+            )
         for layer in layers.values():
-            layer.coming = (asks, added)
-        draft = first.record_past and first.seen > 0
-        prompt = new > 1 and not draft
+            layer.coming, layer.fresh = (asks, added), False
         return CacheCall(options, False, cache, layers, asks, min(added) < new, prompt, draft)
 
     def adopted(self, cache: Any, kwargs: dict) -> Any:
@@ -212,18 +242,23 @@ class CacheHooks(Attachment):
             )
 
     def settle(self, cache: Any, layers: dict[int, PrunedLayer], options: Options) -> None:
-        """Decide what waited for a draft to be accepted; where nothing was taken back it was a prompt."""
+        """Decide what waited for a draft to be accepted."""
         for number, layer in layers.items():
             if layer.waiting and options.mode != "dense":
                 count, layer.waiting = layer.waiting, 0
-                assert layer.queries is not None and layer.query_position is not None and layer.logits is not None
-                keys, values, block = layer.keys, layer.values, self.blocks[number]
-                if self.latent:
-                    keys, values = compat.expanded(block, keys, values)
-                query, asks = layer.queries[:, :, -count:], layer.query_position[:, -count:]
-                call = CacheCall(options, False, cache, layers, asks, prompt=not layer.cropped and count > 1)
-                inputs = AttentionInputs(block, query, keys, values, None, False, layer.logits)
+                assert layer.queries is not None and layer.query_position is not None
+                asks = layer.query_position[:, -count:]
+                call = CacheCall(options, False, cache, layers, asks, prompt=layer.waits_prompt)
+                inputs = self.inputs_of(number, layer, layer.queries[:, :, -count:])
                 self.decide(CacheSite(number, layer, call, inputs), remembered=True)
+
+    def inputs_of(self, number: int, layer: PrunedLayer, query: Tensor) -> AttentionInputs:
+        """What the attention of a layer would be shown, with ``query`` (B, H, w, d)."""
+        keys, values, block = layer.keys, layer.values, self.blocks[number]
+        if self.latent:
+            keys, values = compat.expanded(block, keys, values)
+        assert layer.logits is not None
+        return AttentionInputs(block, query, keys, values, None, False, layer.logits)
 
     # --- hooks, in the order in which they run -----------------------------------------------------------------------
     def before_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
@@ -280,7 +315,11 @@ class CacheHooks(Attachment):
                 f"layer {site.number} of {self.architecture.name} delivered no attention, so nothing would be pruned; "
                 "load the model with attn_implementation='sdpa' or 'eager', and do not change it after prune()"
             )
-        if site.call.draft:
+        if isinstance(self.pruner, KVzip):
+            site.layer.logits = site.inputs.logits
+            if site.call.options.repetition is not None and site.call.asks is not None:
+                self.pruner.listen(site.layer, site.inputs, site.call.asks, site.call.options.repetition)
+        elif site.call.draft:
             self.wait(site, site.inputs)
         else:
             self.decide(site)
@@ -292,7 +331,7 @@ class CacheHooks(Attachment):
         assert asks is not None
         earlier = 0 if self.method.keep is not None else self.method.window
         layer.remember(inputs.query, asks, earlier + asks.shape[1])
-        layer.waiting, layer.cropped, layer.logits = asks.shape[1], False, inputs.logits
+        layer.waiting, layer.waits_prompt, layer.logits = asks.shape[1], site.call.prompt, inputs.logits
 
     # --- one layer ---------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -307,7 +346,7 @@ class CacheHooks(Attachment):
         query, places = inputs.query, asks
         if remembered or (method.window and method.keep is None):  # while decoding a score looks further back
             if not remembered:
-                layer.remember(*last_real(query, asks, method.window), method.window)
+                layer.remember(query, asks, method.window)
             assert layer.queries is not None and layer.query_position is not None
             if layer.queries.shape[2] > asks.shape[1]:
                 query, places = layer.queries, layer.query_position
@@ -377,7 +416,11 @@ class CacheHooks(Attachment):
 
     # --- the end of a forward ----------------------------------------------------------------------------------------
     def end(self, call: CacheCall, kwargs: dict, output: Any) -> Any:
-        """Make the report."""
+        """Repeat the prompt, where the method wants that, and make the report."""
+        if call.options.repetition is not None:
+            return output
+        if isinstance(self.pruner, KVzip) and call.prompt and call.options.mode != "dense":
+            self.repeat(self.pruner, call, kwargs)
         held = ((n, layer) for n, layer in enumerate(call.cache.layers) if getattr(layer, "keys", None) is not None)
         self.pruner.report = report = [row_of(number, layer) for number, layer in held]
         dense, bounded = (
@@ -392,6 +435,34 @@ class CacheHooks(Attachment):
                 stacklevel=2,
             )
         return output
+
+    @torch.no_grad()
+    def repeat(self, method: KVzip, call: CacheCall, kwargs: dict) -> None:
+        """Feed the prompt once more, part by part, and let entries leave."""
+        ids, mask, first = kwargs.get("input_ids"), kwargs.get("attention_mask"), next(iter(call.layers.values()))
+        if ids is None:
+            raise ValueError(f"{method.name} repeats the prompt and needs its input_ids, the model was called without")
+        begun, new = time.perf_counter(), ids.shape[1]
+        mask = ids.new_ones(len(ids), first.seen) if mask is None else mask[:, : first.seen]
+        slides = [layer for layer in call.cache.layers if getattr(layer, "is_sliding", False)]
+        for layer in slides:
+            layer.activate_past_recording()
+        end = torch.tensor(first.real, device=ids.device)
+        for part, fed, real in method.repetitions(ids, mask[:, -new:], end - mask[:, -new:].sum(1)):
+            places = end[:, None] + real.cumsum(1) - 1
+            given = {"input_ids": fed, "attention_mask": torch.cat([mask, real.to(mask.dtype)], 1)}
+            with self.asking(repetition=part):
+                self(**given, position_ids=places.clamp(min=0), past_key_values=call.cache, use_cache=True)
+            call.cache.crop(-part.count)
+        for layer in slides:
+            layer.record_past = False
+        assert call.asks is not None
+        for number, layer in call.layers.items():
+            layer.seconds += (time.perf_counter() - begun) / len(call.layers)
+            heads = self.architecture.base.config.num_attention_heads
+            nobody = layer.keys.new_empty(len(ids), heads, 0, layer.keys.shape[-1])
+            one = CacheCall(call.options, False, call.cache, call.layers, call.asks[:, :0], prompt=True)
+            self.decide(CacheSite(number, layer, one, self.inputs_of(number, layer, nobody)))
 
 
 def row_of(number: int, layer: Any) -> dict:
@@ -425,12 +496,3 @@ def taken(x: Tensor, order: Tensor) -> Tensor:
     """``x`` (B, h, P, d) at the slots ``order`` (B, KV, K)."""
     index = order.repeat_interleave(x.shape[1] // order.shape[1], 1)[..., None]
     return x.gather(2, index.expand(-1, -1, -1, x.shape[-1]))
-
-
-def last_real(query: Tensor, asks: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The last ``count`` queries of each row that are no padding; rows with fewer have padding in front."""
-    if bool((asks >= 0).all()):
-        return query[:, :, -count:], asks[:, -count:]
-    order = (asks >= 0).int().argsort(dim=1, stable=True)[:, -count:]
-    index = order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
-    return query.gather(2, index), asks.gather(1, order)

@@ -42,7 +42,8 @@ class PrunedLayer(DynamicLayer):
         shift: (B, KV, 1), how far they were moved.
         logits: how the layer makes logits of products.
         waiting: how many of the last queries belong to a draft, about which nothing is decided yet.
-        cropped: whether tokens of it were taken back since.
+        waits_prompt: whether a part of a prompt is among them.
+        fresh: whether ``generate`` has begun and the next forward brings a prompt.
         record_past: whether tokens may be taken back (``crop``), as assisted decoding does.
         evictions, seconds: how often entries left, and how long scores and choices took.
     """
@@ -69,7 +70,7 @@ class PrunedLayer(DynamicLayer):
         self.logits: Logits | None = None
         # of the tokens of the next update: positions (B, q), and how many of each row are real
         self.coming: tuple[Tensor, list[int]] | None = None
-        self.waiting, self.cropped, self.record_past = 0, False, False
+        self.waiting, self.waits_prompt, self.record_past, self.fresh = 0, False, False, False
         self.newest = 0  # slots at the end in which every head holds the same tokens, one after the other
         self.evictions, self.seconds = 0, 0.0
 
@@ -161,7 +162,7 @@ class PrunedLayer(DynamicLayer):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): expected how many tokens to take back, as a negative number")
-        count, self.cropped = -tokens_to_remove, True
+        count = -tokens_to_remove
         if count == 0 or not self.is_initialized:
             return
         if count > self.newest:
@@ -214,11 +215,11 @@ class PrunedLayer(DynamicLayer):
         self._clear()
 
     def remember(self, query: Tensor, asks: Tensor, count: int) -> None:
-        """Remember the last ``count`` queries (B, H, q, d) at positions ``asks`` (B, q), with those before."""
+        """Remember the last ``count`` real queries (B, H, q, d) at positions ``asks`` (B, q), with those before."""
         if self.queries is not None and self.query_position is not None:
             query, asks = torch.cat([self.queries, query], 2), torch.cat([self.query_position, asks], 1)
-        self.queries = query[:, :, -count:].clone(memory_format=torch.contiguous_format)
-        self.query_position = asks[:, -count:].clone()
+        query, asks = last_real(query, asks, count)
+        self.queries, self.query_position = query.clone(memory_format=torch.contiguous_format), asks.clone()
 
     # --- eviction ------------------------------------------------------------------------------------------------
     def evict(self, slots: Tensor, dead: Tensor | None, counts: list[int], newest: int) -> None:
@@ -245,3 +246,12 @@ class PrunedLayer(DynamicLayer):
             if self.received is not None:
                 self.received = self.received.gather(2, slots)
         self.counts, self.newest, self.evictions = counts, min(self.newest, newest), self.evictions + 1
+
+
+def last_real(query: Tensor, asks: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The last ``count`` queries of each row that are no padding; rows with fewer have padding in front."""
+    if bool((asks >= 0).all()):
+        return query[:, :, -count:], asks[:, -count:]
+    order = (asks >= 0).int().argsort(dim=1, stable=True)[:, -count:]
+    index = order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+    return query.gather(2, index), asks.gather(1, order)

@@ -34,6 +34,7 @@ class Attachment:
         ValueError: the model cannot be pruned by this method in this layout; nothing was touched.
     """
 
+    unasked: ClassVar[Options] = Options()  # what a thread asks for that asks for nothing
     tried: ClassVar[bool] = True  # whether ``prune`` tries the method on a copy of the first layers
 
     def __init__(self, model: PreTrainedModel, method: Pruner, layout: str, original: str | None = None):
@@ -108,7 +109,7 @@ class Attachment:
     @property
     def options(self) -> Options:
         """What this thread asks of its forwards."""
-        return getattr(_THREAD, "options", {}).get(self, Options())
+        return getattr(_THREAD, "options", {}).get(self, self.unasked)
 
     @contextmanager
     def asking(self, **options: Any) -> Iterator[None]:

@@ -106,6 +106,9 @@ def wants_cache(model: PreTrainedModel, given: bool | None) -> bool:
     return bool(getattr(model.config, "use_cache", False) if given is None else given)
 
 
+PREPARE_CACHE = "_prepare_cache_for_generation"  # of a model: makes the cache of ``generate``, or takes the one given
+
+
 def is_quantized(cache: Any) -> bool:
     """Whether a cache holds its entries quantized."""
     return any(isinstance(layer, BaseQuantizedLayer) for layer in cache.layers) or isinstance(cache, QuantizedCache)
