@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+import thresher
 from support.decoders import LENGTHS, METHODS, SMALL, alone, build, difference, feed, make, prompts, run
 from support.families import FAMILIES
-from thresher import H2O, TOVA, KeyDiff, Knorm, SnapKV, StreamingLLM, TopK, dense, prune, unprune
+from thresher import H2O, TOVA, KeyDiff, Knorm, SnapKV, StreamingLLM, TopK, calling, dense, prune, unprune
 from thresher.caches.hooks import ours
 from thresher.caches.layer import PrunedLayer
+from thresher.core.method import METHODS as REGISTRY
+from thresher.core.method import pruner_of
 
 ENTRY = 2 * 2 * 8 * 4  # bytes of one entry of one row and layer: keys and values, 2 heads of 8 channels, fp32
 
@@ -253,6 +259,45 @@ def test_a_pruned_cache_goes_on_within_dense():
         answer, *_ = [model(**step, past_key_values=caches[0]).logits for _ in range(4)]
         assert caches[0].layers[0].held == 16
     assert torch.equal(model(**step, past_key_values=caches[1]).logits, answer)
+
+
+def test_options_of_tokens_are_not_for_caches():
+    model, batch = prune(build("llama"), make("keydiff")), prompts(LENGTHS[:1])
+    with (
+        calling(model, protect=batch["attention_mask"]),
+        pytest.raises(ValueError, match=r"calling\(\) is for tokens, and keydiff prunes a cache"),
+    ):
+        model(**batch)
+    with dense(model, unpadded=True):
+        assert filled(model).layers[0].keys.shape[2] == 40
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # which peft asks for
+def test_an_adapter_generates_over_a_pruned_cache():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    prune(model, make("keydiff"))
+    cache = DynamicCache()
+    model.generate(**prompts(LENGTHS[:1]), max_new_tokens=4, do_sample=False, past_key_values=cache)
+    assert {layer.held for layer in ours(cache).values()} == {12 + 3}
+    assert {row["held"] for row in pruner_of(model.get_base_model()).report} == {12 + 3}
+
+
+def test_every_method_is_public_and_documented():
+    kinds = [kind for kind in REGISTRY.values() if kind.__module__.startswith("thresher.caches.")]
+    page = (Path(__file__).parents[2] / "docs" / "long-prompts.md").read_text(encoding="utf-8")
+    assert {kind.name for kind in kinds} == {*METHODS}
+    for kind in kinds:
+        assert getattr(thresher, kind.__name__) is kind and kind.__name__ in thresher.__all__
+        assert f"| `{kind.__name__}` |" in page and "CachePruner" in kind.__doc__ + kind.__mro__[1].__name__
+
+
+@pytest.mark.slow
+def test_names_are_found_in_a_process_that_has_imported_none():
+    code = "from thresher.core.method import Pruner; print(Pruner.from_dict({'method': 'tova', 'keep': 99}).keep)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["99"]
 
 
 def test_a_call_without_a_cache_is_refused():

@@ -137,7 +137,7 @@ class CacheHooks(Attachment):
         """Stand in for what prepares the cache of ``generate``: our layers have to be told then of drafts that come."""
         prepare = getattr(type(self.model), compat.PREPARE_CACHE)
         answer, cache = prepare(self.model, generation_config, model_kwargs, *args, **kwargs), None
-        if self.options.mode != "dense":
+        if self.options.mode == "pruned":
             cache = model_kwargs.get("past_key_values")
         if cache is not None:
             assists = bool(generation_config.is_assistant)
@@ -151,10 +151,12 @@ class CacheHooks(Attachment):
         """Make the cache ours, and say where the new tokens stand."""
         options, cache = self.options, kwargs.get("past_key_values")
         layers = ours(cache)
-        if options.mode == "dense" and not layers:
+        if options.protect is not None or options.counts is not None:
+            raise ValueError(f"calling() is for tokens, and {self.method.name} prunes a cache: give sinks and recent")
+        if options.mode != "pruned" and not layers:
             return CacheCall(options, dense=True)
         self.check_implementation()
-        if options.mode != "dense":
+        if options.mode == "pruned":
             cache = kwargs["past_key_values"] = self.adopted(cache, kwargs)
             layers = ours(cache)
         given: Any = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
@@ -244,7 +246,7 @@ class CacheHooks(Attachment):
     def settle(self, cache: Any, layers: dict[int, PrunedLayer], options: Options) -> None:
         """Decide what waited for a draft to be accepted."""
         for number, layer in layers.items():
-            if layer.waiting and options.mode != "dense":
+            if layer.waiting and options.mode == "pruned":
                 count, layer.waiting = layer.waiting, 0
                 assert layer.queries is not None and layer.query_position is not None
                 asks = layer.query_position[:, -count:]
@@ -265,7 +267,7 @@ class CacheHooks(Attachment):
         """Put the site into the arguments of a layer, and a mask of its own where its cache needs one."""
         call = self.call
         if call is None:
-            if self.options.mode == "dense":
+            if self.options.mode != "pruned":
                 return None
             raise RuntimeError(
                 f"a layer of {self.architecture.name} was called outside the forward of "
@@ -287,8 +289,8 @@ class CacheHooks(Attachment):
 
         A mask takes sdpa off its quick paths, so that there is none where nothing is dead.
         """
-        asks, new = call.asks, hidden.shape[1]
-        assert asks is not None
+        assert call.asks is not None
+        asks, new = call.asks.to(hidden.device), hidden.shape[1]
         if new == 1 and not layer.dead and not call.padded:
             return None
         live = layer.live
@@ -308,7 +310,7 @@ class CacheHooks(Attachment):
     def after_block(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Let entries leave, once the layer has used all of them."""
         site = kwargs.get("token_site")
-        if not isinstance(site, CacheSite) or site.call.options.mode == "dense":
+        if not isinstance(site, CacheSite) or site.call.options.mode != "pruned":
             return
         if site.inputs is None:
             raise RuntimeError(
@@ -342,7 +344,7 @@ class CacheHooks(Attachment):
         """
         layer, inputs, call, method = site.layer, site.inputs, site.call, self.pruner
         assert inputs is not None and call.asks is not None
-        begun, asks = time.perf_counter(), call.asks
+        begun, asks = time.perf_counter(), call.asks.to(inputs.key.device)
         query, places = inputs.query, asks
         if remembered or (method.window and method.keep is None):  # while decoding a score looks further back
             if not remembered:
@@ -419,7 +421,7 @@ class CacheHooks(Attachment):
         """Repeat the prompt, where the method wants that, and make the report."""
         if call.options.repetition is not None:
             return output
-        if isinstance(self.pruner, KVzip) and call.prompt and call.options.mode != "dense":
+        if isinstance(self.pruner, KVzip) and call.prompt and call.options.mode == "pruned":
             self.repeat(self.pruner, call, kwargs)
         held = ((n, layer) for n, layer in enumerate(call.cache.layers) if getattr(layer, "keys", None) is not None)
         self.pruner.report = report = [row_of(number, layer) for number, layer in held]
