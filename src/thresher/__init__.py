@@ -5,6 +5,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import calling, dense, prune, unprune
+    from .caches.baselines import RandomCache
+    from .caches.expected_attention import ExpectedAttention
+    from .caches.h2o import H2O
+    from .caches.keydiff import KeyDiff
+    from .caches.knorm import Knorm
+    from .caches.kvzip import KVzip
+    from .caches.pruner import CachePruner
+    from .caches.snapkv import SnapKV
+    from .caches.streamingllm import StreamingLLM
+    from .caches.tova import TOVA
     from .core.pruner import TokenPruner
     from .exporting.export import export
     from .exporting.runtime import load_runtime
@@ -31,21 +41,31 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ATS",
+    "H2O",
     "LAT",
     "LTMP",
     "LTP",
+    "TOVA",
     "TRBERT",
     "VATP",
     "AdapLeR",
+    "CachePruner",
     "Cut",
     "DynamicViT",
     "EViT",
     "Entropy",
+    "ExpectedAttention",
     "FirstK",
+    "KVzip",
+    "KeyDiff",
+    "Knorm",
     "PoWERBERT",
     "PruningTrainer",
     "Random",
+    "RandomCache",
+    "SnapKV",
     "SpAtten",
+    "StreamingLLM",
     "Threshold",
     "ToFu",
     "ToMe",
@@ -62,6 +82,16 @@ __all__ = [
 ]
 _HOMES = {
     "api": ("calling", "dense", "prune", "unprune"),
+    "caches.baselines": ("RandomCache",),
+    "caches.expected_attention": ("ExpectedAttention",),
+    "caches.h2o": ("H2O",),
+    "caches.keydiff": ("KeyDiff",),
+    "caches.knorm": ("Knorm",),
+    "caches.kvzip": ("KVzip",),
+    "caches.pruner": ("CachePruner",),
+    "caches.snapkv": ("SnapKV",),
+    "caches.streamingllm": ("StreamingLLM",),
+    "caches.tova": ("TOVA",),
     "exporting.export": ("export",),
     "methods.dynamicvit": ("DynamicViT",),
     "methods.adapler": ("AdapLeR",),

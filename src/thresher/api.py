@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,36 +17,35 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import methods  # noqa: F401  makes the methods known by name
 from .checkpoint import Entry, Stored, load_into, stored_at, stored_with, tensors_of
 from .core.architecture import Architecture
+from .core.attachment import Attachment
 from .core.compat import execution_device, flattens_inputs, mask_survivors, pooled_alone, transformer_module
-from .core.hooks import Hooks
+from .core.method import CONFIG_KEY, MODULE, Pruner, pruner_in, pruner_of
 from .core.probe import settle
-from .core.pruner import CONFIG_KEY, MODULE, SURVIVORS, TokenPruner, pruner_in, pruner_of, query_of
-from .core.tokens import LAYOUTS
+from .core.pruner import SURVIVORS, TokenPruner, query_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def prune(
     model: Model,
-    method: TokenPruner | None = None,
+    method: Pruner | None = None,
     *,
     layout: str = "auto",
     checkpoint: str | Path | None = None,
     check: bool = True,
 ) -> Model:
-    """Prune the tokens of ``model`` while it runs; in place, reversible by ``unprune``.
+    """Prune the tokens of ``model``, or its KV cache, while it runs; in place, reversible by ``unprune``.
 
     Args:
         model: any transformers model with a stack of attention layers; or what is around one: a PEFT model, whose
             active adapter the method is then trained, saved and loaded with; a SentenceTransformer, CrossEncoder or
-            MultiVectorEncoder. In a CrossEncoder of one number the query never leaves and nothing leaves in the first
-            third of the layers, where the method does not say otherwise.
-        method: e.g. ``LTP(target_flops=0.4)`` or ``TopK(keep=0.5)``; it prunes one model. None: what the model's
-            config.json says, with the parameters that lie in its weights.
-        layout: "mask" hides dropped tokens (reference), "padded" shortens to the widest row, "packed" has no padding
-            at all; "auto" takes mask while a method trains softly, else packed if possible, else padded. Not saved.
-        checkpoint: the folder with the pruner's weights, where these did not come with ``model``: a part of a model is
-            pruned, or an adapter was loaded into a model that was not pruned.
+            MultiVectorEncoder. In a CrossEncoder of one number the query stays, and all else for a third of the layers.
+        method: e.g. ``TopK(keep=0.5)``, or ``SnapKV(keep=0.25)`` for the KV cache of a decoder; it prunes one model.
+            None: what the model's config.json says, with the parameters that lie in its weights.
+        layout: "mask" hides what is dropped (reference), "padded" shortens to the widest row, "packed" has no padding;
+            "auto" takes mask while a method trains softly, else packed if possible, else padded. Caches have "mask" and
+            "evict". Not saved.
+        checkpoint: the folder with the pruner's weights, where these did not come with ``model``.
         check: try the first layers on a few tokens before, and refuse what answers wrongly.
 
     Returns:
@@ -56,18 +56,18 @@ def prune(
         TypeError: ``model`` or ``method`` is something else.
 
     Example:
-        >>> model = AutoModelForSequenceClassification.from_pretrained("my-classifier")
-        >>> model = prune(model, TopK(keep=0.5))
+        >>> model = prune(AutoModelForSequenceClassification.from_pretrained("my-classifier"), TopK(keep=0.5))
     """
     target = inner_model(model)
-    _check_request(method, layout)
+    _check_method(method)
     before, entry = pruner_of(target), None
     stored = None if checkpoint is None else stored_at(checkpoint, _weights_of(target))
     if method is None:
         entry = _saved_entry(model, target, stored)
-        method = TokenPruner.from_dict(entry)
+        method = Pruner.from_dict(entry)
+    _check_layout(method, layout)
     _check_free(method, model, target)
-    hooks = Hooks(target, method, layout, None if before is None else before.attached().original)
+    hooks = method.attachment(target, layout, None if before is None else before.attached().original)
     with _free_if_refused(method):
         if method is not before:
             _suit_pairs(method, model, hooks.architecture, saved=entry is not None or checkpoint is not None)
@@ -78,7 +78,8 @@ def prune(
             if checkpoint is not None and stored.entry is not None:
                 method.adopt(stored.entry)
             load_into(method, stored)
-        hooks.layout = settle(hooks, partial(prune, check=False), unprune) if check else layout
+        if check and hooks.tried:
+            hooks.layout = settle(hooks, partial(prune, check=False), unprune)
     if before is not None and before is not method:
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
     own_configuration(model)
@@ -87,23 +88,28 @@ def prune(
     return model
 
 
-def _check_request(method: Any, layout: str) -> None:
-    """Raise TypeError or ValueError where ``prune`` is given no method or no layout."""
-    if isinstance(method, type) or not (method is None or isinstance(method, TokenPruner)):
+def _check_method(method: Any) -> None:
+    """Raise TypeError where ``prune`` is given something else than a method."""
+    if isinstance(method, type) or not (method is None or isinstance(method, Pruner)):
         raise TypeError(f"prune() takes a method such as TopK(keep=0.5), got {method!r}")
-    if layout != "auto" and layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: expected auto, {', '.join(LAYOUTS)}")
+
+
+def _check_layout(method: Pruner, layout: str) -> None:
+    """Raise ValueError where a method has no such layout."""
+    if layout != "auto" and layout not in method.layouts:
+        raise ValueError(f"layout={layout!r}: expected auto, {', '.join(method.layouts)}")
 
 
 @contextmanager
-def _free_if_refused(method: TokenPruner) -> Iterator[None]:
+def _free_if_refused(method: Pruner) -> Iterator[None]:
     """Within the context a refusal leaves a method that prunes nothing yet as it was."""
-    before = (method.architecture, method.at, method.protect, method.votes)
+    before = {name: getattr(method, name) for name in ("architecture", *(f.name for f in fields(method)))}
     try:
         yield
     except ValueError:
-        if before[0] is None:
-            method.architecture, method.at, method.protect, method.votes = before
+        if before["architecture"] is None:
+            for name, value in before.items():
+                setattr(method, name, value)
         raise
 
 
@@ -130,19 +136,20 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def _method_of(model: nn.Module) -> TokenPruner | None:
+def _method_of(model: nn.Module) -> Any:
     """The method that prunes a model, or what is inside of it; None where nothing does."""
     pruner = pruner_of(model)
     return pruner if pruner is not None or isinstance(model, PreTrainedModel) else pruner_of(inner_model(model))
 
 
-def _suit_pairs(method: TokenPruner, model: nn.Module, info: Architecture, saved: bool) -> None:
+def _suit_pairs(method: Pruner, model: nn.Module, info: Architecture, saved: bool) -> None:
     """Give a method the defaults for a CrossEncoder of one number, which tells how well a text answers a query.
 
     One that was ``saved`` prunes as it did."""
     first, separator = transformer_module(model), getattr(getattr(model, "tokenizer", None), "sep_token_id", None)
     if (
         saved
+        or not isinstance(method, TokenPruner)
         or first is None
         or separator is None
         or first.auto_model is info.base
@@ -187,7 +194,7 @@ def _saved_entry(model: nn.Module, target: PreTrainedModel, stored: Stored | Non
     return getattr(target.config, CONFIG_KEY)
 
 
-def _check_free(method: TokenPruner, model: nn.Module, target: PreTrainedModel) -> None:
+def _check_free(method: Pruner, model: nn.Module, target: PreTrainedModel) -> None:
     """Raise ValueError where a method prunes another model, says nothing of this one's pooling, or an adapter of
     ``model`` could not save it."""
     alone = pooled_alone(model) if method.pooling == SURVIVORS and transformer_module(model) is not None else []
@@ -205,7 +212,7 @@ def _check_free(method: TokenPruner, model: nn.Module, target: PreTrainedModel) 
             raise ValueError(f"an adapter of {kind} saves no module beside its own: prune the model without it")
 
 
-def _bind(method: TokenPruner, info: Architecture) -> None:
+def _bind(method: Pruner, info: Architecture) -> None:
     """Fit a method to a model; what one that is fitted has learned is kept where it fits this model, too."""
     if method.architecture is None or not tensors_of(method):
         method.bind(info)
@@ -216,7 +223,7 @@ def _bind(method: TokenPruner, info: Architecture) -> None:
         )
 
 
-def _exchange(hooks: Hooks, before: Hooks | None) -> None:
+def _exchange(hooks: Attachment, before: Attachment | None) -> None:
     """Attach ``hooks`` in place of those ``before``; where that is refused, these are attached again."""
     if before is not None:
         before.detach()
@@ -237,7 +244,7 @@ def own_configuration(model: nn.Module) -> None:
             module.config = copy.deepcopy(module.config, memo)
 
 
-def _place(model: nn.Module, target: PreTrainedModel, hooks: Hooks) -> None:
+def _place(model: nn.Module, target: PreTrainedModel, hooks: Attachment) -> None:
     """Make a method a submodule of its model, on the device that this runs on, and name it in the configuration."""
     method, before = hooks.method, pruner_of(target)
     if before is not None:

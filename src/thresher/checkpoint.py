@@ -21,7 +21,7 @@ from torch import Tensor, nn, uint8
 from transformers import PreTrainedModel
 
 from .core.compat import load_offloaded
-from .core.pruner import MODULE, TokenPruner, pruner_in, read_state
+from .core.method import MODULE, Pruner, pruner_in, read_state
 
 EXTRA = "_extra_state"  # torch's name for what ``get_extra_state`` returns
 DEPTHS = ("", "*/", "*/*/")  # where weight files are looked for, until one fits: the folder, its subfolders
@@ -79,7 +79,7 @@ class Stored:
         return {name: tuple(tensor.shape) for name, tensor in sorted(self.tensors.items())}
 
 
-def tensors_of(pruner: TokenPruner) -> dict[str, Tensor]:
+def tensors_of(pruner: Pruner) -> dict[str, Tensor]:
     """The parameters and buffers of a method that are saved, on the CPU."""
     load_offloaded(pruner)
     return {name: tensor.detach().cpu() for name, tensor in pruner.state_dict().items() if name != EXTRA}
@@ -185,7 +185,7 @@ def _roots(source: str) -> list[Path]:
     return sorted(cached.iterdir()) if cached.is_dir() else []
 
 
-def load_into(pruner: TokenPruner, stored: Stored) -> None:
+def load_into(pruner: Pruner, stored: Stored) -> None:
     """Give a bound method the tensors that were stored.
 
     Raises:

@@ -14,7 +14,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
 from support.families import FAMILIES, difference
 from thresher import LTP, FirstK, Threshold, TopK, dense, prune
-from thresher.core import hooks as machinery
+from thresher.core import attachment as machinery
 from thresher.core.tokens import LAYOUTS
 
 BERT, LLAMA = FAMILIES["bert"], FAMILIES["llama"]

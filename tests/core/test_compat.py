@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,16 @@ from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, QuantizedCache, Trainer, TrainingArguments
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.trainer import TRAINER_STATE_NAME
 
+from support import decoders
 from support.families import FAMILIES
 from thresher.core import compat
+from thresher.core.architecture import find_architecture
+from thresher.core.attention import register
 
 
 class Ours(compat.TrainerNames, Trainer):
@@ -101,3 +107,110 @@ def test_exported_model_names_its_inputs(tmp_path):
     assert names == ("input_ids",) and exported.config.num_labels == model.config.num_labels
     with torch.no_grad():
         torch.testing.assert_close(exported(**inputs)["logits"], model(**inputs).logits, atol=1e-4, rtol=0)
+
+
+# --- the cache of a decoder -------------------------------------------------------------------------------------------
+def test_use_cache_is_on_where_the_configuration_says_so():
+    model = decoders.build("llama")
+    assert compat.wants_cache(model.model, None) and not compat.wants_cache(model.model, False)
+    model.config.use_cache = False
+    assert not compat.wants_cache(model.model, None) and model(torch.tensor([[5]])).past_key_values is None
+
+
+def test_the_layers_of_a_dynamic_cache_can_be_exchanged():
+    config = decoders.build("gemma3").config
+    kinds = [DynamicSlidingWindowLayer, DynamicLayer, DynamicLayer]
+    assert [type(layer) for layer in DynamicCache(config=config).layers] == kinds
+    empty = DynamicCache()
+    assert not empty.layers and empty.layer_class_to_replicate is DynamicLayer and empty.offloading is False
+
+
+def test_generate_prepares_its_cache_before_it_speaks_of_drafts(monkeypatch):
+    model, told = decoders.build("llama"), []
+
+    def prepare(config, arguments, *args):
+        answer = getattr(type(model), compat.PREPARE_CACHE)(model, config, arguments, *args)
+        told.append(bool(config.is_assistant))
+        monkeypatch.setattr(arguments["past_key_values"], "activate_past_recording", lambda: told.append("drafts"))
+        return answer
+
+    monkeypatch.setattr(model, compat.PREPARE_CACHE, prepare, raising=False)
+    model.generate(**decoders.prompts((12,)), max_new_tokens=3, do_sample=False, prompt_lookup_num_tokens=2)
+    assert told == [False, "drafts"]
+
+
+def test_quantized_caches_are_known():
+    config = decoders.build("llama").config
+    assert compat.is_quantized(QuantizedCache("fp8", config)) and not compat.is_quantized(DynamicCache(config=config))
+
+
+def test_continuous_batching_calls_its_pages_cache():
+    assert "cache" in PagedAttentionArgs.__annotations__
+    assert compat.is_paged({"cache": object()}) and not compat.is_paged({"past_key_values": object()})
+
+
+@torch.no_grad()
+def test_latents_are_expanded_as_attention_does():
+    model, seen = decoders.build("deepseek-v3"), {}
+    block = model.model.layers[1].self_attn
+    cache = DynamicCache(config=model.config)
+    model.set_attn_implementation(register("sdpa"))
+    site = SimpleNamespace(statistic=None, tokens=None)
+    handle = block.register_forward_pre_hook(lambda m, a, k: (a, k | {"token_site": site}), with_kwargs=True)
+    model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    handle.remove()
+    seen = compat.expanded(block, cache.layers[1].keys, cache.layers[1].values)
+    assert torch.equal(seen[0], site.inputs.key) and torch.equal(seen[1], site.inputs.value)
+    assert compat.expands_latents(block) and not compat.expands_latents(
+        decoders.build("llama").model.layers[0].self_attn
+    )
+
+
+@pytest.mark.parametrize("family", decoders.DECODERS)
+def test_norms_of_keys_are_found(family):
+    layer = find_architecture(decoders.build(family)).layers[1]
+    found = [compat.normalizes_keys(block) for block in layer.modules()]
+    assert any(found) == (family in ("qwen3", "gemma3"))
+
+
+@pytest.mark.parametrize("family", [*decoders.DECODERS, *decoders.OTHERS])
+@torch.no_grad()
+def test_rotary_positions_are_what_the_model_turns_by(family):
+    """A key of the second token, turned one position further, is that key in the place of the third."""
+    arch = find_architecture(decoders.build(family))
+    model, block, caches = arch.base, arch.layers[1].get_submodule(arch.block), []
+    if family == "gpt2":
+        assert compat.rotary_module(model) is None and not compat.rotary_pairs(block)
+        return
+    for place in (1, 2):
+        caches.append(DynamicCache(config=model.config))
+        model(torch.tensor([[7]]), position_ids=torch.tensor([[place]]), past_key_values=caches[-1])
+    turning = "values" if compat.expands_latents(block) else "keys"
+    one, two = (getattr(cache.layers[1], turning) for cache in caches)
+    module = compat.rotary_module(model)
+    kind = block.layer_type if compat.rotary_by_layer(module) else None
+    angle = compat.rotary_frequencies(module, kind)
+    assert compat.rotary_scaling(module, kind) == 1.0 and compat.rotary_kinds(module) == {"default"}
+    size = len(angle)
+    pairs = compat.rotary_pairs(block)
+    assert pairs == ("neighbours" if family == "cohere" else "halves")
+    first, second = (
+        (slice(0, 2 * size, 2), slice(1, 2 * size, 2))
+        if pairs == "neighbours"
+        else (
+            slice(0, size),
+            slice(size, 2 * size),
+        )
+    )
+    a, b = one[..., first], one[..., second]
+    turned = one.clone()
+    turned[..., first], turned[..., second] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+    assert (turned - two).abs().max() < 1e-4 and (one - two).abs().max() > 1e-2
+
+
+def test_output_maps_have_the_names_that_are_known():
+    for family in decoders.DECODERS:
+        arch = find_architecture(decoders.build(family))
+        block = arch.layers[1].get_submodule(arch.block)
+        named = [name for name in compat.OUTPUT_MAPS if hasattr(block, name)]
+        assert len(named) == 1 and getattr(block, named[0]).weight.shape[0] in (32, 64)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, QuantizedCache
+from transformers.cache_utils import BaseQuantizedLayer  # 5.23
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, sdpa_mask  # 5.23
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # 5.23
 from transformers.pytorch_utils import Conv1D  # 5.23
@@ -34,6 +35,7 @@ __all__ = [
     "is_tracing",
     "sdpa_mask",
 ]
+OUTPUT_MAPS = ("o_proj", "out_proj", "c_proj", "dense")  # 5.23: what blocks call the map from their heads to the state
 ATTENTION_CALL = "attention_interface("  # 5.23: how an attention module's forward calls the configured function
 
 
@@ -96,6 +98,79 @@ def frames_mask(model: PreTrainedModel, frames: int, mask: Tensor) -> Tensor | N
     """(B, ``frames``): the mask of samples (B, samples) for the frames that the layers see; None: there is no rule."""
     rule = getattr(model, "_get_feature_vector_attention_mask", None)
     return None if rule is None else rule(frames, mask)
+
+
+# --- the cache of a decoder: 5.23 -------------------------------------------------------------------------------------
+def wants_cache(model: PreTrainedModel, given: bool | None) -> bool:
+    """Whether a forward keeps keys and values, where its caller says ``given``."""
+    return bool(getattr(model.config, "use_cache", False) if given is None else given)
+
+
+PREPARE_CACHE = "_prepare_cache_for_generation"  # of a model: makes the cache of ``generate``, or takes the one given
+
+
+def is_quantized(cache: Any) -> bool:
+    """Whether a cache holds its entries quantized."""
+    return any(isinstance(layer, BaseQuantizedLayer) for layer in cache.layers) or isinstance(cache, QuantizedCache)
+
+
+def is_paged(arguments: dict[str, Any]) -> bool:
+    """Whether continuous batching calls a model: its pages come as ``cache``."""
+    return arguments.get("cache") is not None
+
+
+def expands_latents(block: nn.Module) -> bool:
+    """Whether a block caches latents, of which it makes keys and values for each head (MLA)."""
+    return callable(getattr(block, "expand_kv", None))
+
+
+def expanded(block: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of each head (B, H, P, d), of what such a block caches."""
+    return block.expand_kv(keys, values)
+
+
+def normalizes_keys(block: nn.Module) -> bool:
+    """Whether a block normalizes each key (QK-norm)."""
+    return any(getattr(block, name, None) is not None for name in ("k_norm", "k_layernorm", "key_norm"))
+
+
+# --- rotary positions: 5.23 -------------------------------------------------------------------------------------------
+def rotary_module(model: nn.Module) -> nn.Module | None:
+    """The module that makes cos and sin of positions; None: there is none."""
+    return next(
+        (m for m in model.modules() if any(n.endswith("inv_freq") for n, _ in m.named_buffers(recurse=False))), None
+    )
+
+
+def rotary_by_layer(module: Any) -> bool:
+    """Whether kinds of layers have rotary positions of their own (Gemma 3)."""
+    return isinstance(getattr(module, "rope_type", None), dict)
+
+
+def rotary_frequencies(module: Any, layer_type: str | None) -> Tensor:
+    """(f,) radians per position."""
+    return getattr(module, "inv_freq" if layer_type is None else f"{layer_type}_inv_freq")
+
+
+def rotary_scaling(module: Any, layer_type: str | None) -> float:
+    """What cos and sin are multiplied by."""
+    return float(getattr(module, "attention_scaling" if layer_type is None else f"{layer_type}_attention_scaling", 1.0))
+
+
+def rotary_kinds(module: Any) -> set[str]:
+    """The kinds of rotary positions: "default", "yarn", "dynamic", ..."""
+    kinds = getattr(module, "rope_type", "default")
+    return set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+
+
+def rotary_pairs(block: nn.Module) -> str:
+    """Which channels of a block's keys turn against each other as they are cached: "halves", the first half against the
+    second; "neighbours"; empty: it does not turn them, or in a way that is not known."""
+    function = getattr(sys.modules[type(block).__module__], "rotate_half", None)
+    if function is None or getattr(block, "use_rope", True) is False:
+        return ""
+    text = _text(inspect.unwrap(function))
+    return "halves" if "shape[-1] // 2" in text else "neighbours" if "::2]" in text else ""
 
 
 # --- sentence-transformers: 6.2 --------------------------------------------------------------------------------------

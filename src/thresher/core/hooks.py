@@ -8,12 +8,8 @@ pass finds what was decided the first time.
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import compat
-from .architecture import Architecture, find_architecture
-from .attention import PREFIX, register
+from .architecture import Architecture
+from .attachment import Attachment
 from .cost import LayerCount
-from .pruner import PROTECTED, SURVIVORS, Options, Record, TokenPruner, pruner_of
+from .pruner import PROTECTED, SURVIVORS, Options, Record, TokenPruner
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
 from .view import Site
 
@@ -76,7 +72,7 @@ class CallState:
         return self.options.mode == "dense"
 
 
-class Hooks:
+class Hooks(Attachment):
     """The forward of the model that holds the layers, and the hooks of its layers, while it is pruned.
 
     Raises:
@@ -84,42 +80,23 @@ class Hooks:
     """
 
     def __init__(self, model: PreTrainedModel, pruner: TokenPruner, layout: str, original: str | None = None):
-        self.model, self.method, self.layout = model, pruner, layout
-        self.architecture = find_architecture(model)
-        base = self.architecture.base
-        check_possible(self.architecture, pruner, layout)
-        if pruner.pooling == SURVIVORS and model is not base:
+        super().__init__(model, pruner, layout, original)
+        self.passed: frozenset[int] = frozenset()  # sites that a graph under construction passes by
+
+    def check(self) -> None:
+        """Raise ValueError where the method or the layout does not fit the model."""
+        model, base = self.model, self.architecture.base
+        check_possible(self.architecture, self.method, self.layout)
+        if self.method.pooling == SURVIVORS and model is not base:
             raise ValueError(
                 f"pooling='survivors' is for embedders: {type(model).__name__} has a head that reads all states as "
                 f"they are put back; prune a SentenceTransformer, or the {type(base).__name__} alone and pool "
                 "output.token_mask yourself"
             )
-        self.inputs = list(inspect.signature(base.forward).parameters)
-        self.__signature__ = inspect.signature(base.forward)
-        self.inner: Callable | None = None  # a forward of the model's own instance, as accelerate sets one
-        self.original = original or compat.attention_implementation(base)
-        self.eager = self.original == "eager" or not self.architecture.shows_inputs
-        # a function that is not shown the site leaves only the probabilities of the eager one
-        self.implementation = register(self.original) if self.architecture.shows_inputs else "eager"
-        self.handles: list = []
-        self.passed: frozenset[int] = frozenset()  # sites that a graph under construction passes by
 
-    @property
-    def pruner(self) -> TokenPruner:
-        """The method at work: the one that was attached, or its copy for the active adapter of peft."""
-        return pruner_of(self.model) or self.method
-
-    # --- on and off ------------------------------------------------------------------------------------------------
-    def attach(self) -> None:
-        """Put the hooks on."""
-        arch = self.architecture
-        if compat.can_set_attention(arch.base):
-            arch.base.set_attn_implementation(self.implementation)
-        else:
-            self.implementation = compat.attention_implementation(arch.base)
-        self.inner = arch.base.__dict__.get("forward")
-        arch.base.forward = self
-        add = self.handles.append
+    def hook_layers(self) -> None:
+        """Put the hooks on the layers."""
+        arch, add = self.architecture, self.handles.append
         for layer in arch.layers:
             add(layer.register_forward_pre_hook(self.before_layer, with_kwargs=True))
             add(layer.register_forward_hook(self.after_layer, with_kwargs=True))
@@ -127,71 +104,7 @@ class Hooks:
                 block = layer.get_submodule(arch.block)
                 add(block.register_forward_hook(self.after_block, with_kwargs=True))
 
-    def detach(self) -> None:
-        """Take the hooks off: the model is what it was."""
-        base = self.architecture.base
-        for handle in self.handles:
-            handle.remove()
-        if compat.can_set_attention(base):
-            base.set_attn_implementation(self.original)
-        if base.__dict__.get("forward") is self:
-            if self.inner is None:
-                del base.forward
-            else:
-                base.forward = self.inner
-        elif base.__dict__.get("_old_forward") is self:  # accelerate laid its own forward over this one
-            base.__dict__["_old_forward"] = self.inner or MethodType(type(base).forward, base)
-
-    def __setstate__(self, state: dict) -> None:
-        """Register the attention function anew: a fresh process knows none of ours."""
-        self.__dict__.update(state)
-        if self.implementation.startswith(PREFIX):
-            register(self.original)
-
-    # --- what belongs to a thread ------------------------------------------------------------------------------------
-    @property
-    def options(self) -> Options:
-        """What this thread asks of its forwards."""
-        return getattr(_THREAD, "options", {}).get(self, Options())
-
-    @contextmanager
-    def asking(self, **options: Any) -> Iterator[None]:
-        """Within the context the forwards of this thread run with other ``Options``."""
-        known = _THREAD.__dict__.setdefault("options", {})
-        before, known[self] = known.get(self), replace(self.options, **options)
-        try:
-            yield
-        finally:
-            if before is None:
-                del known[self]
-            else:
-                known[self] = before
-
-    @property
-    def call(self) -> CallState | None:
-        """The forward under way in this thread."""
-        return getattr(_THREAD, "calls", {}).get(self)
-
     # --- one forward -------------------------------------------------------------------------------------------------
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward of the model that holds the layers."""
-        if len(args) <= len(self.inputs):
-            args, kwargs = (), {**dict(zip(self.inputs, args, strict=False)), **kwargs}
-        if not hasattr(_THREAD, "calls"):
-            _THREAD.calls = {}
-        call = self.begin(kwargs)
-        calls, before = _THREAD.calls, _THREAD.calls.get(self)
-        calls[self] = call
-        try:
-            base = self.architecture.base
-            output = type(base).forward(base, *args, **kwargs) if self.inner is None else self.inner(*args, **kwargs)
-        finally:
-            if before is None:
-                del calls[self]
-            else:
-                calls[self] = before
-        return output if call.dense else self.end(call, kwargs, output)
-
     def begin(self, kwargs: dict) -> CallState:
         """Read what this forward is given; blank rows get a first token in ``kwargs``."""
         options, cache, base = self.options, kwargs.get("past_key_values"), self.architecture.base
@@ -206,11 +119,7 @@ class Hooks:
             raise RuntimeError(
                 "torch.jit.trace would freeze how many tokens stay: use thresher.export, torch.export or torch.compile"
             )
-        if compat.attention_implementation(base) != self.implementation:
-            raise RuntimeError(
-                f"the attention implementation of {self.architecture.name} was changed after prune(), to "
-                f"{compat.attention_implementation(base)!r}, so nothing would be pruned; change it before prune()"
-            )
+        self.check_implementation()
         mask, whole = kwargs.get("attention_mask"), False
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             kind = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__

@@ -11,9 +11,7 @@ Shapes: B batch, N tokens, S sites (the layers in ``at``).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -22,28 +20,32 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import dataclass_transform
+from torch import Tensor
 
 from .architecture import Architecture
 from .cost import LayerCost, LayerCount, dense_macs, macs
+from .method import CONFIG_KEY as CONFIG_KEY
+from .method import METHODS as METHODS
+from .method import MODULE as MODULE
+from .method import Pruner as Pruner
+from .method import pruner_in as pruner_in
+from .method import pruner_of as pruner_of
+from .method import read_state as read_state
 from .scoring import Statistic, columns
 from .tokens import Tokens
 from .view import Site, View
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .hooks import Hooks
 
-VERSION = 1
 Batch = dict[str, Any]  # the arguments of one call of the model
 RunAgain = Callable[..., Any]  # (**override): the model's output on the batch of the training step, run again
 RunBatch = Callable[[Batch], "Record"]  # the record of the model's forward on another batch
-CONFIG_KEY = "token_pruning"  # of a model's configuration
 PUT_BACK, SURVIVORS = POOLINGS = ("put-back", "survivors")
 QUERY = "query"  # of ``protect``
 ALL, PROTECTED = "all", "protected"  # of ``votes``
-MODULE = "token_pruner"  # the name of the method among the modules of the model that it prunes
-METHODS: dict[str, type[TokenPruner]] = {}
 _LAST = threading.local()  # .records: the record of the last forward of each method, for the thread that ran it
 
 
@@ -114,9 +116,7 @@ class Options:
     calls: list[tuple[Record, Batch]] | None = None
 
 
-@dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
-@dataclass(eq=False, repr=False)
-class TokenPruner(nn.Module):
+class TokenPruner(Pruner):
     """Base class of the methods; each subclass is a dataclass.
 
     Args:
@@ -142,7 +142,7 @@ class TokenPruner(nn.Module):
     min_tokens: int = field(default=0, kw_only=True)
     pooling: str = field(default=PUT_BACK, kw_only=True)
 
-    name: ClassVar[str] = ""
+    layouts: ClassVar[tuple[str, ...]] = ("mask", "padded", "packed")
     lr: ClassVar[float] = 2e-2  # learning rate of its own parameters, where no other is given
     # Not annotated is what a method may make a field, or set for itself.
     min_keep = 1  # tokens that a row keeps at least
@@ -153,22 +153,10 @@ class TokenPruner(nn.Module):
     scores_row: ClassVar[bool] = False  # whether it takes one row of them, which is charged instead
     merges = False  # whether tokens are merged into others
     sized: ClassVar[bool] = False  # whether keys then weigh by the number of tokens that they stand for
-    learned: ClassVar[tuple[str, ...]] = ()  # fields that training or calibration changes; the state dict has them
     predictor_macs = 0  # of a predictor, for each token at a site
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        dataclass(eq=False, repr=False)(cls)
-        name = cls.__dict__.get("name")
-        if not name:
-            return
-        taken = METHODS.get(name)
-        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"the name {name!r} belongs to {taken.__module__}.{taken.__qualname__}: choose another")
-        METHODS[name] = cls
-
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__post_init__()
         if not 0 <= self.soft_until <= 1:
             raise ValueError(f"soft_until={self.soft_until}: expected a share of the training in [0, 1]")
         if self.pooling not in POOLINGS:
@@ -180,8 +168,6 @@ class TokenPruner(nn.Module):
             raise ValueError(f"votes={self.votes!r}: expected {what}")
         check_protect(self.protect)
         self.at = None if self.at is None else tuple(int(i) for i in self.at)
-        self.architecture: Architecture = None  # type: ignore[assignment]  # until bind()
-        self.hooks: Hooks | None = None
         self.progress = 1.0
 
     @property
@@ -204,6 +190,16 @@ class TokenPruner(nn.Module):
     def needs_table(self) -> bool:
         """Whether the budget is one of time, priced by ``table``, a LatencyTable."""
         return False
+
+    def attachment(self, model: PreTrainedModel, layout: str, original: str | None = None) -> Hooks:
+        """The hooks that run this method in ``model``."""
+        from .hooks import Hooks  # which runs what stands here
+
+        return Hooks(model, self, layout, original)
+
+    def to_dict(self) -> dict:
+        """What config.json gets; ``from_dict`` takes it back."""
+        return {**super().to_dict(), "at": list(self.sites) if hasattr(self, "sites") else self.at}
 
     # --- what a method overrides ---------------------------------------------------------------------------------
     def score(self, view: View) -> Tensor:
@@ -287,7 +283,7 @@ class TokenPruner(nn.Module):
         Raises:
             ValueError: a layer in ``at`` does not exist or can save nothing.
         """
-        self.architecture = model
+        super().bind(model)
         at = self.default_at(model) if self.at is None else self.at
         for layer in at:
             if not model.first_site <= layer <= model.last_site:
@@ -420,16 +416,6 @@ class TokenPruner(nn.Module):
             )
         return self.record
 
-    def attached(self) -> Hooks:
-        """The hooks of the model that it prunes.
-
-        Raises:
-            RuntimeError: it prunes none.
-        """
-        if self.hooks is None:
-            raise RuntimeError(f"this {type(self).__name__} prunes no model: prune() one first")
-        return self.hooks
-
     @property
     def report(self) -> list[dict]:
         """This thread's last forward, layer by layer: tokens entering, tokens kept, MACs, and the dense MACs.
@@ -448,89 +434,6 @@ class TokenPruner(nn.Module):
             }
             for layer, (cost, count, after) in enumerate(zip(record.costs, record.counts, record.kept(), strict=True))
         ]
-
-    # --- the configuration ---------------------------------------------------------------------------------------
-    def to_dict(self) -> dict:
-        """What config.json gets; ``from_dict`` takes it back."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields["at"] = list(self.sites) if hasattr(self, "sites") else self.at
-        return {"method": self.name, "version": VERSION, **fields}
-
-    @staticmethod
-    def from_dict(config: Mapping) -> TokenPruner:
-        """The method a configuration describes; keys it does not know are ignored.
-
-        Raises:
-            ValueError: unknown method, a newer version or values that the method cannot take.
-        """
-        entry = "the token_pruning entry of config.json"
-        if not isinstance(config, Mapping):
-            raise ValueError(f"{entry} is {config!r}: expected an object with the method's name and values")
-        version = config.get("version", VERSION)
-        if not isinstance(version, int) or version > VERSION:
-            raise ValueError(f"{entry} has version {version!r}, this thresher reads up to {VERSION}: update thresher")
-        if config.get("method") not in METHODS:
-            raise ValueError(f"unknown pruning method {config.get('method')!r}; known: {', '.join(sorted(METHODS))}")
-        method = METHODS[config["method"]]
-        known = {f.name for f in dataclasses.fields(method)}
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
-        try:
-            return method(**fields)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{entry} is nothing that {method.__name__} can take: {error}") from error
-
-    def get_extra_state(self) -> Tensor:
-        """``to_dict`` as JSON, (bytes,) uint8: weight files hold tensors alone."""
-        return torch.frombuffer(bytearray(json.dumps(self.to_dict()).encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take over the fields in ``learned``. Raises ValueError where it cannot be read; see ``adopt``."""
-        self.adopt(read_state(state))
-
-    def adopt(self, entry: Mapping) -> None:
-        """Take over the fields in ``learned`` from what ``to_dict`` said; what else a user chose stays as it is.
-
-        Raises:
-            ValueError: it is of another method.
-        """
-        method = TokenPruner.from_dict(entry)
-        if method.name != self.name:
-            raise ValueError(f"what was saved is of {method.name}, the model is pruned with {self.name}")
-        for name in self.learned:
-            setattr(self, name, getattr(method, name))
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> TokenPruner:
-        """Move to another device, never to another precision: a threshold rounded to bfloat16 is another threshold."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return new if new.dtype == tensor.dtype else tensor.to(new.device)
-
-        return super()._apply(moved, recurse)
-
-    def train(self, mode: bool = True) -> TokenPruner:
-        """As in torch; raises RuntimeError where peft has frozen the method and trains the rest of the model."""
-        model = self.hooks.model if mode and self.hooks is not None else None
-        if model is not None and pruner_of(model) is self and not all(p.requires_grad for p in self.parameters()):
-            adapted = any(hasattr(module, "adapter_layer_names") for module in model.modules())
-            if adapted and any(parameter.requires_grad for parameter in model.parameters()):
-                raise RuntimeError(
-                    f"peft has frozen the parameters of {self.name} and would not save them: prune() after "
-                    "get_peft_model, or give its configuration modules_to_save=['token_pruner']"
-                )
-        return super().train(mode)
-
-    def __deepcopy__(self, memo: dict) -> TokenPruner:
-        """Copy the method with the model that it prunes, or alone: its copy is then free for another model."""
-        state = dict(self.__dict__)
-        alone = self.hooks is not None and id(self.hooks.model) not in memo
-        shared = {"hooks": state.pop("hooks")} if alone else {}
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(state, memo), **shared)
-        return copied
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("method", "version"))
 
 
 def check_protect(protect: Any) -> None:
@@ -560,38 +463,6 @@ def separator_of(model: Architecture) -> int:
             "give protect={'until': [tokenizer.sep_token_id]}, or prune a CrossEncoder"
         )
     return separator
-
-
-def pruner_of(model: nn.Module) -> TokenPruner | None:
-    """The method that prunes ``model``, None where nothing does.
-
-    peft's ``modules_to_save`` puts a wrapper in its place, with a copy for each adapter: the active one's acts. It is
-    handed what was set on the wrapper.
-    """
-    module = getattr(model, MODULE, None)
-    if module is None or isinstance(module, TokenPruner):
-        return module
-    active = [] if module.disable_adapters else [n for n in module.active_adapters if n in module.modules_to_save]
-    method = module.modules_to_save[active[0]] if active else module.original_module
-    for name in [name for name in vars(module) if not name.startswith("_") and name != "training"]:
-        setattr(method, name, vars(module).pop(name))
-    return method
-
-
-def pruner_in(model: nn.Module) -> TokenPruner:
-    """The method that prunes ``model``. Raises ValueError where nothing does."""
-    pruner = pruner_of(model)
-    if pruner is None:
-        raise ValueError(f"{type(model).__name__} is not pruned: prune() it first")
-    return pruner
-
-
-def read_state(state: Tensor) -> dict:
-    """What ``TokenPruner.get_extra_state`` wrote."""
-    try:
-        return json.loads(bytes(state.tolist()))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"the state of the token pruner is no JSON ({error})") from error
 
 
 def _records() -> WeakKeyDictionary[TokenPruner, Record]:

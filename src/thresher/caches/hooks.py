@@ -1,0 +1,500 @@
+"""Run a cache method inside a decoder: swap the layers of its cache, watch what attention is given, let entries leave.
+
+| place | does |
+|---|---|
+| ``begin`` | swaps empty layers of the cache for ours, says where the coming tokens stand |
+| ``before_layer`` | gives a layer whose cache is uneven a mask of its own |
+| the attention function | shows queries, keys and values, as in a pruned encoder |
+| ``after_block`` | lets entries leave, once the layer has used all of them |
+| ``end`` | makes the report |
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from ..core import compat
+from ..core.attachment import Attachment
+from ..core.pruner import Options
+from ..core.view import AttentionInputs
+from .kvzip import KVzip, RepeatOptions
+from .layer import PrunedLayer, last_real
+from .pruner import CachePruner
+from .rope import Rotation, close_gap, rotation_of
+from .view import CacheView, attention_received
+
+KINDS = ("pruned", "sliding")  # of layers, in the report
+FUNCTIONS = ("sdpa", "eager")  # attention functions that take a mask for each layer
+
+
+@dataclass
+class CacheCall:
+    """One forward between its layers."""
+
+    options: Any  # RepeatOptions
+    dense: bool = False  # whether the model runs as it is
+    cache: Any = None
+    layers: dict[int, PrunedLayer] = field(default_factory=dict)  # ours, by their number
+    asks: Tensor | None = None  # (B, q), positions of the new tokens; -1: padding
+    padded: bool = False  # whether some of them are padding
+    prompt: bool = False  # whether they are a part of a prompt
+    draft: bool = False  # whether they may be taken back
+
+
+@dataclass(eq=False)
+class CacheSite:
+    """One layer of one forward: what its attention function shows. The names are those of a ``Site``."""
+
+    number: int
+    layer: PrunedLayer
+    call: CacheCall
+    inputs: AttentionInputs | None = None
+    weights: Tensor | None = None
+    statistic: None = None
+    tokens: None = None
+
+
+class CacheHooks(Attachment):
+    """The forward of a decoder, and the hooks of its layers, while its cache is pruned."""
+
+    tried: ClassVar[bool] = False
+    unasked: ClassVar[Options] = RepeatOptions()
+    method: CachePruner
+
+    # --- on ----------------------------------------------------------------------------------------------------------
+    def check(self) -> None:
+        """Raise ValueError where the method cannot serve the model."""
+        arch = self.architecture
+        if not arch.causal:
+            raise ValueError(
+                f"{self.method.name} prunes the KV cache of a decoder, and {arch.name} has none: TopK, LTP and ToP "
+                "prune the tokens of an encoder"
+            )
+        if not (arch.shows_inputs and arch.passes_arguments):
+            raise ValueError(
+                f"{self.method.name} is not possible with {arch.name}: its layers do not hand their arguments to "
+                "transformers' attention interface, so that no mask can follow what leaves"
+            )
+        if self.original not in FUNCTIONS:
+            raise ValueError(
+                f"{self.method.name} gives layers masks of their own, which {self.original!r} does not take: load the "
+                f"model with attn_implementation={' or '.join(map(repr, FUNCTIONS))}"
+            )
+        self.blocks = {self.number_of(layer): layer.get_submodule(arch.block) for layer in arch.layers}
+        kinds = DynamicCache(config=arch.base.config).layers
+        self.full = [number for number, kind in enumerate(kinds) if type(kind) is DynamicLayer]
+        if not self.full:
+            raise ValueError(
+                f"{self.method.name} is not possible with {arch.name}: all of its layers slide and hold a window at "
+                "most, so that nothing is left to prune"
+            )
+        self.latent = compat.expands_latents(self.blocks[self.full[0]])
+        self.rotary = compat.rotary_module(arch.base) is not None
+        self.method.check(self)
+        self.moves = self.method.moves_sinks(self)
+        self.warned = False
+
+    def number_of(self, layer: nn.Module) -> int:
+        """The number of a layer in the cache."""
+        block: Any = layer.get_submodule(self.architecture.block)
+        return int(block.layer_idx)
+
+    def rotation(self, number: int) -> Rotation | None:
+        """How a layer turns its queries and keys."""
+        return rotation_of(self.architecture.base, self.blocks[number])
+
+    def turns(self, number: int) -> bool:
+        """Whether positions count in a layer."""
+        return getattr(self.blocks[number], "use_rope", True) is not False
+
+    def hook_layers(self) -> None:
+        """Put hooks on the layers and their attention blocks."""
+        for layer in self.architecture.layers:
+            self.handles.append(layer.register_forward_pre_hook(self.before_layer, with_kwargs=True))
+            block = layer.get_submodule(self.architecture.block)
+            self.handles.append(block.register_forward_hook(self.after_block, with_kwargs=True))
+
+    def attach(self) -> None:
+        """Put the hooks on."""
+        super().attach()
+        if hasattr(type(self.model), compat.PREPARE_CACHE):
+            setattr(self.model, compat.PREPARE_CACHE, self.prepare_cache)
+
+    def detach(self) -> None:
+        """Take the hooks off: the model is what it was."""
+        super().detach()
+        self.model.__dict__.pop(compat.PREPARE_CACHE, None)
+
+    def prepare_cache(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for what prepares the cache of ``generate``: our layers have to be told then of drafts that come."""
+        prepare = getattr(type(self.model), compat.PREPARE_CACHE)
+        answer, cache = prepare(self.model, generation_config, model_kwargs, *args, **kwargs), None
+        if self.options.mode == "pruned":
+            cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            assists = bool(generation_config.is_assistant)
+            for layer in ours(self.adopted(cache, {})).values():
+                layer.fresh = layer.seen == 0 or not assists
+                layer.record_past = assists
+        return answer
+
+    # --- the beginning of a forward ----------------------------------------------------------------------------------
+    def begin(self, kwargs: dict) -> CacheCall:
+        """Make the cache ours, and say where the new tokens stand."""
+        options, cache = self.options, kwargs.get("past_key_values")
+        layers = ours(cache)
+        if options.protect is not None or options.counts is not None:
+            raise ValueError(f"calling() is for tokens, and {self.method.name} prunes a cache: give sinks and recent")
+        if options.mode != "pruned" and not layers:
+            return CacheCall(options, dense=True)
+        self.check_implementation()
+        if options.mode == "pruned":
+            cache = kwargs["past_key_values"] = self.adopted(cache, kwargs)
+            layers = ours(cache)
+        given: Any = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        batch, new = given.shape[:2]
+        first = next(iter(layers.values()))
+        self.settle(cache, layers, options)
+        for layer in layers.values():
+            if not layer.real:
+                layer.real, layer.counts = [0] * batch, [0] * batch
+        mask = self.new_columns(kwargs.get("attention_mask"), first.seen, new)
+        asks, added = first.next_positions(new, mask)
+        asks = asks.to(given.device)
+        self.check_range(first, added)
+        draft, prompt = first.record_past, new > 1 and (first.fresh or not first.record_past)
+        if draft and prompt and isinstance(self.pruner, KVzip):
+            raise ValueError(
+                f"{self.pruner.name} cannot repeat a prompt that comes with a draft: fill the cache first, by "
+                "model(**inputs, past_key_values=cache), and generate from it"
+            )
+        for layer in layers.values():
+            layer.coming, layer.fresh = (asks, added), False
+        return CacheCall(options, False, cache, layers, asks, min(added) < new, prompt, draft)
+
+    def adopted(self, cache: Any, kwargs: dict) -> Any:
+        """A cache whose full layers are ours: the one given, where it is empty or ours already.
+
+        Raises:
+            ValueError: it cannot be pruned.
+        """
+        base, name = self.architecture.base, self.method.name
+        if compat.is_paged(kwargs):
+            raise ValueError(f"{name} cannot prune the pages of continuous batching: call generate()")
+        if cache is None:
+            if not compat.wants_cache(base, kwargs.get("use_cache")):
+                raise ValueError(
+                    f"the model was called with use_cache=False, so {name} has no cache to prune: call it with "
+                    "use_cache=True, or within dense(model)"
+                )
+            cache = DynamicCache(config=base.config)
+        if ours(cache):
+            return cache
+        kind = type(cache).__name__
+        if isinstance(cache, EncoderDecoderCache) or any(isinstance(x, StaticLayer) for x in cache.layers):
+            raise ValueError(f"{name} cannot prune a {kind}, whose size is fixed: generate with a DynamicCache")
+        if compat.is_quantized(cache):
+            raise ValueError(f"{name} cannot prune a {kind}, whose entries are quantized in blocks: use a DynamicCache")
+        if cache.offloading:
+            raise ValueError(f"{name} cannot prune a cache that is offloaded: use a DynamicCache without offloading")
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                f"this cache was filled without {name}, by a dense call or before prune(): fill it from empty with the "
+                "pruned model, or go on within dense(model)"
+            )
+        fresh = DynamicCache(config=base.config).layers
+        if not cache.layers:
+            cache.layers, cache.layer_class_to_replicate = fresh, None
+        for number in self.full:
+            if type(cache.layers[number]) is DynamicLayer:
+                cache.layers[number] = PrunedLayer(self.layout == "mask")
+        if not ours(cache):
+            raise ValueError(f"{name} found no layer that it can prune in this {kind}: use a DynamicCache")
+        return cache
+
+    def new_columns(self, mask: Any, seen: int, new: int) -> Tensor | None:
+        """(B, q) of the 2-D attention mask, for the new tokens; None: there is none."""
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            kind = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"a pruned model takes the 2-D attention mask (B, N) of real tokens, got a {kind} one")
+        if mask.shape[1] < seen + new:
+            raise ValueError(
+                f"the attention mask has {mask.shape[1]} columns, the cache has seen {seen} tokens and {new} are new: "
+                f"give a mask of all {seen + new}"
+            )
+        return mask[:, seen : seen + new]
+
+    def check_range(self, layer: PrunedLayer, added: list[int]) -> None:
+        """Raise ValueError where learned positions end."""
+        most, end = self.architecture.max_tokens, max(a + b for a, b in zip(layer.real, added, strict=True))
+        if not self.rotary and most is not None and end > most:
+            raise ValueError(
+                f"{self.architecture.name} has learned {most} positions and cannot place token {end}: a pruned cache "
+                "does not lengthen it; a model with rotary positions can go on"
+            )
+
+    def settle(self, cache: Any, layers: dict[int, PrunedLayer], options: Options) -> None:
+        """Decide what waited for a draft to be accepted."""
+        for number, layer in layers.items():
+            if layer.waiting and options.mode == "pruned":
+                count, layer.waiting = layer.waiting, 0
+                assert layer.queries is not None and layer.query_position is not None
+                asks = layer.query_position[:, -count:]
+                call = CacheCall(options, False, cache, layers, asks, prompt=layer.waits_prompt)
+                inputs = self.inputs_of(number, layer, layer.queries[:, :, -count:])
+                self.decide(CacheSite(number, layer, call, inputs), remembered=True)
+
+    def inputs_of(self, number: int, layer: PrunedLayer, query: Tensor) -> AttentionInputs:
+        """What the attention of a layer would be shown, with ``query`` (B, H, w, d)."""
+        keys, values, block = layer.keys, layer.values, self.blocks[number]
+        if self.latent:
+            keys, values = compat.expanded(block, keys, values)
+        assert layer.logits is not None
+        return AttentionInputs(block, query, keys, values, None, False, layer.logits)
+
+    # --- hooks, in the order in which they run -----------------------------------------------------------------------
+    def before_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        """Put the site into the arguments of a layer, and a mask of its own where its cache needs one."""
+        call = self.call
+        if call is None:
+            if self.options.mode != "pruned":
+                return None
+            raise RuntimeError(
+                f"a layer of {self.architecture.name} was called outside the forward of "
+                f"{type(self.architecture.base).__name__}, so nothing would be pruned: call that model, or run within "
+                "dense(model)"
+            )
+        pruned = None if call.dense else call.layers.get(self.number_of(layer))
+        if pruned is None:
+            return None
+        kwargs = {**dict(zip(self.architecture.arguments, args, strict=False)), **kwargs}
+        hidden = kwargs.pop(self.architecture.arguments[0])
+        if not pruned.whole:
+            kwargs["attention_mask"] = self.mask(pruned, call, hidden)
+        kwargs["token_site"] = CacheSite(self.number_of(layer), pruned, call)
+        return (hidden,), kwargs
+
+    def mask(self, layer: PrunedLayer, call: CacheCall, hidden: Tensor) -> Tensor | None:
+        """Which entries the new tokens see: (B, 1 or H, q, P + q), as a bias for eager attention; None: all of them.
+
+        A mask takes sdpa off its quick paths, so that there is none where nothing is dead.
+        """
+        assert call.asks is not None
+        asks, new = call.asks.to(hidden.device), hidden.shape[1]
+        if new == 1 and not layer.dead and not call.padded:
+            return None
+        live = layer.live
+        if layer.masked:
+            live = live.repeat_interleave(self.architecture.base.config.num_attention_heads // live.shape[1], 1)
+        else:
+            live = live[:, :1]  # rows keep the same number in each head, and dead slots lie in front
+        real = (asks >= 0)[:, None]
+        fresh = torch.ones(new, new, dtype=torch.bool, device=hidden.device).tril() & real[..., None, :]
+        fresh = fresh | torch.eye(new, dtype=torch.bool, device=hidden.device)  # padding sees itself, and not nothing
+        old = live[:, :, None].expand(-1, -1, new, -1)
+        sees = torch.cat([old, fresh.expand(-1, old.shape[1], -1, -1)], -1)
+        if self.eager:
+            return torch.where(sees, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
+        return sees
+
+    def after_block(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Let entries leave, once the layer has used all of them."""
+        site = kwargs.get("token_site")
+        if not isinstance(site, CacheSite) or site.call.options.mode != "pruned":
+            return
+        if site.inputs is None:
+            raise RuntimeError(
+                f"layer {site.number} of {self.architecture.name} delivered no attention, so nothing would be pruned; "
+                "load the model with attn_implementation='sdpa' or 'eager', and do not change it after prune()"
+            )
+        if isinstance(self.pruner, KVzip):
+            site.layer.logits = site.inputs.logits
+            if site.call.options.repetition is not None and site.call.asks is not None:
+                self.pruner.listen(site.layer, site.inputs, site.call.asks, site.call.options.repetition)
+        elif site.call.draft:
+            self.wait(site, site.inputs)
+        else:
+            self.decide(site)
+        site.inputs = site.weights = None
+
+    def wait(self, site: CacheSite, inputs: AttentionInputs) -> None:
+        """Remember the queries of a draft; what leaves is decided when it is known which of its tokens stay."""
+        layer, asks = site.layer, site.call.asks
+        assert asks is not None
+        earlier = 0 if self.method.keep is not None else self.method.window
+        layer.remember(inputs.query, asks, earlier + asks.shape[1])
+        layer.waiting, layer.waits_prompt, layer.logits = asks.shape[1], site.call.prompt, inputs.logits
+
+    # --- one layer ---------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def decide(self, site: CacheSite, remembered: bool = False) -> None:
+        """Score the entries of a layer, and let those leave that are over its budget.
+
+        ``remembered``: whether the queries are remembered already.
+        """
+        layer, inputs, call, method = site.layer, site.inputs, site.call, self.pruner
+        assert inputs is not None and call.asks is not None
+        begun, asks = time.perf_counter(), call.asks.to(inputs.key.device)
+        query, places = inputs.query, asks
+        if remembered or (method.window and method.keep is None):  # while decoding a score looks further back
+            if not remembered:
+                layer.remember(query, asks, method.window)
+            assert layer.queries is not None and layer.query_position is not None
+            if layer.queries.shape[2] > asks.shape[1]:
+                query, places = layer.queries, layer.query_position
+        if method.sums_attention:
+            view = self.view(site, inputs, inputs.query, asks, None)
+            sums = attention_received(view, inputs.query, asks)
+            layer.received = sums if layer.received is None else layer.received + sums
+        share = method.share(self.full.index(site.number), len(self.full))
+        budget = method.budget(layer.real, call.prompt, share, self.room(call, layer))
+        kept = layer.counts if budget is None else budget.kept(layer.counts)
+        if kept != layer.counts:
+            order = self.order(layer)
+            query, places = last_real(query, places, method.window) if method.window else (query, places)
+            view = self.view(site, inputs, query, places, order)
+            slots, dead = method.select(view, kept)
+            layer.evict(slots if order is None else order.gather(2, slots), dead, kept, method.intact(kept))
+            if self.moves and (rotation := self.rotation(site.number)) is not None:
+                close_gap(layer, rotation, method.sinks, "values" if self.latent else "keys")
+        layer.seconds += time.perf_counter() - begun
+
+    def order(self, layer: PrunedLayer) -> Tensor | None:
+        """(B, KV, P) slots of the live entries in the order of their tokens, dead ones in front; None: as they lie."""
+        if not layer.dead:
+            return None
+        return layer.live.int().argsort(dim=-1, stable=True)[..., -max(layer.counts) :]
+
+    def view(
+        self, site: CacheSite, inputs: AttentionInputs, query: Tensor, places: Tensor, order: Tensor | None
+    ) -> CacheView:
+        """What the method sees of a layer, with ``query`` (B, H, w, d) at ``places`` (B, w); ``order``: of which "
+        "slots."""
+        layer, method = site.layer, self.pruner
+        assert layer.position is not None
+        key, value, logits = inputs.key, inputs.value, inputs.logits
+        position, live, received = layer.position, layer.live, layer.received
+        if order is not None:
+            position, live = position.gather(2, order), live.gather(2, order)
+            received = None if received is None else received.gather(2, order)
+            key, value = taken(key, order), taken(value, order)
+        position = position.masked_fill(~live, -1)
+        protected = method.protection(position, live)
+        return CacheView(
+            layer=site.number,
+            key=key,
+            value=value,
+            position=position,
+            live=live,
+            protected=protected,
+            query=query,
+            query_position=places,
+            logits=logits,
+            received=received,
+            block=self.blocks[site.number],
+            rotation=self.rotation(site.number),
+        )
+
+    def room(self, call: CacheCall, layer: PrunedLayer) -> int:
+        """Entries of a row and layer for which ``target_cache_mb`` has room; layers share it equally."""
+        if self.method.target_cache_mb is None:
+            return 0
+        entry = layer.entry_bytes
+        sliding = (
+            sum(getattr(other, "sliding_window", 0) for other in call.cache.layers) if call.cache is not None else 0
+        )
+        total = self.method.target_cache_mb * 1e6 / (len(layer.real) * entry) - sliding
+        return int(total / len(call.layers))
+
+    # --- the end of a forward ----------------------------------------------------------------------------------------
+    def end(self, call: CacheCall, kwargs: dict, output: Any) -> Any:
+        """Repeat the prompt, where the method wants that, and make the report."""
+        if call.options.repetition is not None:
+            return output
+        if isinstance(self.pruner, KVzip) and call.prompt and call.options.mode == "pruned":
+            self.repeat(self.pruner, call, kwargs)
+        held = ((n, layer) for n, layer in enumerate(call.cache.layers) if getattr(layer, "keys", None) is not None)
+        self.pruner.report = report = [row_of(number, layer) for number, layer in held]
+        dense, bounded = (
+            sum(row["dense_bytes"] for row in report if row["kind"] in kinds) for kinds in (KINDS, KINDS[1:])
+        )
+        if any(layer.evictions for layer in call.layers.values()) and 2 * bounded > dense and not self.warned:
+            self.warned = True
+            share = sum(row["bytes"] for row in report) / dense
+            warnings.warn(
+                f"layers that slide, and are left alone, hold {bounded / dense:.0%} of this cache: {self.pruner.name} "
+                f"leaves {share:.0%} of all bytes",
+                stacklevel=2,
+            )
+        return output
+
+    @torch.no_grad()
+    def repeat(self, method: KVzip, call: CacheCall, kwargs: dict) -> None:
+        """Feed the prompt once more, part by part, and let entries leave."""
+        ids, mask, first = kwargs.get("input_ids"), kwargs.get("attention_mask"), next(iter(call.layers.values()))
+        if ids is None:
+            raise ValueError(f"{method.name} repeats the prompt and needs its input_ids, the model was called without")
+        begun, new = time.perf_counter(), ids.shape[1]
+        mask = ids.new_ones(len(ids), first.seen) if mask is None else mask[:, : first.seen]
+        slides = [layer for layer in call.cache.layers if getattr(layer, "is_sliding", False)]
+        for layer in slides:
+            layer.activate_past_recording()
+        end = torch.tensor(first.real, device=ids.device)
+        for part, fed, real in method.repetitions(ids, mask[:, -new:], end - mask[:, -new:].sum(1)):
+            places = end[:, None] + real.cumsum(1) - 1
+            given = {"input_ids": fed, "attention_mask": torch.cat([mask, real.to(mask.dtype)], 1)}
+            with self.asking(repetition=part):
+                self(**given, position_ids=places.clamp(min=0), past_key_values=call.cache, use_cache=True)
+            call.cache.crop(-part.count)
+        for layer in slides:
+            layer.record_past = False
+        assert call.asks is not None
+        for number, layer in call.layers.items():
+            layer.seconds += (time.perf_counter() - begun) / len(call.layers)
+            heads = self.architecture.base.config.num_attention_heads
+            nobody = layer.keys.new_empty(len(ids), heads, 0, layer.keys.shape[-1])
+            one = CacheCall(call.options, False, call.cache, call.layers, call.asks[:, :0], prompt=True)
+            self.decide(CacheSite(number, layer, one, self.inputs_of(number, layer, nobody)))
+
+
+def row_of(number: int, layer: Any) -> dict:
+    """What the report says of one layer."""
+    if not isinstance(layer, PrunedLayer):
+        size = sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values) if x is not None)
+        seen = layer.get_seq_length()
+        held = layer.keys.shape[-2] if layer.keys.dim() == 4 else seen
+        row = {"kind": "sliding", "seen": seen, "held": held, "bytes": size, "extra_bytes": 0, "dense_bytes": size}
+        return {"layer": number, **row, "evictions": 0, "seconds": 0.0}
+    return {
+        "layer": number,
+        "kind": "pruned",
+        "seen": sum(layer.real),
+        "held": sum(layer.counts),
+        "bytes": layer.nbytes,
+        "extra_bytes": layer.extra_bytes,
+        "dense_bytes": len(layer.real) * layer.seen * layer.entry_bytes,
+        "evictions": layer.evictions,
+        "seconds": layer.seconds,
+    }
+
+
+def ours(cache: Any) -> dict[int, PrunedLayer]:
+    """The layers of a cache that are ours, by their number."""
+    layers = getattr(cache, "layers", None) or ()
+    return {number: layer for number, layer in enumerate(layers) if isinstance(layer, PrunedLayer)}
+
+
+def taken(x: Tensor, order: Tensor) -> Tensor:
+    """``x`` (B, h, P, d) at the slots ``order`` (B, KV, K)."""
+    index = order.repeat_interleave(x.shape[1] // order.shape[1], 1)[..., None]
+    return x.gather(2, index.expand(-1, -1, -1, x.shape[-1]))

@@ -1,0 +1,159 @@
+"""What runs a method inside a model stands in for the forward of the model that holds the layers.
+
+A forward has therefore one beginning and one end, also when it raises. Between them a state belongs to the thread that
+runs it. ``Hooks`` (core/hooks.py) lets tokens leave the layers, ``CacheHooks`` (caches) lets entries leave a cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import MethodType
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from . import compat
+from .architecture import find_architecture
+from .attention import PREFIX, register
+from .pruner import Options, Pruner, pruner_of
+
+_THREAD = threading.local()  # .calls and .options: {Attachment: state} and {Attachment: Options} of the running thread
+
+
+class Attachment:
+    """The forward of the model that holds the layers, while a method is attached to it.
+
+    Subclasses say what a forward's state is (``begin``, with a field ``dense``), what happens at its ``end``, and which
+    hooks lie on the layers.
+
+    Raises:
+        ValueError: the model cannot be pruned by this method in this layout; nothing was touched.
+    """
+
+    unasked: ClassVar[Options] = Options()  # what a thread asks for that asks for nothing
+    tried: ClassVar[bool] = True  # whether ``prune`` tries the method on a copy of the first layers
+
+    def __init__(self, model: PreTrainedModel, method: Pruner, layout: str, original: str | None = None):
+        self.model, self.layout = model, layout
+        self.method: Any = method
+        self.architecture = find_architecture(model)
+        base = self.architecture.base
+        self.original = original or compat.attention_implementation(base)
+        self.check()
+        self.inputs = list(inspect.signature(base.forward).parameters)
+        self.__signature__ = inspect.signature(base.forward)
+        self.inner: Callable | None = None  # a forward of the model's own instance, as accelerate sets one
+        self.eager = self.original == "eager" or not self.architecture.shows_inputs
+        # a function that is not shown the site leaves only the probabilities of the eager one
+        self.implementation = register(self.original) if self.architecture.shows_inputs else "eager"
+        self.handles: list = []
+
+    @property
+    def pruner(self) -> Any:
+        """The method at work: the one that was attached, or its copy for the active adapter of peft."""
+        return pruner_of(self.model) or self.method
+
+    # --- what a subclass says ----------------------------------------------------------------------------------------
+    def check(self) -> None:
+        """Raise ValueError where the method or the layout does not fit the model."""
+
+    def hook_layers(self) -> None:
+        """Put hooks on the layers; their handles go into ``handles``."""
+
+    def begin(self, kwargs: dict) -> Any:
+        """The state of a forward with these arguments, which it may change."""
+        raise NotImplementedError
+
+    def end(self, call: Any, kwargs: dict, output: Any) -> Any:
+        """What a forward returns, of the model's ``output``."""
+        return output
+
+    # --- on and off ------------------------------------------------------------------------------------------------
+    def attach(self) -> None:
+        """Put the hooks on."""
+        arch = self.architecture
+        if compat.can_set_attention(arch.base):
+            arch.base.set_attn_implementation(self.implementation)
+        else:
+            self.implementation = compat.attention_implementation(arch.base)
+        self.inner = arch.base.__dict__.get("forward")
+        arch.base.forward = self
+        self.hook_layers()
+
+    def detach(self) -> None:
+        """Take the hooks off: the model is what it was."""
+        base = self.architecture.base
+        for handle in self.handles:
+            handle.remove()
+        if compat.can_set_attention(base):
+            base.set_attn_implementation(self.original)
+        if base.__dict__.get("forward") is self:
+            if self.inner is None:
+                del base.forward
+            else:
+                base.forward = self.inner
+        elif base.__dict__.get("_old_forward") is self:  # accelerate laid its own forward over this one
+            base.__dict__["_old_forward"] = self.inner or MethodType(type(base).forward, base)
+
+    def __setstate__(self, state: dict) -> None:
+        """Register the attention function anew: a fresh process knows none of ours."""
+        self.__dict__.update(state)
+        if self.implementation.startswith(PREFIX):
+            register(self.original)
+
+    # --- what belongs to a thread ------------------------------------------------------------------------------------
+    @property
+    def options(self) -> Options:
+        """What this thread asks of its forwards."""
+        return getattr(_THREAD, "options", {}).get(self, self.unasked)
+
+    @contextmanager
+    def asking(self, **options: Any) -> Iterator[None]:
+        """Within the context the forwards of this thread run with other ``Options``."""
+        known = _THREAD.__dict__.setdefault("options", {})
+        before, known[self] = known.get(self), replace(self.options, **options)
+        try:
+            yield
+        finally:
+            if before is None:
+                del known[self]
+            else:
+                known[self] = before
+
+    @property
+    def call(self) -> Any:
+        """The state of the forward under way in this thread; None: there is none."""
+        return getattr(_THREAD, "calls", {}).get(self)
+
+    # --- one forward -------------------------------------------------------------------------------------------------
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the model that holds the layers."""
+        if len(args) <= len(self.inputs):
+            args, kwargs = (), {**dict(zip(self.inputs, args, strict=False)), **kwargs}
+        if not hasattr(_THREAD, "calls"):
+            _THREAD.calls = {}
+        call = self.begin(kwargs)
+        calls, before = _THREAD.calls, _THREAD.calls.get(self)
+        calls[self] = call
+        try:
+            base = self.architecture.base
+            output = type(base).forward(base, *args, **kwargs) if self.inner is None else self.inner(*args, **kwargs)
+        finally:
+            if before is None:
+                del calls[self]
+            else:
+                calls[self] = before
+        return output if call.dense else self.end(call, kwargs, output)
+
+    def check_implementation(self) -> None:
+        """Raise RuntimeError where the attention function of the model is no longer ours."""
+        base = self.architecture.base
+        if compat.attention_implementation(base) != self.implementation:
+            raise RuntimeError(
+                f"the attention implementation of {self.architecture.name} was changed after prune(), to "
+                f"{compat.attention_implementation(base)!r}, so nothing would be pruned; change it before prune()"
+            )

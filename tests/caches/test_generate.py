@@ -1,0 +1,130 @@
+"""What ``generate`` does with a cache: chunks, assistants, further turns, other caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from support.decoders import LENGTHS, alone, build, difference, make, prompts
+from thresher import KeyDiff, SnapKV, StreamingLLM, prune
+from thresher.caches.hooks import ours
+
+OPTIONS = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+
+def padded_turn(model, batch: dict, first: int, second: int) -> list[torch.Tensor]:
+    """Logits of a second turn whose rows are padded in front of their new tokens, within the text."""
+    cache, ids = DynamicCache(config=model.config), batch["input_ids"]
+    mask = batch["attention_mask"].clone()
+    answers = []
+    with torch.no_grad():
+        for part in (slice(0, first), slice(first, second), *(slice(i, i + 1) for i in range(second, ids.shape[1]))):
+            places = (mask[:, : part.stop].cumsum(1) - 1).clamp(min=0)[:, part]
+            given = {"input_ids": ids[:, part], "attention_mask": mask[:, : part.stop], "position_ids": places}
+            answers.append(model(**given, past_key_values=cache).logits[:, -1])
+    return answers
+
+
+@pytest.mark.parametrize("method", ["snapkv", "h2o", "keydiff", "kvzip", "streamingllm"])
+def test_padding_may_lie_within_a_text(method):
+    batch = prompts((50, 50))
+    batch["attention_mask"][1, :6] = batch["attention_mask"][1, 30:35] = 0
+    together = padded_turn(prune(build("llama"), make(method, "hold")), batch, 30, 44)
+    lone = alone(batch, 1)
+    single = padded_turn(prune(build("llama"), make(method, "hold")), lone, 24, 33)
+    assert difference([x[1:] for x in together], single) <= 1e-5
+
+
+@pytest.mark.parametrize("method", ["snapkv", "keydiff"])
+def test_a_prompt_comes_in_chunks(method):
+    model = prune(build("llama"), make(method))
+    told = model.generate(**prompts(), **OPTIONS, prefill_chunk_size=16)
+    hidden = prune(build("llama"), make(method), layout="mask").generate(**prompts(), **OPTIONS, prefill_chunk_size=16)
+    assert torch.equal(told.sequences, hidden.sequences)
+    assert difference([*told.logits], [*hidden.logits]) <= 1e-5
+    assert model.token_pruner.report[0]["evictions"] == 3
+
+
+@torch.no_grad()
+def test_chunks_bound_the_memory_of_a_prompt():
+    model, cache, most = prune(build("llama"), make("keydiff")), DynamicCache(), 0
+    for part in prompts((120,))["input_ids"].split(20, 1):
+        model(input_ids=part, past_key_values=cache)
+        most = max(most, cache.layers[0].nbytes)
+    assert most == 12 * 2 * 2 * 8 * 4
+
+
+def test_an_assistant_drafts():
+    """With ``hold`` entries leave between forwards, of which drafts take fewer: a draft sees a few entries more."""
+    assistant = build("llama", seed=3)
+    for method in ("keydiff", "snapkv", "h2o"):
+        batch = prompts(LENGTHS[:1])
+        plain = prune(build("llama"), make(method)).generate(**batch, **OPTIONS)
+        drafted = prune(build("llama"), make(method)).generate(**batch, **OPTIONS, assistant_model=assistant)
+        assert torch.equal(plain.sequences, drafted.sequences)
+
+
+def test_an_assistant_may_be_pruned_itself():
+    batch, model = prompts(LENGTHS[:1]), build("llama")
+    plain = model.generate(**batch, **OPTIONS)
+    drafted = model.generate(**batch, **OPTIONS, assistant_model=prune(build("llama"), make("keydiff")))
+    assert torch.equal(plain.sequences, drafted.sequences)
+
+
+def test_a_turn_after_drafts_is_pruned():
+    model, batch, cache = prune(build("llama"), make("keydiff")), prompts(LENGTHS[:1]), DynamicCache()
+    told = model.generate(**batch, **OPTIONS, past_key_values=cache, prompt_lookup_num_tokens=3).sequences
+    turn = torch.cat([told, prompts((9,))["input_ids"]], 1)
+    model.generate(input_ids=turn, attention_mask=torch.ones_like(turn), **OPTIONS, past_key_values=cache)
+    held = {layer.held for layer in ours(cache).values()}
+    assert held == {12 + 5}  # the prompt's budget, and what was generated since
+
+
+def test_a_prompt_that_comes_with_a_draft_is_evicted_without_it():
+    batch, caches = {name: torch.cat([x[:, -20:]] * 2, 1) for name, x in prompts((20,)).items()}, []
+    for options in ({}, {"prompt_lookup_num_tokens": 4}):
+        caches.append(DynamicCache())
+        prune(build("llama"), make("snapkv")).generate(**batch, **OPTIONS, **options, past_key_values=caches[-1])
+    for one, other in zip(*(ours(cache).values() for cache in caches), strict=True):
+        assert torch.equal(one.position[..., :12], other.position[..., :12])
+
+
+def test_kvzip_refuses_a_prompt_with_a_draft():
+    with pytest.raises(ValueError, match="kvzip cannot repeat a prompt that comes with a draft: fill the cache first"):
+        prune(build("llama"), make("kvzip")).generate(**prompts((40,)), **OPTIONS, prompt_lookup_num_tokens=3)
+
+
+def test_sampling_and_several_answers():
+    model = prune(build("llama"), make("snapkv", "hold"))
+    torch.manual_seed(0)
+    told = model.generate(**prompts(), max_new_tokens=5, do_sample=True, num_return_sequences=2)
+    assert told.shape == (4, 45)
+
+
+def test_what_generate_can_make_and_no_method_can_prune():
+    model, batch = prune(build("llama"), make("keydiff")), prompts(LENGTHS[:1])
+    with pytest.raises(ValueError, match="cannot prune a StaticCache"):
+        model.generate(**batch, **OPTIONS, cache_implementation="static", disable_compile=True)
+    with pytest.raises(ValueError, match="cannot prune a cache that is offloaded"):
+        model.generate(**batch, **OPTIONS, cache_implementation="offloaded")
+    with pytest.raises(ValueError, match="called with use_cache=False"):
+        model.generate(**batch, **OPTIONS, use_cache=False)
+
+
+@pytest.mark.parametrize("method", [KeyDiff(keep=12, sinks=2, recent=4), SnapKV(hold=12, sinks=2, recent=4, every=2)])
+@torch.no_grad()
+def test_half_precision_is_scored_in_fp32(method):
+    model, cache = prune(build("llama").to(torch.bfloat16), method), DynamicCache()
+    logits = model(**prompts(LENGTHS[:1]), past_key_values=cache).logits
+    assert logits.dtype == torch.bfloat16 and cache.layers[0].keys.dtype == torch.bfloat16
+    assert cache.layers[0].nbytes == 12 * 2 * 2 * 8 * 2
+    for token in range(6):
+        assert model(input_ids=torch.tensor([[5 + token]]), past_key_values=cache).logits.isfinite().all()
+
+
+def test_a_long_text_takes_constant_bytes_without_a_draft_of_memory():
+    model = prune(build("llama"), StreamingLLM(hold=16, sinks=2, every=8))
+    told = model.generate(**prompts((30,)), max_new_tokens=150, do_sample=False)
+    report = model.token_pruner.report
+    assert told.shape == (1, 180) and all(row["bytes"] <= 24 * 2 * 2 * 8 * 4 for row in report)
