@@ -30,8 +30,7 @@ SHARED = {  # beside --json, --quiet and --verbose, which all have
 TRAINING = "--epochs --prune-epochs --lr --dropout --bf16 --no-bf16 --freeze-embeddings --no-freeze-embeddings --at"
 OWN = {
     "train": f"--out --task --method --max-drop --target-flops --target-latency --target-latency-ms --keep --recipe "
-    f"--fresh "
-    f"{TRAINING}",
+    f"--fresh --distill-states {TRAINING}",
     "tune": "--out --target-flops --target-latency-ms --max-disagreement --max-drop --method --plot --min-length",
     "eval": "",
     "bench": "--against --runtime --precision --repeats --graphs --roofline --plot",

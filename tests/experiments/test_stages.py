@@ -17,6 +17,7 @@ from thresher.experiments import stages
 from thresher.experiments import train as jobs
 from thresher.experiments.spec import SUMMARY, TrainSpec
 from thresher.experiments.workspace import Workspace
+from thresher.training.trainer import Distill, PruningTrainer
 
 FEW = {name: value for name, value in OPTIONS.items() if name != "progress"} | {"epochs": 1, "prune_epochs": 1}
 
@@ -65,6 +66,18 @@ def test_the_teacher_is_the_dense_model(staged):
     expected = predict(net, run.data.train, batch_size=64).logits
     torch.testing.assert_close(torch.tensor(staged.taught["teacher_logits"]), expected, atol=1e-6, rtol=0)
     assert staged.taught["input_ids"] == run.data.train["input_ids"]
+
+
+def test_states_are_distilled_from_the_dense_model(toy, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(stages, "PruningTrainer", lambda *a, **k: made.append(PruningTrainer(*a, **k)) or made[-1])
+    monkeypatch.setattr(stages, "settled", lambda run, stage, make, epochs, lr: make(epochs=1, lr=1e-3))
+    run = run_of(toy, tmp_path / "out", distill_states=0.25, epochs=0, dense_model=str(toy.model))
+    monkeypatch.setattr(stages, "finish_training", lambda *_: None)
+    stages.prune_and_train(run, toy.model, run.work.folder / "pruned", run.spec.method_options)
+    (trainer,) = made
+    assert trainer.distill == Distill(run.spec.distill, states=0.25) and trainer.taught_by is trainer.teacher.bert
+    assert run.spec.saved()["distill_states"] == 0.25
 
 
 def test_what_is_there_is_not_made_again(staged, monkeypatch):

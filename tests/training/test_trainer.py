@@ -20,7 +20,7 @@ from transformers import (
 from support.families import FAMILIES, NO_DROPOUT, TEXT
 from support.training import BATCH, EPOCH, SOFT, Watch, build, inputs, losses, rows, trainer
 from thresher import LTP, ToP, TopK, prune
-from thresher.training.trainer import PruningTrainer, distillation, freeze_without_gradient, param_groups
+from thresher.training.trainer import Distill, PruningTrainer, distillation, freeze_without_gradient, param_groups
 
 
 # --- the thresholds move, and rest -----------------------------------------------------------------------------------
@@ -127,7 +127,8 @@ def test_the_teacher_is_distilled(tmp_path, source):
     if source == "column":
         batch["teacher_logits"] = logits
     method = LTP(weight=0.0, **SOFT)
-    made = trainer(tmp_path, method, distill=0.25, temperature=3.0, teacher=teacher if source == "module" else None)
+    weights = Distill(0.25, temperature=3.0)
+    made = trainer(tmp_path, method, distill=weights, teacher=teacher if source == "module" else None)
     method.progress = 0.0
     loss, outputs = made.compute_loss(made.model.train(), batch, return_outputs=True)
     p, q = (logits / 3).softmax(-1), (outputs.logits / 3).softmax(-1)

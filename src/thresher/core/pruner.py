@@ -74,6 +74,7 @@ class Record:
     costs: tuple[LayerCost, ...]
     token_mask: Tensor | None = None  # (B, N0), 1 for the tokens that are left at the end, where these are pooled
     answers: Any = None  # the model's output, where a trainer looks at a calibration set
+    left: Tokens | None = None  # the tokens that are left at the end
 
     @property
     def used(self) -> Tensor:
@@ -88,6 +89,13 @@ class Record:
     def flops_fraction(self) -> Tensor:
         """Scalar: ``used / dense``."""
         return self.used / self.dense
+
+    def entering(self, layer: int) -> Tokens:
+        """The tokens that entered a layer, or that are left where there is none of this number any more."""
+        later = [site.tokens for site in self.sites if site.layer >= layer]
+        tokens = later[0] if later else self.left
+        assert tokens is not None, "a forward says what is left"
+        return tokens
 
     def kept(self) -> list[Tensor]:
         """(B,) tokens that go on after each layer."""

@@ -377,6 +377,7 @@ class TrainSpec(MethodSpec, TrainingSpec):
         "embed": give a text the vector that the model gives it now; no label is read. Default: what the data say.
     max_drop: the strongest budget is searched for whose drop on the validation part keeps it, see ``strongest``.
     recipe: a method and a task, "top-mrpc" (see ``recipes``), whose settings stand where none is given.
+    distill_states: weight of the dense model's states, layer by layer (``training.trainer.Distill``), in every step.
     dense_model: a folder to take the dense fine-tuned model from.
     layers: the pruned model has so many of the first layers alone, the baseline of depth; with ``method="dense"``.
     replay: folder of a pruned model; the method keeps as many tokens of each text as that one does.
@@ -388,6 +389,9 @@ class TrainSpec(MethodSpec, TrainingSpec):
         "Points of quality that may be lost on the validation part; default, without another budget: 1."
     )
     recipe: str | None = option("Settings of a method and a task: top-mrpc.", saved=False, metavar="M-TASK")
+    distill_states: float | None = option(
+        "Weight of the dense model's states, of every layer; default: 0.", metavar="BETA", min=0
+    )
     fresh: bool = option("Ignore what an interrupted run left.", False, saved=False, flag="--fresh")
     seed: int = option("Of initialisation, order and dropout.", 0, metavar="N")
     threads: int | None = option("Threads of the processor; default: all.", saved=False, metavar="N", min=1)

@@ -40,7 +40,7 @@ from ..training.embedding import EmbedTrainer
 from ..training.interrupt import Interrupt
 from ..training.monitor import WATCHED, Watch
 from ..training.reranking import RerankTrainer
-from ..training.trainer import Collator, FineTuner, PruningTrainer, Ranking
+from ..training.trainer import Collator, Distill, FineTuner, PruningTrainer, Ranking
 from ..training.until import UntilTrained
 from .spec import FIXED, SUMMARY, TrainSpec, task_entry
 from .workspace import Workspace
@@ -269,7 +269,8 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
         return kind(
             *(net, arguments_of(run, folder.name, **arguments), run.collator, taught, held_out),
             calibration_dataset=data.validation,
-            distill=spec.distill,
+            teacher=run.model(dense) if spec.distill_states else None,
+            distill=Distill(spec.distill, states=spec.distill_states or 0.0),
             pruner_lr=spec.pruner_lr,
             soft_steps=None if lasts is not None else soft_steps(run),
         )
