@@ -150,6 +150,7 @@ class TokenPruner(nn.Module):
     lr: ClassVar[float] = 2e-2  # learning rate of its own parameters, where no other is given
     # Not annotated is what a method may make a field, or set for itself.
     min_keep = 1  # tokens that a row keeps at least
+    ranking = "attention"  # what the teacher ranks tokens by: the attention received in its last layer, or "saliency"
     soft_until = 0.0  # share of the training that is soft; a field where a method has a soft stage
     needs_attention: ClassVar[bool] = True
     needs_values: ClassVar[bool] = False  # whether the score takes the keys or values of the layer

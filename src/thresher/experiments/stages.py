@@ -29,7 +29,7 @@ from ..data.texts import load_texts
 from ..data.tokenize import tokenize
 from ..evaluation.hardware import has_bf16
 from ..evaluation.latency import compare
-from ..evaluation.predict import Predictions, predict, quality
+from ..evaluation.predict import Predictions, Text, predict, quality
 from ..evaluation.rows import folder_written_whole, whole, writing
 from ..methods.parts.budget import OutOfReach
 from ..methods.topk import REPLAY, TopK
@@ -40,7 +40,7 @@ from ..training.embedding import EmbedTrainer
 from ..training.interrupt import Interrupt
 from ..training.monitor import WATCHED, Watch
 from ..training.reranking import RerankTrainer
-from ..training.trainer import Collator, Distill, FineTuner, PruningTrainer, Ranking
+from ..training.trainer import Collator, Distill, FineTuner, PruningTrainer, Ranking, ranking_of
 from ..training.until import UntilTrained
 from .spec import FIXED, SUMMARY, TrainSpec, task_entry
 from .workspace import Workspace
@@ -213,18 +213,18 @@ def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
     rows = rows.remove_columns("labels") if run.data.task.label_column is None and part != "train" else rows
     net, method = run.model(dense).eval(), method_of(spec, run.options())
     columns: dict[str, Any] = {}
-    ranks = method is not None and method.ranks_teacher
-    if ranks:
-        prune(net, Ranking())
-    ask = run.ask if part == "train" else asked
-    answers = ask(net, dense, rows, batch_size=64, bf16=run.bf16, scores=ranks)
+    by = method.ranking if method is not None and method.ranks_teacher else None
+    if by is not None:
+        prune(net, Ranking(by))
+    ask, attends = run.ask if part == "train" else asked, by == "attention"
+    answers = ask(net, dense, rows, batch_size=64, bf16=run.bf16, scores=attends)
     if isinstance(answers.logits, list):
         for i, name in enumerate(("teacher_start_logits", "teacher_end_logits")):
             columns[name] = [both[i].numpy() for both in answers.logits]
     else:
         columns["teacher_sentence_embedding" if run.embeds else "teacher_logits"] = answers.logits.numpy()
-    if ranks:
-        columns["teacher_ranking"] = [score.numpy() for score in answers.scores]
+    if by is not None:
+        columns["teacher_ranking"] = [score.numpy() for score in (answers.scores if attends else salient(net, rows))]
     if spec.replay:
         source = load(spec.replay)[0]
         columns["token_counts"] = ask(source, Path(spec.replay), rows, bf16=run.bf16).kept.numpy()
@@ -232,6 +232,16 @@ def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
     with folder_written_whole(folder) as aside:
         taught.save_to_disk(str(aside))
     return taught
+
+
+def salient(net: PreTrainedModel, rows: Dataset) -> list[torch.Tensor]:
+    """The saliency (n,) of the n tokens of each row, of a model that is pruned with ``Ranking``."""
+    text, found = Text(net, rows, None), {}
+    for some in text.batches(range(len(rows)), 32):
+        inputs = text.batch(some, None, net.device)
+        ranking = ranking_of(net, inputs)
+        found |= {row: scores[: text.lengths[row]].cpu() for row, scores in zip(some, ranking, strict=True)}
+    return [found[row] for row in range(len(rows))]
 
 
 def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any], start: Path | None = None) -> Path:

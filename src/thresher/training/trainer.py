@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from ..core.pruner import MODULE, Batch, Choice, Record, TokenPruner, pruner_in,
 from ..core.view import View
 from ..evaluation.latency import latency_table
 from ..methods.parts.distillation import LOGITS, distillation, state_loss
+from ..methods.parts.saliency import answer_saliency
 from .batches import LengthOrder
 from .checkpoints import Order
 
@@ -84,13 +86,25 @@ def join_backward(model: nn.Module, args: Any, outputs: Any) -> Any:
 
 
 class Ranking(TokenPruner):
-    """Score the tokens of the last layer and drop none: the ranking that a teacher gives."""
+    """Drop no token, and show what a teacher ranks them ``by``: "attention", the scores of its last layer, or
+    "saliency", for which it has a site at the first."""
+
+    by: str = "attention"
 
     def bind(self, model: Architecture) -> None:
-        self.architecture, self.sites = model, (model.depth - 1,)
+        self.architecture = model
+        self.sites = (model.depth - 1 if self.by == "attention" else model.first_site,)
 
     def choose(self, score: Tensor, view: View) -> Choice:
         return Choice(view.alive)
+
+
+def ranking_of(teacher: nn.Module, inputs: dict) -> Tensor:
+    """Return (B, N), the ranking of a ``teacher`` that is pruned with ``Ranking`` and has just answered ``inputs``."""
+    pruner = cast("Ranking", pruner_in(inner_model(teacher)))
+    if pruner.by == "attention":
+        return pruner.last_record().sites[-1].score
+    return answer_saliency(pruner, partial(teacher, **inputs), mask_of(inputs))
 
 
 @dataclass(frozen=True)
@@ -223,7 +237,7 @@ class Pruning(Grouped):
         """Train as the Trainer does; a teacher whose ranking is wanted scores its last layer meanwhile."""
         ranked = self.teacher if self.pruner.ranks_teacher else None
         if ranked is not None:
-            prune(ranked, Ranking(), layout="mask")
+            prune(ranked, Ranking(self.pruner.ranking), layout="mask")
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -388,8 +402,8 @@ class PruningTrainer(Pruning, Trainer):
             with torch.no_grad(), states_of(self.taught_by if shows else None) as known:
                 given = {k: v for k, v in inputs.items() if k != "labels"}
                 answers = dict(self.teacher(**given, **more)) | answers
-            if self.pruner.ranks_teacher:
-                answers["ranking"] = pruner_in(self.teacher).last_record().sites[-1].score
+            if self.pruner.ranks_teacher and "ranking" not in answers:
+                answers["ranking"] = ranking_of(self.teacher, given)
         if not answers and task is None:
             raise ValueError("no labels and no teacher: there is nothing to learn from")
         loss: Any = self.taught_loss(task, outputs, answers, inputs)
