@@ -26,6 +26,7 @@ AMOUNTS = ("target_flops", "target_latency", "target_latency_ms", "keep", "r")  
 TASKS = ("classify", "rerank", "embed")
 MAX_DROP = 1.0  # points, where none of them is given
 NOTICED = 2.0  # points of a drop above which the user is told
+STEPS = 2000  # of a preparation, where neither steps nor minutes are given
 FIXED = {"epochs": 3, "prune_epochs": 3, "lr": 5e-5}  # where a training cannot tell from held-out rows when it is over
 log = logging.getLogger("thresher")
 
@@ -429,8 +430,41 @@ class TrainSpec(MethodSpec, TrainingSpec):
 
     def saved(self) -> dict[str, Any]:
         """The fields that decide the result, as they stand in thresher.json."""
-        names = [f.name for f in fields(self) if f.metadata.get("saved", True)]
-        return json.loads(json.dumps({name: getattr(self, name) for name in names}))
+        return saved(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSpec(TaskSpec):
+    """Say how ``prepare`` makes an encoder ready to be pruned: which texts, and for how long.
+
+    Raises:
+        ValueError: neither steps nor minutes are above 0.
+    """
+
+    model: str = option(
+        "The folder of an encoder or embedder, or its name on the hub.", MISSING, metavar="ENCODER", argument=True
+    )
+    out: Path = option("The folder for the encoder.", MISSING, writes="folder", saved=False, metavar="DIR")
+    steps: int | None = option("Steps; default: 2000, or as many as the minutes allow.", metavar="N", min=1)
+    minutes: float | None = option("Minutes after which it ends, at the latest.", metavar="N", min=0)
+    lr: float = option("Peak learning rate.", 1e-4)
+    bf16: bool | None = option("In bfloat16; default: where it is fast.", flag="--bf16/--no-bf16")
+    batch_size: int = option("Texts in a batch.", 32, metavar="N", min=1)
+    seed: int = option("Of the order of the texts and of the schedules.", 0, metavar="N")
+    fresh: bool = option("Ignore what an interrupted run left.", False, saved=False, flag="--fresh")
+    threads: int | None = option("Threads of the processor; default: all.", saved=False, metavar="N", min=1)
+    label: str | None = None  # none is read
+    metric: str | None = None
+
+    def completed(self) -> Self:
+        spec = super().completed()
+        if (spec.steps is not None and spec.steps < 1) or (spec.minutes is not None and not spec.minutes > 0):
+            raise ValueError(f"steps={spec.steps}, minutes={spec.minutes}: expected numbers above 0")
+        return spec if spec.steps or spec.minutes else replace(spec, steps=STEPS)
+
+    def saved(self) -> dict[str, Any]:
+        """The fields that decide the result, as they stand in thresher.json."""
+        return saved(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -481,6 +515,12 @@ def job(kind: type[Any]) -> Callable[[Callable], Callable]:
         return run
 
     return wrap
+
+
+def saved(spec: Any) -> dict[str, Any]:
+    """The fields of a specification that decide the result, as JSON has them."""
+    names = [f.name for f in fields(spec) if f.metadata.get("saved", True)]
+    return json.loads(json.dumps({name: getattr(spec, name) for name in names}))
 
 
 def task_entry(spec: TaskSpec, task: Any, max_length: int) -> dict[str, Any]:

@@ -236,7 +236,8 @@ def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
 
 def salient(net: PreTrainedModel, rows: Dataset) -> list[torch.Tensor]:
     """The saliency (n,) of the n tokens of each row, of a model that is pruned with ``Ranking``."""
-    text, found = Text(net, rows, None), {}
+    text = Text(net, rows, None)
+    found: dict[int, torch.Tensor] = {}
     for some in text.batches(range(len(rows)), 32):
         inputs = text.batch(some, None, net.device)
         ranking = ranking_of(net, inputs)
@@ -339,7 +340,7 @@ def settled(run: Run, stage: str, make: Callable[..., Any], epochs: float | None
     if pruning and not run.spec.replay:  # whose counts are known on the training rows alone
         trainer.add_callback(Watch(trainer, run.data.validation, run.data.task.metric))
     set_seed(run.spec.seed)
-    run_trainer(run, trainer)
+    run_trainer(trainer, run.work.folder, run.progress)
     return trainer
 
 
@@ -521,13 +522,18 @@ def arguments_of(
     )
 
 
-def run_trainer(run: Run, trainer: Trainer) -> None:
-    """Train from the last checkpoint, if there is one; Ctrl-C leaves a new one and raises KeyboardInterrupt."""
+def run_trainer(trainer: Trainer, folder: Path, progress: bool) -> None:
+    """Train from the last checkpoint, if there is one; Ctrl-C leaves a new one and raises KeyboardInterrupt.
+
+    Args:
+        folder: in which the checkpoints are.
+        progress: whether to say that a training goes on.
+    """
     interrupt, checkpoint = Interrupt(), last_checkpoint(Path(trainer.args.output_dir))
     trainer.add_callback(interrupt)
-    if checkpoint and run.progress:
+    if checkpoint and progress:
         print(f"resumed: {checkpoint.parent.name.split('-')[0]} training goes on after step {step_of(checkpoint)}")
-    with interrupt, writing(run.work.folder):
+    with interrupt, writing(folder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.asked:
         raise KeyboardInterrupt

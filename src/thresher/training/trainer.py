@@ -430,6 +430,10 @@ class PruningTrainer(Pruning, Trainer):
     def states_loss(self, states: list[Tensor], known: list[Tensor], record: Record, mask: Tensor | None) -> Tensor:
         """Compute how far the model's ``states`` are from those that its teacher has, ``known``: embeddings first, then
         of every layer (B, N0, C); ``mask`` as in ``distilled``."""
+        return state_loss(states[1:], known[1:], self.state_weights(states, record, mask))
+
+    def state_weights(self, states: list[Tensor], record: Record, mask: Tensor | None) -> list[Tensor]:
+        """Return (B, N0) for each layer, what the state of each token counts."""
         real = torch.ones_like(states[0][..., 0]) if mask is None else mask.to(states[0].dtype)
         if self.pruner.architecture.reads_first_only:
             first = torch.zeros_like(real).scatter(1, real.argmax(1, keepdim=True), 1.0)
@@ -437,7 +441,7 @@ class PruningTrainer(Pruning, Trainer):
         else:
             left = [record.entering(layer).spread_votes().to(real.dtype) for layer in range(1, len(states) - 1)]
             weights = [*left, real if record.token_mask is None else record.token_mask.to(real.dtype)]
-        return state_loss(states[1:], known[1:], [weight.detach() for weight in weights])
+        return [weight.detach() for weight in weights]
 
     def calibration_batches(self, rows: int | None) -> Iterable[Batch]:
         """Arguments of the model for (``rows`` of) the calibration data."""
