@@ -204,6 +204,20 @@ def test_the_pruner_has_its_own_rate_and_no_decay(tmp_path):
             assert max(group["weight_decay"] for group in groups) == 0.3
 
 
+@pytest.mark.parametrize("method", [LTP, ToP])
+def test_a_budget_counts_the_fused_tokens(tmp_path, method):
+    own = {"rank_loss": "none", "bins": 8} if method is ToP else {}
+    made = trainer(tmp_path, method(target_flops=0.75, soft_until=0.5, fuse=True, **own), max_steps=6)
+    made.train()
+    with torch.no_grad():
+        made.model.eval()(**inputs(rows()))
+    record = made.pruner.record
+    assert record.flops_fraction().item() == pytest.approx(0.75, rel=0.03)
+    gone = [site for site in record.sites if not torch.equal(site.keep, site.alive)]
+    assert gone and all((site.choice.into is not None) for site in gone)
+    assert all(losses(made)) and made.model.classifier.weight.isfinite().all()
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 def test_a_model_that_is_not_pruned_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"call prune\(model, method\) first"):
