@@ -16,6 +16,7 @@ DATA = "--data --config --text --label --train-split --test-split --max-length -
 SCREEN = "--json --quiet --verbose --help"
 SHARED = {  # beside --json, --quiet and --verbose, which all have
     "train": f"{DATA} --metric --batch-size --seed",
+    "prepare": f"{DATA} --batch-size --seed".replace(" --label", ""),
     "tune": f"{DATA} --batch-size --seed",
     "eval": f"{DATA} --metric --batch-size --layout",
     "bench": f"{DATA} --metric --batch-size --layout",
@@ -30,8 +31,8 @@ SHARED = {  # beside --json, --quiet and --verbose, which all have
 TRAINING = "--epochs --prune-epochs --lr --dropout --bf16 --no-bf16 --freeze-embeddings --no-freeze-embeddings --at"
 OWN = {
     "train": f"--out --task --method --max-drop --target-flops --target-latency --target-latency-ms --keep --recipe "
-    f"--fresh "
-    f"{TRAINING}",
+    f"--fresh --distill-states {TRAINING}",
+    "prepare": "--out --steps --minutes --lr --bf16 --no-bf16 --fresh",
     "tune": "--out --target-flops --target-latency-ms --max-disagreement --max-drop --method --plot --min-length",
     "eval": "",
     "bench": "--against --runtime --precision --repeats --graphs --roofline --plot",

@@ -221,6 +221,7 @@ def rows_through(model, batch: dict) -> dict:
 RAGGED = (
     "threshold",
     "ltp",
+    "ltp-fused",
     "ltmp",
     "ats",
     "transkimmer",

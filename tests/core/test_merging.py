@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from support.families import FAMILIES, difference
-from thresher import ATS, LTMP, EViT, ToFu, ToMe, prune
+from thresher import ATS, LTMP, LTP, EViT, ToFu, ToMe, ToP, prune
 from thresher.core.tokens import LAYOUTS
 
 VIT, BERT = FAMILIES["vit"], FAMILIES["bert"]
@@ -90,6 +90,36 @@ def test_evit_fuses_the_rest_by_the_attention_of_the_class_token(layout):
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     (view,) = model.token_pruner.record.sites
     assert view.keep.sum() == 7
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", ["ltp", "top"])
+def test_ltp_and_top_fuse_what_leaves_into_its_mean_by_attention(method, layout):
+    """By hand, after one site; what the floor of a row keeps stays as it is."""
+    model, batch = BERT.build(attn_implementation="eager"), BERT.batch((12,))
+    with torch.no_grad():
+        given = model.bert(**batch, output_attentions=True, output_hidden_states=True)
+        layer, x = model.bert.encoder.layer[1], given.hidden_states[1]
+        inner, score = layer.attention(x)[0][0], given.attentions[1][0].mean((0, 1)) * 12
+        order = sorted(range(1, 12), key=lambda j: -score[j].item())
+        kept, rest = [0, *order[:4]], order[4:]
+        fused = sum(score[j] * inner[j] for j in rest) / sum(score[j] for j in rest)
+        rows = {j: inner[j] for j in kept} | {rest[0]: fused}
+        x = torch.stack([rows[j] for j in sorted(rows)])[None]
+        x = layer.output(layer.intermediate(x), x)
+        for later in model.bert.encoder.layer[2:]:
+            x = later(x)[0] if isinstance(later(x), tuple) else later(x)
+        chosen = LTP(at=(1,), fuse=True, min_keep=5) if method == "ltp" else ToP(at=(1,), fuse=True, floor=4)
+        prune(model, chosen, layout=layout)
+        if method == "ltp":
+            chosen.threshold.fill_(99.0)
+        else:
+            chosen.mask.zero_()
+        found = model.bert(**batch).last_hidden_state[0]
+    place = {j: i for i, j in enumerate(sorted(rows))}
+    wanted = torch.stack([x[0, place[rest[0] if j in rest else j]] for j in range(12)])
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert chosen.record.counts[2].n_attention.tolist() == [6]
 
 
 def test_evit_without_fusing_drops_and_serves_decoders():

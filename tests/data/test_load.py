@@ -10,7 +10,9 @@ from datasets import ClassLabel, Dataset, Features, Value
 from support.files import reviews, write
 from thresher.data.load import load_task
 from thresher.data.newsgroups import strip_post
+from thresher.data.spec import DataSpec
 from thresher.data.task import DataError
+from thresher.data.texts import load_texts
 
 
 def texts(task):
@@ -29,6 +31,16 @@ def test_every_type_of_file_gives_the_same_task(tmp_path, suffix):
     train, validation, test = texts(task)
     assert train | validation | test == {row["text"] for row in rows}
     assert (len(task.train), len(task.validation), len(task.test)) == (33, 3, 4)
+
+
+def test_a_file_of_lines_is_texts_without_labels(tmp_path):
+    lines = [f"text {i}\u2028 NA" for i in range(40)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines) + "\n\n  \n", encoding="utf-8-sig")
+    task = load_texts(DataSpec(data=tmp_path / "lines.txt"))
+    train, validation, test = texts(task)
+    assert train | validation | test == {*lines} and task.name == "lines" and task.kind == "embedding"
+    with pytest.raises(DataError, match="label"):
+        load_task(tmp_path / "lines.txt")
 
 
 def test_parts_of_one_file_are_disjoint_stratified_and_fixed(tmp_path):

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from support.toy import OPTIONS, make_toy
+from thresher import prune
 from thresher.data.models import load
 from thresher.evaluation.predict import predict
 from thresher.experiments import stages
 from thresher.experiments import train as jobs
 from thresher.experiments.spec import SUMMARY, TrainSpec
 from thresher.experiments.workspace import Workspace
+from thresher.training.trainer import Distill, PruningTrainer, Ranking, ranking_of
 
 FEW = {name: value for name, value in OPTIONS.items() if name != "progress"} | {"epochs": 1, "prune_epochs": 1}
 
@@ -65,6 +67,33 @@ def test_the_teacher_is_the_dense_model(staged):
     expected = predict(net, run.data.train, batch_size=64).logits
     torch.testing.assert_close(torch.tensor(staged.taught["teacher_logits"]), expected, atol=1e-6, rtol=0)
     assert staged.taught["input_ids"] == run.data.train["input_ids"]
+
+
+def test_a_teacher_tells_what_its_answers_hang_on(toy, tmp_path):
+    options = {"method": "top", "method_options": {"target_flops": 0.7, "ranking": "saliency"}, "target_flops": None}
+    run = run_of(toy, tmp_path / "out", epochs=0, **options)
+    run.work.claim()
+    taught = stages.teach(run, toy.model)
+    net = prune(run.model(toy.model).eval(), Ranking("saliency"))
+    for row in (0, 5):
+        ids = torch.tensor([taught["input_ids"][row]])
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        net(**batch)
+        expected = ranking_of(net, batch)[0]
+        assert expected.max() > 0
+        torch.testing.assert_close(torch.tensor(taught["teacher_ranking"][row]), expected, atol=1e-5, rtol=1e-3)
+
+
+def test_states_are_distilled_from_the_dense_model(toy, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(stages, "PruningTrainer", lambda *a, **k: made.append(PruningTrainer(*a, **k)) or made[-1])
+    monkeypatch.setattr(stages, "settled", lambda run, stage, make, epochs, lr: make(epochs=1, lr=1e-3))
+    run = run_of(toy, tmp_path / "out", distill_states=0.25, epochs=0, dense_model=str(toy.model))
+    monkeypatch.setattr(stages, "finish_training", lambda *_: None)
+    stages.prune_and_train(run, toy.model, run.work.folder / "pruned", run.spec.method_options)
+    (trainer,) = made
+    assert trainer.distill == Distill(run.spec.distill, states=0.25) and trainer.taught_by is trainer.teacher.bert
+    assert run.spec.saved()["distill_states"] == 0.25
 
 
 def test_what_is_there_is_not_made_again(staged, monkeypatch):

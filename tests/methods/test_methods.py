@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
 
-from support.families import FAMILIES
-from thresher import LAT, LTP, DynamicViT, FirstK, PoWERBERT, Random, Threshold, TopK, prune
+from support.families import FAMILIES, TEXT
+from thresher import LAT, LTP, DynamicViT, FirstK, PoWERBERT, Random, Threshold, ToP, TopK, prune
 from thresher.api import calling
 from thresher.core.pruner import METHODS, TokenPruner
 from thresher.core.tokens import LAYOUTS
@@ -372,6 +373,32 @@ def test_a_row_keeps_its_best_tokens(stage):
     method.progress = 0.0 if stage == "soft" else 1.0
     BERT.run(model, BERT.batch((24, 18, 3)))
     torch.testing.assert_close(method.record.counts[-1].n_attention.float(), torch.tensor([4.0, 4.0, 3.0]))
+
+
+def test_as_published_has_the_settings_of_the_released_code():
+    published = LTP.as_published()
+    settings = {"at": tuple(range(1, 12)), "temperature": 0.128, "init": 1.28, "soft_until": 0.5, "min_keep": 1}
+    settings |= {"straight_through": False, "weight": pytest.approx(1.1), "target_flops": None, "schedule": None}
+    assert {name: getattr(published, name) for name in settings} == settings
+    assert LTP.as_published(target_flops=0.5).weight is None, "of a budget the penalty is ours"
+    model = pruned(LTP.as_published(depth=4)).train()
+    method = model.token_pruner
+    torch.testing.assert_close(method.threshold.detach(), 1.28 * torch.tensor([1, 2, 3]) / 4)
+    for method.progress in (0.0, 0.49):
+        BERT.run(model, BERT.batch())
+        assert method.soft and method.loss(None, {}, method.record).item() > 0.1
+    method.progress = 0.5
+    assert not method.soft and method.calibrate(None, []) == {}
+
+
+@pytest.mark.parametrize("name", ["ltp", "top"])
+def test_where_tokens_are_asked_one_by_one_nothing_is_fused(name):
+    method = {"ltp": LTP, "top": ToP}[name]
+    for kind in (BertForQuestionAnswering, BertForTokenClassification):
+        model = kind(BertConfig(**TEXT))
+        with pytest.raises(ValueError, match=f"fuse=True is not possible with {kind.__name__}, whose head asks each"):
+            prune(model, method(fuse=True))
+        assert not hasattr(model, "token_pruner")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 from support.families import FAMILIES
 from thresher import ToP, prune
-from thresher.methods.parts.rank_distillation import overlap, ranking_loss
+from thresher.methods.parts.rank_distillation import overlap, ranking_loss, taught_by
 from thresher.methods.top import BOUND
 
 BERT, LENGTHS = FAMILIES["bert"], (24, 18, 10, 21)
@@ -176,3 +176,10 @@ def test_a_reader_learns_the_ranking_of_the_answers_at_all_sites():
     assert loss == method.ranking_loss_of(method.record, {"ranking": torch.maximum(begin, end)}).item()
     assert loss != method.ranking_loss_of(method.record, {"ranking": RANKING}).item()
     assert [name for name in method.metrics() if name.startswith("rank")] == [f"rank_overlap_{i}" for i in range(3)]
+
+
+def test_a_reader_may_learn_saliency_in_place_of_its_answers():
+    begin, end = torch.randn(2, 2, 7, generator=torch.Generator().manual_seed(0))
+    teacher = {"start_logits": begin, "end_logits": end, "ranking": RANKING}
+    assert taught_by(teacher, "saliency") is RANKING
+    torch.testing.assert_close(taught_by(teacher), torch.maximum(begin, end))

@@ -10,8 +10,10 @@ from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClass
 
 from support.families import FAMILIES, NO_DROPOUT, TEXT
 from support.soft import BERT, batch, learning, loss_of
-from thresher import AdapLeR
-from thresher.methods.parts.saliency import saliency, task_losses
+from support.training import build, inputs, trainer
+from thresher import AdapLeR, ToP, prune
+from thresher.methods.parts.saliency import answer_saliency, saliency, task_losses
+from thresher.training.trainer import Ranking, ranking_of
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "distilbert", "albert"])
@@ -99,3 +101,68 @@ def test_losses_of_single_texts_average_to_the_models(head):
     found = task_losses(output, inputs | more)
     assert found.shape == (3,) and found.std() > 0
     torch.testing.assert_close(found.mean(), output.loss)
+
+
+# --- of an answer ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("head", ["classes", "number", "tokens", "answer"])
+def test_the_saliency_of_an_answer_is_what_fading_a_token_does_to_its_logit(head):
+    """By differences, in evaluation mode, of a teacher that is frozen; padding neither has any nor changes it."""
+    torch.manual_seed(0)
+    config = BertConfig(**{**TEXT, **NO_DROPOUT, "num_hidden_layers": 2})
+    kinds = {"tokens": BertForTokenClassification, "answer": BertForQuestionAnswering}
+    model = kinds[head](config) if head in kinds else BERT.build(num_labels=1 if head == "number" else 3)
+    model = prune(model.double().eval().requires_grad_(False), Ranking("saliency"), layout="mask")
+    inputs, pruner = BERT.batch((9, 6, 7)), model.token_pruner
+    with torch.no_grad():
+        found = answer_saliency(pruner, lambda: model(**inputs), inputs["attention_mask"])
+    real = inputs["attention_mask"].bool()
+    assert found.shape == (3, 9) and (found[~real] == 0).all() and (found[real] > 0).all()
+
+    def answer(row, slot, step):
+        def gate(score, view):
+            return torch.zeros(view.alive.shape, dtype=torch.float64).index_put((row, slot), step)
+
+        with torch.no_grad(), pruner.hooks.asking(gates=gate):
+            output = model(**inputs)
+        if head == "answer":
+            logits = torch.stack([output.start_logits, output.end_logits]).masked_fill(~real, -torch.inf)
+            return logits.amax(-1).sum()
+        best = output.logits.amax(-1)
+        return (best * real).sum() if head == "tokens" else best.sum()
+
+    for row, slot in ((0, 3), (2, 6), (1, 0)):
+        at = torch.tensor(row), torch.tensor(slot)
+        steps = [answer(*at, torch.tensor(step, dtype=torch.float64)) for step in (1e-4, -1e-4)]
+        assert found[row, slot].item() == pytest.approx(abs((steps[0] - steps[1]).item()) / 2e-4, rel=1e-3, abs=1e-7)
+    wider = {name: torch.nn.functional.pad(x, (0, 4)) for name, x in inputs.items()}
+    again = answer_saliency(pruner, lambda: model(**wider), wider["attention_mask"])
+    torch.testing.assert_close(again[:, :9], found, atol=1e-9, rtol=1e-6)
+
+
+def test_top_learns_the_saliency_of_its_teacher(tmp_path):
+    """From a teacher in the same step, and from a column of the data."""
+    teacher = build(1)
+    made = trainer(tmp_path, ToP(target_flops=0.6, ranking="saliency"), teacher=teacher, max_steps=2)
+    seen, loss = [], made.pruner.ranking_loss_of
+    made.pruner.ranking_loss_of = lambda record, taught: seen.append(taught["ranking"]) or loss(record, taught)
+    made.train()
+    assert len(seen) == 2 and not hasattr(teacher, "token_pruner")
+    assert all((x > 0).any() for x in seen) and "rank_overlap_0" in made.pruner.metrics()
+    batch = inputs()
+    prune(teacher.eval(), Ranking("saliency"), layout="mask")
+    known = {name: x for name, x in batch.items() if name != "labels"}
+    teacher(**known)
+    column = ranking_of(teacher, known)
+    seen.clear()
+    made.pruner.progress = 0.1
+    made.compute_loss(made.model.train(), batch)
+    made.compute_loss(made.model, batch | {"teacher_ranking": column, "teacher_logits": torch.zeros(6, 3)})
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_a_model_without_logits_has_no_saliency():
+    model = prune(BERT.build().bert, Ranking("saliency"))
+    with pytest.raises(ValueError, match="ranking='saliency' asks what the teacher's logits hang on"):
+        answer_saliency(model.token_pruner, lambda: model(**BERT.batch()))
+    with pytest.raises(ValueError, match="ranking='chance': expected one of attention, saliency"):
+        ToP(ranking="chance")

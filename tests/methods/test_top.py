@@ -135,10 +135,11 @@ def test_training_starts_from_nearly_all_tokens_with_odds_that_fall_with_rank_an
         assert method.gate is None
 
 
+@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("protect", [None, (), (0, -1), tuple(range(8))], ids=["default", "none", "two", "eight"])
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
-def test_counted_macs_are_those_of_a_forward(family, protect):
-    method = Holes(bins=8, protect=protect)
+def test_counted_macs_are_those_of_a_forward(family, protect, fuse):
+    method = Holes(bins=8, protect=protect, fuse=fuse)
     model = pruned(method, family)
     record = forward_of(model, family)(FAMILIES[family].batch(LENGTHS))
     found = method.cost_of(method.mask, *rows_of(record))
@@ -147,8 +148,9 @@ def test_counted_macs_are_those_of_a_forward(family, protect):
 
 @pytest.mark.parametrize("target", [0.6, 0.75, 0.9])
 @pytest.mark.parametrize("holes", [True, False])
-def test_calibration_meets_the_target_and_drops_the_least_odds(target, holes):
-    method = ToP(target_flops=target, bins=32, holes=holes, site_gates=True)
+@pytest.mark.parametrize("fuse", [False, True])
+def test_calibration_meets_the_target_and_drops_the_least_odds(target, holes, fuse):
+    method = ToP(target_flops=target, bins=32, holes=holes, site_gates=True, fuse=fuse)
     model = pruned(method)
     with torch.no_grad():
         method.rank.copy_(torch.randn(3, 32, generator=torch.Generator().manual_seed(1)))

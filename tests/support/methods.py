@@ -79,7 +79,9 @@ METHODS = {
     "threshold": (lambda: Threshold(0.0), lambda: Threshold((0.4, 0.6, 0.8))),
     "top": (lambda: ToP(), lambda: Prefix(bins=8)),
     "top-holes": (lambda: ToP(holes=True), lambda: Holes(bins=8)),
+    "top-fused": (lambda: ToP(fuse=True), lambda: Prefix(bins=8, fuse=True)),
     "ltp": (lambda: LTP(init=0.0), lambda: LTP(init=1.6)),
+    "ltp-fused": (lambda: LTP(init=0.0, fuse=True), lambda: LTP(init=2.4, fuse=True)),
 }
 # What a method says (a regular expression) on families that it cannot serve: {"mine": {"siglip": "shows no keys"}}
 REFUSES: dict[str, dict[str, str]] = {
@@ -88,8 +90,8 @@ REFUSES: dict[str, dict[str, str]] = {
 }
 REFUSES["ats"]["whisper-encoder"] = "which has no class token"
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
-for method in ("tome", "tofu", "ltmp"):
-    REFUSES[method] |= dict.fromkeys(DECODERS, "a decoder: a merged token")
+for method in ("tome", "tofu", "ltmp", "top-fused", "ltp-fused"):
+    REFUSES.setdefault(method, {}).update(dict.fromkeys(DECODERS, "a decoder: a merged token"))
 REFUSES["evit"] = dict.fromkeys(DECODERS, "a decoder: a merged token") | dict.fromkeys(
     ("whisper-encoder", "siglip-vision"), "no class token"
 )

@@ -67,7 +67,7 @@ class Watch(TrainerCallback):
 
 
 def trainer(folder: Path, method=None, model=None, data=None, callbacks=(), teacher=None, **options) -> PruningTrainer:
-    own = ("distill", "temperature", "pruner_lr", "eval_dataset")
+    own = ("distill", "pruner_lr", "eval_dataset")
     own = {name: options.pop(name) for name in own if name in options}
     arguments = {
         "max_steps": 4,

@@ -20,7 +20,7 @@ from transformers import (
 from support.families import FAMILIES, NO_DROPOUT, TEXT
 from support.training import BATCH, EPOCH, SOFT, Watch, build, inputs, losses, rows, trainer
 from thresher import LTP, ToP, TopK, prune
-from thresher.training.trainer import PruningTrainer, distillation, freeze_without_gradient, param_groups
+from thresher.training.trainer import Distill, PruningTrainer, distillation, freeze_without_gradient, param_groups
 
 
 # --- the thresholds move, and rest -----------------------------------------------------------------------------------
@@ -127,7 +127,8 @@ def test_the_teacher_is_distilled(tmp_path, source):
     if source == "column":
         batch["teacher_logits"] = logits
     method = LTP(weight=0.0, **SOFT)
-    made = trainer(tmp_path, method, distill=0.25, temperature=3.0, teacher=teacher if source == "module" else None)
+    weights = Distill(0.25, temperature=3.0)
+    made = trainer(tmp_path, method, distill=weights, teacher=teacher if source == "module" else None)
     method.progress = 0.0
     loss, outputs = made.compute_loss(made.model.train(), batch, return_outputs=True)
     p, q = (logits / 3).softmax(-1), (outputs.logits / 3).softmax(-1)
@@ -201,6 +202,20 @@ def test_the_pruner_has_its_own_rate_and_no_decay(tmp_path):
                 assert group["lr"] == (0.07 if own or not group["params"] else 1e-3)
                 assert not own or (len(group["params"]) == 1 and group["weight_decay"] == 0)
             assert max(group["weight_decay"] for group in groups) == 0.3
+
+
+@pytest.mark.parametrize("method", [LTP, ToP])
+def test_a_budget_counts_the_fused_tokens(tmp_path, method):
+    own = {"rank_loss": "none", "bins": 8} if method is ToP else {}
+    made = trainer(tmp_path, method(target_flops=0.75, soft_until=0.5, fuse=True, **own), max_steps=6)
+    made.train()
+    with torch.no_grad():
+        made.model.eval()(**inputs(rows()))
+    record = made.pruner.record
+    assert record.flops_fraction().item() == pytest.approx(0.75, rel=0.03)
+    gone = [site for site in record.sites if not torch.equal(site.keep, site.alive)]
+    assert gone and all((site.choice.into is not None) for site in gone)
+    assert all(losses(made)) and made.model.classifier.weight.isfinite().all()
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from .eval import evaluate
 from .export import export
 from .info import info
 from .options import add_command
+from .prepare import prepare
 from .score import score
 from .serve import serve
 from .show import show
@@ -25,6 +26,7 @@ from .tune import tune
 
 COMMANDS: dict[str, tuple[type, Callable[[Any, Screen], None]]] = {
     "train": (spec.TrainSpec, train),
+    "prepare": (spec.PrepareSpec, prepare),
     "tune": (spec.TuneSpec, tune),
     "eval": (spec.EvalSpec, evaluate),
     "bench": (spec.BenchSpec, bench),

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-RESUMED = ("train", "compare", "score")  # go on where they were interrupted
+RESUMED = ("train", "prepare", "compare", "score")  # go on where they were interrupted
 
 
 class Group(TyperGroup):

@@ -410,7 +410,7 @@ class Hooks(Attachment):
             return output
         for site in call.sites if not torch.is_grad_enabled() else ():
             site.release()
-        self.pruner.record = Record(call.sites, call.counts, self.architecture.costs, survivors)
+        self.pruner.record = Record(call.sites, call.counts, self.architecture.costs, survivors, left=call.tokens)
         if call.options.calls is not None:
             call.options.calls.append((self.pruner.record, kwargs))
         self.judge(call, kwargs, output)

@@ -77,6 +77,7 @@ class Record:
     costs: tuple[LayerCost, ...]
     token_mask: Tensor | None = None  # (B, N0), 1 for the tokens that are left at the end, where these are pooled
     answers: Any = None  # the model's output, where a trainer looks at a calibration set
+    left: Tokens | None = None  # the tokens that are left at the end
 
     @property
     def used(self) -> Tensor:
@@ -91,6 +92,13 @@ class Record:
     def flops_fraction(self) -> Tensor:
         """Scalar: ``used / dense``."""
         return self.used / self.dense
+
+    def entering(self, layer: int) -> Tokens:
+        """The tokens that entered a layer, or that are left where there is none of this number any more."""
+        later = [site.tokens for site in self.sites if site.layer >= layer]
+        tokens = later[0] if later else self.left
+        assert tokens is not None, "a forward says what is left"
+        return tokens
 
     def kept(self) -> list[Tensor]:
         """(B,) tokens that go on after each layer."""
@@ -146,6 +154,7 @@ class TokenPruner(Pruner):
     lr: ClassVar[float] = 2e-2  # learning rate of its own parameters, where no other is given
     # Not annotated is what a method may make a field, or set for itself.
     min_keep = 1  # tokens that a row keeps at least
+    ranking = "attention"  # what the teacher ranks tokens by: the attention received in its last layer, or "saliency"
     soft_until = 0.0  # share of the training that is soft; a field where a method has a soft stage
     needs_attention: ClassVar[bool] = True
     needs_values: ClassVar[bool] = False  # whether the score takes the keys or values of the layer

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SHARD = re.compile(r"-\d+-of-\d+(?=\.)")  # train-00000-of-00002.parquet
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+LINES = ".txt"  # a file of texts alone, one a line
 PARTS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation")}
 
 
@@ -65,9 +66,12 @@ def read_file(path: Path, text: bool = False) -> DataFrame:
     from pyarrow import parquet
 
     kind = path.suffix.lower()
-    require(kind in SUFFIXES, f"{path} is of an unknown type: expected one of {brief(*SUFFIXES)}")
+    require(kind in (*SUFFIXES, LINES), f"{path} is of an unknown type: expected one of {brief(*SUFFIXES, LINES)}")
     try:
-        if kind == ".parquet":
+        if kind == LINES:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            frame = pandas.DataFrame({"text": [line.strip() for line in lines if line.strip()]})
+        elif kind == ".parquet":
             frame = _frame(Dataset(parquet.read_table(path)))
         elif kind in (".json", ".jsonl"):
             content = path.read_text(encoding="utf-8-sig")

@@ -26,6 +26,7 @@ AMOUNTS = ("target_flops", "target_latency", "target_latency_ms", "keep", "r")  
 TASKS = ("classify", "rerank", "embed")
 MAX_DROP = 1.0  # points, where none of them is given
 NOTICED = 2.0  # points of a drop above which the user is told
+STEPS = 2000  # of a preparation, where neither steps nor minutes are given
 FIXED = {"epochs": 3, "prune_epochs": 3, "lr": 5e-5}  # where a training cannot tell from held-out rows when it is over
 log = logging.getLogger("thresher")
 
@@ -377,6 +378,7 @@ class TrainSpec(MethodSpec, TrainingSpec):
         "embed": give a text the vector that the model gives it now; no label is read. Default: what the data say.
     max_drop: the strongest budget is searched for whose drop on the validation part keeps it, see ``strongest``.
     recipe: a method and a task, "top-mrpc" (see ``recipes``), whose settings stand where none is given.
+    distill_states: weight of the dense model's states, layer by layer (``training.trainer.Distill``), in every step.
     dense_model: a folder to take the dense fine-tuned model from.
     layers: the pruned model has so many of the first layers alone, the baseline of depth; with ``method="dense"``.
     replay: folder of a pruned model; the method keeps as many tokens of each text as that one does.
@@ -388,6 +390,9 @@ class TrainSpec(MethodSpec, TrainingSpec):
         "Points of quality that may be lost on the validation part; default, without another budget: 1."
     )
     recipe: str | None = option("Settings of a method and a task: top-mrpc.", saved=False, metavar="M-TASK")
+    distill_states: float | None = option(
+        "Weight of the dense model's states, of every layer; default: 0.", metavar="BETA", min=0
+    )
     fresh: bool = option("Ignore what an interrupted run left.", False, saved=False, flag="--fresh")
     seed: int = option("Of initialisation, order and dropout.", 0, metavar="N")
     threads: int | None = option("Threads of the processor; default: all.", saved=False, metavar="N", min=1)
@@ -425,8 +430,41 @@ class TrainSpec(MethodSpec, TrainingSpec):
 
     def saved(self) -> dict[str, Any]:
         """The fields that decide the result, as they stand in thresher.json."""
-        names = [f.name for f in fields(self) if f.metadata.get("saved", True)]
-        return json.loads(json.dumps({name: getattr(self, name) for name in names}))
+        return saved(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSpec(TaskSpec):
+    """Say how ``prepare`` makes an encoder ready to be pruned: which texts, and for how long.
+
+    Raises:
+        ValueError: neither steps nor minutes are above 0.
+    """
+
+    model: str = option(
+        "The folder of an encoder or embedder, or its name on the hub.", MISSING, metavar="ENCODER", argument=True
+    )
+    out: Path = option("The folder for the encoder.", MISSING, writes="folder", saved=False, metavar="DIR")
+    steps: int | None = option("Steps; default: 2000, or as many as the minutes allow.", metavar="N", min=1)
+    minutes: float | None = option("Minutes after which it ends, at the latest.", metavar="N", min=0)
+    lr: float = option("Peak learning rate.", 1e-4)
+    bf16: bool | None = option("In bfloat16; default: where it is fast.", flag="--bf16/--no-bf16")
+    batch_size: int = option("Texts in a batch.", 32, metavar="N", min=1)
+    seed: int = option("Of the order of the texts and of the schedules.", 0, metavar="N")
+    fresh: bool = option("Ignore what an interrupted run left.", False, saved=False, flag="--fresh")
+    threads: int | None = option("Threads of the processor; default: all.", saved=False, metavar="N", min=1)
+    label: str | None = None  # none is read
+    metric: str | None = None
+
+    def completed(self) -> Self:
+        spec = super().completed()
+        if (spec.steps is not None and spec.steps < 1) or (spec.minutes is not None and not spec.minutes > 0):
+            raise ValueError(f"steps={spec.steps}, minutes={spec.minutes}: expected numbers above 0")
+        return spec if spec.steps or spec.minutes else replace(spec, steps=STEPS)
+
+    def saved(self) -> dict[str, Any]:
+        """The fields that decide the result, as they stand in thresher.json."""
+        return saved(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -477,6 +515,12 @@ def job(kind: type[Any]) -> Callable[[Callable], Callable]:
         return run
 
     return wrap
+
+
+def saved(spec: Any) -> dict[str, Any]:
+    """The fields of a specification that decide the result, as JSON has them."""
+    names = [f.name for f in fields(spec) if f.metadata.get("saved", True)]
+    return json.loads(json.dumps({name: getattr(spec, name) for name in names}))
 
 
 def task_entry(spec: TaskSpec, task: Any, max_length: int) -> dict[str, Any]:

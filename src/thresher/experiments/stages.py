@@ -29,7 +29,7 @@ from ..data.texts import load_texts
 from ..data.tokenize import tokenize
 from ..evaluation.hardware import has_bf16
 from ..evaluation.latency import compare
-from ..evaluation.predict import Predictions, predict, quality
+from ..evaluation.predict import Predictions, Text, predict, quality
 from ..evaluation.rows import folder_written_whole, whole, writing
 from ..methods.parts.budget import OutOfReach
 from ..methods.topk import REPLAY, TopK
@@ -40,7 +40,7 @@ from ..training.embedding import EmbedTrainer
 from ..training.interrupt import Interrupt
 from ..training.monitor import WATCHED, Watch
 from ..training.reranking import RerankTrainer
-from ..training.trainer import Collator, FineTuner, PruningTrainer, Ranking
+from ..training.trainer import Collator, Distill, FineTuner, PruningTrainer, Ranking, ranking_of
 from ..training.until import UntilTrained
 from .spec import FIXED, SUMMARY, TrainSpec, task_entry
 from .workspace import Workspace
@@ -213,18 +213,18 @@ def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
     rows = rows.remove_columns("labels") if run.data.task.label_column is None and part != "train" else rows
     net, method = run.model(dense).eval(), method_of(spec, run.options())
     columns: dict[str, Any] = {}
-    ranks = method is not None and method.ranks_teacher
-    if ranks:
-        prune(net, Ranking())
-    ask = run.ask if part == "train" else asked
-    answers = ask(net, dense, rows, batch_size=64, bf16=run.bf16, scores=ranks)
+    by = method.ranking if method is not None and method.ranks_teacher else None
+    if by is not None:
+        prune(net, Ranking(by))
+    ask, attends = run.ask if part == "train" else asked, by == "attention"
+    answers = ask(net, dense, rows, batch_size=64, bf16=run.bf16, scores=attends)
     if isinstance(answers.logits, list):
         for i, name in enumerate(("teacher_start_logits", "teacher_end_logits")):
             columns[name] = [both[i].numpy() for both in answers.logits]
     else:
         columns["teacher_sentence_embedding" if run.embeds else "teacher_logits"] = answers.logits.numpy()
-    if ranks:
-        columns["teacher_ranking"] = [score.numpy() for score in answers.scores]
+    if by is not None:
+        columns["teacher_ranking"] = [score.numpy() for score in (answers.scores if attends else salient(net, rows))]
     if spec.replay:
         source = load(spec.replay)[0]
         columns["token_counts"] = ask(source, Path(spec.replay), rows, bf16=run.bf16).kept.numpy()
@@ -232,6 +232,17 @@ def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
     with folder_written_whole(folder) as aside:
         taught.save_to_disk(str(aside))
     return taught
+
+
+def salient(net: PreTrainedModel, rows: Dataset) -> list[torch.Tensor]:
+    """The saliency (n,) of the n tokens of each row, of a model that is pruned with ``Ranking``."""
+    text = Text(net, rows, None)
+    found: dict[int, torch.Tensor] = {}
+    for some in text.batches(range(len(rows)), 32):
+        inputs = text.batch(some, None, net.device)
+        ranking = ranking_of(net, inputs)
+        found |= {row: scores[: text.lengths[row]].cpu() for row, scores in zip(some, ranking, strict=True)}
+    return [found[row] for row in range(len(rows))]
 
 
 def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any], start: Path | None = None) -> Path:
@@ -269,7 +280,8 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
         return kind(
             *(net, arguments_of(run, folder.name, **arguments), run.collator, taught, held_out),
             calibration_dataset=data.validation,
-            distill=spec.distill,
+            teacher=run.model(dense) if spec.distill_states else None,
+            distill=Distill(spec.distill, states=spec.distill_states or 0.0),
             pruner_lr=spec.pruner_lr,
             soft_steps=None if lasts is not None else soft_steps(run),
         )
@@ -328,7 +340,7 @@ def settled(run: Run, stage: str, make: Callable[..., Any], epochs: float | None
     if pruning and not run.spec.replay:  # whose counts are known on the training rows alone
         trainer.add_callback(Watch(trainer, run.data.validation, run.data.task.metric))
     set_seed(run.spec.seed)
-    run_trainer(run, trainer)
+    run_trainer(trainer, run.work.folder, run.progress)
     return trainer
 
 
@@ -510,13 +522,18 @@ def arguments_of(
     )
 
 
-def run_trainer(run: Run, trainer: Trainer) -> None:
-    """Train from the last checkpoint, if there is one; Ctrl-C leaves a new one and raises KeyboardInterrupt."""
+def run_trainer(trainer: Trainer, folder: Path, progress: bool) -> None:
+    """Train from the last checkpoint, if there is one; Ctrl-C leaves a new one and raises KeyboardInterrupt.
+
+    Args:
+        folder: in which the checkpoints are.
+        progress: whether to say that a training goes on.
+    """
     interrupt, checkpoint = Interrupt(), last_checkpoint(Path(trainer.args.output_dir))
     trainer.add_callback(interrupt)
-    if checkpoint and run.progress:
+    if checkpoint and progress:
         print(f"resumed: {checkpoint.parent.name.split('-')[0]} training goes on after step {step_of(checkpoint)}")
-    with interrupt, writing(run.work.folder):
+    with interrupt, writing(folder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.asked:
         raise KeyboardInterrupt

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..core.architecture import Architecture
 from ..core.pruner import Choice
 from ..core.view import View
+from .parts.selection import fused
 from .topk import TopK
 
 
@@ -61,12 +61,7 @@ class EViT(TopK):
         choice = super().choose(score, view)
         if not self.fuse:
             return choice
-        keep = choice.keep | view.protected
-        gone = view.alive & ~keep
-        best = score.masked_fill(~gone, -1.0).argmax(1, keepdim=True)  # whose place the fused token takes
-        holder = torch.zeros_like(keep).scatter(1, best, True) & gone
-        weight = torch.where(gone, score, 1.0)
-        return Choice(keep | holder, into=best.expand_as(keep), weight=weight)
+        return fused(choice.keep, score, view, mean=False)
 
     def width(self, slots: int, site: int) -> int | None:
         width = super().width(slots, site)

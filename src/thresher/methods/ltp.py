@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.architecture import Architecture
-from ..core.pruner import Batch, RunBatch
-from .parts.selection import check_schedule, threshold_of
+from ..core.pruner import Batch, Choice, RunBatch
+from ..core.view import View
+from .parts.selection import check_fusing, check_schedule, fused, threshold_of
 from .parts.thresholds import Thresholded
 
 
@@ -35,6 +36,8 @@ class LTP(Thresholded):
         soft_until: share of the training that is soft.
         straight_through: whether gates are 0 or 1 in the soft stage; False leaves them half open, as the paper does.
         min_keep: tokens that a row keeps at least, protected ones included.
+        fuse: whether what leaves at a site becomes one token more, the mean of its states by the attention received
+            (after EViT). It is a token like others from then on; there is none in the soft stage.
 
     ==================================  ==================================  ============================================
     paper                               here                                why
@@ -58,13 +61,55 @@ class LTP(Thresholded):
     """
 
     schedule: tuple | None = None
+    fuse: bool = False
 
     name: ClassVar[str] = "ltp"
 
+    @classmethod
+    def as_published(cls, depth: int = 12, **options: Any) -> LTP:
+        """Make the method with the settings of the released code, for a model of ``depth`` layers.
+
+        What is no setting stays as the other table says: scores, how gates act and multiply, what never leaves. A
+        ``target_flops`` brings the penalty and the shift of this library along.
+
+        ====================  ==============  ======================================================================
+        setting               default         published
+        ====================  ==============  ======================================================================
+        ``at``                every layer     1 .. depth - 1: the first one has a threshold of 0
+        ``weight``            0.1             0.1 of the sum over the layers, where here it is of the mean; 0.01 to 0.2
+        ``temperature``       0.1             0.128, 1e-3 at length 128; 0.013 to 0.26
+        ``init``              1.0             1.28, 0.01 at length 128
+        ``soft_until``        0.3             0.5: 10 of 20 epochs; of large data sets 1 of 6
+        ``straight_through``  True            False
+        ``min_keep``          3               1
+        ====================  ==============  ======================================================================
+        """
+        published: dict[str, Any] = {
+            "at": tuple(range(1, depth)),
+            "weight": 0.1 * (depth - 1),
+            "temperature": 0.128,
+            "init": 1.28,
+            "soft_until": 0.5,
+            "straight_through": False,
+            "min_keep": 1,
+        }
+        if options.get("target_flops") is not None:  # whose penalty is another one
+            del published["weight"]
+        return cls(**published | options)
+
     def build(self, model: Architecture) -> None:
+        if self.fuse:
+            check_fusing(model)
         rising = [self.init * layer / max(1, model.depth) for layer in self.sites]
         self.threshold = nn.Parameter(torch.tensor(rising, dtype=torch.float32))
         check_schedule(self.schedule, self.sites)
+
+    def choose(self, score: Tensor, view: View) -> Choice:
+        choice = super().choose(score, view)
+        if not self.fuse:
+            return choice
+        floor = self.best(score, view.protected, view.alive) if self.min_keep > 1 else view.protected
+        return fused(choice.keep | floor, score, view)
 
     @property
     def target_now(self) -> float:

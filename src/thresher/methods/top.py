@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,8 @@ from ..core.view import View
 from .parts.budget import OutOfReach
 from .parts.gates import Ascend, chance, odds, rounded, sample
 from .parts.rank_bins import bin_of, first_bins, kept_of_bins, nearest_mask, within
-from .parts.rank_distillation import RANK_LOSSES, overlap, ranking_loss, taught_by
-from .parts.selection import all_but_last, check_schedule, ranks
+from .parts.rank_distillation import RANK_LOSSES, RANKINGS, overlap, ranking_loss, taught_by
+from .parts.selection import all_but_last, check_fusing, check_schedule, fused, ranks
 
 TARGETS = ("target_flops", "target_latency", "target_latency_ms")
 OVER = 1.02  # times the target: above, a schedule is over budget
@@ -50,6 +51,8 @@ class ToP(TokenPruner):
             ``PruningTrainer`` makes; a loop of one's own says ``pruner.table = latency_table(model)``.
         bins: of relative rank, per site. The paper: 20 to 100, more for long texts.
         topk: tokens of the teacher's ranking that are distilled.
+        ranking: "attention", what tokens receive in the teacher's last layer (of one that finds answers, its logits),
+            or "saliency", how much its answer hangs on each token, see ``parts.saliency.answer_saliency``.
         rank_loss: "arp2" (pairs of a best token and any other, weighted by the difference of their ranks), "ndcg"
             (LambdaRank's weights), "arp2-topk" (the paper's) or "none"; see ``parts.rank_distillation``.
         rank_weight: of the ranking loss.
@@ -61,6 +64,7 @@ class ToP(TokenPruner):
         floor: so many of the best tokens that may leave stay.
         ramp, soft_until: shares of the training.
         schedule: the odds start where these shares of a site's survivors, one for each, are expected to stay.
+        fuse: as of ``LTP``; the fused token comes on top, and is counted in the expected cost.
 
     ===================================  =====================================  ======================================
     paper                                here                                   why
@@ -114,6 +118,8 @@ class ToP(TokenPruner):
     ramp: float = 0.2
     soft_until: float = 0.4
     schedule: tuple | None = None
+    ranking: str = "attention"
+    fuse: bool = False
 
     name: ClassVar[str] = "top"
     lr: ClassVar[float] = 5e-2
@@ -122,7 +128,8 @@ class ToP(TokenPruner):
     def as_published(cls, depth: int = 12, **options: Any) -> ToP:
         """Make the method with the settings of the released code, for a model of ``depth`` layers.
 
-        What is no setting stays as the other table says: how masks act, are drawn and start.
+        What is no setting stays as the other table says: how masks act, are drawn and start. Theirs is trained by
+        distillation alone (``PruningTrainer(distill=1.0)``).
 
         ===============  ===============  ==============================================================
         setting          default          published
@@ -167,8 +174,9 @@ class ToP(TokenPruner):
         if not targets:
             self.target_flops = 0.4
         self.table: LatencyTable | None = None
-        if self.rank_loss not in RANK_LOSSES:
-            raise ValueError(f"rank_loss={self.rank_loss!r}: expected one of {', '.join(RANK_LOSSES)}")
+        for name, known in (("rank_loss", RANK_LOSSES), ("ranking", RANKINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
         for name, least in (("bins", 1), ("topk", 1), ("floor", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a whole number from {least} up")
@@ -183,6 +191,8 @@ class ToP(TokenPruner):
     default_at = all_but_last
 
     def build(self, model: Architecture) -> None:
+        if self.fuse:
+            check_fusing(model)
         self.lengths: tuple[Tensor, Tensor] | None = None  # of inputs that the target is meant for
         sites = len(self.sites)
         deeper = DEEPER * torch.linspace(0, 1, sites)[:, None]
@@ -199,7 +209,8 @@ class ToP(TokenPruner):
         self.mask: Tensor
         self.register_buffer("mask", torch.ones(sites, self.bins, dtype=torch.bool))
         self.agreement: list[Tensor] = []
-        taught = model.depth if model.finds_answers else max(model.first_site + 1, model.depth // 3)
+        everywhere = model.finds_answers and self.ranking == "attention"
+        taught = model.depth if everywhere else max(model.first_site + 1, model.depth // 3)
         if self.sites:
             taught = max(taught, self.sites[0] + 1)  # where tokens leave late, the first site learns
         self.early = [i for i, layer in enumerate(self.sites) if layer < taught]
@@ -241,10 +252,12 @@ class ToP(TokenPruner):
         """Compute a scalar: the cost as a fraction of the dense model's on rows of ``tokens``, of which ``protected``
         cannot leave; ``stay(site, n)`` says how many of n others stay. A row keeps one. ``idle`` sites are not
         scored."""
-        after = {
-            layer: lambda n, site=site: (protected + stay(site, n - protected)).clamp(min=1)
-            for site, layer in enumerate(self.sites)
-        }
+
+        def left(n: Tensor, site: int) -> Tensor:
+            kept = (protected + stay(site, n - protected)).clamp(min=1)
+            return kept + (n - kept).clamp(0, 1) if self.fuse else kept
+
+        after = {layer: partial(left, site=site) for site, layer in enumerate(self.sites)}
         unscored, model, times = [self.sites[site] for site in idle], self.architecture, self.times
         counts = tokens_by_layer(tokens, after, range(model.depth), inside=model.drops_inside, unscored=unscored)
         used = macs(model.costs, counts) if times is None else times.fixed(tokens) + times.time(counts)
@@ -275,9 +288,11 @@ class ToP(TokenPruner):
         mask, free = self.current[view.site], view.alive & ~view.protected
         if self.holes:
             bins, best = self.bin(score, free)
-            return Choice(mask[bins] | best)
-        most = within(mask.sum(), free.sum(1, keepdim=True), self.bins).clamp(min=self.floor * self.bins)
-        return Choice(ranks(score, free) * self.bins < most)
+            keep = mask[bins] | best
+        else:
+            most = within(mask.sum(), free.sum(1, keepdim=True), self.bins).clamp(min=self.floor * self.bins)
+            keep = ranks(score, free) * self.bins < most
+        return fused(keep, score, view) if self.fuse else Choice(keep)
 
     # --- masks and gates -----------------------------------------------------------------------------------------
     def gates(self, score: Tensor, view: View) -> Tensor:
@@ -370,7 +385,7 @@ class ToP(TokenPruner):
         self.agreement = []
         total: Any = 0.0
         for site in (record.sites[i] for i in self.early):
-            ranking = taught_by(teacher).gather(1, site.tokens.index)
+            ranking = taught_by(teacher, self.ranking).gather(1, site.tokens.index)
             score = site.score if self.soft else self.score(site.view)  # tokens are chosen without gradients
             if self.rank_loss == "arp2-topk":
                 score = score / site.tokens.live.clamp(min=1)[:, None]  # a share of all attention, as theirs

@@ -14,8 +14,8 @@ from torch import nn
 
 from ..api import inner_model, prune
 from ..core.compat import SentenceTrainerNames, prepared_texts
-from ..core.pruner import Batch, Record, pruner_in, pruner_of
-from .trainer import Pruning
+from ..core.pruner import Batch, Record, pruner_of
+from .trainer import Pruning, ranking_of
 
 
 class PruningMixin(SentenceTrainerNames, Pruning):
@@ -97,7 +97,7 @@ class PruningMixin(SentenceTrainerNames, Pruning):
         if self.pruner.ranks_teacher:
             with torch.no_grad():
                 inner_model(self.teacher)(**arguments)
-            answers = {"ranking": pruner_in(inner_model(self.teacher)).last_record().sites[-1].score}
+            answers = {"ranking": ranking_of(inner_model(self.teacher), arguments)}
         return self.pruner.loss(partial(self._again, net, arguments), arguments, record, answers)
 
     @staticmethod

@@ -5,9 +5,11 @@ All content lives in the method, so that a loop of one's own needs one added ter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +19,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainerCallback
 
 from ..api import inner_model, prune, unprune
-from ..core.architecture import Architecture
+from ..core.architecture import Architecture, find_architecture
 from ..core.compat import TrainerNames, transformer_module
 from ..core.pruner import MODULE, Batch, Choice, Record, TokenPruner, pruner_in, pruner_of
 from ..core.view import View
 from ..evaluation.latency import latency_table
-from ..methods.parts.distillation import LOGITS, distillation
+from ..methods.parts.distillation import LOGITS, distillation, state_loss
+from ..methods.parts.saliency import answer_saliency
 from .batches import LengthOrder
 from .checkpoints import Order
 
@@ -83,13 +86,66 @@ def join_backward(model: nn.Module, args: Any, outputs: Any) -> Any:
 
 
 class Ranking(TokenPruner):
-    """Score the tokens of the last layer and drop none: the ranking that a teacher gives."""
+    """Drop no token, and show what a teacher ranks them ``by``: "attention", the scores of its last layer, or
+    "saliency", for which it has a site at the first."""
+
+    by: str = "attention"
 
     def bind(self, model: Architecture) -> None:
-        self.architecture, self.sites = model, (model.depth - 1,)
+        self.architecture = model
+        self.sites = (model.depth - 1 if self.by == "attention" else model.first_site,)
 
     def choose(self, score: Tensor, view: View) -> Choice:
         return Choice(view.alive)
+
+
+def ranking_of(teacher: nn.Module, inputs: dict) -> Tensor:
+    """Return (B, N), the ranking of a ``teacher`` that is pruned with ``Ranking`` and has just answered ``inputs``."""
+    pruner = cast("Ranking", pruner_in(inner_model(teacher)))
+    if pruner.by == "attention":
+        return pruner.last_record().sites[-1].score
+    return answer_saliency(pruner, partial(teacher, **inputs), mask_of(inputs))
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Weigh what a teacher says against the task loss.
+
+    Attributes:
+        answers: weight of its answers, 1 - ``answers`` of the task loss.
+        temperature: of the answers.
+        states: weight of its states, ``state_loss``, which comes on top: of the first token where the head reads that
+            one alone; else of the tokens that are left, and after the last layer of all.
+    """
+
+    answers: float = 0.5
+    temperature: float = 2.0
+    states: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.answers <= 1:
+            raise ValueError(f"distill={self.answers}: expected a weight in [0, 1]")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}: expected a positive number")
+        if not 0 <= self.states < float("inf"):
+            raise ValueError(f"distill_states={self.states}: expected a weight from 0 up")
+
+
+@contextmanager
+def states_of(base: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Within the context the list holds the hidden states (B, N0, C) of the last forward of ``base``, the embeddings
+    first; the forward is asked for them. None: it stays empty."""
+    found: list[Tensor] = []
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        found[:] = output["hidden_states"]
+
+    handle = None if base is None else base.register_forward_hook(look)
+    try:
+        yield found
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @dataclass
@@ -181,7 +237,7 @@ class Pruning(Grouped):
         """Train as the Trainer does; a teacher whose ranking is wanted scores its last layer meanwhile."""
         ranked = self.teacher if self.pruner.ranks_teacher else None
         if ranked is not None:
-            prune(ranked, Ranking(), layout="mask")
+            prune(ranked, Ranking(self.pruner.ranking), layout="mask")
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -250,8 +306,7 @@ class PruningTrainer(Pruning, Trainer):
         teacher: a frozen model whose answers are distilled, usually the dense fine-tuned model. A column
             ``teacher_logits`` in the data set takes its place where the answers were computed beforehand, and
             ``teacher_ranking`` (its last layer's scores, one per token) for methods that distil it.
-        distill: weight of the distillation, 1 - ``distill`` of the task loss.
-        temperature: of the distillation.
+        distill: weight of the distillation, 1 - ``distill`` of the task loss; a ``Distill`` says more.
         pruner_lr: learning rate of the method's own parameters (thresholds, gates), which decays with the others;
             default: the method's ``lr``.
         calibration_dataset: inputs on which a budget is kept, never a test set; default: ``eval_dataset``, else
@@ -272,8 +327,7 @@ class PruningTrainer(Pruning, Trainer):
         self,
         *args,
         teacher: nn.Module | None = None,
-        distill: float = 0.5,
-        temperature: float = 2.0,
+        distill: float | Distill = 0.5,
         pruner_lr: float | None = None,
         calibration_dataset: Dataset | None = None,
         soft_steps: int | None = None,
@@ -286,12 +340,12 @@ class PruningTrainer(Pruning, Trainer):
                 f"what {self.pruner.name} learns would not be saved with the adapter: prune() after get_peft_model, or "
                 f"give its configuration modules_to_save=['{MODULE}']"
             )
-        if not 0 <= distill <= 1:
-            raise ValueError(f"distill={distill}: expected a weight in [0, 1]")
+        self.distill = distill if isinstance(distill, Distill) else Distill(distill)
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
-        if teacher is not None and self.pruner.ranks_teacher and pruner_of(teacher) is not None:
+        if teacher is not None and self.pruner.ranks_teacher and pruner_of(inner_model(teacher)) is not None:
             raise ValueError(f"{self.pruner.name} wants the ranking of a teacher that is not pruned: unprune(teacher)")
-        self.distill, self.temperature, self.calibration_dataset = distill, temperature, calibration_dataset
+        self.taught_by = self._base_of_teacher() if self.distill.states else None
+        self.calibration_dataset = calibration_dataset
         self.label_names = [*self.label_names] if self.label_names else ["labels"]
         self.labels = self.label_names  # that the task's loss needs
         held_out = getattr(self.eval_dataset, "column_names", None) or ()
@@ -299,6 +353,23 @@ class PruningTrainer(Pruning, Trainer):
             self.label_names = [column for column in self.taught_columns() if column in held_out][:1] or self.labels
         if self.args.world_size > 1:
             self.model.register_forward_hook(join_backward)
+
+    def _base_of_teacher(self) -> nn.Module:
+        """The part of the teacher whose states are distilled. Raises ValueError where there is none that fits."""
+        if self.teacher is None:
+            raise ValueError(
+                f"distill_states={self.distill.states} needs the dense model itself (teacher=): columns of a data set "
+                "hold its answers, and no states"
+            )
+        if pruner_of(inner_model(self.teacher)) is not None:
+            raise ValueError("the states of a teacher that is pruned are not distilled: unprune(teacher)")
+        own, other = self.pruner.architecture, find_architecture(inner_model(self.teacher))
+        if (own.depth, own.hidden) != (other.depth, other.hidden):
+            raise ValueError(
+                f"distill_states={self.distill.states}: the teacher has {other.depth} layers of {other.hidden} "
+                f"channels, the model {own.depth} of {own.hidden}; expected the same"
+            )
+        return other.base
 
     def taught_columns(self) -> dict[str, str]:
         """The columns of a data set that take a teacher's place, and what they are called among its answers."""
@@ -314,27 +385,33 @@ class PruningTrainer(Pruning, Trainer):
         inputs = dict(inputs)
         taught = self.taught_columns()
         answers = {name: inputs.pop(column) for column, name in taught.items() if column in inputs}
-        with self.pruner.attached().asking(counts=inputs.pop(COUNTS, None)):
+        shows = model.training and self.taught_by is not None
+        more = {"output_hidden_states": True} if shows else {}
+        counts, base = inputs.pop(COUNTS, None), self.pruner.architecture.base if shows else None
+        with self.pruner.attached().asking(counts=counts), states_of(base) as states:
             if any(name in inputs for name in self.labels):
-                task, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+                task, outputs = super().compute_loss(model, inputs | more, return_outputs=True)
             else:
-                task, outputs = None, model(**inputs)
+                task, outputs = None, model(**inputs, **more)
         if not model.training:
             held_out = self.taught_loss(task, outputs, answers, inputs)
             return (held_out, outputs) if return_outputs else held_out
         record = self.pruner.last_record()
-        asks = not answers or (self.pruner.ranks_teacher and "ranking" not in answers)
+        asks = shows or not answers or (self.pruner.ranks_teacher and "ranking" not in answers)
         if asks and self.teacher is not None:
-            with torch.no_grad():
-                answers = dict(self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})) | answers
-            if self.pruner.ranks_teacher:
-                answers["ranking"] = pruner_in(self.teacher).last_record().sites[-1].score
+            with torch.no_grad(), states_of(self.taught_by if shows else None) as known:
+                given = {k: v for k, v in inputs.items() if k != "labels"}
+                answers = dict(self.teacher(**given, **more)) | answers
+            if self.pruner.ranks_teacher and "ranking" not in answers:
+                answers["ranking"] = ranking_of(self.teacher, given)
         if not answers and task is None:
             raise ValueError("no labels and no teacher: there is nothing to learn from")
         loss: Any = self.taught_loss(task, outputs, answers, inputs)
         loss = (0.0 if loss is None else loss) + self.pruner.loss(
             lambda **override: model(**{**inputs, **override}), inputs, record, answers or None
         )
+        if shows:
+            loss = loss + self.distill.states * self.states_loss(states, known, record, mask_of(inputs))
         self.reached["flops_fraction"] = record.flops_fraction().detach()
         return (loss, outputs) if return_outputs else loss
 
@@ -342,15 +419,29 @@ class PruningTrainer(Pruning, Trainer):
         """Add up the losses of the task, where there are labels, and of the distillation, where there are answers."""
         if not any(name in answers for name in LOGITS):
             return task
-        weight = 1.0 if task is None else self.distill
-        mask = inputs.get("attention_mask")
-        mask = mask if torch.is_tensor(mask) and mask.dim() == 2 else None
-        learned = weight * self.distilled(outputs, answers, mask)
+        weight = 1.0 if task is None else self.distill.answers
+        learned = weight * self.distilled(outputs, answers, mask_of(inputs))
         return learned if task is None else (1 - weight) * task + learned
 
     def distilled(self, outputs: Any, answers: Any, mask: Any) -> Tensor:
         """Compute how far the model is from its teacher; ``mask`` (B, N): the tokens that are there, or None."""
-        return distillation(outputs, answers, self.temperature, mask)
+        return distillation(outputs, answers, self.distill.temperature, mask)
+
+    def states_loss(self, states: list[Tensor], known: list[Tensor], record: Record, mask: Tensor | None) -> Tensor:
+        """Compute how far the model's ``states`` are from those that its teacher has, ``known``: embeddings first, then
+        of every layer (B, N0, C); ``mask`` as in ``distilled``."""
+        return state_loss(states[1:], known[1:], self.state_weights(states, record, mask))
+
+    def state_weights(self, states: list[Tensor], record: Record, mask: Tensor | None) -> list[Tensor]:
+        """Return (B, N0) for each layer, what the state of each token counts."""
+        real = torch.ones_like(states[0][..., 0]) if mask is None else mask.to(states[0].dtype)
+        if self.pruner.architecture.reads_first_only:
+            first = torch.zeros_like(real).scatter(1, real.argmax(1, keepdim=True), 1.0)
+            weights = [first] * (len(states) - 1)
+        else:
+            left = [record.entering(layer).spread_votes().to(real.dtype) for layer in range(1, len(states) - 1)]
+            weights = [*left, real if record.token_mask is None else record.token_mask.to(real.dtype)]
+        return [weight.detach() for weight in weights]
 
     def calibration_batches(self, rows: int | None) -> Iterable[Batch]:
         """Arguments of the model for (``rows`` of) the calibration data."""
@@ -361,6 +452,12 @@ class PruningTrainer(Pruning, Trainer):
         loader = DataLoader(data, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
         aside = {*self.extra_columns(), "labels"}
         return [{k: v for k, v in b.items() if k not in aside} for b in loader]
+
+
+def mask_of(inputs: dict) -> Tensor | None:
+    """Return (B, N), which tokens of a batch are there; None where it has no such mask."""
+    mask = inputs.get("attention_mask")
+    return mask if torch.is_tensor(mask) and mask.dim() == 2 else None
 
 
 class _Stages(TrainerCallback):

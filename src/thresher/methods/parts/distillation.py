@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,28 @@ def distillation(student: Any, teacher: Any, temperature: float = 2.0, mask: Ten
     if not losses:
         raise ValueError(f"nothing to distil: the outputs hold none of {', '.join(LOGITS)}")
     return torch.stack(losses).mean()
+
+
+def state_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[Tensor], squared: bool = False
+) -> Tensor:
+    """Compute how far states are from the teacher's, a scalar: the sum over layers of the mean of 1 - cosine.
+
+    The mean is over rows, of each over its tokens.
+
+    Args:
+        student, teacher: (B, N, C) of each layer.
+        weights: (B, N) of each layer, what a token counts; a row of zeros counts nothing.
+        squared: whether the squared distance, as a share of the teacher's squared length, comes on top.
+    """
+    losses = []
+    for s, t, weight in zip(student, teacher, weights, strict=True):
+        s, t = s.float(), t.float()
+        away = 1 - F.cosine_similarity(s, t, dim=-1)
+        if squared:
+            away = away + (s - t).square().sum(-1) / t.square().sum(-1).clamp(min=1e-6)
+        losses.append(((away * weight).sum(1) / weight.sum(1).clamp(min=1e-6)).mean())
+    return torch.stack(losses).sum()
 
 
 # --- orders and embeddings --------------------------------------------------------------------------------------------

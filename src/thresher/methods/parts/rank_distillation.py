@@ -15,6 +15,7 @@ from torch import Tensor
 from .selection import ranks
 
 RANK_LOSSES = ("arp2", "arp2-topk", "ndcg", "none")
+RANKINGS = ("attention", "saliency")
 
 
 def ranking_loss(score: Tensor, teacher: Tensor, free: Tensor, k: int, kind: str) -> Tensor:
@@ -40,10 +41,11 @@ def ranking_loss(score: Tensor, teacher: Tensor, free: Tensor, k: int, kind: str
     return (total / (k**2 if kind == "arp2-topk" else weight.sum((1, 2)).clamp(min=1e-6))).mean()
 
 
-def taught_by(teacher: Mapping[str, Tensor]) -> Tensor:
-    """Return (B, N), what the teacher ranks tokens by. Where it finds an answer, the larger of its logits, of a start
-    and of an end; elsewhere its ``ranking``, the attention received in its last layer."""
-    if "start_logits" in teacher:
+def taught_by(teacher: Mapping[str, Tensor], ranking: str = "attention") -> Tensor:
+    """Return (B, N), what the teacher ranks tokens by: its ``ranking``, the attention received in its last layer or
+    their saliency. In place of attention, where it finds an answer, the larger of its logits, of a start and of an
+    end."""
+    if "start_logits" in teacher and ranking == "attention":
         return torch.maximum(teacher["start_logits"], teacher["end_logits"])
     return teacher["ranking"]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core.pruner import RunAgain, TokenPruner
 from ...core.view import View
+from .distillation import LOGITS, NEVER
 
 
 def saliency(pruner: TokenPruner, forward: RunAgain) -> list[Tensor]:
@@ -40,6 +41,35 @@ def saliency(pruner: TokenPruner, forward: RunAgain) -> list[Tensor]:
     finally:
         pruner.record = record
     return [torch.zeros_like(x) if g is None else g.abs() for x, g in zip(gates, gradients, strict=True)]
+
+
+def answer_saliency(pruner: TokenPruner, forward: RunAgain, mask: Tensor | None = None) -> Tensor:
+    """Measure (B, N) how much the answer of a model hangs on each token: as ``saliency``, at the first site, of the
+    logit of the class that it answers, of its one number, or of the best start and end. No labels are read.
+
+    Args:
+        forward: runs the model, whose ``pruner`` has a site.
+        mask: (B, N), the tokens that are there; default: all.
+
+    Raises:
+        ValueError: the model gives no logits.
+    """
+
+    def answer() -> dict[str, Tensor]:
+        output, best = forward(), []
+        for name in (name for name in LOGITS if name in output):
+            logits = output[name].float()
+            if mask is not None and name != "logits":
+                logits = logits.masked_fill(mask == 0, NEVER)
+            most = logits.amax(-1)
+            best.append((most * mask if mask is not None and most.dim() == 2 else most).sum())
+        if not best:
+            raise ValueError(
+                "ranking='saliency' asks what the teacher's logits hang on, and it gives none: leave it out"
+            )
+        return {"loss": torch.stack(best).sum()}
+
+    return saliency(pruner, answer)[0]
 
 
 def task_losses(output: Mapping[str, Any], batch: Mapping[str, Any], causal: bool = False) -> Tensor:

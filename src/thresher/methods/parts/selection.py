@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...core.architecture import Architecture
-from ...core.pruner import TokenPruner
-from ...core.view import Site
+from ...core.pruner import Choice, TokenPruner
+from ...core.view import Site, View
 
 
 def ranks(score: Tensor, alive: Tensor) -> Tensor:
@@ -22,6 +22,29 @@ def ranks(score: Tensor, alive: Tensor) -> Tensor:
 def top_k(score: Tensor, k: Tensor, alive: Tensor) -> Tensor:
     """Select the ``k`` (B,) best-scored live tokens of each row: (B, N) bool."""
     return (ranks(score, alive) < k[:, None]) & alive
+
+
+def fused(keep: Tensor, score: Tensor, view: View, mean: bool = True) -> Choice:
+    """Choose to ``keep`` (B, N) bool and to fuse what leaves of each row into one token more: the mean of its states by
+    ``score`` (B, N), or their sum times it. It takes the place of the best of them; where nothing leaves there is
+    none."""
+    keep = keep & view.alive | view.protected
+    gone = view.alive & ~keep
+    best = score.masked_fill(~gone, -1.0).argmax(1, keepdim=True)
+    holder = torch.zeros_like(keep).scatter(1, best, True) & gone
+    weight = score.masked_fill(~gone, 0.0)
+    if mean:
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
+    return Choice(keep | holder, into=best.expand_as(keep), weight=weight.masked_fill(~gone, 1.0))
+
+
+def check_fusing(model: Architecture) -> None:
+    """Raise ValueError where a head asks single tokens, which a fused one is not, or a decoder would see what comes."""
+    why = "a decoder: a merged token would show later tokens to earlier ones" if model.causal else ""
+    if model.name.endswith(("ForQuestionAnswering", "ForTokenClassification")):
+        why = "whose head asks each token, and those that were fused are put back as one"
+    if why:
+        raise ValueError(f"fuse=True is not possible with {model.name}, {why}; leave it out")
 
 
 def kept_count(keep: float | int, live: Tensor, protected: Tensor | int = 0) -> Tensor:
