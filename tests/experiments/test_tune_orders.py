@@ -80,3 +80,24 @@ def test_an_embedder_is_tuned_by_the_cosine(tmp_path):
     sample = Sample(load_embedder(str(tmp_path / "model"))[0], texts, 2)
     assert sample.answers is None and 0 < sample.compare(opened).divergence < 2
     assert json.loads((out / SUMMARY).read_text())["task"]["metric"] == "cosine"
+
+
+def test_an_embedder_that_merging_suits_is_merged(tmp_path):
+    """Merging puts every token back as the one that holds it, which the mean of the states is served by."""
+    write(tmp_path / "farm" / "train.csv", 160, 0)
+    torch.manual_seed(0)
+    config = FAMILIES["bert"].build(0, num_hidden_layers=3, initializer_range=0.3).config
+    Embedder(BertModel(config)).save_pretrained(tmp_path / "model", tiny_tokenizer())
+    given = {"target_flops": 0.6, "max_length": 32}
+    model, data = str(tmp_path / "model"), str(tmp_path / "farm")
+    by_method = {
+        method: next(row for row in tune(model, data, str(tmp_path / method), method=method, **given) if row["chosen"])
+        for method in ("auto", "topk", "tome")
+    }
+    assert by_method["tome"]["divergence"] < by_method["topk"]["divergence"]
+    assert by_method["auto"]["divergence"] <= by_method["tome"]["divergence"]
+    assert by_method["auto"]["method"] in ("tome", "tofu") and by_method["auto"]["flops_fraction"] <= 0.6
+    net, tokenizer = load_embedder(str(tmp_path / "auto"))
+    texts = Dataset.from_dict(dict(tokenizer(["wheat and grain the farmer and the script", "thresh the grain"])))
+    outcome = Sample(load_embedder(model)[0], texts, 2).compare(net)
+    assert 0 < outcome.divergence < 1 and outcome.flops_fraction < 0.8

@@ -45,7 +45,7 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     Args:
         spec: see ``TuneSpec``. Texts come from the validation part and then from the train part. What the model was
             trained on says too little of its mistakes: where there are too few others to test on, a warning counts
-            them. ``method`` is one whose ``keep`` is a share for each site, or "auto", the best of ``SCORES``;
+            them. ``method`` is one whose ``keep`` or ``r`` is a share for each site, or "auto", the best of ``SCORES``;
             ``method_options`` are other fields of the one method. Texts below ``min_length`` are left out of the search
             and of the test, which then says nothing of such.
         progress: called with what is going on, steps done and all steps.
@@ -82,7 +82,7 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
         "task": task_entry(spec, texts.task, texts.max_length),
         "reached": reached,
         "texts": {name: getattr(texts, name) for name in ("searched", "tested", "max_length", "tokens_mean")},
-        "profile": search.profiled,
+        "profile": search.profiled.alone,
         "schedules": rows,
         "seconds": round(time.time() - started, 1),
         **environment(),
@@ -92,9 +92,9 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
         tokenizer.save_pretrained(aside)
         (aside / SUMMARY).write_text(json.dumps(summary, indent=1))
         if find_spec("matplotlib"):
-            plots.search(rows, search.profiled, aside / PICTURE, budget.limit)
+            plots.search(rows, search.profiled.alone, aside / PICTURE, budget.limit)
     if spec.plot is not None:
-        plots.search(rows, search.profiled, spec.plot, budget.limit)
+        plots.search(rows, search.profiled.alone, spec.plot, budget.limit)
     return best(rows, search.cost)
 
 
