@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from support.families import FAMILIES
 from support.tiny import save_tiny, tiny_tokenizer
-from thresher import LTP, TopK, dense, prune, unprune
-from thresher.data.embedder import Embedder, Pooling, is_embedder, load_embedder
+from thresher import LTP, ToMe, TopK, dense, prune, unprune
+from thresher.data.embedder import Embedder, Pooling, best_pooling, is_embedder, load_embedder
 from thresher.evaluation.predict import predict
 
 with warnings.catch_warnings():
@@ -140,6 +140,28 @@ def test_one_token_has_no_survivors(encoder):
     prune(embedder, TopK(keep=0.3, pooling="survivors"))
     with pytest.raises(ValueError, match="says nothing of an embedder that pools one token"):
         vectors(embedder, tokenizer)
+
+
+def test_put_back_weighs_merged_tokens_by_size(encoder):
+    """The mean of put-back states is that of the merged ones, each as often as it counts."""
+    embedder, tokenizer = load_embedder(str(encoder), pooling="mean")
+    embedder.pooling = Pooling("mean", False)
+    prune(embedder, ToMe(r=0.5, at=(0, 1)))
+    with torch.no_grad():
+        output = embedder(**tokenizer(TEXTS[:1], return_tensors="pt"))
+    merged, sizes = torch.unique(output.last_hidden_state[0], dim=0, return_counts=True)
+    assert sizes.max() > 1 and len(merged) < output.last_hidden_state.shape[1]
+    weighed = (merged * sizes[:, None]).sum(0) / sizes.sum()
+    torch.testing.assert_close(output.sentence_embedding[0], weighed)
+
+
+def test_the_better_pooling_stays(encoder):
+    embedder, _ = load_embedder(str(encoder), pooling="mean")
+    prune(embedder, TopK(keep=0.5))
+    for better in ("survivors", "put-back"):
+        found = best_pooling(embedder, lambda: float(embedder.token_pruner.pooling == better))  # noqa: B023
+        assert found["chosen"] == embedder.token_pruner.pooling == better and found["judged"][better] == 1.0
+    assert best_pooling(embedder, lambda: 0.5)["chosen"] == "put-back"
 
 
 def test_a_mask_weighs():

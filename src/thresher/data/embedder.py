@@ -8,7 +8,7 @@ Shapes: B batch, N tokens, C channels.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import cached_file
 
 from ..api import MODULE, unprune
+from ..core.pruner import POOLINGS, PUT_BACK, SURVIVORS
 from .models import opened, positions, reading
 
 MODULES, POOLING, TEXTS, MODEL = (
@@ -119,6 +120,11 @@ class Embedder(nn.Module):
         return self.model.dtype
 
     @property
+    def pools_all(self) -> bool:
+        """Whether all states are pooled, so that it matters which of them are."""
+        return self.pooling.mode in ("mean", "max")
+
+    @property
     def token_pruner(self) -> Any:
         """The method that prunes it, None where nothing does."""
         return getattr(self.model, MODULE, None)
@@ -140,7 +146,7 @@ class Embedder(nn.Module):
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         states = output.last_hidden_state
         mask = getattr(output, "token_mask", None)
-        if mask is not None and self.pooling.mode not in ("mean", "max"):
+        if mask is not None and not self.pools_all:
             raise ValueError(
                 f"pooling='survivors' says nothing of an embedder that pools one token ({self.pooling.mode}): leave it "
                 "out"
@@ -175,6 +181,21 @@ class Embedder(nn.Module):
             (folder / path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         for path in paths[2:]:
             (folder / path).mkdir(exist_ok=True)
+
+
+def best_pooling(net: Embedder, judge: Callable[[], float]) -> dict[str, Any]:
+    """Leave a pruned embedder with the pooling that is judged best, "put-back" where both are alike.
+
+    Returns:
+        "chosen", and "judged": of both poolings what ``judge`` says, which reads the embedder as it is then.
+    """
+    judged = {}
+    for way in POOLINGS:
+        net.token_pruner.pooling = way
+        judged[way] = judge()
+    chosen = SURVIVORS if judged[SURVIVORS] > judged[PUT_BACK] else PUT_BACK
+    net.token_pruner.pooling = chosen
+    return {"chosen": chosen, "judged": judged}
 
 
 def is_embedder(model: str) -> bool:

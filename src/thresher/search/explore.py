@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..api import prune, unprune
 from ..core.cost import LatencyTable
 from ..core.pareto import pareto_front
-from ..core.pruner import METHODS, TokenPruner, pruner_in, pruner_of
+from ..core.pruner import METHODS, SURVIVORS, TokenPruner, pruner_in, pruner_of
 from ..data.models import make_method
 from ..evaluation.predict import Text
 from ..methods.tome import ToMe
@@ -125,6 +125,16 @@ def scores_of(method: str, options: dict[str, Any] | None) -> Scores:
     return SCORES if method == "auto" else {method: (method, options)}
 
 
+def with_survivors(scores: Scores) -> Scores:
+    """Each score with either pooling of an embedder, but for those that say which."""
+    other = {
+        f"{name}, {SURVIVORS}": (method, options | {"pooling": SURVIVORS})
+        for name, (method, options) in scores.items()
+        if "pooling" not in options
+    }
+    return {**scores, **other}
+
+
 def merges(method: str) -> bool:
     """Whether a method merges a share of the tokens, ``r``, in the place of keeping one."""
     return issubclass(METHODS[method], ToMe)
@@ -188,7 +198,8 @@ class ScheduleSearch:
        nearest to the dense model's; where that is not the one of the profile, the profile is taken again.
     4. Those schedules are run, and the best is refined: its neighbours are run, in the order of what the sum says, and
        whichever is better takes its place.
-    5. All of that is done for the scores that drop tokens, and for those that merge them; where the first schedules of
+    5. Of an embedder, with either pooling: scores come in both, and what was refined is run with the other one.
+    6. All of that is done for the scores that drop tokens, and for those that merge them; where the first schedules of
        one kind do twice the damage of the other's it is not looked at further. What is best of both is taken.
 
     A budget of answers is met by a test on texts that chose nothing: the schedules that were run are tried from the
@@ -391,6 +402,11 @@ class ScheduleSearch:
             if self.rows[self.score, start]["divergence"] <= HOPELESS * least:
                 self.survey(share * self.space.dense for share in SHARES)
                 bests.append((self.score, self.refine(start, budget, LOOKS)))
+                score, left = bests[-1]
+                for other in self.alike(score):  # with the other pooling
+                    self.score = other
+                    self.run(left)
+                    bests.append((other, left))
         within = [
             trial for trial in self.rows if self.spaces[merges(self.scores[trial[0]][0])].cost(trial[1]) <= budget
         ]
@@ -421,6 +437,15 @@ class ScheduleSearch:
         for share in (0.25, 0.5, 0.75):  # a closer look where the budget seems to be
             for left in self.survey([edge + share * (max(after, default=edge / 2) - edge)]):
                 self.refine(left, self.space.cost(left), LOOKS // 3)
+
+    def alike(self, score: str) -> list[str]:
+        """The other scores that have the method and all options of one, but for the pooling."""
+
+        def known(name: str) -> tuple[str, dict]:
+            method, options = self.scores[name]
+            return method, {option: value for option, value in options.items() if option != "pooling"}
+
+        return [name for name in self.scores if name != score and known(name) == known(score)]
 
     def test(self, budget: Budget) -> Trial:
         """The strongest schedule in a row of passes; the sequence is fixed by the texts of the search."""
