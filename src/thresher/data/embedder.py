@@ -129,6 +129,10 @@ class Embedder(nn.Module):
         """The method that prunes it, None where nothing does."""
         return getattr(self.model, MODULE, None)
 
+    def prompt(self, *names: str) -> str:
+        """Return what stands before a text: the first of the named prompts that there is; nothing where none is."""
+        return next((self.prompts[name] for name in names if name in self.prompts), "")
+
     def get_base_model(self) -> PreTrainedModel:
         """Return the transformers model that ``prune`` takes."""
         return self.model
