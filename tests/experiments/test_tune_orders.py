@@ -17,6 +17,7 @@ from thresher.core.pruner import pruner_of
 from thresher.data.embedder import Embedder, Pooling, load_embedder
 from thresher.data.models import load
 from thresher.data.spec import DataSpec
+from thresher.data.task import DataError
 from thresher.experiments.spec import SUMMARY
 from thresher.experiments.tune import tune
 from thresher.search import explore as trials
@@ -80,6 +81,20 @@ def test_an_embedder_is_tuned_by_the_cosine(tmp_path):
     sample = Sample(load_embedder(str(tmp_path / "model"))[0], texts, 2)
     assert sample.answers is None and 0 < sample.compare(opened).divergence < 2
     assert json.loads((out / SUMMARY).read_text())["task"]["metric"] == "cosine"
+
+
+def test_a_metric_that_does_not_fit_is_told_from_other_mistakes(tmp_path):
+    """Single texts are no pairs to be ranked: a model of one number gives numbers; other mistakes stay mistakes."""
+    model = save_tiny(tmp_path / "model", num_labels=1, problem_type="multi_label_classification", seed=2)
+    net, tokenizer = load(str(model))
+    write(tmp_path / "farm" / "train.csv", 60, 0)
+    data = DataSpec(data=str(tmp_path / "farm"))
+    task, texts, _ = texts_of(net, tokenizer, data, labelled=False, seed=0)
+    assert task.kind != "reranking" and len(texts)
+    broken = tmp_path / "is no metric.csv"
+    broken.write_text("text,label\nwheat,\n,1\n")
+    with pytest.raises(DataError, match=r"text|label"):
+        texts_of(net, tokenizer, DataSpec(data=str(broken), text=("nothing",)), labelled=False, seed=0)
 
 
 def farm_embedder(folder):

@@ -22,7 +22,7 @@ from ..data.embedder import Embedder
 from ..data.load import load_task
 from ..data.models import class_names, is_reranker
 from ..data.spec import DataSpec
-from ..data.task import DataError, Task
+from ..data.task import DataError, MetricError, Task
 from ..data.texts import load_texts
 from ..data.tokenize import tokenize
 from ..evaluation.predict import Predictions, predict
@@ -157,10 +157,8 @@ def _ranking(net: PreTrainedModel, data: DataSpec) -> Task | None:
         return None
     try:
         task = load_task(replace(data, metric=data.metric or "ndcg@10"), labels=[], need_labels=False)
-    except DataError as error:
-        if "is no metric" in str(error):
-            return None
-        raise
+    except MetricError:
+        return None
     return replace(task, label_column=None)
 
 
