@@ -21,7 +21,8 @@ from thresher.data.task import DataError
 from thresher.experiments.spec import SUMMARY
 from thresher.experiments.tune import tune
 from thresher.search import explore as trials
-from thresher.search.reference import Sample, order_divergence, texts_of, tokenized
+from thresher.search import reference
+from thresher.search.reference import Sample, order_divergence, texts_of, tokenized, top_overlap
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,15 @@ def test_orders_are_compared_query_by_query():
     assert found[2] == 0 and torch.allclose(order_divergence(dense, dense + 3, [0] * 7), torch.zeros(1).double())
 
 
-def test_a_reranker_is_tuned_by_the_order_of_its_candidates(tmp_path):
+def test_the_overlap_of_the_best_by_hand():
+    dense = torch.arange(6.0)[:, None]
+    pruned = torch.tensor([5.0, 1, 2, 3, 4, 0])[:, None]
+    assert top_overlap(dense, pruned, [0] * 6, k=2) == 0.5
+    assert top_overlap(dense, pruned, [0, 0, 0, 0, 0, 1], k=2) == 0.5, "of the other query all are the best"
+    assert top_overlap(dense, pruned, [0, 0, 1, 1, 2, 2], k=2) is None
+
+
+def test_a_reranker_is_tuned_by_the_order_of_its_candidates(tmp_path, monkeypatch):
     model = save_tiny(
         tmp_path / "model", num_hidden_layers=3, num_labels=1, problem_type="multi_label_classification", seed=2
     )
@@ -55,8 +64,11 @@ def test_a_reranker_is_tuned_by_the_order_of_its_candidates(tmp_path):
     task, texts, _ = texts_of(net, tokenizer, DataSpec(data=str(data)), labelled=False, seed=0)
     queries = [*texts["query"]]
     assert task.kind == "reranking" and all(len({*queries[i : i + 4]}) == 1 for i in range(0, len(queries), 4))
+    monkeypatch.setattr(reference, "TOP", 2)
     rows = tune(str(model), str(data), str(tmp_path / "out"), target_flops=0.7, max_length=32, method="topk")
-    assert any(row["chosen"] and row["flops_fraction"] <= 0.7 for row in rows)
+    (row,) = [row for row in rows if row["chosen"]]
+    assert row["flops_fraction"] <= 0.7 and 0 < row["overlap"] <= 1
+    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["reached"]["overlap"] == row["overlap"]
     assert pruner_of(load(str(tmp_path / "out"))[0]).name == "topk"
     with pytest.raises(ValueError, match="max_disagreement is for models that give classes"):
         tune(str(model), str(data), str(tmp_path / "no"), max_disagreement=0.1, max_length=32)

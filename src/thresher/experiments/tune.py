@@ -73,7 +73,7 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     search = ScheduleSearch(net, scores, texts.samples, latency_table(net) if budget.of_time else None, tell)
     chosen, rows = search.find(budget), [*search.rows.values()]
     method, options = scores[chosen["method"]]
-    reached = {name: chosen[name] for name in ("flops_fraction", "divergence", "disagreement", "bound")}
+    reached = {name: chosen[name] for name in ("flops_fraction", "divergence", "disagreement", "overlap", "bound")}
     reached |= _pooled(search, chosen) if isinstance(net, Embedder) else {}
     if budget.of_time:
         reached |= _timed(net, texts.samples.search, budget.value)

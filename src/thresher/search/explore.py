@@ -322,6 +322,7 @@ class ScheduleSearch:
                 "divergence": outcome.divergence,
                 "disagreement": None if outcome.differs is None else float(outcome.differs.mean()),
                 "drop": outcome.drop,
+                "overlap": outcome.overlap,
                 "tested": None,
                 "bound": None,
                 "chosen": False,
