@@ -12,14 +12,14 @@ from datasets import Dataset
 
 from support.families import FAMILIES
 from support.tiny import save_tiny, tiny_tokenizer
-from thresher import LTP, TopK, dense, prune, unprune
-from thresher.data.embedder import Embedder, Pooling, is_embedder, load_embedder
+from thresher import LTP, ToMe, TopK, dense, prune, unprune
+from thresher.data.embedder import Embedder, Pooling, best_pooling, is_embedder, load_embedder
 from thresher.evaluation.predict import predict
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the libraries that it opens
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling as Theirs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:sentence_transformers", "ignore::FutureWarning")
@@ -107,9 +107,11 @@ def test_folders_that_do_not_serve(encoder, tmp_path):
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
         return str(tmp_path)
 
-    dense_layer = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
-    with pytest.raises(ValueError, match="has a module Dense: a transformer, its pooling"):
-        load_embedder(written("modules.json", [*modules[:2], dense_layer]))
+    strange = {"idx": 2, "name": "2", "path": "2_CNN", "type": "sentence_transformers.models.CNN"}
+    with pytest.raises(ValueError, match="has a module CNN: a transformer, its pooling"):
+        load_embedder(written("modules.json", [*modules[:2], strange]))
+    with pytest.raises(ValueError, match="has Transformer and Pooling and Normalize and Normalize: a transformer"):
+        load_embedder(written("modules.json", [*modules, modules[2]]))
     with pytest.raises(ValueError, match="has Transformer: a transformer, its pooling"):
         load_embedder(written("modules.json", modules[:1]))
     with pytest.raises(ValueError, match=r"modules.json cannot be read"):
@@ -123,6 +125,58 @@ def test_folders_that_do_not_serve(encoder, tmp_path):
     with pytest.raises(ValueError, match="reads pixel_values and no text"):
         FAMILIES["vit"].build().save_pretrained(tmp_path / "vit")
         load_embedder(str(tmp_path / "vit"), pooling="mean")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [{"out_features": 16}],
+        [{"out_features": 48, "bias": False, "activation_function": torch.nn.GELU()}, {"out_features": 8}],
+        [{"out_features": 16, "use_residual": True, "activation_function": torch.nn.Identity()}],
+        [{"out_features": 32, "use_residual": True}],
+    ],
+)
+def test_dense_modules(encoder, tmp_path, layers, normalize):
+    given, made = 32, []
+    torch.manual_seed(0)
+    for layer in layers:
+        made.append(Dense(in_features=given, **layer))
+        given = layer["out_features"]
+    modules = [Transformer(str(encoder)), Theirs(32, "mean"), *made, *[Normalize()] * normalize]
+    theirs = SentenceTransformer(modules=modules, device="cpu")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    embedder, tokenizer = load_embedder(str(tmp_path / "theirs"))
+    assert np.abs(vectors(embedder, tokenizer) - theirs.encode(TEXTS)).max() <= 1e-6
+    prune(embedder, TopK(keep=0.5))
+    pruned = vectors(embedder, tokenizer)
+    assert pruned.shape == (3, given) and np.abs(pruned - theirs.encode(TEXTS)).max() > 1e-4
+    embedder.save_pretrained(tmp_path / "ours", tokenizer)
+    again, its = load_embedder(str(tmp_path / "ours"))
+    assert np.abs(vectors(again, its) - pruned).max() <= 1e-6
+    opened = prune(SentenceTransformer(str(tmp_path / "ours"), device="cpu"))
+    assert np.abs(opened.encode(TEXTS) - pruned).max() <= 1e-5
+
+
+def test_dense_modules_that_are_not_understood(encoder, tmp_path):
+    made = Dense(in_features=32, out_features=8)
+    SentenceTransformer(modules=[Transformer(str(encoder)), Theirs(32, "mean"), made], device="cpu").save_pretrained(
+        str(tmp_path)
+    )
+    place = tmp_path / "2_Dense" / "config.json"
+    said = json.loads(place.read_text())
+    for change, told in (
+        ({"activation_function": "os.system"}, "the activation 'os.system' in 2_Dense is not understood: Tanh, ReLU"),
+        ({"module_input_name": "token_embeddings"}, "2_Dense projects something else than the vector"),
+        ({"out_features": 9}, "the weights in 2_Dense are not those of its config.json"),
+    ):
+        place.write_text(json.dumps(said | change))
+        with pytest.raises(ValueError, match=told):
+            load_embedder(str(tmp_path))
+    place.write_text(json.dumps(said))
+    (tmp_path / "2_Dense" / "model.safetensors").rename(tmp_path / "2_Dense" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"2_Dense has no model.safetensors: a linear layer of the vector in safetens"):
+        load_embedder(str(tmp_path))
 
 
 def test_a_prompt_by_default_is_refused(encoder, tmp_path):
@@ -140,6 +194,28 @@ def test_one_token_has_no_survivors(encoder):
     prune(embedder, TopK(keep=0.3, pooling="survivors"))
     with pytest.raises(ValueError, match="says nothing of an embedder that pools one token"):
         vectors(embedder, tokenizer)
+
+
+def test_put_back_weighs_merged_tokens_by_size(encoder):
+    """The mean of put-back states is that of the merged ones, each as often as it counts."""
+    embedder, tokenizer = load_embedder(str(encoder), pooling="mean")
+    embedder.pooling = Pooling("mean", False)
+    prune(embedder, ToMe(r=0.5, at=(0, 1)))
+    with torch.no_grad():
+        output = embedder(**tokenizer(TEXTS[:1], return_tensors="pt"))
+    merged, sizes = torch.unique(output.last_hidden_state[0], dim=0, return_counts=True)
+    assert sizes.max() > 1 and len(merged) < output.last_hidden_state.shape[1]
+    weighed = (merged * sizes[:, None]).sum(0) / sizes.sum()
+    torch.testing.assert_close(output.sentence_embedding[0], weighed)
+
+
+def test_the_better_pooling_stays(encoder):
+    embedder, _ = load_embedder(str(encoder), pooling="mean")
+    prune(embedder, TopK(keep=0.5))
+    for better in ("survivors", "put-back"):
+        found = best_pooling(embedder, lambda: float(embedder.token_pruner.pooling == better))  # noqa: B023
+        assert found["chosen"] == embedder.token_pruner.pooling == better and found["judged"][better] == 1.0
+    assert best_pooling(embedder, lambda: 0.5)["chosen"] == "put-back"
 
 
 def test_a_mask_weighs():

@@ -22,6 +22,7 @@ from thresher.data.texts import load_texts
 from thresher.data.tokenize import tokenize
 from thresher.evaluation.predict import predict
 from thresher.evaluation.retrieval import cosines
+from thresher.experiments import stages
 from thresher.experiments import train as jobs
 
 EMBED = OPTIONS | {"task": "embed", "method": "topk", "target_flops": 0.5, "epochs": None, "prune_epochs": 4}
@@ -52,12 +53,38 @@ def test_a_pruned_embedder_is_near_its_dense_one(embedded):
     assert 100 * cosines(said, wanted).mean() == pytest.approx(row["quality"], abs=1e-2)
     torch.testing.assert_close(wanted, predict(load_embedder(embedded.model)[0], rows).logits)
     summary = json.loads((embedded.out / jobs.SUMMARY).read_text())
+    pooling = summary["pooling"]
+    assert net.token_pruner.pooling == pooling["chosen"] == max(pooling["judged"], key=pooling["judged"].get)
+    assert len({*pooling["judged"].values()}) == 2
     assert len(summary["predictions"]["pruned"]) == 48 and summary["steps"]["dense"] == 0
 
 
 def test_training_brings_it_nearer(embedded, tmp_path):
-    untrained = jobs.train(embedded.model, embedded.data, str(tmp_path / "out"), **EMBED | {"prune_epochs": 0})
-    assert embedded.rows[1]["quality"] > untrained[1]["quality"] + 1
+    given = EMBED | {"method_options": {"pooling": "put-back"}}
+    rows = {}
+    for epochs in (0, 4):
+        out = tmp_path / str(epochs)
+        rows[epochs] = jobs.train(embedded.model, embedded.data, str(out), **given | {"prune_epochs": epochs})
+        assert json.loads((out / jobs.SUMMARY).read_text())["pooling"] is None, "it was not open"
+    assert rows[4][1]["quality"] > rows[0][1]["quality"] + 1
+
+
+def test_the_pooling_is_chosen_before_a_training_or_by_short_ones(embedded, tmp_path):
+    """By the untrained vectors where the training has a length, else with the schedule."""
+    assert embedded.rows[1]["quality"] > 90, "the tokens that are left are nearer here"
+    summary = json.loads((embedded.out / jobs.SUMMARY).read_text())
+    assert summary["pooling"]["chosen"] == "survivors"
+    kept = {"STEPS": (3, 2), "RATES": (1e-3,)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "SCHEDULE_STEPS", kept["STEPS"])
+        patch.setattr(stages, "RATES", kept["RATES"])
+        patch.setattr(stages, "RATE_STEPS", (2,))
+        for name in ("LEAST", "MOST"):
+            patch.setattr(stages, name, 4)
+        open_ = EMBED | {"prune_epochs": None, "lr": None, "prune_lr": None}
+        jobs.train(embedded.model, embedded.data, str(tmp_path / "out"), **open_)
+    said = json.loads((tmp_path / "out" / jobs.SUMMARY).read_text())
+    assert said["schedule"].get("pooling") == "survivors" == said["pooling"]["chosen"]
 
 
 def test_the_command_embeds(embedded, tmp_path):

@@ -14,13 +14,15 @@ from support.families import FAMILIES
 from support.tiny import save_tiny, tiny_tokenizer
 from support.toy import write
 from thresher.core.pruner import pruner_of
-from thresher.data.embedder import Embedder, load_embedder
+from thresher.data.embedder import Embedder, Pooling, load_embedder
 from thresher.data.models import load
 from thresher.data.spec import DataSpec
+from thresher.data.task import DataError
 from thresher.experiments.spec import SUMMARY
 from thresher.experiments.tune import tune
 from thresher.search import explore as trials
-from thresher.search.reference import Sample, order_divergence, texts_of
+from thresher.search import reference
+from thresher.search.reference import Sample, order_divergence, texts_of, tokenized, top_overlap
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +47,15 @@ def test_orders_are_compared_query_by_query():
     assert found[2] == 0 and torch.allclose(order_divergence(dense, dense + 3, [0] * 7), torch.zeros(1).double())
 
 
-def test_a_reranker_is_tuned_by_the_order_of_its_candidates(tmp_path):
+def test_the_overlap_of_the_best_by_hand():
+    dense = torch.arange(6.0)[:, None]
+    pruned = torch.tensor([5.0, 1, 2, 3, 4, 0])[:, None]
+    assert top_overlap(dense, pruned, [0] * 6, k=2) == 0.5
+    assert top_overlap(dense, pruned, [0, 0, 0, 0, 0, 1], k=2) == 0.5, "of the other query all are the best"
+    assert top_overlap(dense, pruned, [0, 0, 1, 1, 2, 2], k=2) is None
+
+
+def test_a_reranker_is_tuned_by_the_order_of_its_candidates(tmp_path, monkeypatch):
     model = save_tiny(
         tmp_path / "model", num_hidden_layers=3, num_labels=1, problem_type="multi_label_classification", seed=2
     )
@@ -54,8 +64,11 @@ def test_a_reranker_is_tuned_by_the_order_of_its_candidates(tmp_path):
     task, texts, _ = texts_of(net, tokenizer, DataSpec(data=str(data)), labelled=False, seed=0)
     queries = [*texts["query"]]
     assert task.kind == "reranking" and all(len({*queries[i : i + 4]}) == 1 for i in range(0, len(queries), 4))
+    monkeypatch.setattr(reference, "TOP", 2)
     rows = tune(str(model), str(data), str(tmp_path / "out"), target_flops=0.7, max_length=32, method="topk")
-    assert any(row["chosen"] and row["flops_fraction"] <= 0.7 for row in rows)
+    (row,) = [row for row in rows if row["chosen"]]
+    assert row["flops_fraction"] <= 0.7 and 0 < row["overlap"] <= 1
+    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["reached"]["overlap"] == row["overlap"]
     assert pruner_of(load(str(tmp_path / "out"))[0]).name == "topk"
     with pytest.raises(ValueError, match="max_disagreement is for models that give classes"):
         tune(str(model), str(data), str(tmp_path / "no"), max_disagreement=0.1, max_length=32)
@@ -80,3 +93,73 @@ def test_an_embedder_is_tuned_by_the_cosine(tmp_path):
     sample = Sample(load_embedder(str(tmp_path / "model"))[0], texts, 2)
     assert sample.answers is None and 0 < sample.compare(opened).divergence < 2
     assert json.loads((out / SUMMARY).read_text())["task"]["metric"] == "cosine"
+
+
+def test_a_metric_that_does_not_fit_is_told_from_other_mistakes(tmp_path):
+    """Single texts are no pairs to be ranked: a model of one number gives numbers; other mistakes stay mistakes."""
+    model = save_tiny(tmp_path / "model", num_labels=1, problem_type="multi_label_classification", seed=2)
+    net, tokenizer = load(str(model))
+    write(tmp_path / "farm" / "train.csv", 60, 0)
+    data = DataSpec(data=str(tmp_path / "farm"))
+    task, texts, _ = texts_of(net, tokenizer, data, labelled=False, seed=0)
+    assert task.kind != "reranking" and len(texts)
+    broken = tmp_path / "is no metric.csv"
+    broken.write_text("text,label\nwheat,\n,1\n")
+    with pytest.raises(DataError, match=r"text|label"):
+        texts_of(net, tokenizer, DataSpec(data=str(broken), text=("nothing",)), labelled=False, seed=0)
+
+
+def farm_embedder(folder):
+    write(folder / "farm" / "train.csv", 160, 0)
+    torch.manual_seed(0)
+    config = FAMILIES["bert"].build(0, num_hidden_layers=3, initializer_range=0.3).config
+    Embedder(BertModel(config)).save_pretrained(folder / "model", tiny_tokenizer())
+    return str(folder / "model"), str(folder / "farm")
+
+
+def test_the_pooling_is_chosen_on_the_texts_of_the_search(tmp_path):
+    model, data = farm_embedder(tmp_path)
+    given = {"target_flops": 0.7, "max_length": 32, "method": "topk"}
+    rows = tune(model, data, str(tmp_path / "open"), **given)
+    (row,) = [row for row in rows if row["chosen"]]
+    said = json.loads((tmp_path / "open" / SUMMARY).read_text())
+    pooling = said["reached"]["pooling"]
+    assert pooling["chosen"] == max(pooling["judged"], key=pooling["judged"].get)
+    assert said["reached"]["cosine"] == pooling["judged"][pooling["chosen"]] == 1 - row["divergence"]
+    net, tokenizer = load_embedder(str(tmp_path / "open"))
+    assert net.token_pruner.pooling == pooling["chosen"]
+    task, texts, _ = texts_of(net, tokenizer, DataSpec(data=data), labelled=False, seed=0)
+    sample = Sample(load_embedder(model)[0], tokenized(texts.select(range(128)), task, tokenizer, 32), 32)
+    assert said["texts"]["searched"] == len(texts) or len(texts) >= 128
+    for way in ("put-back", "survivors"):  # run again on texts of the search
+        net.token_pruner.pooling = way
+        assert 1 - sample.compare(net).divergence == pytest.approx(pooling["judged"][way], abs=0.05)
+    assert abs(pooling["judged"]["put-back"] - pooling["judged"]["survivors"]) > 0.01
+    tune(model, data, str(tmp_path / "said"), method_options={"pooling": "put-back"}, **given)
+    assert {row["method"] for row in json.loads((tmp_path / "said" / SUMMARY).read_text())["schedules"]} == {"topk"}
+
+
+def test_one_pooled_token_leaves_no_pooling_open(tmp_path):
+    model, data = farm_embedder(tmp_path)
+    net, tokenizer = load_embedder(model)
+    Embedder(net.model, Pooling("cls")).save_pretrained(tmp_path / "cls", tokenizer)
+    tune(str(tmp_path / "cls"), data, str(tmp_path / "out"), target_flops=0.7, max_length=32, method="topk")
+    reached = json.loads((tmp_path / "out" / SUMMARY).read_text())["reached"]
+    assert [*reached["pooling"]["judged"]] == ["put-back"]
+
+
+def test_an_embedder_that_merging_suits_is_merged(tmp_path):
+    """Merging puts every token back as the one that holds it, which the mean of the states is served by."""
+    model, data = farm_embedder(tmp_path)
+    given = {"target_flops": 0.6, "max_length": 32}
+    by_method = {
+        method: next(row for row in tune(model, data, str(tmp_path / method), method=method, **given) if row["chosen"])
+        for method in ("auto", "topk", "tome")
+    }
+    assert by_method["tome"]["divergence"] < by_method["topk"]["divergence"]
+    assert by_method["auto"]["divergence"] <= by_method["tome"]["divergence"]
+    assert by_method["auto"]["method"].split(",")[0] in ("tome", "tofu") and by_method["auto"]["flops_fraction"] <= 0.6
+    net, tokenizer = load_embedder(str(tmp_path / "auto"))
+    texts = Dataset.from_dict(dict(tokenizer(["wheat and grain the farmer and the script", "thresh the grain"])))
+    outcome = Sample(load_embedder(model)[0], texts, 2).compare(net)
+    assert 0 < outcome.divergence < 1 and outcome.flops_fraction < 0.8

@@ -18,7 +18,7 @@ from support.methods import METHODS
 from support.tiny import tiny_tokenizer
 from thresher import ToP, TopK, export, load_runtime, prune
 from thresher.cli import app as cli
-from thresher.data.embedder import Embedder, Pooling
+from thresher.data.embedder import Embedder, Pooling, Projection
 from thresher.experiments.describe import describe
 from thresher.exporting import export as exporting
 from thresher.exporting.export import inputs_of
@@ -407,6 +407,18 @@ def test_a_graph_ranks(tmp_path):
         runtime.rank("the farmer " * 20, TEXTS)
     with pytest.raises(ValueError, match="gives no vectors: encode"):
         runtime.encode(TEXTS)
+
+
+def test_dense_modules_are_part_of_the_graph(tmp_path):
+    net = FAMILIES["bert"].build(pad_token_id=0, vocab_size=len(tiny_tokenizer()), max_position_embeddings=128).bert
+    torch.manual_seed(0)
+    embedder = Embedder(net, projections=[Projection(net.config.hidden_size, 8)]).eval()
+    export(prune(embedder, TopK(keep=0.6)), tmp_path / "graph", tokenizer=tiny_tokenizer(), max_length=64)
+    with torch.no_grad():
+        expected = embedder(**tiny_tokenizer()(TEXTS, return_tensors="pt", padding=True)).sentence_embedding.numpy()
+    runtime = load_runtime(tmp_path / "graph")
+    assert np.abs(runtime.encode(TEXTS) - expected).max() <= 1e-4
+    assert runtime.encode([]).shape == (0, 8) and expected.shape[1] == 8
 
 
 def test_classes_rank_nothing(exported):

@@ -71,7 +71,12 @@ def test_the_scores_of_a_method():
     assert scores_of("auto", None) is SCORES
     assert scores_of("entropy", {"criterion": "column"}) == {"entropy": ("entropy", {"criterion": "column"})}
     for method, options, told in (
-        ("ltp", {}, "ltp has no share to keep at each site: expected auto or one of ats"),
+        (
+            "ltp",
+            {},
+            "ltp has no share to keep, or to merge, at each site: expected auto or one of ats.* tofu, tome, topk",
+        ),
+        ("tome", {"r": 0.5}, "r is what is searched for"),
         ("nothing", {}, "unknown pruning method 'nothing'"),
         ("topk", {"keep": 0.5}, "keep is what is searched for"),
         ("auto", {"criterion": "column"}, "method_options criterion are of one method: name it"),

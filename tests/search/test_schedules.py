@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from support.families import FAMILIES
-from thresher import ATS, FirstK, TopK, prune
+from thresher import ATS, FirstK, ToFu, ToMe, TopK, prune
 from thresher.core.cost import LatencyTable
 from thresher.evaluation.predict import predict
 from thresher.search.schedules import LEVELS, WIDTHS, Space, curves, neighbours, protected_by
@@ -172,3 +172,58 @@ def test_queries_are_counted_as_they_stay():
     lengths = torch.tensor([len(text) for text in texts])
     space = Space(method.architecture, lengths, protected=protected)
     assert space._cost({"at": (1, 2), "keep": (0.2, 0.2)}) == pytest.approx(method.record.used.item() / 3)
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+MERGING = [(2, 5, 5, 12), (0, 0, 0, 10), (10, 15, 17, 18), (0, 0, 0, 0), (1, 2, 3, 4)]
+
+
+def merging(**options) -> tuple[Space, torch.nn.Module]:
+    dropping, model = space(**options)
+    return replace(dropping, merges=True, charged=False), model
+
+
+@pytest.mark.parametrize("left", MERGING)
+@pytest.mark.parametrize("kind", [ToMe, ToFu])
+@pytest.mark.filterwarnings("ignore:the model was pruned with")
+def test_merging_costs_what_it_takes(kind, left):
+    searched, model = merging()
+    found = predict(prune(model, kind(**searched.options(left))), rows())
+    assert searched.reachable(left) == left
+    assert searched.cost(left) == pytest.approx(found.macs_used / len(LENGTHS), rel=1e-6)
+
+
+def test_no_layer_merges_more_than_half():
+    searched, _ = merging()
+    assert searched.reachable((0, 20, 20, 20)) == (0, 10, 15, 17) and searched.cost((0, 20, 20, 20)) == float("inf")
+    assert searched.options((0, 10, 15, 15)) == {"at": (1, 2), "r": (0.5, 0.5)}
+    assert space()[0].reachable((0, 20, 20, 20)) == (0, 20, 20, 20)
+    assert searched.strongest == searched.reachable((20, 20, 20, 20))
+
+
+def test_even_merging():
+    searched, _ = merging()
+    found = {budget: searched.even(budget * searched.dense) for budget in (0.9, 0.7, 0.5, 0.01)}
+    assert found.pop(0.01) is None
+    costs = {budget: searched.cost(left) / searched.dense for budget, left in found.items()}
+    assert all(budget - 0.12 < cost <= budget for budget, cost in costs.items()), costs
+    shares = searched.options(found[0.7])["r"]
+    assert len(shares) == 4 and max(shares) - min(shares) < 0.1
+
+
+def test_the_frontier_of_merging_is_as_good_as_trying_everything():
+    searched, _ = merging(num_hidden_layers=2)
+    damage = np.random.default_rng(1).random((2, len(LEVELS))).cumsum(1)
+    damage[:, 0] = 0
+    pairs = [pair for pair in itertools.product(range(len(LEVELS)), repeat=2) if searched.reachable(pair) == pair]
+    frontier = searched.frontier(damage)
+    assert all(searched.reachable(left) == left for left in frontier) and len(pairs) < 200
+    for share in (0.95, 0.8, 0.7):
+        budget = share * searched.dense
+        found = searched.within(frontier, budget)
+
+        def harm(left):
+            return damage[0, left[0]] + damage[1, left[1]] - damage[1, left[0]]
+
+        best = min(harm(pair) for pair in pairs if searched.cost(pair) <= budget - 0.02 * searched.dense)
+        assert harm(found) <= best + 1e-9

@@ -11,7 +11,8 @@ from .console import Screen
 def audit(spec: AuditSpec, screen: Screen) -> None:
     """Where pruning hurts: what is lost by input length, class and group.
 
-    Compares a pruned model with the dense one on the test part, with intervals and corrected tests.
+    Compares a pruned model with the dense one on the test part, with intervals and corrected tests. Of an
+    embedder: the cosine to the dense vectors, and the texts whose neighbours change most.
 
     \b
     Examples:
@@ -28,6 +29,8 @@ def audit(spec: AuditSpec, screen: Screen) -> None:
         audit_page.html(rows, spec.html)
     screen.show(rows, audit_page.table)
     screen.print(*audit_page.verdict(rows))
+    for line in audit_page.moved(rows):
+        screen.print(line)
     for heading, cases in audit_page.cases(rows):
         screen.print("", Text(heading, "bold"))
         for line, traced in cases:

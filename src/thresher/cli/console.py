@@ -177,3 +177,10 @@ def write(rows: list[dict], file: Path) -> None:
     else:
         with whole(file) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def pooled(pooling: dict, scale: float) -> str:
+    """Say which pooling of an embedder was chosen, and the cosine to the dense vectors with either; ``scale`` to
+    points."""
+    judged = ", ".join(f"{name} {scale * value:.2f}" for name, value in pooling["judged"].items())
+    return f"pooling {pooling['chosen']}; cosine to the dense vectors on held-out texts, in points: {judged}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from ..experiments.spec import NOTICED, SUMMARY, TrainSpec
-from .console import Screen
+from .console import Screen, pooled
 
 
 def train(spec: TrainSpec, screen: Screen) -> None:
@@ -31,6 +31,9 @@ def train(spec: TrainSpec, screen: Screen) -> None:
             f"asked: {asked}; measured: {reached['latency_ms']:.2f} ms, "
             f"{reached['latency_fraction_measured']:.2f} of the dense {reached['latency_ms_dense']:.2f} ms"
         )
+    pooling = json.loads((spec.out / SUMMARY).read_text()).get("pooling")
+    if pooling:
+        screen.say(pooled(pooling, 1))
     for line in budget_lines(json.loads((spec.out / SUMMARY).read_text()), rows):
         screen.say(line)
     screen.say(f"the model is in {spec.out}")

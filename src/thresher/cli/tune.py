@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from ..experiments.spec import SUMMARY, TuneSpec
-from .console import Screen
+from .console import Screen, pooled
 
 
 def tune(spec: TuneSpec, screen: Screen) -> None:
@@ -31,6 +31,9 @@ def tune(spec: TuneSpec, screen: Screen) -> None:
     with screen.progress() as tell:
         rows = job(spec, progress=tell)
     screen.show(rows, schedules)
-    texts = json.loads((spec.out / SUMMARY).read_text())["texts"]
+    summary = json.loads((spec.out / SUMMARY).read_text())
+    texts, pooling = summary["texts"], summary["reached"].get("pooling")
+    if pooling:
+        screen.say(pooled(pooling, 100))
     screen.say(f"searched on {texts['searched']} texts of {texts['tokens_mean']:g} tokens: for others it may not hold")
     screen.say(f"the model is in {spec.out}")

@@ -8,19 +8,21 @@ Shapes: B batch, N tokens, C channels.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import cached_file
 
 from ..api import MODULE, unprune
+from ..core.pruner import POOLINGS, PUT_BACK, SURVIVORS
 from .models import opened, positions, reading
 
 MODULES, POOLING, TEXTS, MODEL = (
@@ -29,7 +31,17 @@ MODULES, POOLING, TEXTS, MODEL = (
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
-KINDS = {"Transformer", "Pooling", "Normalize"}  # modules of sentence-transformers that are understood
+KINDS = {"Transformer", "Pooling", "Dense", "Normalize"}  # modules of sentence-transformers that are understood
+WEIGHTS, LINEAR, RESIDUAL = "model.safetensors", "linear", "residual"  # of a Dense module
+ACTIVATIONS = {  # of a Dense module; a name chooses one of these and is never run
+    f"torch.nn.modules.{where}.{kind.__name__}": kind
+    for where, kinds in {
+        "activation": (nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Mish, nn.LeakyReLU, nn.ELU),
+        "linear": (nn.Identity,),
+    }.items()
+    for kind in kinds
+}
+TANH = next(iter(ACTIVATIONS))  # where a folder says nothing
 FLAGS = {  # of its older folders
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -45,7 +57,7 @@ class Pooling:
 
     Attributes:
         mode: "mean", "max", "cls" (the first token) or "lasttoken".
-        normalize: whether the vector gets the length 1.
+        normalize: whether an embedder gives the vector the length 1 at the end.
     """
 
     mode: str = "mean"
@@ -66,7 +78,55 @@ class Pooling:
             place = torch.arange(mask.shape[1], device=mask.device) * (mask != 0)
             place = place.argmax(1) if self.mode == "lasttoken" else (mask != 0).long().argmax(1)
             vector = states.gather(1, place[:, None, None].expand(-1, -1, states.shape[-1]))[:, 0]
-        return F.normalize(vector, dim=-1) if self.normalize else vector
+        return vector
+
+
+class Projection(nn.Module):
+    """A Dense module of sentence-transformers: (B, C) -> (B, D), a linear layer, an activation, and what it was given
+    on top where ``residual`` says so."""
+
+    def __init__(self, given: int, size: int, bias: bool = True, activation: str = "", residual: bool = False):
+        super().__init__()
+        self.linear, self.name = nn.Linear(given, size, bias), activation or TANH
+        self.activation: nn.Module = ACTIVATIONS[self.name]()
+        self.residual = None if not residual else nn.Identity() if given == size else nn.Linear(given, size, bias=False)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        found = self.activation(self.linear(vectors))
+        return found if self.residual is None else found + self.residual(vectors)
+
+    def save(self, folder: Path) -> None:
+        """Write it as sentence-transformers does."""
+        folder.mkdir(exist_ok=True)
+        known = {
+            "in_features": self.linear.in_features,
+            "out_features": self.linear.out_features,
+            "bias": self.linear.bias is not None,
+            "activation_function": self.name,
+            **({"use_residual": True} if self.residual is not None else {}),
+        }
+        (folder / POOLING).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
+
+    @classmethod
+    def load(cls, model: str, path: str) -> Projection:
+        """Read it from a folder, or the hub. Raises ValueError for one that is not understood."""
+        said, weights = _json(model, f"{path}/{POOLING}") or {}, _found(model, f"{path}/{WEIGHTS}")
+        name = said.get("activation_function", TANH)
+        if name not in ACTIVATIONS:
+            known = ", ".join(each.rpartition(".")[2] for each in ACTIVATIONS)
+            raise ValueError(f"{model}: the activation {name!r} in {path} is not understood: {known} of torch.nn are")
+        names = {said.get(f"module_{way}_name") or "sentence_embedding" for way in ("input", "output")}
+        if names != {"sentence_embedding"} or weights is None or not {"in_features", "out_features"} <= {*said}:
+            what = f"{path} has no {WEIGHTS}" if weights is None else f"{path} projects something else than the vector"
+            raise ValueError(f"{model}: {what}: a linear layer of the vector in safetensors is understood")
+        sizes = said["in_features"], said["out_features"], said.get("bias", True)
+        layer = cls(*sizes, name, bool(said.get("use_residual")))
+        try:
+            layer.load_state_dict(load_file(weights))
+        except RuntimeError as error:
+            raise ValueError(f"{model}: the weights in {path} are not those of its {POOLING}: {error}") from None
+        return layer
 
 
 @dataclass
@@ -87,6 +147,7 @@ class Embedder(nn.Module):
     Attributes:
         longest: tokens at which texts are cut.
         prompts: by name, what stands before a text.
+        projections: what the pooled vector goes through before it gets its length.
         vectors_alone: whether the states are left out of its output.
     """
 
@@ -96,8 +157,10 @@ class Embedder(nn.Module):
         pooling: Pooling | None = None,
         longest: int = USUAL,
         prompts: Mapping[str, str] | None = None,
+        projections: Iterable[Projection] = (),
     ):
         super().__init__()
+        self.projections = nn.ModuleList(projections)
         self.model, self.pooling, self.longest = model, pooling or Pooling(), longest
         self.prompts, self.vectors_alone = dict(prompts or {}), False
 
@@ -119,9 +182,24 @@ class Embedder(nn.Module):
         return self.model.dtype
 
     @property
+    def size(self) -> int:
+        """How many numbers a vector has."""
+        last: Any = self.projections[-1] if len(self.projections) else None
+        return self.config.hidden_size if last is None else last.linear.out_features
+
+    @property
+    def pools_all(self) -> bool:
+        """Whether all states are pooled, so that it matters which of them are."""
+        return self.pooling.mode in ("mean", "max")
+
+    @property
     def token_pruner(self) -> Any:
         """The method that prunes it, None where nothing does."""
         return getattr(self.model, MODULE, None)
+
+    def prompt(self, *names: str) -> str:
+        """Return what stands before a text: the first of the named prompts that there is; nothing where none is."""
+        return next((self.prompts[name] for name in names if name in self.prompts), "")
 
     def get_base_model(self) -> PreTrainedModel:
         """Return the transformers model that ``prune`` takes."""
@@ -140,7 +218,7 @@ class Embedder(nn.Module):
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         states = output.last_hidden_state
         mask = getattr(output, "token_mask", None)
-        if mask is not None and self.pooling.mode not in ("mean", "max"):
+        if mask is not None and not self.pools_all:
             raise ValueError(
                 f"pooling='survivors' says nothing of an embedder that pools one token ({self.pooling.mode}): leave it "
                 "out"
@@ -148,6 +226,9 @@ class Embedder(nn.Module):
         if mask is None:
             mask = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask
         vectors = self.pooling(states, mask)
+        for projection in self.projections:
+            vectors = projection(vectors)
+        vectors = F.normalize(vectors, dim=-1) if self.pooling.normalize else vectors
         return EmbeddingOutput(vectors) if self.vectors_alone else EmbeddingOutput(vectors, states, mask)
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any) -> None:
@@ -155,7 +236,7 @@ class Embedder(nn.Module):
         folder = Path(folder)
         self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        names = ["Transformer", "Pooling", *["Normalize"] * self.pooling.normalize]
+        names = ["Transformer", "Pooling", *["Dense"] * len(self.projections), *["Normalize"] * self.pooling.normalize]
         paths = ["", *(f"{i}_{name}" for i, name in enumerate(names) if i)]
         kind = "sentence_transformers.models."
         files: dict[str, Any] = {
@@ -173,8 +254,25 @@ class Embedder(nn.Module):
         for path, content in files.items():
             (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for projection, path in zip(self.projections, paths[2:], strict=False):
+            cast("Projection", projection).save(folder / path)
         for path in paths[2:]:
             (folder / path).mkdir(exist_ok=True)
+
+
+def best_pooling(net: Embedder, judge: Callable[[], float]) -> dict[str, Any]:
+    """Leave a pruned embedder with the pooling that is judged best, "put-back" where both are alike.
+
+    Returns:
+        "chosen", and "judged": of both poolings what ``judge`` says, which reads the embedder as it is then.
+    """
+    judged = {}
+    for way in POOLINGS:
+        net.token_pruner.pooling = way
+        judged[way] = judge()
+    chosen = SURVIVORS if judged[SURVIVORS] > judged[PUT_BACK] else PUT_BACK
+    net.token_pruner.pooling = chosen
+    return {"chosen": chosen, "judged": judged}
 
 
 def is_embedder(model: str) -> bool:
@@ -220,13 +318,16 @@ def load_embedder(model: str, layout: str = "auto", pooling: str | None = None, 
                 f"{model} sets its prompt {said['default_prompt_name']!r} before every text where none is named, which "
                 "is not understood: write null for default_prompt_name, and name the prompt in each call"
             )
+    dense = [module["path"] for module in modules or () if _kind(module) == "Dense"]
+    layers = [Projection.load(model, path) for path in dense]
     net = opened(lambda: reading(AutoModel.from_pretrained, where, **options), model, layout)
     if net.main_input_name != "input_ids":
         raise ValueError(f"{model} is a {type(net).__name__}, which reads {net.main_input_name} and no text")
     subfolder = {"subfolder": options["subfolder"]} if "subfolder" in options else {}
     tokenizer = reading(AutoTokenizer.from_pretrained, where, **subfolder)
     most = [limit for limit in (longest, positions(net), tokenizer.model_max_length) if limit]
-    return Embedder(net, way, min(most, default=USUAL), prompts).eval(), tokenizer
+    layers = [layer.to(net.device, net.dtype) for layer in layers]
+    return Embedder(net, way, min(most, default=USUAL), prompts, layers).eval(), tokenizer
 
 
 def embedder_for(
@@ -277,9 +378,11 @@ def _pooling_of(model: str, modules: list) -> tuple[Pooling, str]:
     """How the states are pooled, and the folder of the transformers model."""
     kinds = [_kind(module) for module in modules]
     strange = [kind for kind in kinds if kind not in KINDS]
-    if strange or kinds[:2] != ["Transformer", "Pooling"]:
+    last = kinds[2:-1] if kinds[-1:] == ["Normalize"] else kinds[2:]
+    if strange or kinds[:2] != ["Transformer", "Pooling"] or {*last} - {"Dense"}:
         what = f"a module {strange[0]}" if strange else " and ".join(kinds)
-        raise ValueError(f"{model} has {what}: a transformer, its pooling and a normalisation are understood")
+        expected = "a transformer, its pooling, Dense modules and a normalisation at the end are understood"
+        raise ValueError(f"{model} has {what}: {expected}")
     said = _json(model, f"{modules[1]['path']}/{POOLING}") or {}
     modes = said.get("pooling_mode", [mode for flag, mode in FLAGS.items() if said.get(flag)] or "mean")
     modes = [modes] if isinstance(modes, str) else list(modes)
@@ -292,10 +395,16 @@ def _pooling_of(model: str, modules: list) -> tuple[Pooling, str]:
     return Pooling(modes[0], "Normalize" in kinds), modules[0]["path"]
 
 
-def _json(model: str, name: str) -> Any:
-    """A file of a folder, or of the hub; None where there is none."""
+def _found(model: str, name: str) -> Path | None:
+    """Where a file of a folder, or of the hub, lies; None where there is none."""
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     found = Path(model) / name if Path(model).is_dir() else reading(cached_file, model, filename=name, **options)
+    return Path(found) if found is not None and Path(found).is_file() else None
+
+
+def _json(model: str, name: str) -> Any:
+    """What a file of a folder, or of the hub, holds; None where there is none."""
+    found = _found(model, name)
     try:
         return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -20,7 +20,7 @@ from .read import read
 from .reranking import first_queries, is_ranking, judged
 from .spec import DataSpec
 from .split import choose_parts, hold_out, hold_out_groups
-from .task import Task, brief, require, task_parts, with_columns
+from .task import MetricError, Task, brief, require, task_parts, with_columns
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -152,7 +152,8 @@ def _metric(table: _Table, asked: str | None, flaws: Flaws) -> str:
                 "giving that answer always is worth 0; name accuracy as the metric if you want it"
             )
     fit = metric in fits or (pairs and is_ranking(metric))
-    require(fit, f"{metric!r} is no metric for {table.kind(None)} ({classes} classes): use {brief(*fits)}")
+    if not fit:
+        raise MetricError(f"{metric!r} is no metric for {table.kind(None)} ({classes} classes): use {brief(*fits)}")
     return metric
 
 

@@ -16,6 +16,10 @@ class DataError(ValueError):
     """The data cannot be used: one line that says what was wrong, what was expected and what to do."""
 
 
+class MetricError(DataError):
+    """The metric does not fit the data."""
+
+
 def brief(*items: object) -> str:
     """Join items by commas, in 300 characters at most."""
     return textwrap.shorten(", ".join(map(str, items)), 300, placeholder=" ...")

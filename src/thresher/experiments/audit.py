@@ -22,12 +22,16 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..api import MODULE, dense
 from ..data import qa
+from ..data.embedder import Embedder
 from ..data.models import class_names, positions, reading
 from ..data.task import DataError, Task
+from ..data.texts import TEXT
 from ..evaluation.predict import Predictions, outcome, predict, quality
+from ..evaluation.retrieval import cosines
 from ..reports.audit_page import ALL, LEVEL, WORST, worst
 from ..reports.trace import trace
 from ..stats.paired import detectable, excess_tests, holm, interval, paired_test
+from .embedders import neighbours
 from .evaluate import dense_of, tested
 from .spec import AuditSpec, job
 
@@ -39,6 +43,7 @@ SCORES = {
     "qa": "F1 of the answer",
     "regression": "absolute error",
     "reranking": "accuracy",
+    "embedding": "cosine to the dense vector",
 }
 
 
@@ -54,8 +59,10 @@ class Answers:
 def audit(spec: AuditSpec, *, progress: Callable[[str, int, int], Any] | None = None) -> list[dict]:
     """Compare a saved pruned model with the dense one on slices of the test part.
 
-    Scores are right or wrong (accuracy, points; pair by pair where a task reranks), the F1 of an answer (points) or
-    the absolute error (the labels' unit); a drop above 0 is a loss. ``thresher.stats.paired`` has intervals and tests.
+    Of an embedder the score of a text is the cosine to the vector of its dense model, in points; slices are of length,
+    and the first row says how many of the ten nearest texts stay ("overlap") and which lose most of them ("moved").
+    Else scores are right or wrong (accuracy, points; pair by pair where a task reranks), the F1 of an answer (points)
+    or the absolute error (the labels' unit); a drop above 0 is a loss. Intervals and tests: ``thresher.stats.paired``.
 
     Args:
         spec: see ``AuditSpec``. ``against``: the dense model, by default ``dense`` in the model's folder, else the
@@ -85,20 +92,15 @@ def audit(spec: AuditSpec, *, progress: Callable[[str, int, int], Any] | None = 
     if not hasattr(net, MODULE):
         raise ValueError(f"{spec.model} is not pruned: there is nothing to audit; thresher train makes a pruned model")
     tokenizer = reading(AutoTokenizer.from_pretrained, spec.model)
-    if spec.examples and not getattr(tokenizer, "is_fast", False):
+    embeds = isinstance(net, Embedder)
+    if spec.examples and not embeds and not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{spec.model} has no fast tokenizer, which the examples need: ask for 0 examples")
     other = dense_of(spec.model, spec.against)
     if other is not None:
         _check_pair(net, other, spec.against or f"{spec.model}/dense", tokenizer, max_length)
     cuts = {name: groups(task.test[name], name) for name in by}  # mistakes are told before anything runs
 
-    def run(name: str, asked: PreTrainedModel) -> Predictions:
-        tell = partial(progress, f"{name} model") if progress else None
-        return predict(asked, test, batch_size=spec.batch_size, progress=tell)
-
-    after = run("pruned", net)
-    with nullcontext() if other else dense(net):
-        before = run("dense", other or net)
+    after, before = _both(net, other, test, spec.batch_size, progress)
     said = {"dense": _answers(before, test, task), "pruned": _answers(after, test, task)}
     cost = _costs(after, test)
     cuts = {LENGTH: quarters(cost[:, 0]), **({CLASS: _classes(task)} if task.kind == "classification" else {}), **cuts}
@@ -107,10 +109,25 @@ def audit(spec: AuditSpec, *, progress: Callable[[str, int, int], Any] | None = 
     rows[0] |= {f"metric_{name}": quality(p, test, task.metric) for name, p in (("dense", before), ("pruned", after))}
     against = spec.against or ("dense" if other else None)
     rows[0] |= {"model": Path(spec.model).name, "task": task.name, "against": against}
+    if embeds and spec.examples:
+        rows[0] |= neighbours(np.asarray(after.logits), np.asarray(before.logits), [*task.test[TEXT]])
+        return rows
     for row in worst(rows)[:WORST] if spec.examples else ():
         picked = _picked(members[rows.index(row)], said, cost[:, 0], spec.examples)
         row["examples"] = [_example(i, net, tokenizer, task, said, max_length) for i in picked]
     return rows
+
+
+def _both(net, other, test: Dataset, batch_size: int, progress: Callable | None) -> tuple[Predictions, Predictions]:
+    """The answers of the pruned model and of the dense one: ``net`` without pruning where there is no other."""
+
+    def run(name: str, asked: PreTrainedModel) -> Predictions:
+        tell = partial(progress, f"{name} model") if progress else None
+        return predict(asked, test, batch_size=batch_size, progress=tell)
+
+    after = run("pruned", net)
+    with nullcontext() if other else dense(net):
+        return after, run("dense", other or net)
 
 
 def quarters(values: np.ndarray) -> list[str | None]:
@@ -173,6 +190,8 @@ def _answers(predictions: Predictions, test: Dataset, task: Task) -> Answers:
         found, _ = outcome(predictions, test, task.metric)
         return Answers(100 * np.asarray(found), qa.best_answers([*predictions.logits], test))
     logits, labels = np.asarray(predictions.logits), np.asarray(test["labels"])
+    if task.kind == "embedding":
+        return Answers(100.0 * cosines(logits, labels), [""] * len(logits))
     wanted = len(task.labels) or 1
     if logits.shape[1] < wanted or (wanted == 1) != (logits.shape[1] == 1):
         raise ValueError(f"the model gives {logits.shape[1]} logits, {task.name} has {wanted} labels (1: a number)")

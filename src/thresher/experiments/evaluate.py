@@ -6,7 +6,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..api import dense
 from ..core.pruner import pruner_in
 from ..data import qa
+from ..data.embedder import is_embedder
 from ..data.load import load_task
 from ..data.models import class_names, clip, load
 from ..data.task import Task
@@ -23,6 +24,7 @@ from ..data.tokenize import tokenize
 from ..evaluation.hardware import environment
 from ..evaluation.predict import predict, quality
 from ..evaluation.rows import row
+from .embedders import dense_embedder, evaluate_embedder, tested_embedder
 from .spec import EvalSpec, TaskSpec, job
 
 
@@ -40,7 +42,10 @@ PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp1
 
 @job(EvalSpec)
 def evaluate(spec: EvalSpec) -> list[dict]:
-    """Rows of quality and MACs on the test part: the model as it is and, if it is pruned, the same unpruned."""
+    """Rows of quality and MACs on the test part: the model as it is and, if it is pruned, the same unpruned; of an
+    embedder as ``evaluate_embedder`` says."""
+    if is_embedder(spec.model):
+        return evaluate_embedder(spec)
     net, max_length, task, test = tested(spec, spec.layout)
     modes = ["pruned", "dense-unpadded"] if hasattr(net, "token_pruner") else ["dense-unpadded"]
     results = {}
@@ -71,7 +76,12 @@ def evaluate(spec: EvalSpec) -> list[dict]:
 
 
 def tested(spec: TaskSpec, layout: str, beside: tuple[str, ...] = ()) -> Tested:
-    """Load a model and the ``limit`` examples of the test part; the labels are in the model's order."""
+    """Load a model and the ``limit`` examples of the test part; the labels are in the model's order. Of an embedder
+    they are texts, and the vectors of its dense model."""
+    if is_embedder(spec.model):
+        if beside:
+            raise ValueError(f"an embedder is audited by length: leave {', '.join(beside)} out of by")
+        return Tested(*cast("Any", tested_embedder(spec, layout, getattr(spec, "against", None))))
     net, tokenizer = load(spec.model, layout)
     whole = replace(spec, limit=None)  # which is of the test part here
     task = load_task(whole, labels=class_names(net), beside=beside)
@@ -86,5 +96,7 @@ def tested(spec: TaskSpec, layout: str, beside: tuple[str, ...] = ()) -> Tested:
 
 def dense_of(model: str, against: str | None) -> PreTrainedModel | None:
     """The model to compare with: ``against``, else ``dense`` in the model's folder; None where there is neither."""
+    if is_embedder(model):
+        return cast("Any", dense_embedder(model, against))
     own = os.path.join(model, "dense")
     return load(against or own)[0] if against or os.path.isdir(own) else None

@@ -290,7 +290,7 @@ class TuneSpec(TaskSpec):
     target_latency_ms: float | None = option("Budget: mean ms per text, one at a time.")
     max_disagreement: float | None = option("Budget: share of texts with another answer than the dense model's.")
     max_drop: float | None = option("Budget: points of accuracy that may be lost; needs labels.")
-    method: str = option("topk, spatten, vatp, entropy, ats; auto: the best.", "auto", metavar="NAME")
+    method: str = option("topk, spatten, vatp, entropy, ats, tome, tofu; auto: the best.", "auto", metavar="NAME")
     seed: int = option("Of the order of the texts.", 0, metavar="N")
     plot: Path | None = option("Draw cost and divergence as a PNG.", writes="file", metavar="FILE")
     batch_size: int = option("Texts in a batch.", 32, metavar="N", min=1)

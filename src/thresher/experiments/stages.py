@@ -19,9 +19,9 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from ..api import CONFIG_KEY, prune, unprune
-from ..core.pruner import METHODS, TokenPruner, pruner_in, query_of
+from ..core.pruner import METHODS, SURVIVORS, TokenPruner, pruner_in, query_of
 from ..data import qa
-from ..data.embedder import Embedder, embedder_for, load_embedder
+from ..data.embedder import Embedder, best_pooling, embedder_for, load_embedder
 from ..data.load import load_task
 from ..data.models import clip, for_task, is_reranker, load, make_method, reading
 from ..data.task import DataError, Task
@@ -118,6 +118,11 @@ class Run:
         options = (self.spec.method_options if options is None else options) or {}
         query = query_of(self.data.tokenizer.sep_token_id, options.get("protect")) if self.ranks else {}
         return query | options
+
+    def pools(self, net: Any) -> bool:
+        """Whether it is open which states of a text an embedder pools: all, or those of the tokens that are left."""
+        open_ = "pooling" not in (self.spec.method_options or {}) and self.spec.method != "dense"
+        return open_ and isinstance(net, Embedder) and net.pools_all
 
     @property
     def protects(self) -> dict[str, Any]:
@@ -261,6 +266,7 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
     work.claim()
     lasts = spec.prune_epochs
     schedule: dict[str, Any] = {}
+    pooling: dict[str, str] = {}
     taught = teach(run, dense) if lasts != 0 else data.train
     held_out = teach(run, dense, "watched") if lasts is None else None
 
@@ -268,7 +274,7 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
         set_seed(spec.seed)
         if net is None:
             net = run.model(start or dense, layers=spec.layers, again=start is not None)
-            method = method_of(spec, run.options(options | schedule))
+            method = method_of(spec, run.options(options | schedule | pooling))
             if "steps" in arguments and method is not None and method.soft_until:
                 space, target = space_of(run, net), options.get("target_flops") or options.get("target_latency") or 0.4
                 even: Any = space.falling(PROXY, target) or space.falling(0.0, target) or {}
@@ -288,6 +294,8 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
 
     if lasts is None and open_schedule(spec, options):
         schedule = choose_schedule(run, lambda: run.model(start or dense, again=start is not None), options, make)
+    elif lasts != 0:
+        pooling = choose_pooling(run, folder.name, make)
     trainer = settled(run, folder.name, make, lasts, spec.prune_lr or spec.lr)
     finish_training(run, trainer, folder, schedule, start)
     return folder
@@ -297,7 +305,7 @@ def finish_training(
     run: Run, trainer: PruningTrainer, folder: Path, schedule: dict[str, Any], start: Path | None
 ) -> None:
     """Calibrate, measure and save a trained model; ``schedule`` and ``start`` as in ``prune_and_train``."""
-    net, data = trainer.model, run.data
+    net, data, pooling = trainer.model, run.data, None
     method = None if run.spec.method == "dense" else pruner_in(net)
     if run.bf16 or not trainer.state.global_step:
         trainer.reached.update(trainer.calibrate())  # in fp32, in which the model is measured
@@ -306,6 +314,7 @@ def finish_training(
         unprune(net)
     else:
         trainer.reached.update(timed(net, data.validation) if method.needs_table else {})
+        pooling = best_pooling(cast("Any", net), lambda: judged(net, data)[0]) if run.pools(net) else None
         trainer.reached.update(method.ablations(lambda: judged(net, data)))
     before = 0 if start is None else json.loads((start / "stage.json").read_text())["steps"]
     reached = {name: float(value) for name, value in trainer.reached.items()}
@@ -314,6 +323,7 @@ def finish_training(
     stage = {"steps": before + trainer.state.global_step, "reached": reached, "schedule": schedule or None}
     stage["history"] = [line for line in trainer.state.log_history if {*line} & {"loss", "eval_quality"}]
     stage["rate"] = trainer.args.learning_rate
+    stage["pooling"] = pooling
     with folder_written_whole(folder) as aside:
         save(run, net, aside)
         (aside / "stage.json").write_text(json.dumps(stage))
@@ -373,9 +383,11 @@ def choose_schedule(
     proxy = TopK if learns else METHODS[run.spec.method or ""]
     own = {name: value for name, value in run.options(options).items() if not learns and name != "target_flops"}
     own |= run.protects if learns else {}
-    space = space_of(run, model(), cast("Any", proxy)(keep=1.0, at=(), **own))
-    family = {f"{width:g}": space.falling(width, target) for width in WIDTHS}
-    family = {name: schedule for name, schedule in family.items() if schedule is not None}
+    space = space_of(run, net := model(), cast("Any", proxy)(keep=1.0, at=(), **own))
+    falling = {f"{width:g}": space.falling(width, target) for width in WIDTHS}
+    family: dict[str, dict[str, Any]] = {name: schedule for name, schedule in falling.items() if schedule is not None}
+    if run.pools(net):
+        family |= {f"{name}, {SURVIVORS}": one | {"pooling": SURVIVORS} for name, one in family.items()}
     if not family:
         raise OutOfReach(f"target_flops={target} is out of reach on these texts")
     trained: dict[str, Any] = {}
@@ -388,7 +400,23 @@ def choose_schedule(
 
     path = run.work.folder / f"schedule-{target}.json"
     best = family[remembering(path, lambda: successive_halving(family, train, SCHEDULE_STEPS))[0]]
-    return {"at": best["at"], "schedule": best["keep"]} if learns else best | {"target_flops": None}
+    if not learns:
+        return best | {"target_flops": None}
+    return {"at": best["at"], "schedule": best["keep"]} | {name: best[name] for name in ("pooling",) if name in best}
+
+
+def choose_pooling(run: Run, stage: str, make: Callable[..., Any]) -> dict[str, str]:
+    """The method's option for the pooling that is nearest to the dense vectors before a training; none where it is not
+    open. What was found is kept."""
+
+    def find() -> dict[str, str]:
+        trainer = make(epochs=0)
+        if not run.pools(trainer.model):
+            return {}
+        trainer.calibrate()
+        return {"pooling": best_pooling(trainer.model, lambda: judged(trainer.model, run.data)[0])["chosen"]}
+
+    return remembering(run.work.folder / f"{stage}-pooling.json", find) if run.embeds else {}
 
 
 def space_of(run: Run, net: PreTrainedModel, method: TokenPruner | None = None) -> Space:

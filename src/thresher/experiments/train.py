@@ -105,6 +105,7 @@ def measure(run: Run, dense: Path, pruned: Path) -> dict[str, Any]:
         "schedule": stage.get("schedule"),
         "budget": budget,
         "milder": stage.get("milder"),
+        "pooling": stage.get("pooling"),
     }
 
 

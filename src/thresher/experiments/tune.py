@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..core.pareto import pareto_front
-from ..core.pruner import pruner_of, query_of
+from ..core.pruner import PUT_BACK, pruner_of, query_of
 from ..data.embedder import Embedder, is_embedder, load_embedder
 from ..data.models import clip, load
 from ..data.task import Task
@@ -27,7 +27,7 @@ from ..evaluation.latency import compare, latency_table
 from ..evaluation.predict import Text
 from ..evaluation.rows import folder_written_whole
 from ..reports import plots
-from ..search.explore import PROFILING, Budget, Samples, ScheduleSearch, scores_of
+from ..search.explore import PROFILING, Budget, Samples, ScheduleSearch, scores_of, with_survivors
 from ..search.reference import Sample, texts_of, tokenized
 from .spec import COLUMNS, SUMMARY, TuneSpec, job, task_entry
 from .stages import TIMED
@@ -45,7 +45,7 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     Args:
         spec: see ``TuneSpec``. Texts come from the validation part and then from the train part. What the model was
             trained on says too little of its mistakes: where there are too few others to test on, a warning counts
-            them. ``method`` is one whose ``keep`` is a share for each site, or "auto", the best of ``SCORES``;
+            them. ``method`` is one whose ``keep`` or ``r`` is a share for each site, or "auto", the best of ``SCORES``;
             ``method_options`` are other fields of the one method. Texts below ``min_length`` are left out of the search
             and of the test, which then says nothing of such.
         progress: called with what is going on, steps done and all steps.
@@ -69,20 +69,21 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     tell = progress or (lambda what, done, total: None)
     texts = read_texts(spec, budget, net, tokenizer, tell)
     scores = {name: (one, kept_query(texts.task, tokenizer, own) | own) for name, (one, own) in scores.items()}
+    scores = with_survivors(scores) if isinstance(net, Embedder) and net.pools_all else scores
     search = ScheduleSearch(net, scores, texts.samples, latency_table(net) if budget.of_time else None, tell)
-    chosen = search.find(budget)
+    chosen, rows = search.find(budget), [*search.rows.values()]
     method, options = scores[chosen["method"]]
-    reached = {name: chosen[name] for name in ("flops_fraction", "divergence", "disagreement", "bound")}
+    reached = {name: chosen[name] for name in ("flops_fraction", "divergence", "disagreement", "overlap", "bound")}
+    reached |= _pooled(search, chosen) if isinstance(net, Embedder) else {}
     if budget.of_time:
         reached |= _timed(net, texts.samples.search, budget.value)
     asked = {name: getattr(spec, name) for name in ("model", "data", "seed", "min_length", *COLUMNS)}
-    rows = list(search.rows.values())
     summary = {
         "tuning": asked | {"method": method, "method_options": options, budget.name: budget.value},
         "task": task_entry(spec, texts.task, texts.max_length),
         "reached": reached,
         "texts": {name: getattr(texts, name) for name in ("searched", "tested", "max_length", "tokens_mean")},
-        "profile": search.profiled,
+        "profile": search.profiled.alone,
         "schedules": rows,
         "seconds": round(time.time() - started, 1),
         **environment(),
@@ -92,9 +93,9 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
         tokenizer.save_pretrained(aside)
         (aside / SUMMARY).write_text(json.dumps(summary, indent=1))
         if find_spec("matplotlib"):
-            plots.search(rows, search.profiled, aside / PICTURE, budget.limit)
+            plots.search(rows, search.profiled.alone, aside / PICTURE, budget.limit)
     if spec.plot is not None:
-        plots.search(rows, search.profiled, spec.plot, budget.limit)
+        plots.search(rows, search.profiled.alone, spec.plot, budget.limit)
     return best(rows, search.cost)
 
 
@@ -158,6 +159,15 @@ def best(rows: list[dict], cost: str = "flops_fraction") -> list[dict]:
     front = pareto_front(rows, lambda row: row[cost], lambda row: row["divergence"])
     shown = [row for row in rows if row in front or row["chosen"] or row["bound"] is not None]
     return sorted(shown, key=lambda row: (row[cost], row["divergence"]), reverse=True)
+
+
+def _pooled(search: ScheduleSearch, chosen: dict) -> dict[str, Any]:
+    """The mean cosine to the dense vectors; and with either pooling, where both were tried under the one schedule."""
+    names, schedule = [chosen["method"], *search.alike(chosen["method"])], (chosen["at"], chosen["keep"])
+    tried = [row for row in search.rows.values() if row["method"] in names and (row["at"], row["keep"]) == schedule]
+    by_pooling = {search.scores[row["method"]][1].get("pooling", PUT_BACK): 1 - row["divergence"] for row in tried}
+    pooling = search.scores[chosen["method"]][1].get("pooling", PUT_BACK)
+    return {"cosine": 1 - chosen["divergence"], "pooling": {"chosen": pooling, "judged": by_pooling}}
 
 
 def _timed(net: PreTrainedModel, sample: Sample, target: float) -> dict[str, float]:

@@ -104,7 +104,11 @@ def _spec_of(model: PreTrainedModel | Embedder, format: str, precision: str, max
         "architecture": type(model).__name__,
         "pruning": None if pruner is None else pruner.to_dict(),
         "max_length": longest,
-        **({"pooling": asdict(model.pooling), "prompts": model.prompts} if isinstance(model, Embedder) else {}),
+        **(
+            {"pooling": asdict(model.pooling), "prompts": model.prompts, "size": model.size}
+            if isinstance(model, Embedder)
+            else {}
+        ),
         "source": fingerprint(model),
         "versions": environment()["versions"],
     }

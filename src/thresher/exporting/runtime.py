@@ -100,7 +100,7 @@ class Runtime:
         one = isinstance(texts, str)
         texts = [texts] if isinstance(texts, str) else texts
         if not texts:
-            return np.zeros((0, self.config.hidden_size), np.float32)
+            return np.zeros((0, self.spec.get("size", self.config.hidden_size)), np.float32)
         before = prompts[prompt_name] if prompt_name else ""
         rows = self._encoded([before + text for text in texts])
         vectors = torch.stack([output["sentence_embedding"] for output in self._run(rows, batch_size)]).float().numpy()

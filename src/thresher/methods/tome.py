@@ -82,7 +82,7 @@ class ToMe(Budgeted):
         similarity, partner, macs = bipartite_matching(view)
         score = torch.where(similarity > -STAYS, -similarity, STAYS).masked_fill(~view.alive, 0.0)
         live = view.alive.sum(1)
-        merged = _merged(self.shares[view.site], live)
+        merged = merged_count(self.shares[view.site], live)
         keep = top_k(score, torch.maximum(live - merged, (score == STAYS).sum(1)), view.alive)
         return score, Choice(keep, into=partner, macs=macs)
 
@@ -90,14 +90,14 @@ class ToMe(Budgeted):
         protect = self.protected_positions
         if protect is None:
             return None
-        return slots - min(_merged(self.shares[site], slots), max(0, slots - len(protect) + 1) // 2)
+        return slots - min(merged_count(self.shares[site], slots), max(0, slots - len(protect) + 1) // 2)
 
     def keeps_all(self, site: int) -> bool:
         return self.shares[site] == 0
 
 
-def _merged(share: float | int, live):
-    """Count how many of ``live`` tokens, a number or (B,), are to be merged."""
+def merged_count(share: float | int, live):
+    """Count how many of ``live`` tokens, a number or (B,), are to be merged if there are so many."""
     if isinstance(share, int):
         return share
     thousandths = live * round(share * 1000)

@@ -73,6 +73,18 @@ def verdict(rows: Sequence[dict]) -> list[str]:
     return said
 
 
+def moved(rows: Sequence[dict]) -> list[str]:
+    """Say of an embedder how many neighbours stay, and which texts lose most of them; nothing of other models."""
+    whole = rows[0]
+    if "moved" not in whole:
+        return []
+    lines = [f"Of the {whole['neighbours']} nearest texts {whole['overlap']:.0%} stay. Those that change most:"]
+    for text in whole["moved"]:
+        lines.append(f"{text['overlap']:.0%}, cosine {text['cosine']:.3f}: {text['text']!r}")
+        lines.append(f"   nearest before: {text['nearest_dense']!r}; now: {text['nearest_pruned']!r}")
+    return lines
+
+
 def _named(rows: Sequence[dict]) -> str:
     each = (f"{r['by']} {r['slice']} (drop {_fixed(r['drop'], r)}, {_interval(r)}, {r['n']} examples)" for r in rows)
     return "; ".join([*islice(each, NAMED), *([f"and {len(rows) - NAMED} more"] if len(rows) > NAMED else [])])

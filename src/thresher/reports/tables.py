@@ -186,12 +186,13 @@ def schedules(rows: list[dict], width: int) -> Group:
         "divergence": ("divergence", "{:.4f}".format, {"rank": 5}),
         "disagreement": ("disagree", "{:.1%}".format, {"rank": 2}),
         "drop": ("drop", "{:.1%}".format, {"rank": 1}),
+        "overlap": ("top 10 kept", "{:.1%}".format, {"rank": 3}),
         "tested": ("tested", "{:.1%}".format, {"rank": 4}),
         "bound": ("bound", "{:.1%}".format, {}),
     }
     columns = [Column("", [CHOSEN if row["chosen"] else "" for row in rows], left=True)]
     for name, (heading, form, how) in forms.items():
-        columns.append(Column(heading, [NOTHING if row[name] is None else form(row[name]) for row in rows], **how))
+        columns.append(Column(heading, [NOTHING if row.get(name) is None else form(row[name]) for row in rows], **how))
     return drawn(columns, width, styles=["bold" if row["chosen"] else "" for row in rows])
 
 

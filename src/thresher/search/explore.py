@@ -5,7 +5,7 @@ No label is needed: what is measured is how far the pruned model's answers are f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from ..api import prune, unprune
 from ..core.cost import LatencyTable
 from ..core.pareto import pareto_front
-from ..core.pruner import METHODS, pruner_in, pruner_of
+from ..core.pruner import METHODS, SURVIVORS, TokenPruner, pruner_in, pruner_of
 from ..data.models import make_method
 from ..evaluation.predict import Text
+from ..methods.tome import ToMe
 from ..methods.topk import TopK
 from ..stats import bounds
 from .reference import Comparison, Sample
@@ -27,10 +28,12 @@ PROFILED = (0.75, 0.5, 0.3, 0.15, 0.0)  # shares at which each layer is tried al
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of the dense cost, for which a schedule is looked for
 POWERS = (1.0, 0.5)  # of the divergence, in which the layers' damage is taken to add up
 LOOKS = 36  # schedules that a refinement runs
+HOPELESS = 2.0  # times the divergence of merging, from which on dropping is not looked at further; and the reverse
 IDLE = 1e-9  # divergence of a layer at which everything may leave
 SCORES = {  # that "auto" compares: name -> method and its options
     **{name: (name, {}) for name in ("topk", "vatp", "spatten", "entropy")},
     "entropy, column": ("entropy", {"criterion": "column"}),
+    **{name: (name, {}) for name in ("tome", "tofu")},
 }
 LIMITS = {"max_disagreement": "disagreement", "max_drop": "drop of accuracy"}
 SEARCHED, PROFILING, FEWEST = 256, 96, 32  # texts to search on, to try single layers on, and the fewest
@@ -113,12 +116,33 @@ def scores_of(method: str, options: dict[str, Any] | None) -> Scores:
         raise ValueError(f"method_options {', '.join(sorted(options))} are of one method: name it")
     if method != "auto":
         make_method(method, options)
-        known = sorted(name for name, kind in METHODS.items() if issubclass(kind, TopK))
+        known = sorted(name for name, kind in METHODS.items() if issubclass(kind, (TopK, ToMe)))
         if method not in known:
-            raise ValueError(f"{method} has no share to keep at each site: expected auto or one of {', '.join(known)}")
-    if decided := {"at", "keep"} & {*options}:
+            what = f"{method} has no share to keep, or to merge, at each site"
+            raise ValueError(f"{what}: expected auto or one of {', '.join(known)}")
+    if decided := {"at", "keep", "r"} & {*options}:
         raise ValueError(f"{', '.join(sorted(decided))} is what is searched for: leave it out of method_options")
     return SCORES if method == "auto" else {method: (method, options)}
+
+
+def with_survivors(scores: Scores) -> Scores:
+    """Each score with either pooling of an embedder, but for those that say which."""
+    other = {
+        f"{name}, {SURVIVORS}": (method, options | {"pooling": SURVIVORS})
+        for name, (method, options) in scores.items()
+        if "pooling" not in options
+    }
+    return {**scores, **other}
+
+
+def merges(method: str) -> bool:
+    """Whether a method merges a share of the tokens, ``r``, in the place of keeping one."""
+    return issubclass(METHODS[method], ToMe)
+
+
+def idle(method: str, options: dict) -> TokenPruner:
+    """A method that lets no token leave."""
+    return make_method(method, {"at": ()} | ({} if merges(method) else {"keep": 1.0}) | options)
 
 
 def served(net: PreTrainedModel, scores: Scores) -> Scores:
@@ -126,7 +150,7 @@ def served(net: PreTrainedModel, scores: Scores) -> Scores:
     able, refusals = {}, []
     for name, (method, options) in scores.items():
         try:
-            prune(net, make_method(method, {"keep": 1.0, "at": ()} | options))
+            prune(net, idle(method, options))
         except ValueError as refusal:
             refusals.append(refusal)
         else:
@@ -154,6 +178,16 @@ class Samples:
         return self.test
 
 
+@dataclass(frozen=True)
+class Profile:
+    """What each layer bears: ``alone``, layer -> share that stays after it alone -> divergence; that at every level,
+    (L, V); the frontiers of the sums of its ``POWERS``."""
+
+    alone: dict[int, dict[float, float]]
+    damage: np.ndarray
+    fronts: list[list[Left]]
+
+
 class ScheduleSearch:
     """The schedules of one model that were run, and what they did to its answers; ``find`` is the whole search.
 
@@ -164,6 +198,9 @@ class ScheduleSearch:
        nearest to the dense model's; where that is not the one of the profile, the profile is taken again.
     4. Those schedules are run, and the best is refined: its neighbours are run, in the order of what the sum says, and
        whichever is better takes its place.
+    5. Of an embedder, with either pooling: scores come in both, and what was refined is run with the other one.
+    6. All of that is done for the scores that drop tokens, and for those that merge them; where the first schedules of
+       one kind do twice the damage of the other's it is not looked at further. What is best of both is taken.
 
     A budget of answers is met by a test on texts that chose nothing: the schedules that were run are tried from the
     mildest to the strongest, each with an exact upper bound at 5 %, up to the first whose bound is above the budget;
@@ -176,12 +213,12 @@ class ScheduleSearch:
         net: the dense model; at the end of ``find`` it is pruned by the schedule that was chosen.
         scores: as ``SCORES``; the search begins with the first that the model serves.
         samples: with the dense model's answers.
-        table: prices schedules in time; None: in MACs.
+        table: prices schedules in time, and no merging; None: in MACs.
         tell: called with what is going on, steps done and all steps.
 
     Attributes:
         rows: of each trial what it cost and did.
-        profiled: layer -> share that stays after it alone -> divergence.
+        profiles: of dropping, and of merging.
     """
 
     def __init__(
@@ -192,18 +229,42 @@ class ScheduleSearch:
         table: LatencyTable | None = None,
         tell: Callable[[str, int, int | None], Any] = lambda what, done, total: None,
     ):
-        self.net, self.scores, self.samples = net, served(net, scores), samples
-        self.tell, self.score = tell, next(iter(self.scores))
-        method, options = self.scores[self.score]
-        pruner = pruner_in(prune(net, make_method(method, {"keep": 1.0, "at": ()} | options)))
-        info, lengths = pruner.architecture, Text(net, samples.search.rows, None).lengths
-        protected = protected_by(pruner, samples.search.rows["input_ids"])
-        unprune(net)
-        self.space = Space(info, lengths, pruner.needs_attention and pruner.scores_all, table, protected)
+        self.net, self.samples, self.tell = net, samples, tell
+        timed = {name: own for name, own in scores.items() if table is None or not merges(own[0])}
+        if not timed:
+            raise ValueError(f"{', '.join(scores)} merges tokens, which the table of times has no price for: use MACs")
+        self.scores = served(net, timed)
+        self.spaces: dict[bool, Space] = {}
+        lengths = Text(net, samples.search.rows, None).lengths
+        for method, options in self.scores.values():
+            if (kind := merges(method)) in self.spaces:
+                continue
+            pruner = pruner_in(prune(net, idle(method, options)))
+            info, charged = pruner.architecture, pruner.needs_attention and pruner.scores_all
+            protected = protected_by(pruner, samples.search.rows["input_ids"])
+            unprune(net)
+            self.spaces[kind] = Space(info, lengths, charged and not kind, table, protected, merges=kind)
+        self.score = next(iter(self.scores))
         if not self.space.layers:
-            raise ValueError(f"{info.name} has no layer after which tokens could leave")
+            raise ValueError(f"{self.space.info.name} has no layer after which tokens could leave")
         self.cost = "flops_fraction" if table is None else "latency_ms"
         self.rows: dict[Trial, dict] = {}
+        self.profiles: dict[bool, Profile] = {}
+
+    @property
+    def space(self) -> Space:
+        """The schedules of the present score: of dropping, or of merging."""
+        return self.spaces[self.merging]
+
+    @property
+    def merging(self) -> bool:
+        """Whether the present score merges."""
+        return merges(self.scores[self.score][0])
+
+    @property
+    def profiled(self) -> Profile:
+        """The profile of the present score, or of one like it."""
+        return self.profiles[self.merging]
 
     def find(self, budget: Budget) -> dict:
         """The row of the best schedule within a budget, by which the model is pruned now.
@@ -212,18 +273,28 @@ class ScheduleSearch:
             ValueError: the budget is out of reach, or no schedule passes the test.
         """
         most = self.most(budget)
-        self.profile()
         trial = self.test(budget) if budget.of_answers else self.meet(most)
         self.rows[trial]["chosen"] = True
+        self.score = trial[0]
         self.apply(*trial)
         return self.rows[trial]
+
+    def kinds(self, budget: float = float("inf")) -> Iterator[None]:
+        """Go through dropping and merging, as far as a budget of cost is in reach: profile the first score of each."""
+        for kind in self.spaces:
+            self.score = next(name for name, (method, _) in self.scores.items() if merges(method) == kind)
+            if self.space.cost(self.space.strongest) <= budget:
+                if kind not in self.profiles:
+                    self.profile()
+                yield
 
     def most(self, budget: Budget) -> float:
         """The budget as a cost of the space; infinite for one of answers. Raises ValueError if it is out of reach."""
         if budget.of_answers:
             return float("inf")
         unit = 1.0 if budget.of_time else self.space.dense
-        least, dense = self.space.cost(self.space.strongest) / unit, self.space.dense / unit
+        least = min(space.cost(space.strongest) for space in self.spaces.values()) / unit
+        dense = self.space.dense / unit
         if not least <= budget.value < dense:
             raise ValueError(
                 f"{budget.name}={budget.value:g} is out of reach on these texts: expected from {least:.3g} up to "
@@ -236,7 +307,7 @@ class ScheduleSearch:
         if pruner_of(self.net) is not None:
             unprune(self.net)
         method, options = self.scores[score]
-        prune(self.net, make_method(method, options | self.space.fields(left)))
+        prune(self.net, make_method(method, options | self.spaces[merges(method)].options(left)))
 
     def run(self, left: Left) -> dict:
         """The row of a schedule with the present score, run once."""
@@ -251,6 +322,7 @@ class ScheduleSearch:
                 "divergence": outcome.divergence,
                 "disagreement": None if outcome.differs is None else float(outcome.differs.mean()),
                 "drop": outcome.drop,
+                "overlap": outcome.overlap,
                 "tested": None,
                 "bound": None,
                 "chosen": False,
@@ -267,16 +339,20 @@ class ScheduleSearch:
                 self.tell("trying layers alone", i * len(PROFILED) + j, len(layers) * len(PROFILED))
                 idle = j and damage[layer][PROFILED[-1]] < IDLE
                 if not idle:
-                    self.apply(self.score, (0,) * i + (LEVELS.index(share),) * (len(layers) - i))
+                    alone = (0,) * i + (LEVELS.index(share),) * (len(layers) - i)
+                    self.apply(self.score, self.space.reachable(alone))
                 damage[layer][share] = 0.0 if idle else self.samples.profile.compare(self.net).divergence
-        self.profiled, self.damage = damage, curves(damage.values())
-        self.fronts = [self.space.frontier(self.damage**power) for power in POWERS]
+        levels = curves(damage.values())
+        fronts = [self.space.frontier(levels**power) for power in POWERS]
+        self.profiles[self.merging] = Profile(damage, levels, fronts)
 
     def choose(self, left: Left) -> bool:
-        """Go on with the score that does the least damage under one schedule; say whether it is another one."""
+        """Go on with the score that does the least damage under one schedule; say whether it is another one. Those that
+        drop and those that merge are not compared, since other schedules suit them."""
         before, divergence = self.score, {}
-        for i, score in enumerate(self.scores):
-            self.tell("comparing scores", i, len(self.scores))
+        alike = [name for name, (method, _) in self.scores.items() if merges(method) == self.merging]
+        for i, score in enumerate(alike):
+            self.tell("comparing scores", i, len(alike))
             self.score = score
             divergence[score] = self.run(left)["divergence"]
         self.score = min(divergence, key=lambda score: (divergence[score], score != before))
@@ -286,7 +362,8 @@ class ScheduleSearch:
 
     def offers(self, budget: float) -> list[Left]:
         """The schedules that the profile holds to be best under a budget of cost."""
-        offered = [self.space.within(front, budget) for front in self.fronts] or [self.space.strongest]
+        offered = [self.space.within(front, budget) for front in self.profiled.fronts] or [self.space.strongest]
+        offered += [self.space.even(budget)] if self.merging else []
         return list(dict.fromkeys(left or self.space.strongest for left in offered))
 
     def survey(self, budgets: Iterable[float]) -> list[Left]:
@@ -302,7 +379,7 @@ class ScheduleSearch:
     def refine(self, left: Left, budget: float, looks: int) -> Left:
         """The best that is found by going from neighbour to neighbour under a budget of cost; layers to which nothing
         matters stay as they are."""
-        idle = [i for i, row in enumerate(self.damage) if row.max() < IDLE]
+        idle = [i for i, row in enumerate(self.profiled.damage) if row.max() < IDLE]
         for done in range(looks):
             alike = (one for one in neighbours(left) if all(one[i] == left[i] for i in idle))
             near = sorted((one for one in alike if (self.score, one) not in self.rows), key=self._sum)
@@ -315,17 +392,38 @@ class ScheduleSearch:
 
     def meet(self, budget: float) -> Trial:
         """The schedule of the least divergence within a budget of cost."""
-        (start,) = self.survey([budget])
-        if self.choose(start):
+        starts: list[Trial] = []
+        for _ in self.kinds(budget):
             (start,) = self.survey([budget])
-        self.survey(share * self.space.dense for share in SHARES)
-        best = self.score, self.refine(start, budget, LOOKS)
-        within = [trial for trial in self.rows if self.space.cost(trial[1]) <= budget]
-        return min(within, key=lambda trial: (self.rows[trial]["divergence"], trial != best))
+            if self.choose(start):
+                (start,) = self.survey([budget])
+            starts.append((self.score, start))
+        least, bests = min(self.rows[trial]["divergence"] for trial in starts), []
+        for self.score, start in starts:
+            if self.rows[self.score, start]["divergence"] <= HOPELESS * least:
+                self.survey(share * self.space.dense for share in SHARES)
+                bests.append((self.score, self.refine(start, budget, LOOKS)))
+                score, left = bests[-1]
+                for other in self.alike(score):  # with the other pooling
+                    self.score = other
+                    self.run(left)
+                    bests.append((other, left))
+        within = [
+            trial for trial in self.rows if self.spaces[merges(self.scores[trial[0]][0])].cost(trial[1]) <= budget
+        ]
+        return min(within, key=lambda trial: (self.rows[trial]["divergence"], trial not in bests))
 
     def sequence(self, budget: Budget) -> list[Trial]:
-        """The schedules to test, the mildest first: those on the front, more of them where the disagreement or the drop
-        of the search's own texts comes to the limit."""
+        """The schedules to test, the mildest first: those on the front."""
+        for _ in self.kinds():
+            self.approach(budget)
+        trials = {id(row): trial for trial, row in self.rows.items()}
+        front = pareto_front(self.rows.values(), lambda row: row["flops_fraction"], lambda row: row["divergence"])
+        return [trials[id(row)] for row in reversed(front)]
+
+    def approach(self, budget: Budget) -> None:
+        """Run schedules at all costs, more of them where the disagreement or the drop of the search's own texts comes
+        to the limit."""
         kind = "drop" if budget.of_accuracy else "disagreement"
 
         def surveyed() -> tuple[list[Left], list[Left]]:
@@ -340,9 +438,15 @@ class ScheduleSearch:
         for share in (0.25, 0.5, 0.75):  # a closer look where the budget seems to be
             for left in self.survey([edge + share * (max(after, default=edge / 2) - edge)]):
                 self.refine(left, self.space.cost(left), LOOKS // 3)
-        trials = {id(row): trial for trial, row in self.rows.items()}
-        front = pareto_front(self.rows.values(), lambda row: row["flops_fraction"], lambda row: row["divergence"])
-        return [trials[id(row)] for row in reversed(front)]
+
+    def alike(self, score: str) -> list[str]:
+        """The other scores that have the method and all options of one, but for the pooling."""
+
+        def known(name: str) -> tuple[str, dict]:
+            method, options = self.scores[name]
+            return method, {option: value for option, value in options.items() if option != "pooling"}
+
+        return [name for name in self.scores if name != score and known(name) == known(score)]
 
     def test(self, budget: Budget) -> Trial:
         """The strongest schedule in a row of passes; the sequence is fixed by the texts of the search."""
@@ -368,7 +472,7 @@ class ScheduleSearch:
 
     def _sum(self, left: Left) -> float:
         """What the profile says a schedule does."""
-        levels, rows = np.array([0, *left]), self.damage
+        levels, rows = np.array([0, *left]), self.profiled.damage
         return sum(max(0.0, row[b] - row[a]) for row, a, b in zip(rows, levels, levels[1:], strict=False))
 
 

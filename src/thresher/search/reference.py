@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,10 +22,12 @@ from ..data.embedder import Embedder
 from ..data.load import load_task
 from ..data.models import class_names, is_reranker
 from ..data.spec import DataSpec
-from ..data.task import DataError, Task
+from ..data.task import DataError, MetricError, Task
 from ..data.texts import load_texts
 from ..data.tokenize import tokenize
 from ..evaluation.predict import Predictions, predict
+
+TOP = 10  # candidates of a query that are looked at
 
 
 def divergence(dense: Tensor | list[Tensor], pruned: Tensor | list[Tensor]) -> Tensor:
@@ -50,17 +52,30 @@ def order_divergence(dense: Tensor, pruned: Tensor, queries: Sequence[int]) -> T
     return torch.cat(found)
 
 
+def top_overlap(dense: Tensor, pruned: Tensor, queries: Sequence[int], k: int) -> float | None:
+    """The mean share of each query's k best candidates, by scores (N, 1), that stay among the k best; of queries with
+    more than k candidates, None where there are none."""
+    rows, found = torch.as_tensor(queries), []
+    for query in rows.unique():
+        own = rows == query
+        if own.sum() > k:
+            best = [{*scores[own, 0].topk(k).indices.tolist()} for scores in (dense, pruned)]
+            found.append(len(best[0] & best[1]) / k)
+    return float(np.mean(found)) if found else None
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What a pruned model does to Q examples: the mean divergence and the share of the dense MACs that is left; (Q,)
     whether the answer is another (None: of numbers, which always are), and (Q,) whether a right answer was lost or won
-    (None without labels of classes)."""
+    (None without labels of classes); of a reranker the ``overlap`` of the ten best candidates."""
 
     divergence: float
     flops_fraction: float
     differs: np.ndarray | None = None
     lost: np.ndarray | None = None
     won: np.ndarray | None = None
+    overlap: float | None = None
 
     @property
     def drop(self) -> float | None:
@@ -90,14 +105,23 @@ class Sample:
             before, after = (np.asarray(given == self.labels) for given in (self.answers, answers))
             right = {"lost": before & ~after, "won": after & ~before}
         differs = None if answers is None else answers != self.answers
-        return Comparison(mean, pruned.macs_used / pruned.macs_dense, differs, **right)
+        logits: Any = pruned.logits
+        overlap = top_overlap(cast("Any", self.dense.logits), logits, [*self.rows["row"]], TOP) if self.ranks else None
+        return Comparison(mean, pruned.macs_used / pruned.macs_dense, differs, **right, overlap=overlap)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the model gives the candidates of queries one number."""
+        dense = self.dense.logits
+        numbers = not self.embeds and not isinstance(dense, list) and dense.shape[1] == 1
+        return numbers and "row" in self.rows.column_names
 
     def _away(self, logits: Any) -> Tensor:
         """How far answers are from the dense model's: of vectors 1 - cosine, of a reranker's numbers by query."""
         dense: Any = self.dense.logits
         if self.embeds:
             return 1 - F.cosine_similarity(dense, logits)
-        if not isinstance(logits, list) and logits.shape[1] == 1 and "row" in self.rows.column_names:
+        if self.ranks:
             return order_divergence(dense, logits, [*self.rows["row"]])
         return divergence(dense, logits)
 
@@ -157,10 +181,8 @@ def _ranking(net: PreTrainedModel, data: DataSpec) -> Task | None:
         return None
     try:
         task = load_task(replace(data, metric=data.metric or "ndcg@10"), labels=[], need_labels=False)
-    except DataError as error:
-        if "is no metric" in str(error):
-            return None
-        raise
+    except MetricError:
+        return None
     return replace(task, label_column=None)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..core.cost import LatencyTable, LayerCount, between, dense_macs, macs, tok
 from ..core.pruner import TokenPruner
 from ..methods.parts.budget import bisect_to_budget
 from ..methods.parts.selection import kept_count
+from ..methods.tome import merged_count
 
 STEPS = 20
 LEVELS = (
@@ -30,6 +31,7 @@ LEVELS = (
 )  # shares of a text's own tokens; 0: the protected ones alone
 WIDTHS = (0.0, 0.08, 0.16, 0.32)  # of the family's sigmoids, as shares of the depth: from rectangular to geometric
 WORTH = 0.95  # a site at which more stays costs more than it saves
+EVEN = tuple(1 - i / 40 for i in range(1, 21))  # shares of the survivors that stay in every layer
 BINS = 2000  # of the cost with every token kept, in which the search counts
 Left = tuple[int, ...]
 
@@ -44,6 +46,7 @@ class Space:
         charged: whether the method takes all attention probabilities of a site, whose MACs then count.
         table: measured times, one text at a time.
         protected: (N,) tokens of each text that never leave; default: those that the model protects.
+        merges: whether tokens are merged as ``ToMe`` does, in one layer no more than half of those that may leave.
     """
 
     info: Architecture
@@ -51,6 +54,7 @@ class Space:
     charged: bool = True
     table: LatencyTable | None = None
     protected: Tensor | None = None
+    merges: bool = False
 
     @property
     def layers(self) -> range:
@@ -58,7 +62,7 @@ class Space:
         return range(self.info.first_site, self.info.last_site + 1)
 
     def fields(self, left: Left) -> dict[str, tuple]:
-        """``at`` and ``keep`` of the method: where tokens leave, and the share of the survivors that stays."""
+        """``at`` and ``keep``: where tokens leave, and the share of the survivors that stays."""
         before, shares = 0, {}
         for layer, level in zip(self.layers, left, strict=True):
             if level > before:
@@ -66,10 +70,32 @@ class Space:
                 before = level
         return {"at": tuple(shares), "keep": tuple(shares.values())}
 
+    def options(self, left: Left) -> dict[str, tuple]:
+        """The options of the method: ``fields``, where tokens are merged ``r`` in the place of ``keep``."""
+        fields = self.fields(left)
+        keep = fields.pop("keep")
+        return fields | ({"r": tuple(round(1 - share, 3) for share in keep)} if self.merges else {"keep": keep})
+
+    def reachable(self, left: Left) -> Left:
+        """The schedule nearest to ``left`` that is possible: where tokens are merged, half of them go in a layer."""
+        level, found = 0, []
+        for wanted in left:
+            level = max(level, min(wanted, self._furthest[level]))
+            found.append(level)
+        return tuple(found)
+
+    def even(self, budget: float) -> Left | None:
+        """The mildest schedule within a budget of cost in which the same share leaves in each layer."""
+        for share in EVEN:
+            left = self.reachable(tuple(_nearest(share ** (i + 1)) for i in range(len(self.layers))))
+            if self.cost(left) <= budget:
+                return left
+        return None
+
     def cost(self, left: Left) -> float:
-        """Mean cost of a text, with tokens counted as the methods count them."""
+        """Mean cost of a text, with tokens counted as the methods count them; infinite where it is not possible."""
         if left not in self._known:
-            self._known[left] = self._cost(self.fields(left))
+            self._known[left] = self._cost(self.fields(left)) if self.reachable(left) == left else math.inf
         return self._known[left]
 
     def falling(self, width: float, budget: float) -> dict[str, tuple] | None:
@@ -97,7 +123,7 @@ class Space:
 
     def _cost(self, schedule: Mapping[str, tuple]) -> float:
         shares = dict(zip(schedule["at"], schedule["keep"], strict=True))
-        after = {layer: partial(kept_count, share, protected=self._protected) for layer, share in shares.items()}
+        after = {layer: self._after(share) for layer, share in shares.items()}
         return self._fixed + self._price(self._counts(self.lengths, after, range(self.info.depth)))
 
     @cached_property
@@ -127,7 +153,7 @@ class Space:
         for row, table in zip(damage, steps, strict=True):
             least, origin = np.full_like(best, np.inf), np.zeros((2, *best.shape), dtype=int)
             for a, b in zip(*np.triu_indices(len(LEVELS)), strict=True):
-                if (step := round(table[a, b] / unit)) >= width:
+                if table[a, b] >= width * unit or (step := round(table[a, b] / unit)) >= width:
                     continue
                 reached = best[a, : width - step] + max(0.0, row[b] - row[a])
                 better = reached < least[b, step:]
@@ -163,7 +189,32 @@ class Space:
     def _counts(self, tokens: Tensor, after: Mapping[int, Callable[..., Tensor]], layers: range) -> list[LayerCount]:
         free = self.table is None and not self.charged  # in MACs; the table has the time of every site
         unscored = layers if free else ()
-        return tokens_by_layer(tokens, after, layers, inside=self.info.drops_inside, unscored=unscored)
+        counts = tokens_by_layer(tokens, after, layers, inside=self.info.drops_inside, unscored=unscored)
+        if not self.merges:
+            return counts
+        size = self.info.costs[0].width // self.info.base.config.num_attention_heads
+        pairs = [count.n_attention**2 * size / 4 for count in counts]  # that are compared, of the two sets
+        each = zip(layers, counts, pairs, strict=True)
+        return [replace(count, spent=own) if layer in after else count for layer, count, own in each]
+
+    def _after(self, share: float | int) -> Callable[[Tensor], Tensor]:
+        """The function from the tokens (N,) that enter a site to those that go on."""
+        if not self.merges:
+            return partial(kept_count, share, protected=self._protected)
+        part = round(1 - share, 3)
+
+        def merged(tokens: Tensor) -> Tensor:
+            free = (tokens - self._protected).clamp(min=0)
+            return tokens - torch.minimum(merged_count(part, tokens), (free + 1) // 2)
+
+        return merged
+
+    @cached_property
+    def _furthest(self) -> list[int]:
+        """Of each level the last one that a layer can go to."""
+        if not self.merges:
+            return [len(LEVELS) - 1] * len(LEVELS)
+        return [max(b for b, share in enumerate(LEVELS) if share and share >= a / 2) if a else 0 for a in LEVELS]
 
     def _price(self, counts: list[LayerCount], first: int = 0) -> float:
         """Mean cost of some layers, from ``first`` on."""
@@ -182,7 +233,7 @@ class Space:
         for i, layer in enumerate(self.layers):
             bears = range(layer, depth if layer == self.info.last_site else layer + 1)
             for a in levels:
-                for b in levels[a:]:
+                for b in levels[a : self._furthest[a] + 1]:
                     after = {layer: lambda _, left=kept[b]: left} if a != b else {}
                     steps[i, a, b] = self._price(self._counts(kept[a], after, bears), layer)
         return self._fixed + self._price(self._counts(n, {}, range(self.info.first_site))), steps
@@ -193,6 +244,11 @@ def protected_by(pruner: TokenPruner, texts: Sequence[Sequence[int]]) -> Tensor:
     ids = [torch.tensor(text) for text in texts]
     alive = pad_sequence([torch.ones(len(text), dtype=torch.bool) for text in ids], batch_first=True)
     return pruner.protection(alive, pad_sequence(ids, batch_first=True)).sum(1)
+
+
+def _nearest(share: float) -> int:
+    """The level that is nearest to a share."""
+    return min(range(len(LEVELS) - 1), key=lambda level: abs(LEVELS[level] - share))
 
 
 def _falling(count: int, width: float, by: float) -> list[float]:
