@@ -306,6 +306,7 @@ def test_info_of_pruned_models(models):
         "method": "topk",
         "version": 1,
         "at": [0, 1, 2],
+        "votes": "all",
         "protect": None,
         "min_tokens": 0,
         "pooling": "put-back",
