@@ -17,6 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -128,9 +129,24 @@ def padding(before: dict[str, float], after: dict[str, float]) -> float:
     return round(padded / needed, 4)
 
 
+ROWS: list[dict] = []
+
+
 def told(**row) -> None:
-    """Print a row."""
+    """Print a row, and keep it."""
+    ROWS.append(row)
     print(json.dumps(row), flush=True)
+
+
+def land(out: Path, given: str) -> None:
+    """Write all rows, with what they were made by and on."""
+    from run import as_json
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.rows import whole
+
+    about = {**environment(), "command": f"python benchmarks/serving.py MODEL {given}"}
+    with whole(out) as aside:
+        aside.write_text(as_json({"rows": [{**row, **about} for row in ROWS]}))
 
 
 def ended(process: subprocess.Popen, port: int, path: str) -> dict:
@@ -167,6 +183,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--out", type=Path, help="where the rows go as well")
     options = parser.parse_args()
     port, began = options.port, time.perf_counter()
     given = {"port": port, "threads": options.threads, "tokens": options.tokens, "queue-tokens": 32768}
@@ -182,7 +199,7 @@ def main() -> None:
         path = "/rerank" if kind == "reranker" else "/predict"
         told(
             part="start",
-            model=options.model,
+            model=Path(options.model).name,
             kind=kind,
             tokens=options.tokens,
             seconds=round(time.perf_counter() - began, 1),
@@ -207,6 +224,8 @@ def main() -> None:
     finally:
         process.kill()
         process.wait()
+    if options.out is not None:
+        land(options.out, f"--seconds {options.seconds:g} --threads {options.threads} --tokens {options.tokens}")
 
 
 if __name__ == "__main__":
