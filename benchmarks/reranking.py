@@ -154,9 +154,28 @@ def prune(size: Size) -> None:
 
     dense = str(folder("dense", size))
     for name, (method, options, epochs) in PRUNED.items():
+        if not epochs:
+            untrained(dense, method, options, folder(name, size))
+            continue
         own = {"method": method, "method_options": dict(options), "distill": 1.0, "dense_model": dense}
         own |= {"epochs": 0, "prune_epochs": epochs, "lr": 5e-5, "prune_lr": 1e-4}
         job(model=dense, out=folder(name, size), **own, **common(size, size.pruning))
+
+
+def untrained(dense: str, method: str, options: dict[str, Any], out: Path) -> None:
+    """Write the dense model, pruned, and its tokenizer."""
+    from thresher.api import prune
+    from thresher.core.pruner import METHODS
+    from thresher.data.models import load
+    from thresher.evaluation.rows import folder_written_whole
+
+    if out.exists():
+        return
+    net, tokenizer = load(dense)
+    prune(net, METHODS[method](**options, protect={"until": [tokenizer.sep_token_id]}))
+    with folder_written_whole(out) as aside:
+        net.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
 
 
 def measure(size: Size) -> None:
