@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from support.families import FAMILIES
 from support.tiny import tiny_model, tiny_tokenizer
 from thresher import ATS, LTP, Cut, Entropy, PoWERBERT, SpAtten, Threshold, ToP, TopK, prune
 from thresher.core.pruner import TokenPruner
+from thresher.training.trainer import Ranking
 
 PAIRS = [
     ("the farmer", "wheat and chaff , the grain & script"),
@@ -105,6 +107,28 @@ def test_a_saved_model_keeps_its_voters(tmp_path):
     model.save_pretrained(tmp_path)
     again = prune(type(model).from_pretrained(tmp_path))
     assert again.token_pruner.votes == "all"
+
+
+def test_an_entry_that_knows_no_votes_was_made_with_those_of_all():
+    entry = tiny_model(TopK(keep=0.5, protect=UNTIL)).token_pruner.to_dict()
+    assert entry.pop("votes") == "protected"
+    assert tiny_model(TokenPruner.from_dict(entry)).token_pruner.votes == "all"
+
+
+def test_a_decoder_hears_all_since_its_query_sees_nothing_behind_it():
+    model = prune(FAMILIES["llama"].build(), TopK(keep=0.5, at=(1,), protect=UNTIL))
+    assert model.token_pruner.votes == "all"
+    with pytest.raises(ValueError, match="a query sees no token behind it"):
+        prune(FAMILIES["llama"].build(), TopK(keep=0.5, protect=UNTIL, votes="protected"))
+    prune(FAMILIES["llama"].build(), TopK(keep=0.5, votes="protected"))  # by what the last token looks at
+
+
+def test_a_teacher_ranks_by_the_votes_of_its_student():
+    student = tiny_model(ToP(protect=UNTIL)).token_pruner
+    teacher = tiny_model(Ranking.like(student), layout="mask").eval()
+    inputs = batch()
+    expected = by_hand(tiny_model(attn_implementation="eager").eval(), inputs, teacher.config.num_hidden_layers - 1)
+    assert score_at(teacher, inputs) == pytest.approx(expected * inputs["attention_mask"], abs=1e-5)
 
 
 def test_without_a_query_all_vote():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.tiny import tiny_model, tiny_tokenizer
-from thresher import Entropy, Threshold, ToMe, TopK
+from thresher import LTP, Entropy, Threshold, ToMe, TopK
 from thresher.core.view import departures
 from thresher.streaming import Stream
 
@@ -128,6 +128,7 @@ def test_streams_of_one_model_do_not_meet():
     [
         (None, 3, {}, "is dense"),
         (ToMe(r=0.2), 3, {}, "merges tokens"),
+        (LTP(fuse=True), 3, {}, "merges tokens"),
         (TopK(keep=0.5), 1, {}, "does not choose between classes"),
         (TopK(keep=0.5), 3, {"memory": 126}, "leaves 0 of 128 tokens"),
         (TopK(keep=0.5), 3, {"memory": -1}, "memory=-1"),
@@ -137,6 +138,15 @@ def test_streams_of_one_model_do_not_meet():
 def test_what_cannot_stream_is_refused(method, labels, options, message):
     with pytest.raises(ValueError, match=message):
         Stream(tiny_model(method, num_labels=labels), tiny_tokenizer(), **options)
+
+
+def test_the_model_bounds_what_a_tokenizer_does_not():
+    stream = stream_of()
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 10**30
+    free = Stream(stream.model, tokenizer, 8)
+    assert free.longest == stream.model.config.max_position_embeddings
+    assert free(" ".join(WORDS * 100)).read == len(tokenizer(" ".join(WORDS * 100))["input_ids"]) - 2
 
 
 def test_a_piece_is_a_string():

@@ -102,6 +102,8 @@ class Pruner(nn.Module):
         method = METHODS[config["method"]]
         known = {f.name for f in dataclasses.fields(method)}
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+        if "votes" in known:
+            fields.setdefault("votes", "all")  # those of an entry that does not know of votes
         try:
             return method(**fields)
         except (TypeError, ValueError) as error:

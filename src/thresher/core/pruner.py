@@ -137,7 +137,8 @@ class TokenPruner(Pruner):
             distillation and register tokens of vision models; the query of a CrossEncoder. Tokens of one batch:
             ``calling(model, protect=...)``.
         votes: whose attention makes the score: that of "all" tokens, or of the "protected" ones alone. Default: all;
-            where a query is protected the protected ones, so that a text keeps what the query looks at.
+            where the method protects a query the protected ones, so that a text keeps what the query looks at; in a
+            decoder all.
         min_tokens: rows with fewer tokens are left alone.
         pooling: what pools the states of an embedder: "put-back", all tokens, those that left with their last states;
             "survivors", those in ``output.token_mask`` (B, N) alone, which a SentenceTransformer, pruned as a whole,
@@ -304,11 +305,17 @@ class TokenPruner(Pruner):
             raise ValueError(f"at={list(at)}: expected rising layers without repetition")
         if self.protect == QUERY:
             self.protect = {"until": [separator_of(model)]}
-        if self.votes is None:
-            queried = isinstance(self.protect, dict) and "until" in self.protect and self.votable
-            self.votes = PROTECTED if queried else ALL
+        self.settle_votes(model)
         self.sites = tuple(at)
         self.build(model)
+
+    def settle_votes(self, model: Architecture) -> None:
+        """Decide whose attention makes the score, where nobody has."""
+        queried = isinstance(self.protect, dict) and "until" in self.protect
+        if self.votes is None:
+            self.votes = PROTECTED if queried and self.votable and not model.causal else ALL
+        elif self.votes == PROTECTED and queried and model.causal:
+            raise ValueError(f"votes='{PROTECTED}': in a decoder such as {model.name} a query sees no token behind it")
 
     @property
     def protected_positions(self) -> tuple[int, ...] | None:

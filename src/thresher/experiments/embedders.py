@@ -200,6 +200,8 @@ def nearness(vectors: Vectors, reference: Vectors) -> dict[str, float]:
 def neighbours(after: np.ndarray, before: np.ndarray, texts: list[str]) -> dict[str, Any]:
     """What pruning does to the neighbours of each text among the others: "overlap", the mean share of the ten nearest
     that stay, and "moved", the texts that lose most of them, with the nearest one before and after."""
+    if len(texts) < 2:
+        raise DataError("one text has no neighbours: give two or more")
     k = min(NEIGHBOURS, len(texts) - 1)
     near = {}
     for name, vectors in (("pruned", after), ("dense", before)):

@@ -126,6 +126,8 @@ def encoder_of(model: str) -> Embedder:
     options: dict[str, Any] = {"dtype": torch.float32}
     options |= {} if torch.cuda.is_available() else {"attn_implementation": "eager"}  # see ``models.for_task``
     net, _ = load_embedder(model, pooling="cls", **options)
+    if find_architecture(net.model).causal:
+        raise ValueError(f"{model} is a decoder, whose first token sees no other: prepare an encoder")
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -218,9 +218,10 @@ def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
     rows = rows.remove_columns("labels") if run.data.task.label_column is None and part != "train" else rows
     net, method = run.model(dense).eval(), method_of(spec, run.options())
     columns: dict[str, Any] = {}
-    by = method.ranking if method is not None and method.ranks_teacher else None
-    if by is not None:
-        prune(net, Ranking(by))
+    ranking = Ranking.like(method) if method is not None and method.ranks_teacher else None
+    by = None if ranking is None else ranking.by
+    if ranking is not None:
+        prune(net, ranking)
     ask, attends = run.ask if part == "train" else asked, by == "attention"
     answers = ask(net, dense, rows, batch_size=64, bf16=run.bf16, scores=attends)
     if isinstance(answers.logits, list):

@@ -98,6 +98,7 @@ class LTP(Thresholded):
         return cls(**published | options)
 
     def build(self, model: Architecture) -> None:
+        self.merges = self.fuse
         if self.fuse:
             check_fusing(model)
         rising = [self.init * layer / max(1, model.depth) for layer in self.sites]

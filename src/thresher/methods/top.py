@@ -191,6 +191,7 @@ class ToP(TokenPruner):
     default_at = all_but_last
 
     def build(self, model: Architecture) -> None:
+        self.merges = self.fuse
         if self.fuse:
             check_fusing(model)
         self.lengths: tuple[Tensor, Tensor] | None = None  # of inputs that the target is meant for

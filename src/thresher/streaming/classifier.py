@@ -52,7 +52,7 @@ class Stream:
         tokenizer: its tokenizer.
         memory: tokens that are remembered.
         sure: a margin from which on the answer is final: later pieces are not read and repeat it. None: never.
-        longest: tokens of one forward, special ones included. Default: what the tokenizer says.
+        longest: tokens of one forward, special ones included. Default: what the tokenizer and the model take.
 
     Raises:
         TypeError: no transformers model.
@@ -76,7 +76,8 @@ class Stream:
         inner = ids["special_tokens_mask"].index(0)
         count = len(ids["special_tokens_mask"]) - sum(ids["special_tokens_mask"])
         self.before, self.behind = ids["input_ids"][:inner], ids["input_ids"][inner + count :]
-        self.longest = longest or tokenizer.model_max_length
+        limits = (longest, tokenizer.model_max_length, self.pruner.architecture.max_tokens)
+        self.longest = min(limit for limit in limits if limit)
         self.room = self.longest - len(self.before) - len(self.behind) - memory
         if memory < 0 or self.room < 1:
             raise ValueError(f"memory={memory} leaves {self.room} of {self.longest} tokens for new ones: take less")

@@ -93,7 +93,13 @@ class Ranking(TokenPruner):
 
     def bind(self, model: Architecture) -> None:
         self.architecture = model
+        self.settle_votes(model)
         self.sites = (model.depth - 1 if self.by == "attention" else model.first_site,)
+
+    @classmethod
+    def like(cls, method: Any) -> Ranking:
+        """A ranking by what a method wants, with the votes of the tokens that vote there."""
+        return cls(method.ranking, protect=method.protect, votes=method.votes)
 
     def choose(self, score: Tensor, view: View) -> Choice:
         return Choice(view.alive)
@@ -237,7 +243,7 @@ class Pruning(Grouped):
         """Train as the Trainer does; a teacher whose ranking is wanted scores its last layer meanwhile."""
         ranked = self.teacher if self.pruner.ranks_teacher else None
         if ranked is not None:
-            prune(ranked, Ranking(self.pruner.ranking), layout="mask")
+            prune(ranked, Ranking.like(self.pruner), layout="mask")
         try:
             return super().train(*args, **kwargs)
         finally:
