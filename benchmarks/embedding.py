@@ -1,6 +1,7 @@
 """An embedder with fewer tokens, tuned alone and trained without labels: how well it finds documents, and how fast.
 
     python benchmarks/embedding.py tune       all-MiniLM-L6-v2, a schedule for each budget, nothing trained
+    python benchmarks/embedding.py merge      the same share merged in every layer, nothing chosen
     python benchmarks/embedding.py train      and trained by the dense model's vectors
     python benchmarks/embedding.py measure    Cranfield and 20 Newsgroups: nDCG@10, overlap, cosine
     python benchmarks/embedding.py time       documents per second beside dense unpadded
@@ -29,6 +30,7 @@ from weights import pretrained  # noqa: E402
 RUNS = HERE.parent / "runs" / "benchmarks" / "embedding"
 DATA = Path(os.environ.get("THRESHER_DATA", "data"))
 TARGETS = {"2x": 0.5, "3x": 0.333}
+MERGED = {"1.5x": 0.13, "2x": 0.22}  # share of the tokens in each layer
 LONGEST, TEXTS, POSTS, SAME = 256, 6000, 2000, 10  # tokens; to train on; to judge; neighbours that are judged
 TIMED, REPEATS = 300, 5
 WAYS = ("tuned", "topk", "top", "tome")
@@ -41,7 +43,7 @@ def folder(way: str, budget: str) -> Path:
 
 def models() -> dict[tuple[str, str], Path]:
     """The folders of what is there, by way and budget."""
-    named = {(way, budget): folder(way, budget) for way in WAYS for budget in TARGETS}
+    named = {(way, budget): folder(way, budget) for way in WAYS for budget in (*MERGED, "3x")}
     return {name: place for name, place in named.items() if (place / "config.json").exists()}
 
 
@@ -55,12 +57,25 @@ def tune() -> None:
             job(model=pretrained("minilm-l6"), target_flops=target, out=folder("tuned", budget), **given)
 
 
+def merge() -> None:
+    """Merge by ToMe, as anybody can without data."""
+    from thresher import ToMe, prune
+    from thresher.data.embedder import load_embedder
+    from thresher.evaluation.rows import folder_written_whole
+
+    for budget, share in MERGED.items():
+        if not folder("tome", budget).exists():
+            net, tokenizer = load_embedder(pretrained("minilm-l6"))
+            with folder_written_whole(folder("tome", budget)) as aside:
+                prune(net, ToMe(r=share)).save_pretrained(aside, tokenizer)
+
+
 def train() -> None:
     """Train to the budgets: TopK by the schedule that held-out texts choose, and ToP."""
     from thresher.experiments.train import train as job
 
     for budget, target in TARGETS.items():
-        for method in WAYS[1:]:
+        for method in ("topk", "top"):
             given = {"data": str(DATA / "20newsgroups"), "text": ("text",), "max_length": LONGEST, "limit": TEXTS}
             own = {"task": "embed", "method": method, "target_flops": target, "threads": 1}
             job(model=pretrained("minilm-l6"), out=folder(method, budget), progress=False, **given, **own)
@@ -244,7 +259,7 @@ def land(name: str, rows: list[dict]) -> None:
         print({key: value for key, value in row.items() if value is not None and key not in ("versions", "command")})
 
 
-STEPS = {"tune": tune, "train": train, "measure": measure, "time": time}
+STEPS = {"tune": tune, "merge": merge, "train": train, "measure": measure, "time": time}
 
 
 def main() -> int:
