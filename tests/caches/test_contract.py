@@ -325,6 +325,9 @@ def test_models_that_cannot_be_served_are_refused():
         prune(build("deepseek-v3"), make("knorm"))
     with pytest.raises(ValueError, match="value='vatp' is not possible with DeepseekV3ForCausalLM"):
         prune(build("deepseek-v3"), H2O(keep=64, value="vatp"))
+    with pytest.raises(ValueError, match="keydiff is not possible with Gemma3nForCausalLM: layers 2 to 3 use the key"):
+        prune(build("gemma3n"), make("keydiff"))
+    prune(build("gemma3n", num_kv_shared_layers=0), make("keydiff"))  # whose layers have keys of their own
     with pytest.raises(ValueError, match=r"layout='packed': expected auto, mask, evict"):
         prune(build("llama"), make("keydiff"), layout="packed")
 

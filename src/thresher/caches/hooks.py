@@ -90,6 +90,7 @@ class CacheHooks(Attachment):
             )
         self.blocks = {self.number_of(layer): layer.get_submodule(arch.block) for layer in arch.layers}
         kinds = DynamicCache(config=arch.base.config).layers
+        self.check_own_entries(len(kinds))
         self.full = [number for number, kind in enumerate(kinds) if type(kind) is DynamicLayer]
         if not self.full:
             raise ValueError(
@@ -101,6 +102,19 @@ class CacheHooks(Attachment):
         self.method.check(self)
         self.moves = self.method.moves_sinks(self)
         self.warned = False
+
+    def check_own_entries(self, layers: int) -> None:
+        """Raise ValueError where layers use the keys and values of others; ``layers``: how many a cache has."""
+        arch = self.architecture
+        numbers = [self.number_of(layer) for layer in arch.layers]
+        shared = {n for n in numbers if n >= layers or numbers.count(n) > 1 or compat.borrows_entries(self.blocks[n])}
+        if shared:
+            first, last = min(shared), max(shared)
+            which = f"layer {first} uses" if first == last else f"layers {first} to {last} use"
+            raise ValueError(
+                f"{self.method.name} is not possible with {arch.name}: {which} the keys and values of other layers, so "
+                "that what leaves would leave there, too"
+            )
 
     def number_of(self, layer: nn.Module) -> int:
         """The number of a layer in the cache."""
@@ -290,7 +304,7 @@ class CacheHooks(Attachment):
         A mask takes sdpa off its quick paths, so that there is none where nothing is dead.
         """
         assert call.asks is not None
-        asks, new = call.asks.to(hidden.device), hidden.shape[1]
+        asks, new = call.asks.to(hidden.device), call.asks.shape[1]
         if new == 1 and not layer.dead and not call.padded:
             return None
         live = layer.live
