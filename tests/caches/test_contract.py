@@ -196,6 +196,27 @@ def test_another_method_takes_its_place():
     assert not hasattr(plain.config, "token_pruning") and type(filled(plain).layers[0]) is DynamicLayer
 
 
+def test_uneven_rows_do_not_go_on_without_the_method():
+    """Nothing would hide their dead slots."""
+    step, answers = {"input_ids": torch.tensor([[7], [8]])}, []
+    for lengths in (LENGTHS, (40, 40)):
+        model = prune(build("llama"), SnapKV(keep=0.3, **SMALL))
+        cache, mask = filled(model, prompts(lengths)), torch.ones(2, 41, dtype=torch.long)
+        with dense(model):
+            answers.append(model(**step, past_key_values=copy.deepcopy(cache)).logits)
+        unprune(model)
+        if lengths == LENGTHS:
+            with pytest.raises(ValueError, match="was pruned and its rows are uneven: go on with the pruned model"):
+                model(**step, attention_mask=mask, past_key_values=cache)
+            assert cache.layers[0].held == 12 and cache.get_seq_length() == 40  # nothing was appended
+        else:
+            given = {"attention_mask": mask, "position_ids": torch.full((2, 1), 40), "past_key_values": cache}
+            assert difference([model(**step, **given).logits], answers[-1:]) <= 1e-5
+    model, batch = prune(build("llama"), SnapKV(keep=64)), prompts()
+    cache, mask = filled(model, batch), torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    unprune(model)(**step, attention_mask=mask, past_key_values=cache)  # it holds everything: the padding is masked
+
+
 def test_tokens_that_were_evicted_cannot_be_taken_back():
     cache = filled(prune(build("llama"), make("keydiff")))
     with pytest.raises(ValueError, match=r"5 tokens cannot be taken back: eviction has left only the last 4.*recent=5"):
