@@ -89,6 +89,23 @@ def test_megabytes_are_never_exceeded_after_a_step(rows):
         filled(prune(build("llama"), KeyDiff(target_cache_mb=0.001, every=4, **SMALL)), batch)
 
 
+def test_a_pyramid_of_megabytes_pays_for_its_upper_layers():
+    """They keep the first and last tokens, more than their share: the lower ones give as much up."""
+    target = 6 * 50 * ENTRY
+    model = prune(build("llama", num_hidden_layers=6), KeyDiff(target_cache_mb=target / 1e6, layers="pyramid", every=1))
+    report = filled(model, prompts((120,)), steps=1) and model.token_pruner.report
+    held, total = [row["held"] for row in report], sum(row["bytes"] for row in report)
+    assert target - 6 * ENTRY <= total <= target == 38_400
+    assert held == sorted(held, reverse=True) and held[0] > 50 and held[-1] == 36
+
+
+@pytest.mark.parametrize("budget", [{"keep": 50}, {"hold": 50, "every": 1}, {"keep": 0.42}])
+def test_a_pyramid_holds_no_more_than_its_mean(budget):
+    model = prune(build("llama", num_hidden_layers=6), KeyDiff(**budget, layers="pyramid"))
+    report = filled(model, prompts((120,))) and model.token_pruner.report
+    assert 6 * 49 <= sum(row["held"] for row in report) <= 6 * (51 if budget == {"keep": 0.42} else 50)
+
+
 def test_megabytes_count_what_slides():
     model = prune(build("gemma3"), KeyDiff(target_cache_mb=(2 * 20 + 12) * ENTRY / 1e6, every=1, **SMALL))
     cache = filled(model)

@@ -370,8 +370,8 @@ class CacheHooks(Attachment):
             view = self.view(site, inputs, inputs.query, asks, None)
             sums = attention_received(view, inputs.query, asks)
             layer.received = sums if layer.received is None else layer.received + sums
-        share = method.share(self.full.index(site.number), len(self.full))
-        budget = method.budget(layer.real, call.prompt, share, self.room(call, layer))
+        place = (self.full.index(site.number), len(self.full))
+        budget = method.budget(layer.real, call.prompt, place, self.room(call, layer))
         kept = layer.counts if budget is None else budget.kept(layer.counts)
         if kept != layer.counts:
             order = self.order(layer)
