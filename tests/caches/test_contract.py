@@ -11,17 +11,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    QuantizedCache,
+    StaticCache,
+    TrainingArguments,
+)
 from transformers.cache_utils import DynamicLayer
 
 import thresher
-from support.decoders import LENGTHS, METHODS, SMALL, alone, build, difference, feed, make, prompts, run
+from support.decoders import GROUPED, LENGTHS, METHODS, SMALL, alone, build, difference, feed, make, prompts, run
 from support.families import FAMILIES
 from thresher import H2O, TOVA, KeyDiff, Knorm, SnapKV, StreamingLLM, TopK, calling, dense, prune, unprune
 from thresher.caches.hooks import ours
 from thresher.caches.layer import PrunedLayer
 from thresher.core.method import METHODS as REGISTRY
 from thresher.core.method import pruner_of
+from thresher.evaluation.benchmark import measure
+from thresher.evaluation.predict import predict, replayed
+from thresher.exporting.export import export
+from thresher.reports.trace import trace
+from thresher.streaming.classifier import Stream
+from thresher.training.trainer import PruningTrainer, param_groups
 
 ENTRY = 2 * 2 * 8 * 4  # bytes of one entry of one row and layer: keys and values, 2 heads of 8 channels, fp32
 
@@ -308,6 +323,29 @@ def test_options_of_tokens_are_not_for_caches():
         model(**batch)
     with dense(model, unpadded=True):
         assert filled(model).layers[0].keys.shape[2] == 40
+
+
+VERBS = {
+    "predict": lambda model, rows, folder: predict(model, rows),
+    "replayed": lambda model, rows, folder: replayed(model, "random", torch.ones(2, 1)),
+    "measure": lambda model, rows, folder: measure(model, rows, None, max_length=16),
+    "export": lambda model, rows, folder: export(model, folder / "graph"),
+    "trace": lambda model, rows, folder: trace(model, None, "a text"),
+    "Stream": lambda model, rows, folder: Stream(model, None),
+    "param_groups": lambda model, rows, folder: param_groups(model, 1e-3),
+    "PruningTrainer": lambda model, rows, folder: PruningTrainer(
+        model, TrainingArguments(str(folder), use_cpu=True, report_to=[]), train_dataset=rows
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_of_tokens_refuse_a_cache_method(verb, tmp_path):
+    model = prune(LlamaForSequenceClassification(LlamaConfig(**GROUPED, num_labels=3)), make("snapkv"))
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": 1}] * 2)
+    says = f"SnapKV prunes a KV cache; {verb} takes a method that prunes tokens"
+    with pytest.raises(ValueError, match=says):
+        VERBS[verb](model, rows, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # which peft asks for
