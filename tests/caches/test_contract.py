@@ -11,17 +11,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    QuantizedCache,
+    StaticCache,
+    TrainingArguments,
+)
 from transformers.cache_utils import DynamicLayer
 
 import thresher
-from support.decoders import LENGTHS, METHODS, SMALL, alone, build, difference, feed, make, prompts, run
+from support.decoders import GROUPED, LENGTHS, METHODS, SMALL, alone, build, difference, feed, make, prompts, run
 from support.families import FAMILIES
 from thresher import H2O, TOVA, KeyDiff, Knorm, SnapKV, StreamingLLM, TopK, calling, dense, prune, unprune
 from thresher.caches.hooks import ours
 from thresher.caches.layer import PrunedLayer
 from thresher.core.method import METHODS as REGISTRY
 from thresher.core.method import pruner_of
+from thresher.evaluation.benchmark import measure
+from thresher.evaluation.predict import predict, replayed
+from thresher.exporting.export import export
+from thresher.reports.trace import trace
+from thresher.streaming.classifier import Stream
+from thresher.training.trainer import PruningTrainer, param_groups
 
 ENTRY = 2 * 2 * 8 * 4  # bytes of one entry of one row and layer: keys and values, 2 heads of 8 channels, fp32
 
@@ -87,6 +102,23 @@ def test_megabytes_are_never_exceeded_after_a_step(rows):
     assert most == round(target * 1e6)
     with pytest.raises(ValueError, match=r"target_cache_mb=0.001 has room for \d+ entries of each row.*give more"):
         filled(prune(build("llama"), KeyDiff(target_cache_mb=0.001, every=4, **SMALL)), batch)
+
+
+def test_a_pyramid_of_megabytes_pays_for_its_upper_layers():
+    """They keep the first and last tokens, more than their share: the lower ones give as much up."""
+    target = 6 * 50 * ENTRY
+    model = prune(build("llama", num_hidden_layers=6), KeyDiff(target_cache_mb=target / 1e6, layers="pyramid", every=1))
+    report = filled(model, prompts((120,)), steps=1) and model.token_pruner.report
+    held, total = [row["held"] for row in report], sum(row["bytes"] for row in report)
+    assert target - 6 * ENTRY <= total <= target == 38_400
+    assert held == sorted(held, reverse=True) and held[0] > 50 and held[-1] == 36
+
+
+@pytest.mark.parametrize("budget", [{"keep": 50}, {"hold": 50, "every": 1}, {"keep": 0.42}])
+def test_a_pyramid_holds_no_more_than_its_mean(budget):
+    model = prune(build("llama", num_hidden_layers=6), KeyDiff(**budget, layers="pyramid"))
+    report = filled(model, prompts((120,))) and model.token_pruner.report
+    assert 6 * 49 <= sum(row["held"] for row in report) <= 6 * (51 if budget == {"keep": 0.42} else 50)
 
 
 def test_megabytes_count_what_slides():
@@ -196,6 +228,27 @@ def test_another_method_takes_its_place():
     assert not hasattr(plain.config, "token_pruning") and type(filled(plain).layers[0]) is DynamicLayer
 
 
+def test_uneven_rows_do_not_go_on_without_the_method():
+    """Nothing would hide their dead slots."""
+    step, answers = {"input_ids": torch.tensor([[7], [8]])}, []
+    for lengths in (LENGTHS, (40, 40)):
+        model = prune(build("llama"), SnapKV(keep=0.3, **SMALL))
+        cache, mask = filled(model, prompts(lengths)), torch.ones(2, 41, dtype=torch.long)
+        with dense(model):
+            answers.append(model(**step, past_key_values=copy.deepcopy(cache)).logits)
+        unprune(model)
+        if lengths == LENGTHS:
+            with pytest.raises(ValueError, match="was pruned and its rows are uneven: go on with the pruned model"):
+                model(**step, attention_mask=mask, past_key_values=cache)
+            assert cache.layers[0].held == 12 and cache.get_seq_length() == 40  # nothing was appended
+        else:
+            given = {"attention_mask": mask, "position_ids": torch.full((2, 1), 40), "past_key_values": cache}
+            assert difference([model(**step, **given).logits], answers[-1:]) <= 1e-5
+    model, batch = prune(build("llama"), SnapKV(keep=64)), prompts()
+    cache, mask = filled(model, batch), torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    unprune(model)(**step, attention_mask=mask, past_key_values=cache)  # it holds everything: the padding is masked
+
+
 def test_tokens_that_were_evicted_cannot_be_taken_back():
     cache = filled(prune(build("llama"), make("keydiff")))
     with pytest.raises(ValueError, match=r"5 tokens cannot be taken back: eviction has left only the last 4.*recent=5"):
@@ -272,6 +325,29 @@ def test_options_of_tokens_are_not_for_caches():
         assert filled(model).layers[0].keys.shape[2] == 40
 
 
+VERBS = {
+    "predict": lambda model, rows, folder: predict(model, rows),
+    "replayed": lambda model, rows, folder: replayed(model, "random", torch.ones(2, 1)),
+    "measure": lambda model, rows, folder: measure(model, rows, None, max_length=16),
+    "export": lambda model, rows, folder: export(model, folder / "graph"),
+    "trace": lambda model, rows, folder: trace(model, None, "a text"),
+    "Stream": lambda model, rows, folder: Stream(model, None),
+    "param_groups": lambda model, rows, folder: param_groups(model, 1e-3),
+    "PruningTrainer": lambda model, rows, folder: PruningTrainer(
+        model, TrainingArguments(str(folder), use_cpu=True, report_to=[]), train_dataset=rows
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_of_tokens_refuse_a_cache_method(verb, tmp_path):
+    model = prune(LlamaForSequenceClassification(LlamaConfig(**GROUPED, num_labels=3)), make("snapkv"))
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": 1}] * 2)
+    says = f"SnapKV prunes a KV cache; {verb} takes a method that prunes tokens"
+    with pytest.raises(ValueError, match=says):
+        VERBS[verb](model, rows, tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # which peft asks for
 def test_an_adapter_generates_over_a_pruned_cache():
     from peft import LoraConfig, get_peft_model
@@ -325,6 +401,9 @@ def test_models_that_cannot_be_served_are_refused():
         prune(build("deepseek-v3"), make("knorm"))
     with pytest.raises(ValueError, match="value='vatp' is not possible with DeepseekV3ForCausalLM"):
         prune(build("deepseek-v3"), H2O(keep=64, value="vatp"))
+    with pytest.raises(ValueError, match="keydiff is not possible with Gemma3nForCausalLM: layers 2 to 3 use the key"):
+        prune(build("gemma3n"), make("keydiff"))
+    prune(build("gemma3n", num_kv_shared_layers=0), make("keydiff"))  # whose layers have keys of their own
     with pytest.raises(ValueError, match=r"layout='packed': expected auto, mask, evict"):
         prune(build("llama"), make("keydiff"), layout="packed")
 

@@ -131,6 +131,18 @@ def test_a_row_answers_in_a_batch_as_alone(method, budget):
         assert difference([x[row : row + 1] for x in together], single) <= TOLERANCE
 
 
+def test_a_row_answers_in_a_batch_as_alone_where_states_have_four_dimensions():
+    """Gemma 3n carries several states of each token, in front of the rows."""
+
+    def made():
+        return prune(build("gemma3n", num_kv_shared_layers=0), make("snapkv", "hold"))
+
+    batch, steps = prompts(), [1, 1, 9, 1]
+    together = feed(made(), batch, [LENGTHS[0], *steps])
+    single = feed(made(), alone(batch, 1), [LENGTHS[1], *steps])
+    assert difference([x[1:] for x in together], single) <= TOLERANCE
+
+
 def run_rows(model, batch: dict):
     return feed(model, batch, [40, *[1] * 8])
 

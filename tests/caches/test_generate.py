@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from support.decoders import LENGTHS, alone, build, difference, make, prompts
-from thresher import KeyDiff, SnapKV, StreamingLLM, prune
+from thresher import KeyDiff, SnapKV, StreamingLLM, prune, unprune
 from thresher.caches.hooks import ours
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -79,6 +79,31 @@ def test_a_turn_after_drafts_is_pruned():
     model.generate(input_ids=turn, attention_mask=torch.ones_like(turn), **OPTIONS, past_key_values=cache)
     held = {layer.held for layer in ours(cache).values()}
     assert held == {12 + 5}  # the prompt's budget, and what was generated since
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_cache_is_pruned_by_direct_calls_after_drafts(returned):
+    """A draft is one within ``generate`` only."""
+    model, given = build("llama"), {} if returned else {"past_key_values": DynamicCache()}
+    batch = {name: torch.cat([x[:, -20:]] * 2, 1) for name, x in prompts((20,)).items()}
+    before = dict(vars(model))
+    prune(model, make("snapkv"))
+    told = model.generate(**batch, **OPTIONS, **given, prompt_lookup_num_tokens=3)
+    cache = told.past_key_values if returned else given["past_key_values"]
+    with torch.no_grad():
+        for seed in (3, 4):
+            model(input_ids=prompts((30,), seed)["input_ids"], past_key_values=cache)
+            for layer in ours(cache).values():
+                assert layer.held == 12 and layer.queries is None and layer.query_position is None
+    assert "generate" not in before and vars(unprune(model)).keys() == before.keys()
+
+
+def test_a_generate_that_was_laid_over_the_model_stays():
+    model, calls = build("llama"), []
+    own = model.generate = lambda **given: calls.append(len(given)) or type(model).generate(model, **given)
+    told = prune(model, make("keydiff")).generate(**prompts((40,)), **OPTIONS)
+    assert calls == [2 + len(OPTIONS)] and told.past_key_values.layers[0].held == 12 + 5
+    assert unprune(model).generate is own
 
 
 def test_a_prompt_that_comes_with_a_draft_is_evicted_without_it():

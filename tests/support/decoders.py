@@ -20,7 +20,10 @@ LATENT = TINY | {"num_key_value_heads": 4, "moe_intermediate_size": 16, "n_route
 LATENT |= {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16}
 LATENT |= {"q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 HYBRID = ["sliding_attention", "full_attention", "full_attention"]
-OTHERS = {"cohere": ("Cohere", GROUPED)}  # besides the families of the matrix
+SHARED = GROUPED | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8, "sliding_window": 12}
+SHARED |= {"layer_types": HYBRID[:2] * 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
+SHARED |= {"laurel_rank": 4, "altup_num_inputs": 2}
+OTHERS = {"cohere": ("Cohere", GROUPED), "gemma3n": ("Gemma3n", SHARED)}  # besides the families of the matrix
 DECODERS = {
     "llama": ("Llama", GROUPED),
     "qwen2": ("Qwen2", GROUPED),
@@ -55,7 +58,7 @@ def build(family: str, implementation: str = "sdpa", seed: int = 0, **options):
     """A tiny decoder whose attention is far from uniform."""
     torch.manual_seed(seed)
     name, own = (DECODERS | OTHERS)[family]
-    kind = "Gemma3Text" if name == "Gemma3" else name
+    kind = f"{name}Text" if name.startswith("Gemma3") else name
     implementation = "eager" if family in EAGER_ONLY else implementation
     config = getattr(t, f"{kind}Config")(**own | options, attn_implementation=implementation)
     head = {"GPT2": "GPT2LMHeadModel", "Gemma3": "Gemma3ForCausalLM"}.get(name, f"{name}ForCausalLM")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +33,7 @@ from .rope import Rotation, close_gap, rotation_of
 from .view import CacheView, attention_received
 
 KINDS = ("pruned", "sliding")  # of layers, in the report
+GENERATE = "generate"  # of a model
 FUNCTIONS = ("sdpa", "eager")  # attention functions that take a mask for each layer
 
 
@@ -90,6 +92,7 @@ class CacheHooks(Attachment):
             )
         self.blocks = {self.number_of(layer): layer.get_submodule(arch.block) for layer in arch.layers}
         kinds = DynamicCache(config=arch.base.config).layers
+        self.check_own_entries(len(kinds))
         self.full = [number for number, kind in enumerate(kinds) if type(kind) is DynamicLayer]
         if not self.full:
             raise ValueError(
@@ -101,6 +104,19 @@ class CacheHooks(Attachment):
         self.method.check(self)
         self.moves = self.method.moves_sinks(self)
         self.warned = False
+
+    def check_own_entries(self, layers: int) -> None:
+        """Raise ValueError where layers use the keys and values of others; ``layers``: how many a cache has."""
+        arch = self.architecture
+        numbers = [self.number_of(layer) for layer in arch.layers]
+        shared = {n for n in numbers if n >= layers or numbers.count(n) > 1 or compat.borrows_entries(self.blocks[n])}
+        if shared:
+            first, last = min(shared), max(shared)
+            which = f"layer {first} uses" if first == last else f"layers {first} to {last} use"
+            raise ValueError(
+                f"{self.method.name} is not possible with {arch.name}: {which} the keys and values of other layers, so "
+                "that what leaves would leave there, too"
+            )
 
     def number_of(self, layer: nn.Module) -> int:
         """The number of a layer in the cache."""
@@ -127,11 +143,30 @@ class CacheHooks(Attachment):
         super().attach()
         if hasattr(type(self.model), compat.PREPARE_CACHE):
             setattr(self.model, compat.PREPARE_CACHE, self.prepare_cache)
+            self.generates = vars(self.model).get(GENERATE)  # one of the model's own instance
+            setattr(self.model, GENERATE, self.generate)
 
     def detach(self) -> None:
         """Take the hooks off: the model is what it was."""
         super().detach()
         self.model.__dict__.pop(compat.PREPARE_CACHE, None)
+        if vars(self.model).get(GENERATE) == self.generate:
+            delattr(self.model, GENERATE)
+            if self.generates is not None:
+                setattr(self.model, GENERATE, self.generates)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for ``generate``: once it has ended, no draft comes any more to the cache that it leaves behind."""
+        caches = [kwargs.get("past_key_values")]
+        try:
+            kind: Any = type(self.model)
+            own = self.generates or partial(kind.generate, self.model)
+            answer = own(*args, **kwargs)
+            caches.append(getattr(answer, "past_key_values", None))
+            return answer
+        finally:
+            for layer in (layer for cache in caches for layer in ours(cache).values()):
+                layer.record_past = layer.fresh = False
 
     def prepare_cache(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
         """Stand in for what prepares the cache of ``generate``: our layers have to be told then of drafts that come."""
@@ -245,14 +280,18 @@ class CacheHooks(Attachment):
 
     def settle(self, cache: Any, layers: dict[int, PrunedLayer], options: Options) -> None:
         """Decide what waited for a draft to be accepted."""
+        if options.mode != "pruned":
+            return
         for number, layer in layers.items():
-            if layer.waiting and options.mode == "pruned":
+            if layer.waiting:
                 count, layer.waiting = layer.waiting, 0
                 assert layer.queries is not None and layer.query_position is not None
                 asks = layer.query_position[:, -count:]
                 call = CacheCall(options, False, cache, layers, asks, prompt=layer.waits_prompt)
                 inputs = self.inputs_of(number, layer, layer.queries[:, :, -count:])
                 self.decide(CacheSite(number, layer, call, inputs), remembered=True)
+            if self.method.keep is not None:  # whose scores look no further back
+                layer.queries = layer.query_position = None
 
     def inputs_of(self, number: int, layer: PrunedLayer, query: Tensor) -> AttentionInputs:
         """What the attention of a layer would be shown, with ``query`` (B, H, w, d)."""
@@ -290,7 +329,7 @@ class CacheHooks(Attachment):
         A mask takes sdpa off its quick paths, so that there is none where nothing is dead.
         """
         assert call.asks is not None
-        asks, new = call.asks.to(hidden.device), hidden.shape[1]
+        asks, new = call.asks.to(hidden.device), call.asks.shape[1]
         if new == 1 and not layer.dead and not call.padded:
             return None
         live = layer.live
@@ -356,8 +395,8 @@ class CacheHooks(Attachment):
             view = self.view(site, inputs, inputs.query, asks, None)
             sums = attention_received(view, inputs.query, asks)
             layer.received = sums if layer.received is None else layer.received + sums
-        share = method.share(self.full.index(site.number), len(self.full))
-        budget = method.budget(layer.real, call.prompt, share, self.room(call, layer))
+        place = (self.full.index(site.number), len(self.full))
+        budget = method.budget(layer.real, call.prompt, place, self.room(call, layer))
         kept = layer.counts if budget is None else budget.kept(layer.counts)
         if kept != layer.counts:
             order = self.order(layer)

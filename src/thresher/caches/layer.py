@@ -124,7 +124,15 @@ class PrunedLayer(DynamicLayer):
         return self.held + query_length, self.seen - self.held
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, KV, q, d); returns all that is held, in which new tokens see what they may."""
+        """Append keys and values (B, KV, q, d); returns all that is held, in which new tokens see what they may.
+
+        Raises:
+            ValueError: no pruned model has announced them, and only its mask would hide the dead slots.
+        """
+        if self.coming is None and not self.whole and self.dead:
+            raise ValueError(
+                "this cache was pruned and its rows are uneven: go on with the pruned model, or within dense(model)"
+            )
         batch, heads, new, _ = key_states.shape
         super().update(key_states, value_states)
         if not self.real:

@@ -162,19 +162,20 @@ class CachePruner(Pruner):
 
         return CacheHooks(model, self, "evict" if layout == "auto" else layout, original)
 
-    def budget(self, real: list[int], prompt: bool, share: float, room: int) -> Budget | None:
+    def budget(self, real: list[int], prompt: bool, place: tuple[int, int], room: int) -> Budget | None:
         """How many entries the rows of one layer may hold; None: nothing is decided now.
 
         Args:
             real: of each row, the real tokens seen.
             prompt: whether this forward brought a part of a prompt, and not what was generated.
-            share: what this layer keeps, relative to the mean of all.
+            place: the number of this layer among those that are pruned, and how many these are.
             room: entries of a row for which ``target_cache_mb`` has room.
         """
         if self.keep is not None:
             if not prompt:
                 return None
-            most = [self.keep if _whole(self.keep) else math.ceil(self.keep * count - 1e-9) for count in real]
+            keep: Any = self.keep
+            most = [keep if _whole(keep) else math.ceil(keep * count - 1e-9) for count in real]
         else:
             most = [room - self.every + 1 if self.hold is None else self.hold] * len(real)
             if most[0] < self.floor:
@@ -183,15 +184,20 @@ class CachePruner(Pruner):
                     f"{self.sinks} first and {self.recent} last tokens with {self.every} steps between evictions need "
                     f"{self.floor + self.every - 1}: give more, or a smaller every, recent or batch"
                 )
-        hold = [max(self.floor, round(count * share)) for count in most]
+        hold = [self.held_in(count, *place) for count in most]
         return Budget(hold, [count + (1 if prompt else self.every) for count in hold])
 
-    def share(self, number: int, layers: int) -> float:
-        """What layer ``number`` of ``layers`` keeps, relative to their mean."""
-        if self.layers == "equal" or layers == 1:
-            return 1.0
+    def held_in(self, mean: int, number: int, layers: int) -> int:
+        """Entries of a row in layer ``number`` of ``layers``, of which each holds ``mean`` on the average, or less.
+
+        What a layer holds beyond its share, for the tokens that never leave, the others give up.
+        """
+        if self.layers == "equal" or layers == 1 or mean <= self.floor:
+            return max(self.floor, mean)
         last = 1 / STEEPNESS
-        return (2 - last) + (2 * last - 2) * number / (layers - 1)
+        shares = [(2 - last) + (2 * last - 2) * other / (layers - 1) for other in range(layers)]
+        above = [max(0.0, mean * share - self.floor) for share in shares]
+        return self.floor + int(above[number] * (mean - self.floor) * layers / sum(above) + 1e-9)
 
     def protection(self, position: Tensor, live: Tensor) -> Tensor:
         """(B, KV, P) bool: the first and the last tokens, by their ``position``."""

@@ -77,8 +77,7 @@ def close_gap(layer: PrunedLayer, rotation: Rotation, sinks: int, turning: str =
     """Move the first ``sinks`` tokens up to the oldest of the others, whose keys stay as they are.
 
     Only distances count, so that a query sees the tokens that are held as if they stood next to each other. The keys
-    are
-    turned each time from what they were at first: what was turned again and again would drift.
+    are turned each time from what they were at first: what was turned again and again would drift.
     """
     assert layer.position is not None
     position = layer.position.masked_fill(~layer.live, -1)
@@ -90,8 +89,9 @@ def close_gap(layer: PrunedLayer, rotation: Rotation, sinks: int, turning: str =
     if layer.sink_keys is None or layer.shift is None:
         layer.sink_keys, layer.shift = now.float(), torch.zeros_like(position[..., :1])
     layer.sink_keys = torch.where((layer.shift == 0)[..., None], now.float(), layer.sink_keys)
+    some = (position >= sinks).any(-1, keepdim=True)  # a row that has no others stays where it is
     oldest = position.masked_fill(position < sinks, torch.iinfo(torch.int32).max).amin(-1, keepdim=True)
-    layer.shift = torch.where(there.all(2), oldest - sinks, 0)
+    layer.shift = torch.where(there.all(2) & some, oldest - sinks, 0)
     moved = rotation.further(layer.sink_keys, layer.shift.expand(-1, -1, sinks)).to(keys.dtype)
     unmoved = (layer.shift == 0)[..., None] | ~there
     for s in range(sinks):  # one at a time: slots of tokens that are not there name slot 0, which another may hold

@@ -109,6 +109,11 @@ def wants_cache(model: PreTrainedModel, given: bool | None) -> bool:
 PREPARE_CACHE = "_prepare_cache_for_generation"  # of a model: makes the cache of ``generate``, or takes the one given
 
 
+def borrows_entries(block: nn.Module) -> bool:
+    """Whether an attention block uses the keys and values of another layer, as the last ones of Gemma 3n do."""
+    return bool(getattr(block, "is_kv_shared_layer", False))
+
+
 def is_quantized(cache: Any) -> bool:
     """Whether a cache holds its entries quantized."""
     return any(isinstance(layer, BaseQuantizedLayer) for layer in cache.layers) or isinstance(cache, QuantizedCache)

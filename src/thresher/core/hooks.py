@@ -8,7 +8,6 @@ pass finds what was decided the first time.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +31,6 @@ TOKEN_ARGUMENTS = {
     "position_bias": (-2, -1),
     "sinusoidal_pos": (-2,),
 }
-_THREAD = threading.local()  # .calls and .options: {Hooks: CallState} and {Hooks: Options} of the running thread
 
 
 @dataclass(frozen=True)

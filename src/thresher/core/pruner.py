@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .architecture import Architecture
 from .cost import LayerCost, LayerCount, dense_macs, macs
@@ -450,6 +450,18 @@ class TokenPruner(Pruner):
             }
             for layer, (cost, count, after) in enumerate(zip(record.costs, record.counts, record.kept(), strict=True))
         ]
+
+
+def token_pruner_of(model: nn.Module, verb: str) -> Any:
+    """The method that prunes the tokens of ``model``; None where nothing does.
+
+    Raises:
+        ValueError: it prunes something else, which ``verb`` cannot take.
+    """
+    pruner = pruner_of(model)
+    if pruner is None or isinstance(pruner, TokenPruner):
+        return pruner
+    raise ValueError(f"{type(pruner).__name__} prunes a KV cache; {verb} takes a method that prunes tokens, as TopK")
 
 
 def check_protect(protect: Any) -> None:

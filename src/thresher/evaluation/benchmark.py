@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..api import MODULE
 from ..core.architecture import find_architecture
 from ..core.cost import LayerCost, dense_macs, tokens_by_layer
-from ..core.pruner import TokenPruner
+from ..core.pruner import TokenPruner, token_pruner_of
 from ..core.tokens import LAYOUTS
 from ..data import qa
 from ..data.task import Task
@@ -168,7 +168,7 @@ class Benchmark:
         for given, there in ((self.modes, MODES), (self.precisions, PRECISIONS)):
             if unknown := [value for value in given if value not in there]:
                 raise ValueError(f"{unknown[0]!r} is not measured here; there is {', '.join(there)}")
-        if getattr(self.model, MODULE, None) is None or {"dense", "pruned"} & {*self.baselines}:
+        if token_pruner_of(self.model, "measure") is None or {"dense", "pruned"} & {*self.baselines}:
             raise ValueError('measure() needs a pruned model, and baselines that are not called "dense" or "pruned"')
         self.known = {} if self.predictions is None else self.predictions
         self.say = self.progress or (lambda *_: None)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..api import MODULE, calling, inner_model, prune, unprune
 from ..core.architecture import find_architecture
 from ..core.cost import dense_macs, macs
-from ..core.pruner import METHODS, pruner_of
+from ..core.pruner import METHODS, token_pruner_of
 from ..core.tokens import LAYOUTS
 from ..data import qa
 from ..methods.topk import REPLAY, TopK
@@ -115,7 +115,7 @@ def predict(
             scores of a model that lets tokens leave.
     """
     model = in_precision(model, torch.bfloat16) if bf16 else model
-    text, pruner = Text(model, dataset, pad_to), pruner_of(model)
+    text, pruner = Text(model, dataset, pad_to), token_pruner_of(model, "predict")
     counts = counts_of(model, len(dataset), counts)
     stack = find_architecture(inner_model(model)) if pruner is None else pruner.architecture
     rows_dense = dense_macs(stack.costs, text.lengths)
@@ -205,7 +205,7 @@ def replayed(model: PreTrainedModel, method: str, counts: Tensor) -> PreTrainedM
     Example:
         >>> baseline = replayed(model, "random", predict(model, rows).kept)
     """
-    pruner, name = pruner_of(model), method.replace("-", "")
+    pruner, name = token_pruner_of(model, "replayed"), method.replace("-", "")
     if name not in REPLAYING or pruner is None:
         raise ValueError(f"expected a pruned model and one of {', '.join(REPLAYING)}, got {method!r}")
     if counts.dim() != 2 or counts.shape[1] != len(pruner.sites):

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from ..api import MODULE
 from ..core.compat import graph_exporter
+from ..core.pruner import token_pruner_of
 from ..data.embedder import Embedder
 from ..data.models import positions
 from ..evaluation.hardware import environment
@@ -117,6 +118,7 @@ def _spec_of(model: PreTrainedModel | Embedder, format: str, precision: str, max
 
 def _check_request(model: PreTrainedModel | Embedder, format: str, precision: str, calibration: Any) -> None:
     """Raise ValueError for a graph that cannot be made."""
+    token_pruner_of(model, "export")
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: expected {' or '.join(FORMATS)}")
     if precision not in FORMATS[format]:

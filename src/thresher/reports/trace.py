@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from ..core.pruner import token_pruner_of
 from ..core.view import departures
 from ..data.models import positions
 from ..evaluation.predict import ready
@@ -76,7 +77,7 @@ def trace(model, tokenizer, text: str, text_pair: str | None = None, max_length:
     Raises:
         ValueError: the model is not pruned, or its tokenizer does not tell the characters of a token.
     """
-    pruner = getattr(model, "token_pruner", None)
+    pruner = token_pruner_of(model, "trace")
     if pruner is None:
         raise ValueError(f"this {type(model).__name__} is dense: no token leaves it")
     if not getattr(tokenizer, "is_fast", False):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..api import inner_model
-from ..core.pruner import TokenPruner, pruner_of
+from ..core.pruner import TokenPruner, token_pruner_of
 from ..core.view import departures
 
 WORD = "a"  # any text: around its tokens a tokenizer puts the special ones
@@ -152,7 +152,7 @@ def _remembering(model: nn.Module) -> TokenPruner:
         ValueError: there is none, it merges, or the model does not choose between classes.
     """
     inner: Any = inner_model(model)
-    pruner = pruner_of(inner)
+    pruner = token_pruner_of(inner, "Stream")
     if pruner is None:
         raise ValueError(
             f"this {type(inner).__name__} is dense, so nothing says what is remembered: prune it, as in "

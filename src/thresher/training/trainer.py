@@ -21,7 +21,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, Trai
 from ..api import inner_model, prune, unprune
 from ..core.architecture import Architecture, find_architecture
 from ..core.compat import TrainerNames, transformer_module
-from ..core.pruner import MODULE, Batch, Choice, Record, TokenPruner, pruner_in, pruner_of
+from ..core.pruner import MODULE, Batch, Choice, Record, TokenPruner, pruner_in, pruner_of, token_pruner_of
 from ..core.view import View
 from ..evaluation.latency import latency_table
 from ..methods.parts.distillation import LOGITS, distillation, state_loss
@@ -47,7 +47,7 @@ def param_groups(model: nn.Module, lr: float, pruner_lr: float | None = None, we
         pruner_lr: learning rate of the method. Default: the method's ``lr``.
         weight_decay: of the model.
     """
-    pruner = pruner_in(model)
+    pruner = token_pruner_of(model, "param_groups") or pruner_in(model)
     own = {id(p) for p in pruner.parameters()}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     return [{"params": others, "lr": lr, "weight_decay": weight_decay}, pruner_group(pruner, pruner_lr)]
@@ -214,9 +214,9 @@ class Pruning(Grouped):
         """Check the model and follow the training; arguments as of ``PruningTrainer``.
 
         Raises:
-            ValueError: the model is not pruned, or its weights are float16.
+            ValueError: the model is not pruned, its cache is and no token, or its weights are float16.
         """
-        if pruner_of(inner_model(self.model)) is None:
+        if token_pruner_of(inner_model(self.model), type(self).__name__) is None:
             raise ValueError(f"{type(self).__name__} needs a pruned model: call prune(model, method) first")
         halves = {p.dtype for p in self.model.parameters() if p.requires_grad and p.dtype == torch.float16}
         if halves:
