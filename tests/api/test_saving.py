@@ -84,6 +84,7 @@ def test_the_configuration_says_what_prunes(saved):
         "soft_until": 0.3,
         "straight_through": True,
         "schedule": None,
+        "fuse": False,
         "min_keep": 3,
     }
     assert "pruned|" not in json.dumps(config)

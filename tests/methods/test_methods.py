@@ -195,7 +195,7 @@ def test_ids_cannot_be_protected_without_ids():
         model(inputs_embeds=torch.randn(1, 4, 32))
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if issubclass(method, TokenPruner)))
 def test_configurations_come_back(name):
     method = METHODS[name](at=(0, 2), protect=(0, -1))
     assert TokenPruner.from_dict(method.to_dict()).to_dict() == method.to_dict()
