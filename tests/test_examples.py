@@ -12,9 +12,11 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 import thresher
+from support.embedders import save_embedder
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from thresher import TopK, dense, prune
 from thresher.core.pruner import METHODS
+from thresher.data.embedder import load_embedder
 from thresher.evaluation.predict import predict
 
 TEXTS = ["the farmer thresh the wheat", "grain and chaff", "wheat"]
@@ -69,5 +71,10 @@ def test_the_example_of_a_runtime_runs(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (example,) = examples_of("thresher.exporting.runtime")
     thresher.export(prune(tiny_model(), TopK(keep=0.5)), tmp_path / "runs/reviews-onnx", tokenizer=tiny_tokenizer())
-    run(example, names(pruned=True))
-    assert {"label", "score"} <= {*example.globs["second"]}
+    ranker = prune(tiny_model(num_labels=1), TopK(keep=0.5, protect={"until": [3]}))
+    thresher.export(ranker, tmp_path / "runs/ranker-onnx", tokenizer=tiny_tokenizer())
+    embedder, tokenizer = load_embedder(str(save_embedder(tmp_path / "embedder", TopK(keep=0.5))))
+    thresher.export(embedder, tmp_path / "runs/embedder-onnx", tokenizer=tokenizer)
+    run(example, names(pruned=True) | {"passages": ["the farmer", "the wheat and the chaff"]})
+    assert {"label", "score"} <= {*example.globs["second"]} and len(example.globs["vectors"]) == 2
+    assert {"index", "score"} <= {*example.globs["best"][0]}
