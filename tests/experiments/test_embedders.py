@@ -170,3 +170,8 @@ def test_the_command_evaluates(farm):
     run = CliRunner().invoke(cli.app, ["eval", farm.pruned, "--data", farm.found, "--max-length", "64"])
     assert run.exit_code == 0, run.output
     assert "overlap@10" in run.output
+
+
+def test_one_text_has_no_neighbours():
+    with pytest.raises(DataError, match="give two or more"):
+        neighbours(np.ones((1, 3)), np.ones((1, 3)), ["the wheat"])

@@ -213,3 +213,10 @@ def test_the_command_prepares(made, tmp_path):
     assert [row["note"] for row in rows] == ["before", "prepared"]
     assert f"the encoder is in {tmp_path / 'out'}" in result.stderr and "after 2 steps" in result.stderr
     shutil.rmtree(tmp_path / "out")
+
+
+def test_a_decoder_is_refused(tmp_path):
+    FAMILIES["gpt2"].build().base_model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a decoder, whose first token sees no other"):
+        jobs.encoder_of(str(tmp_path))

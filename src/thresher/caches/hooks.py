@@ -417,8 +417,8 @@ class CacheHooks(Attachment):
     def view(
         self, site: CacheSite, inputs: AttentionInputs, query: Tensor, places: Tensor, order: Tensor | None
     ) -> CacheView:
-        """What the method sees of a layer, with ``query`` (B, H, w, d) at ``places`` (B, w); ``order``: of which "
-        "slots."""
+        """What the method sees of a layer, with ``query`` (B, H, w, d) at ``places`` (B, w); ``order``: of which
+        slots."""
         layer, method = site.layer, self.pruner
         assert layer.position is not None
         key, value, logits = inputs.key, inputs.value, inputs.logits
