@@ -18,7 +18,7 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from thresher.data.load import load_task
-    from thresher.data.models import reading
+    from thresher.data.files import reading
     from thresher.data.tokenize import tokenize
     from thresher.serving.batching import batches
 

@@ -14,7 +14,10 @@ from support.families import FAMILIES
 from support.tiny import save_tiny, tiny_tokenizer
 from thresher import LTP, ToMe, TopK, dense, prune, unprune
 from thresher.data.embedder import Embedder, Pooling, best_pooling, is_embedder, load_embedder
+from thresher.data.task import Task
+from thresher.data.tokenize import tokenize
 from thresher.evaluation.predict import predict
+from thresher.serving.score import Scorer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the libraries that it opens
@@ -120,8 +123,6 @@ def test_folders_that_do_not_serve(encoder, tmp_path):
     for said in ({"pooling_mode": ["mean", "cls"]}, {"pooling_mode_weightedmean_tokens": True}):
         with pytest.raises(ValueError, match="joins or weighs states"):
             load_embedder(written("1_Pooling/config.json", said))
-    with pytest.raises(ValueError, match="leaves the prompt out"):
-        load_embedder(written("1_Pooling/config.json", {"pooling_mode": "mean", "include_prompt": False}))
     with pytest.raises(ValueError, match="reads pixel_values and no text"):
         FAMILIES["vit"].build().save_pretrained(tmp_path / "vit")
         load_embedder(str(tmp_path / "vit"), pooling="mean")
@@ -179,13 +180,72 @@ def test_dense_modules_that_are_not_understood(encoder, tmp_path):
         load_embedder(str(tmp_path))
 
 
-def test_a_prompt_by_default_is_refused(encoder, tmp_path):
-    embedder, tokenizer = load_embedder(str(encoder), pooling="mean")
-    embedder.prompts = {"query": "the "}
-    embedder.save_pretrained(tmp_path, tokenizer)
-    said = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
-    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(said | {"default_prompt_name": "query"}))
-    with pytest.raises(ValueError, match="its prompt 'query' before every text where none is named"):
+def prompted(encoder, folder, mode: str, include: bool, default: str | None = "query") -> SentenceTransformer:
+    """A saved embedder of sentence-transformers with prompts."""
+    theirs = SentenceTransformer(
+        modules=[Transformer(str(encoder)), Theirs(32, mode, include_prompt=include), Normalize()],
+        prompts={"query": "the farmer ", "passage": "wheat and "},
+        default_prompt_name=default,
+        device="cpu",
+    )
+    theirs.save_pretrained(str(folder))
+    return theirs
+
+
+def set_before(embedder, tokenizer, *names: str) -> np.ndarray:
+    """The vectors of TEXTS with a prompt before each."""
+    task = Task(None, None, None, ("text",), None, [], "embedding", "cosine", "", "", {})
+    before = embedder.prompt(tokenizer, 64, *names)
+    rows = tokenize(Dataset.from_dict({"text": TEXTS}), task, tokenizer, 64, before)[0]
+    return predict(embedder, rows, batch_size=2).logits.numpy()
+
+
+@pytest.mark.parametrize("include", [True, False])
+@pytest.mark.parametrize("mode", ["mean", "cls", "max", "lasttoken"])
+def test_prompts_are_those_of_sentence_transformers(encoder, tmp_path, mode, include):
+    theirs = prompted(encoder, tmp_path / "theirs", mode, include)
+    embedder, tokenizer = load_embedder(str(tmp_path / "theirs"))
+    assert embedder.default_prompt == "query" and embedder.pooling.include_prompt == include
+    embedder.save_pretrained(tmp_path / "ours", tokenizer)
+    again = SentenceTransformer(str(tmp_path / "ours"), device="cpu")
+    scorer = Scorer(tmp_path / "ours", threads=1)
+    by_default = theirs.encode(TEXTS)
+    assert np.abs(by_default - theirs.encode(TEXTS, prompt="")).max() > 1e-3
+    for found in (set_before(embedder, tokenizer), again.encode(TEXTS), scorer(TEXTS)["embedding"]):
+        assert np.abs(found - by_default).max() <= 1e-5
+    named = theirs.encode(TEXTS, prompt_name="passage")
+    scorer = Scorer(tmp_path / "ours", threads=1, prompt="passage")
+    for found in (set_before(embedder, tokenizer, "passage"), scorer(TEXTS)["embedding"]):
+        assert np.abs(found - named).max() <= 1e-5
+    with pytest.raises(ValueError, match="has no prompt of that name"):
+        Scorer(tmp_path / "ours", prompt="corpus").open()
+
+
+@pytest.mark.parametrize("pooling", ["put-back", "survivors"])
+def test_a_pruned_embedder_pools_no_prompt(encoder, tmp_path, pooling):
+    """The prompt is read, and pruned, and has no weight in the vector; where nothing else is left the text has it."""
+    prompted(encoder, tmp_path, "mean", False)
+    embedder, tokenizer = load_embedder(str(tmp_path))
+    prune(embedder, TopK(keep=0.6, at=(1,), pooling=pooling))
+    inputs = tokenizer(["the farmer thresh the wheat and the grain"], return_tensors="pt")
+    mask = torch.tensor([embedder.prompt(tokenizer, 64).mask(inputs["input_ids"].shape[1])])
+    assert mask[0, :3].tolist() == [0, 0, 0] and mask[0, 3:].all()
+    with torch.no_grad():
+        states = embedder.model(**inputs)
+        weight = mask * (states.token_mask if pooling == "survivors" else 1)
+        vector = (states.last_hidden_state * weight[..., None]).sum(1) / weight.sum()
+        expected = torch.nn.functional.normalize(vector, dim=-1)
+        torch.testing.assert_close(embedder(**inputs, pooling_mask=mask).sentence_embedding, expected)
+        gone = torch.zeros_like(mask)
+        gone[0, int((states.token_mask[0] == 0).nonzero()[0, 0]) if pooling == "survivors" else 3] = 1
+        assert embedder(**inputs, pooling_mask=gone).sentence_embedding.norm().item() == pytest.approx(1.0)
+
+
+def test_a_prompt_by_default_has_to_be_there(encoder, tmp_path):
+    prompted(encoder, tmp_path, "mean", True)
+    place = tmp_path / "config_sentence_transformers.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"default_prompt_name": "corpus"}))
+    with pytest.raises(ValueError, match="names the prompt 'corpus' as default_prompt_name, and has"):
         load_embedder(str(tmp_path))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from thresher.experiments.describe import describe
 from thresher.exporting import export as exporting
 from thresher.exporting.export import inputs_of
 from thresher.methods.parts.rank_bins import within
+from thresher.serving.score import Scorer
 
 TEXTS = ["the farmer and the grain", "thresh", "the grain and the script and the farmer and the wheat", "chaff"]
 SHAPES = ((1, 1), (1, 2), (1, 7), (5, 9), (2, 33), (1, 64))
@@ -370,7 +372,7 @@ def vectors(tmp_path_factory):
 
 def test_the_pooling_is_part_of_the_graph(vectors):
     embedder, folder, spec = vectors
-    assert spec["difference"] <= 1e-4 and spec["pooling"] == {"mode": "mean", "normalize": True}
+    assert spec["difference"] <= 1e-4 and spec["pooling"] == asdict(embedder.pooling)
     runtime, tokenizer = load_runtime(folder), tiny_tokenizer()
     with torch.no_grad():
         expected = embedder(**tokenizer(TEXTS, return_tensors="pt", padding=True))
@@ -386,6 +388,26 @@ def test_the_pooling_is_part_of_the_graph(vectors):
         runtime(TEXTS)
     with pytest.raises(ValueError, match="gives vectors: rank"):
         runtime.rank("wheat", TEXTS)
+
+
+def test_a_graph_leaves_prompts_out_of_its_pooling(tmp_path):
+    net = FAMILIES["bert"].build(pad_token_id=0, vocab_size=len(tiny_tokenizer()), max_position_embeddings=128).bert
+    embedder = Embedder(net.eval(), Pooling(include_prompt=False), prompts={"query": "the farmer "})
+    embedder.default_prompt, tokenizer = "query", tiny_tokenizer()
+    spec = export(prune(embedder, TopK(keep=0.6)), tmp_path / "graph", tokenizer=tokenizer, max_length=64)
+    runtime = load_runtime(tmp_path / "graph")
+    assert spec["difference"] <= 1e-4 and "pooling_mask" in runtime.spec["inputs"]
+    inputs = tokenizer([f"the farmer {text}" for text in TEXTS], return_tensors="pt", padding=True)
+    places = torch.arange(inputs["input_ids"].shape[1])
+    with torch.no_grad():
+        expected = embedder(**inputs, pooling_mask=(places >= 3).long().expand_as(inputs["input_ids"]))
+        whole = embedder(**inputs).sentence_embedding.numpy()
+    expected = expected.sentence_embedding.numpy()
+    assert np.abs(expected - whole).max() > 1e-3
+    assert np.abs(runtime.encode(TEXTS, batch_size=3) - expected).max() <= 1e-5
+    assert np.abs(Scorer(tmp_path / "graph", threads=1)(TEXTS)["embedding"] - expected).max() <= 1e-5
+    plain = {name: x for name, x in inputs.items()}  # without a mask all tokens are pooled
+    assert np.abs(runtime.forward(**plain)["sentence_embedding"].numpy() - whole).max() <= 1e-5
 
 
 def test_a_graph_ranks(tmp_path):

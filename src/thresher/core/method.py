@@ -102,12 +102,15 @@ class Pruner(nn.Module):
         method = METHODS[config["method"]]
         known = {f.name for f in dataclasses.fields(method)}
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
-        if "votes" in known:
-            fields.setdefault("votes", "all")  # those of an entry that does not know of votes
         try:
-            return method(**fields)
+            return method(**method.completed(fields))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{entry} is nothing that {method.__name__} can take: {error}") from error
+
+    @classmethod
+    def completed(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of an entry, with what an older version of the method did where the entry lacks a field."""
+        return fields
 
     def get_extra_state(self) -> Tensor:
         """``to_dict`` as JSON, (bytes,) uint8: weight files hold tensors alone."""

@@ -211,6 +211,11 @@ class TokenPruner(Pruner):
         """What config.json gets; ``from_dict`` takes it back."""
         return {**super().to_dict(), "at": list(self.sites) if hasattr(self, "sites") else self.at}
 
+    @classmethod
+    def completed(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """As of every method: an entry that does not know of votes has those of all tokens."""
+        return {"votes": ALL} | fields
+
     # --- what a method overrides ---------------------------------------------------------------------------------
     def score(self, view: View) -> Tensor:
         """(B, N): the importance score of each token. Default: the attention received, relative to uniform."""

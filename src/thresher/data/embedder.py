@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import cached_file
 
 from ..api import MODULE, unprune
 from ..core.pruner import POOLINGS, PUT_BACK, SURVIVORS
-from .models import opened, positions, reading
+from .files import find_file, read_json, reading
+from .models import opened, positions
 
 MODULES, POOLING, TEXTS, MODEL = (
     "modules.json",
@@ -49,6 +49,7 @@ FLAGS = {  # of its older folders
     "pooling_mode_lasttoken": "lasttoken",
 }
 USUAL = 512  # tokens of a text, where nobody says
+PROMPTED = "pooling_mask"  # the input, and the column, that leave a prompt out of the pooling
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,12 @@ class Pooling:
     Attributes:
         mode: "mean", "max", "cls" (the first token) or "lasttoken".
         normalize: whether an embedder gives the vector the length 1 at the end.
+        include_prompt: whether the tokens of a prompt, and those before it, are pooled as well.
     """
 
     mode: str = "mean"
     normalize: bool = True
+    include_prompt: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in FLAGS.values():
@@ -79,6 +82,29 @@ class Pooling:
             place = place.argmax(1) if self.mode == "lasttoken" else (mask != 0).long().argmax(1)
             vector = states.gather(1, place[:, None, None].expand(-1, -1, states.shape[-1]))[:, 0]
         return vector
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What stands before a text, and how many tokens at its beginning are read and not pooled."""
+
+    text: str = ""
+    tokens: int = 0
+
+    def mask(self, length: int) -> list[int]:
+        """Return (length,) 1 for each token that is pooled, else 0."""
+        return [int(place >= self.tokens) for place in range(length)]
+
+    @classmethod
+    def of(cls, text: str, pooled: bool, tokenizer: Any, longest: int) -> Prompt:
+        """Measure a prompt; ``pooled``: whether its tokens are pooled.
+
+        As in sentence-transformers, its tokens are those of the prompt alone, without a special one at their end.
+        """
+        if pooled or not text:
+            return cls(text)
+        ids = tokenizer(text, truncation=True, max_length=longest, verbose=False)["input_ids"]
+        return cls(text, len(ids) - (bool(ids) and ids[-1] in tokenizer.all_special_ids))
 
 
 class Projection(nn.Module):
@@ -111,7 +137,7 @@ class Projection(nn.Module):
     @classmethod
     def load(cls, model: str, path: str) -> Projection:
         """Read it from a folder, or the hub. Raises ValueError for one that is not understood."""
-        said, weights = _json(model, f"{path}/{POOLING}") or {}, _found(model, f"{path}/{WEIGHTS}")
+        said, weights = read_json(model, f"{path}/{POOLING}") or {}, find_file(model, f"{path}/{WEIGHTS}")
         name = said.get("activation_function", TANH)
         if name not in ACTIVATIONS:
             known = ", ".join(each.rpartition(".")[2] for each in ACTIVATIONS)
@@ -142,11 +168,13 @@ class Embedder(nn.Module):
     """A transformers model, pruned or not, and its pooling; ``prune``, ``unprune`` and ``dense`` take it.
 
     Where its method pools survivors (``TopK(pooling="survivors")``), the tokens that are left at the end are pooled
-    alone; else all, those that left with their last states.
+    alone; else all, those that left with their last states. Of a text of which nothing is left but a prompt that is not
+    pooled, all but the prompt is.
 
     Attributes:
         longest: tokens at which texts are cut.
         prompts: by name, what stands before a text.
+        default_prompt: the name of that which stands before a text where none is named; None: nothing does.
         projections: what the pooled vector goes through before it gets its length.
         vectors_alone: whether the states are left out of its output.
     """
@@ -162,7 +190,7 @@ class Embedder(nn.Module):
         super().__init__()
         self.projections = nn.ModuleList(projections)
         self.model, self.pooling, self.longest = model, pooling or Pooling(), longest
-        self.prompts, self.vectors_alone = dict(prompts or {}), False
+        self.prompts, self.default_prompt, self.vectors_alone = dict(prompts or {}), cast("str | None", None), False
 
     main_input_name = "input_ids"
 
@@ -197,9 +225,12 @@ class Embedder(nn.Module):
         """The method that prunes it, None where nothing does."""
         return getattr(self.model, MODULE, None)
 
-    def prompt(self, *names: str) -> str:
-        """Return what stands before a text: the first of the named prompts that there is; nothing where none is."""
-        return next((self.prompts[name] for name in names if name in self.prompts), "")
+    def prompt(self, tokenizer: Any, max_length: int, *names: str) -> Prompt:
+        """Return what stands before a text: the first of the named prompts that there is, nothing where none is; where
+        none is named, that by default."""
+        named = names or (self.default_prompt,)
+        text = next((self.prompts[name] for name in named if name in self.prompts), "")
+        return Prompt.of(text, self.pooling.include_prompt, tokenizer, max_length)
 
     def get_base_model(self) -> PreTrainedModel:
         """Return the transformers model that ``prune`` takes."""
@@ -210,9 +241,10 @@ class Embedder(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        pooling_mask: Tensor | None = None,
         **inputs: Any,
     ) -> EmbeddingOutput:
-        """Embed a batch of texts (B, N)."""
+        """Embed a batch of texts (B, N); ``pooling_mask`` (B, N): 1 for each token that is pooled (default: all)."""
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
@@ -223,8 +255,11 @@ class Embedder(nn.Module):
                 f"pooling='survivors' says nothing of an embedder that pools one token ({self.pooling.mode}): leave it "
                 "out"
             )
-        if mask is None:
-            mask = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask
+        every = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask
+        mask = every if mask is None else mask
+        if pooling_mask is not None:
+            left, own = mask * pooling_mask, every * pooling_mask
+            mask = torch.where((left != 0).any(1, keepdim=True), left, own.to(left.dtype))
         vectors = self.pooling(states, mask)
         for projection in self.projections:
             vectors = projection(vectors)
@@ -245,10 +280,15 @@ class Embedder(nn.Module):
                 for i, (name, path) in enumerate(zip(names, paths, strict=True))
             ],
             TEXTS: {"max_seq_length": self.longest, "do_lower_case": False},
-            MODEL: {"prompts": self.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+            MODEL: {
+                "prompts": self.prompts,
+                "default_prompt_name": self.default_prompt,
+                "similarity_fn_name": "cosine",
+            },
             f"1_Pooling/{POOLING}": {
                 "word_embedding_dimension": self.config.hidden_size,
                 **{flag: mode == self.pooling.mode for flag, mode in FLAGS.items()},
+                "include_prompt": self.pooling.include_prompt,
             },
         }
         for path, content in files.items():
@@ -278,7 +318,7 @@ def best_pooling(net: Embedder, judge: Callable[[], float]) -> dict[str, Any]:
 def is_embedder(model: str) -> bool:
     """Whether a folder, or a name on the hub, is an embedder of sentence-transformers."""
     try:
-        modules = _json(model, MODULES)
+        modules = read_json(model, MODULES)
     except ValueError:
         return False
     return bool(modules) and any(_kind(module) == "Pooling" for module in modules)
@@ -297,7 +337,7 @@ def load_embedder(model: str, layout: str = "auto", pooling: str | None = None, 
         ValueError: no such model, one that cannot be read, says nothing of its pooling or has modules that are not
             understood.
     """
-    modules = _json(model, MODULES)
+    modules = read_json(model, MODULES)
     if modules is None and pooling is None:
         raise ValueError(
             f"{model} does not say how its states are pooled (no {MODULES}): name it, as in pooling='mean', or "
@@ -305,19 +345,14 @@ def load_embedder(model: str, layout: str = "auto", pooling: str | None = None, 
         )
     way, where, longest = Pooling(pooling or "mean"), model, None
     prompts: dict[str, str] = {}
+    default = None
     if modules is not None:
         way, path = _pooling_of(model, modules)
         where = str(Path(model) / path) if path and Path(model).is_dir() else model
         if path and where == model:
             options["subfolder"] = path
-        longest = (_json(model, "/".join(filter(None, (path, TEXTS)))) or {}).get("max_seq_length")
-        said = _json(model, MODEL) or {}
-        prompts = said.get("prompts") or {}
-        if prompts.get(said.get("default_prompt_name") or ""):
-            raise ValueError(
-                f"{model} sets its prompt {said['default_prompt_name']!r} before every text where none is named, which "
-                "is not understood: write null for default_prompt_name, and name the prompt in each call"
-            )
+        longest = (read_json(model, "/".join(filter(None, (path, TEXTS)))) or {}).get("max_seq_length")
+        prompts, default = _prompts_of(model)
     dense = [module["path"] for module in modules or () if _kind(module) == "Dense"]
     layers = [Projection.load(model, path) for path in dense]
     net = opened(lambda: reading(AutoModel.from_pretrained, where, **options), model, layout)
@@ -327,7 +362,29 @@ def load_embedder(model: str, layout: str = "auto", pooling: str | None = None, 
     tokenizer = reading(AutoTokenizer.from_pretrained, where, **subfolder)
     most = [limit for limit in (longest, positions(net), tokenizer.model_max_length) if limit]
     layers = [layer.to(net.device, net.dtype) for layer in layers]
-    return Embedder(net, way, min(most, default=USUAL), prompts, layers).eval(), tokenizer
+    embedder = Embedder(net, way, min(most, default=USUAL), prompts, layers)
+    embedder.default_prompt = default
+    return embedder.eval(), tokenizer
+
+
+def default_prompt_of(model: str, tokenizer: Any, max_length: int) -> Prompt:
+    """Return what a folder, or the hub, says that stands before every text; nothing for what is no embedder."""
+    modules = read_json(model, MODULES)
+    if not modules:
+        return Prompt()
+    prompts, name = _prompts_of(model)
+    return Prompt.of(prompts.get(name or "", ""), _pooling_of(model, modules)[0].include_prompt, tokenizer, max_length)
+
+
+def _prompts_of(model: str) -> tuple[dict[str, str], str | None]:
+    """The prompts of an embedder by name, and the name of that which stands before every text."""
+    said = read_json(model, MODEL) or {}
+    prompts = {name: text or "" for name, text in (said.get("prompts") or {}).items()}
+    default = said.get("default_prompt_name")
+    if default is not None and default not in {*prompts, "query", "document"}:  # these two are there without a text
+        known = ", ".join(prompts) or "none"
+        raise ValueError(f"{model}: {MODEL} names the prompt {default!r} as default_prompt_name, and has {known}")
+    return prompts, default
 
 
 def embedder_for(
@@ -362,7 +419,7 @@ def embedder_for(
 
 def config_of(model: str) -> Any:
     """The configuration of the transformers model of an embedder."""
-    modules = _json(model, MODULES)
+    modules = read_json(model, MODULES)
     path = _pooling_of(model, modules)[1] if modules else ""
     if path and Path(model).is_dir():
         return reading(AutoConfig.from_pretrained, str(Path(model) / path))
@@ -383,31 +440,11 @@ def _pooling_of(model: str, modules: list) -> tuple[Pooling, str]:
         what = f"a module {strange[0]}" if strange else " and ".join(kinds)
         expected = "a transformer, its pooling, Dense modules and a normalisation at the end are understood"
         raise ValueError(f"{model} has {what}: {expected}")
-    said = _json(model, f"{modules[1]['path']}/{POOLING}") or {}
+    said = read_json(model, f"{modules[1]['path']}/{POOLING}") or {}
     modes = said.get("pooling_mode", [mode for flag, mode in FLAGS.items() if said.get(flag)] or "mean")
     modes = [modes] if isinstance(modes, str) else list(modes)
     unknown = [name for name, on in said.items() if name.startswith("pooling_mode_") and on and name not in FLAGS]
     if len(modes) != 1 or unknown:
         what, one = ", ".join(unknown or modes), ", ".join(FLAGS.values())
         raise ValueError(f"{model} joins or weighs states ({what}): one of {one} is understood")
-    if said.get("include_prompt") is False:
-        raise ValueError(f"{model} leaves the prompt out of its pooling, which is not understood")
-    return Pooling(modes[0], "Normalize" in kinds), modules[0]["path"]
-
-
-def _found(model: str, name: str) -> Path | None:
-    """Where a file of a folder, or of the hub, lies; None where there is none."""
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    found = Path(model) / name if Path(model).is_dir() else reading(cached_file, model, filename=name, **options)
-    return Path(found) if found is not None and Path(found).is_file() else None
-
-
-def _json(model: str, name: str) -> Any:
-    """What a file of a folder, or of the hub, holds; None where there is none."""
-    found = _found(model, name)
-    try:
-        return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{found} cannot be read: {error}") from None
+    return Pooling(modes[0], "Normalize" in kinds, said.get("include_prompt") is not False), modules[0]["path"]

@@ -10,7 +10,6 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -26,6 +25,8 @@ from transformers.utils import logging
 
 from ..api import CONFIG_KEY, prune
 from ..core.pruner import METHODS, TokenPruner
+from .files import reading
+from .scores import forget_activation, settle_activation
 from .task import Task
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout")
@@ -43,6 +44,8 @@ def load(model: str, layout: str = "auto", **options) -> tuple[PreTrainedModel, 
         ValueError: no such model, or one that cannot be read.
     """
     net = opened(lambda: open_model(model, **options), model, layout)
+    if type(net).__name__.endswith("ForSequenceClassification"):
+        settle_activation(model, net.config)
     return net, reading(AutoTokenizer.from_pretrained, model)
 
 
@@ -95,21 +98,6 @@ def _without_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def reading(read: Callable, model: str, **options):
-    """Call ``read(model, ...)``. Raises ValueError of one line for whatever is wrong with the folder or the hub."""
-    try:
-        return read(model, **options)
-    except SafetensorError as error:
-        raise ValueError(f"corrupted checkpoint: the weights in {model} cannot be read ({error})") from error
-    except Exception as error:  # of many kinds: a file that was spoiled fails wherever it is used first
-        if isinstance(error, ImportError):
-            raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-        line = "its weights do not fit its config.json" if "ignore_mismatched_sizes" in line else line
-        raise ValueError(f"{model!r} cannot be loaded, expected a model folder or a hub id: {line}") from error
-
-
 def open_model(model: str, *, answers: bool | None = None, **options) -> PreTrainedModel:
     """Return a sequence classifier from a folder or the hub as it lies there, or a model that ``answers`` questions
     (None: as its configuration says)."""
@@ -141,6 +129,10 @@ def for_task(
         ValueError: the checkpoint is pruned, or cannot be read.
     """
     config, answers = reading(AutoConfig.from_pretrained, model), task.kind == "qa"
+    if task.kind == "reranking" and config.num_labels == 1:
+        settle_activation(model, config)
+    else:  # it gets another head
+        forget_activation(config)
     if answers:
         config.num_labels = 2  # start and end
     else:

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from . import qa
+from .embedder import PROMPTED, Prompt
 from .reranking import is_ranking
 from .task import DataError, Task
 
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def tokenize(dataset: Dataset, task: Task, tokenizer: Any, max_length: int | None) -> tuple[Dataset, int]:
+def tokenize(
+    dataset: Dataset, task: Task, tokenizer: Any, max_length: int | None, prompt: Prompt | None = None
+) -> tuple[Dataset, int]:
     """Return the token ids of a part of ``task``, without padding, and how many rows were cut.
 
     Rows hold input_ids, attention_mask, token_type_ids and labels, the last two where there are any; for reranking also
@@ -23,6 +26,7 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: Any, max_length: int | Non
     Args:
         max_length: tokens of a row, special ones included; the longer text of a pair is cut first, and a warning counts
             the rows. None cuts nothing.
+        prompt: what an embedder sets before each text; where it is not pooled rows have the column ``pooling_mask``.
     """
     import pandas
     from datasets import Dataset, concatenate_datasets
@@ -38,7 +42,9 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: Any, max_length: int | Non
     chunks, cut = [], 0
     for start in tqdm(range(0, len(dataset), 1000), desc="Tokenizing", disable=len(dataset) <= 5000):
         rows = dataset[start : start + 1000]
-        texts = [rows[column] for column in task.text_columns]
+        texts = [
+            [prompt.text + text for text in rows[column]] if prompt else rows[column] for column in task.text_columns
+        ]
         encoded = tokenizer(*texts, return_attention_mask=True, **limits)
         if encoded.encodings is not None:
             cut += sum(bool(row.overflowing) for row in encoded.encodings)
@@ -46,6 +52,8 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: Any, max_length: int | Non
             whole = tokenizer(*texts, verbose=False)["input_ids"]
             cut += sum(len(ids) > max_length for ids in whole)
         chunk = {key: [row or empty[key] for row in encoded[key]] for key in empty if key in encoded}
+        if prompt is not None and prompt.tokens:
+            chunk[PROMPTED] = [prompt.mask(len(ids)) for ids in chunk["input_ids"]]
         chunks.append(Dataset.from_dict(chunk | ({"labels": rows[task.label_column]} if task.label_column else {})))
     if cut:
         warnings.warn(f"{cut} of {len(dataset)} texts are longer than {max_length} tokens and were cut", stacklevel=2)

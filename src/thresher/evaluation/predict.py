@@ -26,6 +26,7 @@ from ..core.cost import dense_macs, macs
 from ..core.pruner import METHODS, token_pruner_of
 from ..core.tokens import LAYOUTS
 from ..data import qa
+from ..data.embedder import PROMPTED
 from ..methods.topk import REPLAY, TopK
 from ..stats.metrics import compute_metric, is_mean
 from ..stats.ranking import is_ranking, query_gains
@@ -64,7 +65,7 @@ class Text:
 
     def __init__(self, model: PreTrainedModel, dataset: Dataset, longest: int | None):
         takes = inspect.signature(model.forward).parameters
-        names = [n for n in ("input_ids", "token_type_ids") if n in takes and n in dataset.column_names]
+        names = [n for n in ("input_ids", "token_type_ids", PROMPTED) if n in takes and n in dataset.column_names]
         self.columns = {name: list(dataset[name]) for name in names}
         if not self.columns.get("input_ids"):
             raise ValueError(f"nothing to measure: {len(dataset)} rows of {dataset.column_names}, expected input_ids")

@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..api import MODULE, dense
 from ..data import qa
 from ..data.embedder import Embedder
-from ..data.models import class_names, positions, reading
+from ..data.files import reading
+from ..data.models import class_names, positions
 from ..data.task import DataError, Task
 from ..data.texts import TEXT
 from ..evaluation.predict import Predictions, outcome, predict, quality

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from ..api import dense
 from ..core.pruner import pruner_in
-from ..data.embedder import Embedder, load_embedder
+from ..data.embedder import Embedder, Prompt, load_embedder
 from ..data.labels import find_columns
 from ..data.load import CORRELATIONS, load_task
 from ..data.models import clip
@@ -46,7 +46,8 @@ class Judge:
 
     Attributes:
         texts: to embed, by part.
-        prompts: of each part the names of prompts, the first that the embedder has is set before its texts.
+        prompts: of each part the names of prompts, the first that the embedder has is set before its texts; where none
+            is named, that by default.
         metrics: of the vectors (N, C) of each part, in points.
         count: queries, pairs or texts.
     """
@@ -76,10 +77,8 @@ def evaluate_embedder(spec: EvalSpec) -> list[dict]:
     def embed(model: Embedder) -> dict[str, Predictions]:
         said = {}
         for part, texts in judge.texts.items():
-            prompt = model.prompt(*judge.prompts[part])
-            said[part] = predict(
-                cast("Any", model), rows_of([prompt + text for text in texts], tokenizer, max_length), **how
-            )
+            prompt = model.prompt(tokenizer, max_length, *judge.prompts[part])
+            said[part] = predict(cast("Any", model), rows_of(texts, tokenizer, max_length, prompt), **how)
         return said
 
     with nullcontext() if other or not pruned else dense(net):
@@ -171,7 +170,7 @@ def tested_embedder(spec: TaskSpec, layout: str, against: str | None) -> tuple[E
     task = load_texts(replace(spec, limit=None, metric=None))
     task = replace(task, test=some_of(task, spec.limit))
     max_length = clip(spec.max_length, net.config)
-    rows = tokenize(task.test, task, tokenizer, max_length)[0]
+    rows = tokenize(task.test, task, tokenizer, max_length, net.prompt(tokenizer, max_length))[0]
     other = dense_embedder(spec.model, against)
     with nullcontext() if other or net.token_pruner is None else dense(net):
         wanted: Any = predict(cast("Any", other or net), rows).logits
@@ -228,11 +227,11 @@ def some_of(task: Task, limit: int | None) -> Dataset:
     return task.test.select(sorted(order[:limit].tolist()))
 
 
-def rows_of(texts: list[str], tokenizer: Any, max_length: int) -> Dataset:
-    """Tokenized texts, cut."""
+def rows_of(texts: list[str], tokenizer: Any, max_length: int, prompt: Prompt) -> Dataset:
+    """Tokenized texts with a prompt before each, cut."""
     whole = Dataset.from_dict({TEXT: texts})
     task = Task(None, None, whole, (TEXT,), None, [], "embedding", METRIC, "", "", {})
-    return tokenize(whole, task, tokenizer, max_length)[0]
+    return tokenize(whole, task, tokenizer, max_length, prompt)[0]
 
 
 def _short(text: str) -> str:

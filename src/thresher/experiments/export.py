@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..data.embedder import Embedder, is_embedder, load_embedder
+from ..data.files import reading
 from ..data.load import load_task
-from ..data.models import clip, load, reading
+from ..data.models import clip, load
 from ..data.task import Task
 from ..data.tokenize import tokenize
 from ..evaluation.predict import Text
@@ -48,6 +49,7 @@ def calibration_of(net: Any, tokenizer: Any, task: Task, max_length: int) -> lis
     part = task.validation if task.train is None else task.train
     if part is None:
         raise ValueError(f"{task.name} has a test part only: int8 in OpenVINO is calibrated on texts of a train part")
-    rows = tokenize(part.select(range(min(CALIBRATED, len(part)))), task, tokenizer, max_length)[0]
+    prompt = net.prompt(tokenizer, max_length) if isinstance(net, Embedder) else None
+    rows = tokenize(part.select(range(min(CALIBRATED, len(part)))), task, tokenizer, max_length, prompt)[0]
     text = Text(net, rows, max_length)
     return [text.batch([i], None, net.device) for i in range(len(rows))]

@@ -30,8 +30,9 @@ from transformers import (
 from ..api import CONFIG_KEY, dense, prune, unprune
 from ..core.architecture import find_architecture
 from ..core.pruner import pruner_in
-from ..data.embedder import Embedder, embedder_for, is_embedder, load_embedder
-from ..data.models import clip, reading
+from ..data.embedder import Embedder, default_prompt_of, embedder_for, is_embedder, load_embedder
+from ..data.files import reading
+from ..data.models import clip
 from ..data.task import DataError, Task
 from ..data.texts import load_texts
 from ..data.tokenize import tokenize
@@ -143,10 +144,11 @@ def read_texts(spec: PrepareSpec) -> Texts:
     tokenizer = reading(AutoTokenizer.from_pretrained, spec.model)
     length = clip(spec.max_length or 256, reading(AutoConfig.from_pretrained, spec.model))
     assert task.train is not None, "load_texts holds some out of it"
-    train, cut = tokenize(task.train, task, tokenizer, length)
+    prompt = default_prompt_of(spec.model, tokenizer, length)
+    train, cut = tokenize(task.train, task, tokenizer, length, prompt)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it was said of the others
-        held_out, _ = tokenize(task.validation, task, tokenizer, length)
+        held_out, _ = tokenize(task.validation, task, tokenizer, length, prompt)
     if not len(train):
         raise DataError(f"{spec.data} leaves no text to train on: give more")
     return Texts(task, train, watched(held_out), tokenizer, length, cut)

@@ -146,7 +146,7 @@ def usual(spec: ScoreSpec) -> list[str] | None:
 
 def scorer_of(spec: ScoreSpec, plan: Plan) -> Scorer:
     """The unopened model."""
-    names = ("tokens", "max_length", "layout", "threads", "device", "prefix", "best")
+    names = ("tokens", "max_length", "layout", "threads", "device", "prefix", "best", "prompt")
     return Scorer(spec.model, text=tuple(plan.options["text"]), **{name: getattr(spec, name) for name in names})
 
 

@@ -207,6 +207,7 @@ class ScoreSpec(ModelSpec):
     keep: tuple[str, ...] = option("Columns to hand on.", (), metavar="A[,B]")
     prefix: str = option("What the names of the new columns begin with.", "", metavar="TEXT")
     best: bool = option("The label and its probability alone, not those of all classes.", False, flag="--best")
+    prompt: str | None = option("Which prompt of an embedder stands before every text.", metavar="NAME")
     max_length: int | None = option("Tokens of a text; the rest is cut; default: as trained.", metavar="N", min=3)
     tokens: int = option("Padded tokens of a batch.", 8192, metavar="N", min=1)
     shard_rows: int = option("Rows of a shard, which is a file of the result.", 16384, metavar="N", min=1)

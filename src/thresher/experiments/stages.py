@@ -21,9 +21,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, Tr
 from ..api import CONFIG_KEY, prune, unprune
 from ..core.pruner import METHODS, SURVIVORS, TokenPruner, pruner_in, query_of
 from ..data import qa
-from ..data.embedder import Embedder, best_pooling, embedder_for, load_embedder
+from ..data.embedder import Embedder, best_pooling, default_prompt_of, embedder_for, load_embedder
+from ..data.files import reading
 from ..data.load import load_task
-from ..data.models import clip, for_task, is_reranker, load, make_method, reading
+from ..data.models import clip, for_task, is_reranker, load, make_method
 from ..data.task import DataError, Task
 from ..data.texts import load_texts
 from ..data.tokenize import tokenize
@@ -142,8 +143,9 @@ def load_data(spec: TrainSpec) -> Data:
         raise DataError(f"{spec.data} has no training part: name a file or folder that holds train")
     tokenizer = reading(AutoTokenizer.from_pretrained, spec.model)
     max_length, parts, cut = clip(spec.max_length, reading(AutoConfig.from_pretrained, spec.model)), {}, {}
+    prompt = default_prompt_of(spec.model, tokenizer, max_length) if spec.task == "embed" else None
     for name in ("train", "validation", "test"):
-        parts[name], cut[name] = tokenize(getattr(task, name), task, tokenizer, max_length)
+        parts[name], cut[name] = tokenize(getattr(task, name), task, tokenizer, max_length, prompt)
     if task.kind == "regression" and len(parts["validation"]) < 2:
         raise DataError(
             f"{len(parts['train'])} training rows leave {len(parts['validation'])} to choose on: give 20 or more"

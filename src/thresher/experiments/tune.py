@@ -124,7 +124,7 @@ class Texts:
         return round(sum(map(len, self.samples.search.rows["input_ids"])) / self.searched, 1)
 
 
-def read_texts(spec: TuneSpec, budget: Budget, net: PreTrainedModel, tokenizer: Any, tell: Callable) -> Texts:
+def read_texts(spec: TuneSpec, budget: Budget, net: Any, tokenizer: Any, tell: Callable) -> Texts:
     """Choose the texts of the search and of the test, and ask the dense model about them."""
     max_length, least = clip(spec.max_length, net.config), spec.min_length
     if least is not None and not (isinstance(least, int) and 1 <= least <= max_length):
@@ -139,9 +139,10 @@ def read_texts(spec: TuneSpec, budget: Budget, net: PreTrainedModel, tokenizer: 
             stacklevel=2,
         )
     tell("asking the dense model", 0, None)
+    prompt = net.prompt(tokenizer, max_length) if isinstance(net, Embedder) else None
 
     def sample(start: int, count: int) -> Sample:
-        rows = tokenized(texts.select(range(start, start + count)), task, tokenizer, max_length)
+        rows = tokenized(texts.select(range(start, start + count)), task, tokenizer, max_length, prompt)
         return Sample(net, rows, spec.batch_size)
 
     few = min(PROFILING, searched)

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..api import MODULE
 from ..core.compat import graph_exporter
 from ..core.pruner import token_pruner_of
-from ..data.embedder import Embedder
+from ..data.embedder import PROMPTED, Embedder
 from ..data.models import positions
 from ..evaluation.hardware import environment
 from ..evaluation.rows import folder_written_whole
@@ -106,7 +106,12 @@ def _spec_of(model: PreTrainedModel | Embedder, format: str, precision: str, max
         "pruning": None if pruner is None else pruner.to_dict(),
         "max_length": longest,
         **(
-            {"pooling": asdict(model.pooling), "prompts": model.prompts, "size": model.size}
+            {
+                "pooling": asdict(model.pooling),
+                "prompts": model.prompts,
+                "default_prompt": model.default_prompt,
+                "size": model.size,
+            }
             if isinstance(model, Embedder)
             else {}
         ),
@@ -181,6 +186,7 @@ def inputs_of(model: PreTrainedModel | Embedder, tokenizer: Any, batch: int, len
 
     ``token_type_ids`` are among them if the tokenizer makes them; without a tokenizer, if the model tells segments
     apart: a graph that was not traced with them would drop them. Where the query is protected it ends early in a row.
+    An embedder that leaves prompts out of its pooling is told which tokens are one.
     """
     draw = torch.Generator().manual_seed(batch * 1000 + length)
     ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=draw)
@@ -194,6 +200,8 @@ def inputs_of(model: PreTrainedModel | Embedder, tokenizer: Any, batch: int, len
     if made and "token_type_ids" in inspect.signature(model.forward).parameters:
         second = (torch.arange(length) >= (length + 1) // 2).long() * (segments > 1)
         inputs["token_type_ids"] = second.expand_as(ids).contiguous()
+    if isinstance(model, Embedder) and not model.pooling.include_prompt:
+        inputs[PROMPTED] = (own & (torch.arange(length) >= length // 4)).long()
     return {name: x.to(model.device) for name, x in inputs.items()}
 
 

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ..core.compat import open_exported
 from ..data import qa
-from ..data.models import reading
+from ..data.embedder import PROMPTED, Prompt
+from ..data.files import reading
+from ..data.scores import judged, settle_activation
 from ..evaluation.hardware import has_bf16
 
 
@@ -39,12 +41,14 @@ class Runtime:
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         """logits (B, K), start_logits and end_logits (B, N) or sentence_embedding (B, C), of input_ids, ... (B, N).
 
-        ``token_type_ids`` may be left out: they are 0, as in the model. Raises ValueError where the graph would drop
-        some that are not.
+        ``token_type_ids`` may be left out: they are 0, as in the model; and so may ``pooling_mask``: all tokens are
+        pooled. Raises ValueError where the graph would drop token types that are not 0.
         """
         takes, kinds = self.spec["inputs"], inputs.get("token_type_ids")
         if kinds is None and "token_type_ids" in takes:
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        if PROMPTED in takes and PROMPTED not in inputs:
+            inputs[PROMPTED] = inputs["attention_mask"]
         dropped = kinds is not None and "token_type_ids" not in takes and getattr(self.config, "type_vocab_size", 0) > 1
         if dropped and kinds is not None and kinds.any():
             raise ValueError("this graph was exported for a tokenizer without token_type_ids: it would drop them")
@@ -86,7 +90,8 @@ class Runtime:
         return found[0] if one else found
 
     def encode(self, texts: str | Sequence[str], *, prompt_name: str | None = None, batch_size: int = 32) -> np.ndarray:
-        """(N, C) fp32: the vectors of texts, (C,) that of one; ``prompt_name``: of what the model sets before them.
+        """(N, C) fp32: the vectors of texts, (C,) that of one; ``prompt_name``: of what the model sets before them,
+        default: what its folder names, mostly nothing.
 
         Raises:
             ValueError: the model is no embedder, or has no such prompt.
@@ -94,15 +99,18 @@ class Runtime:
         if not self.embeds:
             raise ValueError(f"{self.spec['architecture']} gives no vectors: encode() needs an exported embedder")
         self._check_tokenizer()
-        prompts = self.spec.get("prompts") or {}
+        prompts, name = self.spec.get("prompts") or {}, prompt_name or self.spec.get("default_prompt")
         if prompt_name is not None and prompt_name not in prompts:
             raise ValueError(f"prompt_name={prompt_name!r}: the model has {', '.join(prompts) or 'no prompts'}")
         one = isinstance(texts, str)
         texts = [texts] if isinstance(texts, str) else texts
         if not texts:
             return np.zeros((0, self.spec.get("size", self.config.hidden_size)), np.float32)
-        before = prompts[prompt_name] if prompt_name else ""
-        rows = self._encoded([before + text for text in texts])
+        pooled = self.spec["pooling"].get("include_prompt", True)
+        prompt = Prompt.of(prompts.get(name or "", ""), pooled, self.tokenizer, self.spec["max_length"])
+        rows = self._encoded([prompt.text + text for text in texts])
+        if not pooled:
+            rows = [{**row, PROMPTED: prompt.mask(len(row["input_ids"]))} for row in rows]
         vectors = torch.stack([output["sentence_embedding"] for output in self._run(rows, batch_size)]).float().numpy()
         return vectors[0] if one else vectors
 
@@ -110,8 +118,8 @@ class Runtime:
         self, query: str, texts: Sequence[str], *, top_k: int | None = None, return_text: bool = False, **options: Any
     ) -> list[dict]:
         """{"index", "score"} of the ``top_k`` texts (all) that answer a query best, the best first; and "text" where it
-        is asked for. The score is the logit's sigmoid, as that of a CrossEncoder that names no other function; the
-        number itself of a model that was trained for numbers.
+        is asked for. The score is that of a CrossEncoder: by the function that its folder names, else the logit's
+        sigmoid; the number itself of a model that was trained for numbers (``data.scores.judged``).
 
         Raises:
             ValueError: the model does not give one number, or the query alone is as long as it takes.
@@ -148,9 +156,12 @@ class Runtime:
         for i in range(0, len(order), batch_size):
             chosen = order[i : i + batch_size]
             width = self.width(len(rows[chosen[0]]["input_ids"]))
+            masks = [rows[j].pop(PROMPTED) for j in chosen if PROMPTED in rows[j]]
             inputs = self.tokenizer.pad(
                 [rows[j] for j in chosen], padding="max_length", max_length=width, return_tensors="pt"
             )
+            if masks:
+                inputs[PROMPTED] = padded_masks(masks, inputs["attention_mask"])
             outputs = self.forward(**inputs)
             for k, j in enumerate(chosen):
                 found[j] = {name: x[k] for name, x in outputs.items()}
@@ -180,13 +191,11 @@ class Runtime:
         return [{n: x for n, x in span.items() if n != "logit"} for span in qa.best_spans(logits, cut)]
 
 
-def judged(logits: Tensor, config: Any) -> Tensor:
-    """(..., K) scores out of logits (..., K), as a pipeline's: softmax, sigmoid or the number itself."""
-    if config.problem_type == "regression":
-        return logits
-    if config.problem_type == "multi_label_classification" or logits.shape[-1] == 1:
-        return logits.sigmoid()
-    return logits.softmax(-1)
+def padded_masks(masks: Sequence[list[int]], attention_mask: Tensor) -> Tensor:
+    """(B, N) masks of texts, each where ``attention_mask`` (B, N) has its tokens."""
+    found = torch.zeros_like(attention_mask)
+    found[attention_mask.bool()] = torch.as_tensor([one for mask in masks for one in mask]).to(found)
+    return found
 
 
 def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Iterable[int] = ()) -> Runtime:
@@ -217,6 +226,8 @@ def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Ite
         exported, names = open_exported(str(folder), **options)
     except ImportError as error:
         raise ImportError(f"running {folder} needs pip install 'thresher[{kind}]': {error}") from error
+    if "pooling" not in spec:
+        settle_activation(str(folder), exported.config)
     tokenizer = None
     if (Path(folder) / "tokenizer_config.json").exists():
         from transformers import AutoTokenizer

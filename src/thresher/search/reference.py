@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import qa
-from ..data.embedder import Embedder
+from ..data.embedder import Embedder, Prompt
 from ..data.load import load_task
 from ..data.models import class_names, is_reranker
 from ..data.spec import DataSpec
@@ -213,8 +213,10 @@ def _task(net: PreTrainedModel, data: DataSpec, labelled: bool) -> Task:
     return replace(task, label_column=None) if other else task
 
 
-def tokenized(texts: Dataset, task: Task, tokenizer: Any, max_length: int | None) -> Dataset:
+def tokenized(
+    texts: Dataset, task: Task, tokenizer: Any, max_length: int | None, prompt: Prompt | None = None
+) -> Dataset:
     """``tokenize`` without its notice of texts that were cut, which would come once for every sample."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return tokenize(texts, task, tokenizer, max_length)[0]
+        return tokenize(texts, task, tokenizer, max_length, prompt)[0]

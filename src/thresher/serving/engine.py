@@ -23,8 +23,10 @@ from transformers import AutoConfig
 
 from ..core.cost import dense_macs, macs
 from ..core.pruner import TokenPruner, pruner_of
-from ..data.embedder import config_of, is_embedder, load_embedder
-from ..data.models import clip, load, name_of, positions, reading
+from ..data.embedder import PROMPTED, Prompt, config_of, is_embedder, load_embedder
+from ..data.files import reading
+from ..data.models import clip, load, name_of, positions
+from ..data.scores import settle_activation
 from ..exporting.runtime import load_runtime
 from .batching import BUDGET, WINDOW, Batcher
 from .inputs import is_text
@@ -125,9 +127,17 @@ class Encoder:
         cut = {"truncation": "longest_first", "max_length": self.longest} if side else {"truncation": False}
         return cut | {"verbose": False}
 
-    def __call__(self, texts: Sequence[list[str]], side: str | None = "right") -> tuple[list[Row], int]:
-        """The rows of N texts, or pairs (a list for each side of them), and how many were cut."""
-        tokenizer = self._copy(side)
+    def prompt(self, text: str) -> Prompt:
+        """What stands before a text, measured."""
+        return Prompt.of(text, PROMPTED not in self.names, self._copy("right"), self.longest)
+
+    def __call__(
+        self, texts: Sequence[list[str]], side: str | None = "right", before: str = ""
+    ) -> tuple[list[Row], int]:
+        """The rows of N texts with a prompt ``before`` each, or of pairs (a list for each side of them), and how many
+        were cut."""
+        tokenizer, prompt = self._copy(side), self.prompt(before)
+        texts = [[before + text for text in texts[0]]] if before else texts
         encoded = tokenizer(*texts, **self._options(side))
         names = [name for name in ("input_ids", "token_type_ids") if name in encoded and name in self.names]
         if side is None:
@@ -138,10 +148,14 @@ class Encoder:
             cut = sum(len(ids) > self.longest for ids in tokenizer(*texts, verbose=False)["input_ids"])
         end = tokenizer.eos_token_id or tokenizer.pad_token_id or 0
         empty = {"input_ids": [end], "token_type_ids": [0]}
-        rows = zip(*(encoded[name] for name in names), strict=True)
-        return [
-            {name: np.array(ids or empty[name], np.int32) for name, ids in zip(names, row, strict=True)} for row in rows
-        ], cut
+        rows = [
+            {name: np.array(ids or empty[name], np.int32) for name, ids in zip(names, row, strict=True)}
+            for row in zip(*(encoded[name] for name in names), strict=True)
+        ]
+        if PROMPTED in self.names:
+            for row in rows:
+                row[PROMPTED] = np.array(prompt.mask(len(row["input_ids"])), np.int32)
+        return rows, cut
 
     def of_ids(self, ids: Sequence[int], side: str | None) -> Row:
         """The row of a text that comes as tokens, cut as a text is."""
@@ -149,6 +163,8 @@ class Encoder:
         row = {"input_ids": np.array(kept, np.int32)}
         if "token_type_ids" in self.names and "token_type_ids" in self.tokenizer.model_input_names:
             row["token_type_ids"] = np.zeros(len(kept), np.int32)
+        if PROMPTED in self.names:
+            row[PROMPTED] = np.ones(len(kept), np.int32)
         return row
 
     def pieces(self, text: str, special: bool) -> list[dict[str, Any]]:
@@ -182,6 +198,7 @@ class Engine:
         pruner: the method of a pruned model in torch.
         batches: of files and frames, so far.
         pooling, prompts: how an embedder makes one vector of a text, and what stands before a text, by name.
+        default_prompt: the name of that which stands before a text where none is named.
     """
 
     def __init__(self, about: Outline, forward: Callable[..., torch.Tensor], encode: Encoder, precision: str):
@@ -193,6 +210,7 @@ class Engine:
         self.batches = 0
         self.pooling: str | None = None
         self.prompts: dict[str, str] = {}
+        self.default_prompt: str | None = None
 
     @cached_property
     def size(self) -> int:
@@ -201,13 +219,26 @@ class Engine:
             return int(self.run(self.encode([["a"]])[0])[0].shape[1])
         return int(self.config.num_labels)
 
+    def before(self, name: str | None) -> str:
+        """The prompt of that name, by default that which stands before every text. Raises ValueError for another."""
+        if name is not None and name not in self.prompts:
+            known = ", ".join(self.prompts) or "none"
+            raise ValueError(f"prompt={name!r}: {self.about.model} has no prompt of that name (it has: {known})")
+        return self.prompts.get(name or self.default_prompt or "", "")
+
     def answers(
-        self, texts: Sequence[Sequence[Any]], tokens: int = BUDGET, told: Callable[[int], Any] | None = None
+        self,
+        texts: Sequence[Sequence[Any]],
+        tokens: int = BUDGET,
+        told: Callable[[int], Any] | None = None,
+        prompt: str | None = None,
     ) -> tuple[np.ndarray, np.ndarray, Tally]:
         """(N, K) fp32, NaN where a text is no string; (N,) whether there is an answer; and what it took.
 
-        No more than ``WINDOW`` texts are held as tokens at a time. Batches depend on the texts alone.
+        No more than ``WINDOW`` texts are held as tokens at a time. Batches depend on the texts alone. ``prompt``: the
+        name of what stands before each.
         """
+        before = self.before(prompt)
         count, waiting = len(texts[0]), Batcher(tokens)
         answered = np.array([all(map(is_text, row)) for row in zip(*texts, strict=True)], bool)
         values = np.full((count, self.size), np.nan, np.float32)
@@ -225,7 +256,7 @@ class Engine:
 
         for start in range(0, len(good), CHUNK):
             chosen = good[start : start + CHUNK]
-            encoded, cut = self.encode([[column[row] for row in chosen] for column in texts])
+            encoded, cut = self.encode([[column[row] for row in chosen] for column in texts], before=before)
             tally.cut += cut
             for row, one in zip(chosen, encoded, strict=True):
                 waiting.add((row, one), len(one["input_ids"]))
@@ -290,13 +321,14 @@ def open_torch(how: Opening, about: Outline) -> Engine:
     trained = (about.spec.get("task") or {}).get("max_length")
     usual = trained or (net.longest if embeds else min(LONGEST, positions(base) or LONGEST))
     accepted = {*inspect.signature(base.forward).parameters}
-    names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in accepted]
+    names: list[str] = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in accepted]
+    names += [PROMPTED] if embeds and not net.pooling.include_prompt else []
     vocabulary = base.get_input_embeddings().num_embeddings
     encode = Encoder(tokenizer, clip(how.max_length or usual, base.config), names, vocabulary)
     engine = Engine(about, lambda **inputs: getattr(net(**inputs), answer), encode, name_of(base.dtype))
     engine.device, engine.pruner = base.device, pruner_of(base)
     if embeds:
-        engine.pooling, engine.prompts = net.pooling.mode, dict(net.prompts)
+        engine.pooling, engine.prompts, engine.default_prompt = net.pooling.mode, dict(net.prompts), net.default_prompt
     return engine
 
 
@@ -311,13 +343,15 @@ def open_graph(how: Opening, about: Outline) -> Engine:
     if runtime.tokenizer is None:
         raise ValueError(f"{how.model} was exported without its tokenizer: export it with one")
     answer = "sentence_embedding" if about.kind == "embedding" else "logits"
-    names = ("input_ids", "attention_mask", "token_type_ids")
+    names: list[str] = ["input_ids", "attention_mask", "token_type_ids"]
+    names += [PROMPTED] if PROMPTED in runtime.spec["inputs"] else []
     vocabulary = getattr(runtime.config, "vocab_size", None) or len(runtime.tokenizer)
     encode = Encoder(runtime.tokenizer, how.max_length or longest, names, vocabulary)
     engine = Engine(about, lambda **inputs: runtime.forward(**inputs)[answer], encode, about.spec["precision"])
     engine.width = runtime.width
     if about.kind == "embedding":
         engine.pooling, engine.prompts = about.spec["pooling"]["mode"], dict(about.spec["prompts"])
+        engine.default_prompt = about.spec.get("default_prompt")
     return engine
 
 
@@ -338,6 +372,7 @@ def outline(model: str) -> Outline:
     if not any(name.endswith(HEAD) for name in names):
         what = ", ".join(names) or "a model of no known architecture"
         raise ValueError(f"{model} is {what}: expected a classifier, a model of one number (...{HEAD}) or an embedder")
+    settle_activation(model, config)
     return Outline(model, "reranker" if config.num_labels == 1 else "classifier", config, graph, spec)
 
 

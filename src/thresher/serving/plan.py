@@ -178,10 +178,10 @@ def files_digest(model: str) -> str:
             line = str(error).strip().splitlines()[0]
             raise ValueError(f"{model!r} cannot be loaded, expected a model folder or a hub id: {line}") from None
     told = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.iterdir(), *folder.glob("[0-9]*_*/*")]):  # and the modules of sentence-transformers
         if not path.is_file() or path.name.startswith(".") or path.suffix.lower() in BESIDE:
             continue
-        told.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        told.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
         with open(path, "rb") as file:
             while piece := file.read(1 << 20):
                 told.update(piece)

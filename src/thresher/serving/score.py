@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..exporting import runtime
+from ..data import scores as data_scores
 from .batching import BUDGET
 from .engine import Engine, Opening, Outline, Tally
 
@@ -54,6 +54,8 @@ class Scorer:
         device: cpu or cuda, of a model in torch.
         prefix: stands before the names of the columns.
         best: leave ``probability_CLASS`` out.
+        prompt: the name of the prompt that an embedder sets before every text; default: what its folder names, mostly
+            nothing.
 
     Raises:
         ValueError: (when it opens) no such model, or one that neither classifies nor embeds; (when it is called) a
@@ -74,6 +76,7 @@ class Scorer:
     device: str = "cpu"
     prefix: str = ""
     best: bool = False
+    prompt: str | None = None
 
     def __post_init__(self) -> None:
         self.model = str(self.model)
@@ -91,7 +94,9 @@ class Scorer:
         """Return the opened model."""
         if self._engine is None:
             how = Opening(self.model, self.max_length, self.layout, self.threads, self.device)
-            self._engine = how.open()
+            engine = how.open()
+            engine.before(self.prompt)
+            self._engine = engine
         return self._engine
 
     def __call__(self, batch: Any) -> Any:
@@ -120,7 +125,7 @@ class Scorer:
 
     def score(self, texts: Sequence[Sequence[Any]], told: Callable[[int], Any] | None = None) -> Scores:
         """Score N texts, or pairs: one list for each column of text. ``told`` hears how many more are done."""
-        values, answered, tally = self.open().answers(texts, self.tokens, told)
+        values, answered, tally = self.open().answers(texts, self.tokens, told, self.prompt)
         columns = columns_of(values, self.open().about, self.best)
         for column in columns.values():
             column[~answered] = None if column.dtype == object else np.nan
@@ -144,7 +149,7 @@ def names_of(about: Outline, best: bool = False) -> dict[str, str]:
 
 def judged(logits: np.ndarray, config: Any) -> np.ndarray:
     """(N, K) scores out of logits (N, K), as ``Runtime`` judges them."""
-    return runtime.judged(torch.from_numpy(logits), config).numpy()
+    return data_scores.judged(torch.from_numpy(logits), config).numpy()
 
 
 def columns_of(values: np.ndarray, about: Outline, best: bool = False) -> dict[str, np.ndarray]:

@@ -183,32 +183,31 @@ class Service:
         """Read a body, make its rows and let them wait."""
         order = read(Body.of(data))
         self.metrics.count("te_request_count", method="single" if order.single else "batch")
-        order = self._prompted(order)
+        before = self._prompt(order)
         longest = self.engine.encode.longest
         guess = sum(
-            min(longest, 2 + (sum(map(len, row)) // GUESS if isinstance(row, tuple) else len(row)))
+            min(longest, 2 + ((len(before) + sum(map(len, row))) // GUESS if isinstance(row, tuple) else len(row)))
             for row in order.rows
         )
         with self.queue.place(guess):
             if not call.dropped:
-                call.rows = self._rows(order)
+                call.rows = self._rows(order, before)
             self.queue.add(call)
         return order
 
-    def _prompted(self, order: Order) -> Order:
-        """The order, each of whose texts begins with the prompt that it names."""
+    def _prompt(self, order: Order) -> str:
+        """What stands before every text of an order: the prompt that it names, else that by default."""
         if order.prompt is None:
-            return order
+            return self.engine.before(None)
         if order.prompt not in self.engine.prompts:
             known = ", ".join(f"`{name}`" for name in self.engine.prompts) or "none"
             raise Refusal("Validation", f"`prompt_name`: the model has no prompt `{order.prompt}` (it has: {known})")
         if not all(isinstance(row, tuple) for row in order.rows):
             raise Refusal("Validation", "`prompt_name` cannot be used with token ids")
-        order.rows = [(self.engine.prompts[order.prompt] + row[0],) for row in order.rows]
-        return order
+        return self.engine.before(order.prompt)
 
-    def _rows(self, order: Order) -> list[Row]:
-        """The rows of an order: texts, pairs and token ids each at once."""
+    def _rows(self, order: Order, before: str) -> list[Row]:
+        """The rows of an order, with the prompt ``before`` each text: texts, pairs and token ids each at once."""
         encode, side = self.engine.encode, order.side if order.truncate else None
         rows: list[Any] = [None] * len(order.rows)
         for width in (1, 2):
@@ -218,7 +217,7 @@ class Service:
             if chosen:
                 texts = [[order.rows[i][k] for i in chosen] for k in range(width)]
                 try:
-                    made, _ = encode(texts, side)
+                    made, _ = encode(texts, side, before)
                 except Exception as error:
                     line = (str(error).splitlines() or [type(error).__name__])[0]
                     raise Refusal("Tokenizer", f"tokenizer error {line}", "tokenization") from None

@@ -23,6 +23,7 @@ from ..core.architecture import Architecture, find_architecture
 from ..core.compat import TrainerNames, transformer_module
 from ..core.pruner import MODULE, Batch, Choice, Record, TokenPruner, pruner_in, pruner_of, token_pruner_of
 from ..core.view import View
+from ..data.embedder import PROMPTED
 from ..evaluation.latency import latency_table
 from ..methods.parts.distillation import LOGITS, distillation, state_loss
 from ..methods.parts.saliency import answer_saliency
@@ -31,7 +32,8 @@ from .checkpoints import Order
 
 # columns of a data set that take a teacher's place
 TAUGHT = {f"teacher_{name}": name for name in (*LOGITS, "ranking")}
-TOKEN_COLUMNS = ("teacher_ranking", "teacher_start_logits", "teacher_end_logits")  # of TAUGHT, a number for each token
+# columns with a number for each token
+TOKEN_COLUMNS = ("teacher_ranking", "teacher_start_logits", "teacher_end_logits", PROMPTED)
 COUNTS = "token_counts"  # the column of the counts that a baseline replays
 FREEZES = "freeze_without_gradient"  # the key that marks the method's parameter group
 CALIBRATION_ROWS = 256  # on which a budget is kept while the training goes on
