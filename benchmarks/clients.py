@@ -17,8 +17,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-os.environ.pop("HF_HUB_OFFLINE", None)  # which shuts this machine off, too
-os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody is there
 TEXTS = ["the wheat", "the farmer and the grain", "chaff"]
 QUERY = "who threshes?"
 Got = dict[str, Any]
@@ -118,6 +116,8 @@ def main() -> None:
     """Print what each client got; the exit code is the number of those that failed."""
     if len(sys.argv) < 4 or not {*sys.argv[4:]} <= {*CLIENTS}:
         raise SystemExit(f"{__doc__}\nclients: {', '.join(CLIENTS)}")
+    os.environ.pop("HF_HUB_OFFLINE", None)  # which shuts this machine off, too
+    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody is there
     failed = 0
     for name in sys.argv[4:] or CLIENTS:
         try:

@@ -17,8 +17,8 @@ def main() -> None:
     """Print a line for each budget, and one for batches of 32 in the order in which texts come."""
     from transformers import AutoTokenizer
 
-    from thresher.data.load import load_task
     from thresher.data.files import reading
+    from thresher.data.load import load_task
     from thresher.data.tokenize import tokenize
     from thresher.serving.batching import batches
 

@@ -184,20 +184,20 @@ def measure(size: Size) -> None:
 
     import numpy as np
 
-    from answer_cache import cached_answers
     from thresher.data.load import load_task
     from thresher.data.models import load
     from thresher.data.tokenize import tokenize
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.predict import outcome
     from thresher.evaluation.rows import row
+    from thresher.experiments.answers import kept_answers
     from thresher.stats.bootstrap import bootstrap_interval
 
     nets = {name: load(str(place)) for name, place in models(size).items()}
     task = load_task(data_of(size), metric=METRICS[0])
     test = tokenize(task.test, task, nets["dense"][1], LONGEST)[0]
     test = test.select([i for i, question in enumerate(test["row"]) if question < (size.questions or np.inf)])
-    ask = partial(cached_answers, RUNS / size.name)
+    ask = partial(kept_answers, place=RUNS / size.name / "answers", most=None)
     said = {name: ask(net, folder(name, size), test) for name, (net, _) in nets.items()}
     rows, gains = [], {name: {m: outcome(own, test, m)[0] for m in METRICS} for name, own in said.items()}
     for metric in METRICS:

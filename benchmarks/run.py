@@ -97,13 +97,13 @@ def run(entry: Entry) -> None:
 
         rows, extra = speed.KINDS[entry.kind](entry, RUNS), {}
     else:
-        from answer_cache import cached_answers
+        from thresher.experiments.answers import kept_answers
         from thresher.experiments.spec import SUMMARY, TrainSpec
         from thresher.experiments.train import train
         from thresher.stats.metrics import is_mean
 
         spec = TrainSpec(**entry.recipe(RUNS), out=RUNS / entry.name)
-        rows = train(spec, progress=sys.stderr.isatty(), ask=partial(cached_answers, RUNS))
+        rows = train(spec, progress=sys.stderr.isatty(), ask=partial(kept_answers, place=RUNS / "answers", most=None))
         summary = json.loads((RUNS / entry.name / SUMMARY).read_text())
         method = f"{entry.method}-{entry.variant}".strip("-")
         rows = [{**rows[-1], "model": entry.model, "method": method, "target_flops": entry.target}]

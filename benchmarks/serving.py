@@ -2,7 +2,9 @@
 
 Starts ``thresher serve MODEL`` (a classifier or a reranker) and prints rows as JSON: what the server can do at most,
 times at 80 % of that, with far too many requests, and after SIGTERM. Four of five texts are short; who is refused waits
-a second. Clients share the machine with the server.
+a second. Clients share the machine with the server. ``--seconds`` is that of the load at 80 %, of the three others a
+quarter, 150 s at most: 10 minutes are ``--seconds 600``, 18 in all. Interrupted, the same call with the same ``--out``
+goes on with the part that it was at.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -129,24 +133,30 @@ def padding(before: dict[str, float], after: dict[str, float]) -> float:
     return round(padded / needed, 4)
 
 
-ROWS: list[dict] = []
+class Parts:
+    """The rows of the parts that are done, in a file where one is named; a part is never run again."""
 
+    def __init__(self, out: Path | None, about: dict):
+        self.out, self.about = out, about
+        known = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
+        self.rows = [row for row in known if all(row.get(name) == value for name, value in about.items())]
 
-def told(**row) -> None:
-    """Print a row, and keep it."""
-    ROWS.append(row)
-    print(json.dumps(row), flush=True)
+    def run(self, name: str, make: Callable[[], dict]) -> dict:
+        """The row of a part."""
+        from run import as_json
+        from thresher.evaluation.hardware import environment
+        from thresher.evaluation.rows import whole
 
-
-def land(out: Path, given: str) -> None:
-    """Write all rows, with what they were made by and on."""
-    from run import as_json
-    from thresher.evaluation.hardware import environment
-    from thresher.evaluation.rows import whole
-
-    about = {**environment(), "command": f"python benchmarks/serving.py MODEL {given}"}
-    with whole(out) as aside:
-        aside.write_text(as_json({"rows": [{**row, **about} for row in ROWS]}))
+        row = next((row for row in self.rows if row["part"] == name), None)
+        if row is None:
+            made = {"part": name, **make()}
+            row = {**made, **environment(), **self.about}
+            self.rows.append(row)
+            print(json.dumps(made), flush=True)
+        if self.out is not None:
+            with whole(self.out) as aside:
+                aside.write_text(as_json({"rows": self.rows}))
+        return row
 
 
 def ended(process: subprocess.Popen, port: int, path: str) -> dict:
@@ -175,18 +185,27 @@ def ended(process: subprocess.Popen, port: int, path: str) -> dict:
     }
 
 
+def loaded(port: int, path: str, seconds: float, memory: Callable[[], Any], **how: Any) -> dict:
+    """The row of a load: what requests took, how much was padded, what the process took before and after."""
+    first, before = counted(port), memory().rss
+    row = summary(asyncio.run(load(port, path, seconds, **how)), seconds)
+    row |= {"rss_mb_start": before >> 20, "rss_mb_end": memory().rss >> 20}
+    return {"padding_ratio": padding(first, counted(port)), "load_seconds": seconds, **row}
+
+
 def main() -> None:
     """Print a row for each part."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, help="of a batch; default: the server's own")
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--out", type=Path, help="where the rows go as well")
     options = parser.parse_args()
     port, began = options.port, time.perf_counter()
-    given = {"port": port, "threads": options.threads, "tokens": options.tokens, "queue-tokens": 32768}
+    given = {"port": port, "threads": options.threads, "queue-tokens": 32768}
+    given |= {} if options.tokens is None else {"tokens": options.tokens}
     command = [*COMMAND, options.model, *(str(x) for name, value in given.items() for x in (f"--{name}", value))]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
@@ -195,37 +214,28 @@ def main() -> None:
                 raise SystemExit(f"the server ended with code {process.returncode}")
             time.sleep(0.1)
         memory = psutil.Process(process.pid).memory_info
-        kind = next(iter(json.loads(got(port, "/info")[1])["model_type"]))
+        info = json.loads(got(port, "/info")[1])
+        kind, tokens = next(iter(info["model_type"])), info["max_batch_tokens"]
         path = "/rerank" if kind == "reranker" else "/predict"
-        told(
-            part="start",
-            model=Path(options.model).name,
-            kind=kind,
-            tokens=options.tokens,
-            seconds=round(time.perf_counter() - began, 1),
+        how = f"--seconds {options.seconds:g} --threads {options.threads} --tokens {tokens}"
+        about = {"model": Path(options.model).name, "command": f"python benchmarks/serving.py MODEL {how}"}
+        parts, short = Parts(options.out, about), min(options.seconds / 4, 150)
+        opened = {"kind": kind, "tokens": tokens, "seconds": round(time.perf_counter() - began, 1)}
+        parts.run("start", lambda: opened)
+        most = parts.run(
+            "as fast as can be, 32 clients", lambda: loaded(port, path, short, memory, rate=None, clients=32)
         )
-
-        first = counted(port)
-        most = summary(asyncio.run(load(port, path, options.seconds / 4, None, 32)), options.seconds / 4)
-        told(part="as fast as can be, 32 clients", padding_ratio=padding(first, counted(port)), **most)
-
-        start, first = memory().rss, counted(port)
-        rate = 0.8 * most["answered_per_second"]
-        row = summary(asyncio.run(load(port, path, options.seconds, rate)), options.seconds)
-        row |= {"padding_ratio": padding(first, counted(port))}
-        row |= {"rss_mb_start": start >> 20, "rss_mb_end": memory().rss >> 20}
-        told(part=f"{CLIENTS} clients at 80 %", asked_per_second=round(rate, 1), **row)
-
-        row = summary(asyncio.run(load(port, path, options.seconds / 4, None, 3 * CLIENTS)), options.seconds / 4)
-        told(part=f"{3 * CLIENTS} clients, as fast as can be", **row)
-        row = summary(asyncio.run(load(port, path, options.seconds / 4, rate)), options.seconds / 4)
-        told(part="80 % again", rss_mb=memory().rss >> 20, **row)
-        told(part="SIGTERM", **ended(process, port, path))
+        rate = round(0.8 * most["answered_per_second"], 1)
+        for name, seconds, options_of in (
+            (f"{CLIENTS} clients at 80 %", options.seconds, {"rate": rate}),
+            (f"{3 * CLIENTS} clients, as fast as can be", short, {"rate": None, "clients": 3 * CLIENTS}),
+            ("80 % again", short, {"rate": rate}),
+        ):
+            parts.run(name, lambda: {"asked_per_second": rate, **loaded(port, path, seconds, memory, **options_of)})  # noqa: B023
+        parts.run("SIGTERM", lambda: ended(process, port, path))
     finally:
         process.kill()
         process.wait()
-    if options.out is not None:
-        land(options.out, f"--seconds {options.seconds:g} --threads {options.threads} --tokens {options.tokens}")
 
 
 if __name__ == "__main__":

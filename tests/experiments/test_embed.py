@@ -106,3 +106,54 @@ def test_what_cannot_be_embedded_is_told(embedded, tmp_path):
         jobs.train(str(tmp_path / "plain"), embedded.data, **options)
     with pytest.raises(ValueError, match="is pruned already"):
         jobs.train(str(embedded.out), embedded.data, **options)
+
+
+def table(path, rows) -> str:
+    import pandas
+
+    pandas.DataFrame(rows).to_csv(path, index=False)
+    return str(path)
+
+
+def test_pairs_of_a_table(tmp_path):
+    """Every pair of train is one of the table, and none has a text of the other parts; no text is lost."""
+    rows = [{"sentence1": f"a {i}", "sentence2": f"b {i % 50}", "score": i / 60} for i in range(60)]
+    scored = DataSpec(data=table(tmp_path / "scored.csv", rows))
+    with pytest.warns(UserWarning, match="of 60 pairs with the similarity 'score' are learned from"):
+        task = load_texts(scored, pairs=True)
+    plain = load_texts(scored)
+    assert {*task.train["text"]} == {*plain.train["text"]} and task.test["text"] == plain.test["text"]
+    known = {(row["sentence1"], row["sentence2"]): row["score"] for row in rows}
+    found: dict[int, dict] = {}
+    for row in task.train:
+        found.setdefault(row["group"], {})[row["place"]] = row
+    whole = [own for own in found.values() if len(own) == 2]
+    assert len(whole) > 25
+    for own in whole:
+        assert own[0]["similarity"] == known[own[0]["text"], own[1]["text"]]
+    assert all(
+        own[0]["similarity"] is None or own[0]["similarity"] != own[0]["similarity"]
+        for own in found.values()
+        if len(own) == 1
+    )
+
+
+def test_near_and_further_texts_of_a_table(tmp_path):
+    rows = [{"anchor": f"a {i}", "positive": f"b {i}", "negative": f"c {i}"} for i in range(60)]
+    with pytest.warns(UserWarning, match="of 60 pairs without a similarity"):
+        task = load_texts(DataSpec(data=table(tmp_path / "near.csv", rows)), pairs=True)
+    places = [row["place"] for row in task.train]
+    assert places.count(1) > 25 and places.count(2) > 20
+    groups = {(row["group"], row["place"]): row["text"] for row in task.train}
+    assert all(groups[group, 0][2:] == text[2:] for (group, place), text in groups.items() if place)
+    with pytest.warns(UserWarning, match="pairs without"):
+        few = load_texts(DataSpec(data=str(tmp_path / "near.csv"), limit=10), pairs=True)
+    assert len(few.train) <= 11 and [row["place"] for row in few.train].count(1) >= 4
+
+
+def test_an_embedder_learns_from_pairs(embedded, tmp_path):
+    rows = [{"sentence1": f"the farmer {i}", "sentence2": f"the wheat and {i}", "score": i / 40} for i in range(40)]
+    data = table(tmp_path / "pairs.csv", rows)
+    with pytest.warns(UserWarning, match="pairs with the similarity 'score' are learned from"):
+        jobs.train(embedded.model, data, str(tmp_path / "out"), **EMBED | {"prune_epochs": 1, "prune_lr": 1e-4})
+    assert is_embedder(str(tmp_path / "out"))

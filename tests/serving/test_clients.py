@@ -30,10 +30,10 @@ sys.path.insert(0, str(SCRIPT.parent))
 from clients import CLIENTS, QUERY, TEXTS  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-PACKAGES = (
-    "huggingface_hub openai cohere litellm langchain-openai huggingface-api-haystack "
-    "llama-index-embeddings-text-embeddings-inference llama-index-postprocessor-tei-rerank"
-).split()
+PACKAGES = [
+    *("huggingface_hub", "openai", "cohere", "litellm", "langchain-openai", "huggingface-api-haystack"),
+    *("llama-index-embeddings-text-embeddings-inference", "llama-index-postprocessor-tei-rerank"),
+]
 SERVE = [sys.executable, "-c", "from thresher.cli.app import main; main()", "serve"]
 
 

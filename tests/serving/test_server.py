@@ -298,7 +298,7 @@ def test_info_says_what_is_served(classifier, reranker, folders):
     labels = {"0": "bad", "1": "fair", "2": "good"}
     assert info["model_type"] == {"classifier": {"id2label": labels, "label2id": {"bad": 0, "fair": 1, "good": 2}}}
     assert info["model_id"] == info["served_model_name"] == str(folders["classifier"])
-    assert (info["max_input_length"], info["max_batch_tokens"], info["max_client_batch_size"]) == (512, 8192, 128)
+    assert (info["max_input_length"], info["max_batch_tokens"], info["max_client_batch_size"]) == (512, 1024, 128)
     assert info["auto_truncate"] is True and info["model_dtype"] == "float32" and info["tokenization_workers"] >= 1
     other = reranker.get("/info").json()
     assert [*other["model_type"]] == ["reranker"] and other["served_model_name"] == "ranker"

@@ -48,6 +48,54 @@ def train(folder: str, stage: str) -> None:
     torch.save({"before": before, "seen": seen, "after": found}, f"{folder}/{world}-{rank}.pt")
 
 
+def embed(folder: str) -> None:
+    """Train an embedder by half batches: those of two processes, or of one that adds up two of them."""
+    from torch.utils.data import SequentialSampler
+    from transformers import BertModel, TrainingArguments
+
+    from support.tiny import tiny_tokenizer
+    from support.training import BERT, rows
+    from thresher import LTP, prune
+    from thresher.data.embedder import Embedder
+    from thresher.evaluation.predict import predict
+    from thresher.training.embedding import EmbedTrainer
+    from thresher.training.trainer import Collator
+
+    class InOrder(EmbedTrainer):
+        def _get_train_sampler(self, *args):
+            return SequentialSampler(self.train_dataset)
+
+    torch.set_num_threads(1)
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+
+    def made(seed: int) -> Embedder:
+        torch.manual_seed(seed)
+        config = BERT.build(0, num_hidden_layers=3, initializer_range=0.3).config
+        return Embedder(BertModel._from_config(config, attn_implementation="eager"))
+
+    net, data = made(0), rows(ROWS * STEPS).remove_columns("labels")
+    data = data.add_column("teacher_sentence_embedding", predict(made(1), data).logits.tolist())
+    arguments = TrainingArguments(
+        f"{folder}/checkpoints",
+        per_device_train_batch_size=ROWS // 2,
+        gradient_accumulation_steps=2 // world,
+        max_steps=STEPS,
+        max_grad_norm=0.0,
+        optim="sgd",
+        learning_rate=1e-3,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    prune(net, LTP(weight=1.0, soft_until=1.0))
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    trainer = InOrder(net.eval(), arguments, Collator(tiny_tokenizer()), data, pruner_lr=0.05)
+    trainer.train()
+    found = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    torch.save({"before": before, "after": found}, f"{folder}/{world}-{rank}.pt")
+
+
 def launch(folder: Path, stage: str, processes: int) -> list[dict]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), str(folder), stage]
@@ -92,5 +140,17 @@ def test_ranks_agree_on_fields(tmp_path):
     assert first["after"]["keep"] == second["after"]["keep"] == 0.5
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_embedder_learns_what_it_learns_in_one_process(tmp_path):
+    """Each half batch compares its texts among themselves, whoever reads it."""
+    (one,), (first, second) = launch(tmp_path, "embed", 1), launch(tmp_path, "embed", 2)
+    assert_close(first["before"], one["before"], 0)
+    assert_close(second["after"], first["after"], 0)
+    assert_close(first["after"], one["after"], 1e-6)
+    moved = {name for name, value in one["before"].items() if (one["after"][name] - value).abs().max() > 1e-5}
+    assert any("threshold" in name for name in moved) and any("layer.0" in name for name in moved)
+
+
 if __name__ == "__main__":
-    train(*sys.argv[1:])
+    embed(sys.argv[1]) if sys.argv[2] == "embed" else train(*sys.argv[1:])

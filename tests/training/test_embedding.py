@@ -13,7 +13,7 @@ from thresher.core.pruner import pruner_in
 from thresher.data.embedder import Embedder, load_embedder
 from thresher.evaluation.predict import predict
 from thresher.evaluation.retrieval import cosines
-from thresher.training.embedding import EmbedTrainer
+from thresher.training.embedding import SCALE, EmbedTrainer, pair_loss
 from thresher.training.trainer import Collator
 
 
@@ -90,3 +90,73 @@ def test_what_was_trained_is_saved_and_goes_on(tmp_path):
     opened, _ = load_embedder(str(tmp_path / "saved"))
     assert pruner_in(opened).name == "topk"
     torch.testing.assert_close(predict(opened, data).logits, predict(again.model.eval(), data).logits)
+
+
+NONE = float("nan")
+
+
+def test_similar_pairs_are_to_be_nearer():
+    torch.manual_seed(0)
+    vectors, value = torch.randn(6, 8), torch.tensor([0.9, 0.9, 0.1, 0.1, 0.5, 0.5])
+    given = {"group": torch.tensor([0, 0, 1, 1, 2, 2]), "place": torch.tensor([0, 1] * 3), "similarity": value}
+    c = torch.nn.functional.cosine_similarity(vectors[0::2], vectors[1::2])
+    wrong = [(c[j] - c[i]) * SCALE for i, j in ((0, 1), (0, 2), (2, 1))]
+    expected = torch.log(1 + sum(one.exp() for one in wrong))
+    same = torch.eye(6, dtype=torch.bool)
+    torch.testing.assert_close(pair_loss(vectors, **given, same=same), expected)
+    scaled = given | {"similarity": 5 * value}
+    torch.testing.assert_close(pair_loss(vectors, **scaled, same=same), expected)
+    order = torch.tensor([3, 5, 0, 2, 1, 4])
+    mixed = {name: one[order] for name, one in given.items()}
+    torch.testing.assert_close(pair_loss(vectors[order], **mixed, same=same), expected)
+
+
+def test_a_near_text_is_to_be_nearest():
+    """Among its own second text, those of others and further ones; a copy of it is no rival."""
+    torch.manual_seed(0)
+    vectors, group, place = torch.randn(6, 8), torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 1, 0, 1, 2, 0])
+    given = {"group": group, "place": place, "similarity": torch.full((6,), NONE)}
+    near = torch.nn.functional.normalize(vectors, dim=-1)
+    logits = SCALE * near[[0, 2]] @ near[[1, 3, 4]].T
+    same = torch.eye(6, dtype=torch.bool)
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1]))
+    torch.testing.assert_close(pair_loss(vectors, **given, same=same), expected)
+    same[1, 4] = same[4, 1] = True
+    logits[0, 2] = -torch.inf
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1]))
+    torch.testing.assert_close(pair_loss(vectors, **given, same=same), expected)
+
+
+def test_lone_texts_have_no_loss():
+    vectors = torch.randn(3, 8, requires_grad=True)
+    given = {"group": torch.arange(3), "place": torch.zeros(3, dtype=torch.long)}
+    loss = pair_loss(vectors, **given, similarity=torch.full((3,), NONE), same=torch.eye(3, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and not vectors.grad.any()
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_pairs_teach_beside_the_teacher(tmp_path, scored):
+    """Whole pairs are in a batch, and move the vectors to where the pairs say; the teacher alone does not."""
+    data, _ = texts()
+    number = torch.arange(32)
+    columns = {"group": number // 2, "place": number % 2, "similarity": (number // 4 % 2).double()}
+    if not scored:
+        columns["similarity"] = torch.full((32,), NONE)
+    for name, values in columns.items():
+        data = data.add_column(name, values.tolist())
+
+    def loss_of(net) -> float:
+        given = {name: torch.as_tensor(values) for name, values in columns.items()}
+        said = predict(net.eval(), data).logits
+        return pair_loss(said, **given, same=torch.eye(32, dtype=torch.bool)).item()
+
+    method = {"keep": 0.6, "at": (0,)}
+    paired = made(tmp_path / "a", TopK(**method), steps=60, train_dataset=data)
+    for batch in paired.get_train_dataloader():
+        assert all((batch["group"] == one).sum() == 2 for one in batch["group"])
+    alone = made(tmp_path / "b", TopK(**method), steps=60, train_dataset=data.remove_columns([*columns]))
+    before = loss_of(paired.model)
+    paired.train()
+    alone.train()
+    assert loss_of(paired.model) < 0.7 * min(before, loss_of(alone.model))

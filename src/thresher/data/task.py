@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+PAIRED = ("group", "place", "similarity")  # columns of texts in pairs, see ``data.texts``
+
+
 class DataError(ValueError):
     """The data cannot be used: one line that says what was wrong, what was expected and what to do."""
 

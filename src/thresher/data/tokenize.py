@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import qa
 from .embedder import PROMPTED, Prompt
 from .reranking import is_ranking
-from .task import DataError, Task
+from .task import PAIRED, DataError, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,8 +20,9 @@ def tokenize(
     """Return the token ids of a part of ``task``, without padding, and how many rows were cut.
 
     Rows hold input_ids, attention_mask, token_type_ids and labels, the last two where there are any; for reranking also
-    ``row``, the number of the query. A text without any token becomes one end-of-text (or padding) token. Paragraphs
-    with questions are cut into windows instead (``qa.windows``), and those of several windows are counted.
+    ``row``, the number of the query, and for texts in pairs what says of which. A text without any token becomes one
+    end-of-text (or padding) token. Paragraphs with questions are cut into windows instead (``qa.windows``), and those
+    of several windows are counted.
 
     Args:
         max_length: tokens of a row, special ones included; the longer text of a pair is cut first, and a warning counts
@@ -52,6 +53,7 @@ def tokenize(
             whole = tokenizer(*texts, verbose=False)["input_ids"]
             cut += sum(len(ids) > max_length for ids in whole)
         chunk = {key: [row or empty[key] for row in encoded[key]] for key in empty if key in encoded}
+        chunk |= {name: rows[name] for name in PAIRED if name in rows}
         if prompt is not None and prompt.tokens:
             chunk[PROMPTED] = [prompt.mask(len(ids)) for ids in chunk["input_ids"]]
         chunks.append(Dataset.from_dict(chunk | ({"labels": rows[task.label_column]} if task.label_column else {})))

@@ -80,6 +80,11 @@ def environment() -> dict[str, str]:
     return {"hardware": hardware(), "versions": ", ".join(known), "command": command(), "date": date}
 
 
+def cache_folder() -> Path:
+    """Where is kept what would take long to measure again: ``$THRESHER_CACHE`` or ~/.cache/thresher."""
+    return Path(os.environ.get("THRESHER_CACHE") or Path.home() / ".cache" / "thresher")
+
+
 def remembered(
     kind: str,
     about: list,
@@ -96,7 +101,7 @@ def remembered(
         measure: returns a dataclass.
         cache: folder, default ``$THRESHER_CACHE`` or ~/.cache/thresher.
     """
-    folder = Path(cache or os.environ.get("THRESHER_CACHE") or Path.home() / ".cache" / "thresher")
+    folder = Path(cache or cache_folder())
     file = folder / f"{kind}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.json"
     with suppress(OSError, ValueError, TypeError, KeyError):
         return read(json.loads(file.read_text(encoding="utf-8")))

@@ -19,13 +19,12 @@ from datasets import Dataset
 from ..api import dense
 from ..core.pruner import pruner_in
 from ..data.embedder import Embedder, Prompt, load_embedder
-from ..data.labels import find_columns
 from ..data.load import CORRELATIONS, load_task
 from ..data.models import clip
 from ..data.read import read
 from ..data.retrieval import is_retrieval, load_retrieval
 from ..data.task import DataError, Task, brief
-from ..data.texts import METRIC, TEXT, load_texts
+from ..data.texts import METRIC, TEXT, load_texts, pair_columns
 from ..data.tokenize import tokenize
 from ..evaluation.hardware import environment
 from ..evaluation.predict import Predictions, predict
@@ -159,8 +158,8 @@ def has_similarity(spec: TaskSpec) -> bool:
     first = parts.get("train", next(iter(parts.values())))
     if spec.text is None and {"question", "context"} <= {*first}:
         return False
-    columns, label = find_columns(first, spec.text, spec.label, False)
-    return len(columns) == 2 and label is not None and label in first and first[label].dtype.kind == "f"
+    known = pair_columns(first, spec)
+    return known is not None and known[1] is not None
 
 
 def tested_embedder(spec: TaskSpec, layout: str, against: str | None) -> tuple[Embedder, int, Task, Dataset]:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from ..serving.engine import Opening
-from ..serving.service import Limits, Service
+from ..serving.service import Limits, Service, usual_tokens
 from .spec import ServeSpec, job, log
 
 
@@ -21,7 +21,7 @@ def serve(spec: ServeSpec) -> dict[str, Any]:
     from ..serving import server  # which needs them
 
     how = Opening(spec.model, spec.max_length, spec.layout, spec.threads, spec.device)
-    limits = Limits(spec.tokens, spec.wait_ms, spec.queue_tokens, spec.max_client_batch)
+    limits = Limits(spec.tokens or usual_tokens(spec.device), spec.wait_ms, spec.queue_tokens, spec.max_client_batch)
     service, began = Service(how, limits, spec.name), time.perf_counter()
     listening = server.listen(spec.host, spec.port)
     host, port = listening.getsockname()[:2]

@@ -257,7 +257,7 @@ class ServeSpec(ModelSpec):
     port: int = option("The port; 0: any that is free.", 8080, metavar="N", min=0)
     api_key: str | None = option("Asked for as a bearer token; default: THRESHER_API_KEY.", metavar="KEY")
     name: str | None = option("How the model is called in answers; default: MODEL.", metavar="NAME")
-    tokens: int = option("Padded tokens of a batch.", 8192, metavar="N", min=1)
+    tokens: int | None = option("Padded tokens of a batch; default: 1024, of a GPU 8192.", metavar="N", min=1)
     wait_ms: float = option("Milliseconds that a text waits for others after a pause.", 2.0, metavar="MS", min=0)
     queue_tokens: int = option("Tokens that may wait; above, requests get 429.", 262144, metavar="N", min=1)
     max_client_batch: int = option("Texts of one request.", 128, metavar="N", min=1)
@@ -270,8 +270,9 @@ class ServeSpec(ModelSpec):
         object.__setattr__(self, "model", str(self.model))
         least = {"port": 0, "tokens": 1, "wait_ms": 0, "queue_tokens": 1, "max_client_batch": 1}
         for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise ValueError(f"{name}={getattr(self, name)}: expected {bound} or more")
+            value = getattr(self, name)
+            if value is not None and not value >= bound:
+                raise ValueError(f"{name}={value}: expected {bound} or more")
         if self.port > 65535:
             raise ValueError(f"port={self.port}: expected 0 to 65535")
         if self.api_key == "":

@@ -136,7 +136,7 @@ def load_data(spec: TrainSpec) -> Data:
     """The data of a training, cut and tokenized."""
     ranks = spec.task == "rerank"
     if spec.task == "embed":
-        task = load_texts(spec, seed=0)
+        task = load_texts(spec, seed=0, pairs=True)
     else:
         task = load_task(spec, labels=[] if ranks else None, need_labels=not ranks, seed=0)
     if task.train is None:

@@ -24,8 +24,9 @@ from ..evaluation.hardware import environment
 from ..evaluation.predict import Predictions, outcome, predict, quality
 from ..evaluation.rows import folder_written_whole, row, writing
 from ..reports import plots
+from .answers import kept_answers
 from .spec import SUMMARY, TrainSpec, job, task_entry
-from .stages import Ask, Run, asked, fine_tune, graded, load_data, method_of, prune_and_train
+from .stages import Ask, Run, fine_tune, graded, load_data, method_of, prune_and_train
 from .strongest import milder, strongest
 from .workspace import Workspace
 
@@ -41,7 +42,7 @@ def train(spec: TrainSpec, *, progress: bool = True, ask: Ask | None = None) -> 
             the figures in thresher.json. It is written aside and moved into place; interrupted, the same call goes on
             where it was.
         progress: whether to show it.
-        ask: answers of finished models, where they are known from elsewhere; default: ``predict``.
+        ask: answers of finished models; default: ``kept_answers``, which asks no model about the same texts twice.
 
     Returns:
         Two rows, dense and pruned, measured on the test part.
@@ -54,7 +55,7 @@ def train(spec: TrainSpec, *, progress: bool = True, ask: Ask | None = None) -> 
     if (known := work.finished(spec.fresh)) is not None:
         return known["rows"]
     started = time.time()
-    run = Run(spec, work, load_data(spec), progress, ask or asked)
+    run = Run(spec, work, load_data(spec), progress, ask or kept_answers)
     work.begin(spec.fresh)
     dense = fine_tune(run)
     run = graded(run, dense)
