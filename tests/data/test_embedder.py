@@ -247,6 +247,10 @@ def test_a_prompt_by_default_has_to_be_there(encoder, tmp_path):
     place.write_text(json.dumps(json.loads(place.read_text()) | {"default_prompt_name": "corpus"}))
     with pytest.raises(ValueError, match="names the prompt 'corpus' as default_prompt_name, and has"):
         load_embedder(str(tmp_path))
+    for said in ([1], {"prompts": ["a"]}, {"prompts": {"a": 3}, "default_prompt_name": "a"}):
+        place.write_text(json.dumps(said))
+        with pytest.raises(ValueError, match="holds no prompts: expected an object with a text for each name"):
+            load_embedder(str(tmp_path))
 
 
 def test_one_token_has_no_survivors(encoder):

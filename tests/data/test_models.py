@@ -58,3 +58,11 @@ def test_nothing_is_told_of_fp32(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load(folder)[0].dtype == for_task(folder, TASK).dtype == torch.float32
+
+
+def test_a_model_without_a_head_gets_no_random_one(tmp_path):
+    folder = save_tiny(tmp_path / "whole")
+    load(str(folder))[0].base_model.save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="encoder is BertModel, whose head would be random: expected a model that"):
+        load(str(tmp_path / "encoder"))

@@ -379,7 +379,10 @@ def default_prompt_of(model: str, tokenizer: Any, max_length: int) -> Prompt:
 def _prompts_of(model: str) -> tuple[dict[str, str], str | None]:
     """The prompts of an embedder by name, and the name of that which stands before every text."""
     said = read_json(model, MODEL) or {}
-    prompts = {name: text or "" for name, text in (said.get("prompts") or {}).items()}
+    known = (said.get("prompts") or {}) if isinstance(said, dict) else None
+    if not isinstance(known, dict) or not all(isinstance(text, (str, type(None))) for text in known.values()):
+        raise ValueError(f"{model}: {MODEL} holds no prompts: expected an object with a text for each name")
+    prompts = {name: text or "" for name, text in known.items()}
     default = said.get("default_prompt_name")
     if default is not None and default not in {*prompts, "query", "document"}:  # these two are there without a text
         known = ", ".join(prompts) or "none"

@@ -30,6 +30,7 @@ from .scores import forget_activation, settle_activation
 from .task import Task
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout")
+HEADS = ("ForSequenceClassification", "ForQuestionAnswering")
 PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 PROBLEMS["reranking"] = (
     "multi_label_classification"  # whose loss is that of one label there or not, and score a sigmoid
@@ -41,9 +42,15 @@ def load(model: str, layout: str = "auto", **options) -> tuple[PreTrainedModel, 
     precision of its checkpoint, pruned if its configuration says so.
 
     Raises:
-        ValueError: no such model, or one that cannot be read.
+        ValueError: no such model, one that cannot be read, or one without a head.
     """
     net = opened(lambda: open_model(model, **options), model, layout)
+    known = reading(AutoConfig.from_pretrained, model).architectures or ()
+    if known and not any(name.endswith(HEADS) for name in known):
+        raise ValueError(
+            f"{model} is {', '.join(known)}, whose head would be random: expected a model that classifies or answers "
+            "questions, or an embedder, whose modules.json says how its states are pooled"
+        )
     if type(net).__name__.endswith("ForSequenceClassification"):
         settle_activation(model, net.config)
     return net, reading(AutoTokenizer.from_pretrained, model)

@@ -66,7 +66,8 @@ def settle_activation(model: str, config: Any) -> None:
     """
     said = read_json(model, BESIDE)
     said = said if isinstance(said, dict) else {}
-    if (said.get("prompts") or {}).get(said.get("default_prompt_name") or ""):
+    prompts = said.get("prompts")
+    if isinstance(prompts, dict) and prompts.get(said.get("default_prompt_name") or ""):
         raise ValueError(
             f"{model} sets its prompt {said['default_prompt_name']!r} before every pair, which is not understood: "
             f"write null for default_prompt_name into {BESIDE}, and the prompt into the texts"

@@ -371,7 +371,10 @@ def outline(model: str) -> Outline:
     names = [spec["architecture"]] if graph else config.architectures or ()
     if not any(name.endswith(HEAD) for name in names):
         what = ", ".join(names) or "a model of no known architecture"
-        raise ValueError(f"{model} is {what}: expected a classifier, a model of one number (...{HEAD}) or an embedder")
+        raise ValueError(
+            f"{model} is {what}: expected a classifier, a model of one number (...{HEAD}) or an embedder, a folder of "
+            "sentence-transformers, whose modules.json says how states are pooled"
+        )
     settle_activation(model, config)
     return Outline(model, "reranker" if config.num_labels == 1 else "classifier", config, graph, spec)
 
