@@ -5,8 +5,9 @@ To be run with the python of an environment that holds the clients, which ask fo
 pip install huggingface_hub openai cohere litellm langchain-openai huggingface-api-haystack
 llama-index-embeddings-text-embeddings-inference llama-index-postprocessor-tei-rerank
 
-Prints a line of JSON for each client: what it got, "labels" (label: score) of the first text, "cosines" of all texts
-with the first, "vectors" of all texts or the first, "scores" (text: score) of texts for the query; or "failed", why.
+Prints a line of JSON for each client: what it got, "labels" (label: score; the best) of the first text, "cosines" of
+all texts with the first, "vectors" of all texts or the first, "scores" (text: score) of texts for the query; or
+"failed", why.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ Got = dict[str, Any]
 def huggingface(classifier: str, reranker: str, embedder: str) -> Got:
     from huggingface_hub import InferenceClient
 
-    labels = InferenceClient(f"{classifier}/predict").text_classification(TEXTS[0])
+    best = InferenceClient(f"{classifier}/predict").text_classification(TEXTS[0])  # the first of what TEI answers
     cosines = InferenceClient(f"{embedder}/similarity").sentence_similarity(TEXTS[0], TEXTS)
     vectors = InferenceClient(embedder).feature_extraction(TEXTS[0]).tolist()
-    return {"labels": {one.label: one.score for one in labels}, "cosines": cosines, "vectors": vectors}
+    return {"labels": {best.label: best.score}, "cosines": cosines, "vectors": vectors}
 
 
 def openai(classifier: str, reranker: str, embedder: str) -> Got:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from thresher.evaluation.predict import predict
 from thresher.evaluation.retrieval import cosines
 from thresher.experiments import stages
 from thresher.experiments import train as jobs
+from thresher.experiments.spec import TrainSpec
 
 EMBED = OPTIONS | {"task": "embed", "method": "topk", "target_flops": 0.5, "epochs": None, "prune_epochs": 4}
 
@@ -148,7 +150,7 @@ def test_near_and_further_texts_of_a_table(tmp_path):
     assert all(groups[group, 0][2:] == text[2:] for (group, place), text in groups.items() if place)
     with pytest.warns(UserWarning, match="pairs without"):
         few = load_texts(DataSpec(data=str(tmp_path / "near.csv"), limit=10), pairs=True)
-    assert len(few.train) <= 11 and [row["place"] for row in few.train].count(1) >= 4
+    assert len(few.train) <= 11 and [row["place"] for row in few.train].count(1) == 3
 
 
 def test_an_embedder_learns_from_pairs(embedded, tmp_path):
@@ -157,3 +159,18 @@ def test_an_embedder_learns_from_pairs(embedded, tmp_path):
     with pytest.warns(UserWarning, match="pairs with the similarity 'score' are learned from"):
         jobs.train(embedded.model, data, str(tmp_path / "out"), **EMBED | {"prune_epochs": 1, "prune_lr": 1e-4})
     assert is_embedder(str(tmp_path / "out"))
+
+
+def test_training_texts_begin_with_the_prompt_by_default(embedded, tmp_path):
+    """What is learned, and judged, is what ``encode`` will be asked."""
+    shutil.copytree(embedded.model, tmp_path / "prompted")
+    said = {"prompts": {"query": "the farmer "}, "default_prompt_name": "query"}
+    (tmp_path / "prompted" / "config_sentence_transformers.json").write_text(json.dumps(said))
+    (tmp_path / "prompted" / "1_Pooling" / "config.json").write_text(
+        json.dumps({"pooling_mode": "mean", "include_prompt": False})
+    )
+    spec = TrainSpec(model=str(tmp_path / "prompted"), data=embedded.data, task="embed", out=tmp_path / "out")
+    data, ids = stages.load_data(spec), tiny_tokenizer()("the farmer ")["input_ids"][:-1]
+    for part in (data.train, data.validation, data.test):
+        assert all(row[: len(ids)] == ids for row in part["input_ids"])
+        assert all(mask == [0] * len(ids) + [1] * (len(mask) - len(ids)) for mask in part["pooling_mask"])

@@ -105,7 +105,7 @@ def test_a_client_gets_the_numbers_of_the_model(python, served, client):
     got = json.loads(done.stdout.splitlines()[-1])
     assert got.pop("client") == client and got and {*got} <= {*expected}
     for name in {*got} & {"labels", "scores"}:
-        assert len(got[name]) >= 2
+        assert len(got[name]) >= (1 if name == "labels" else 2)
         assert all(abs(value - expected[name][key]) < 1e-4 for key, value in got[name].items()), got[name]
     for name in {*got} & {"vectors", "cosines"}:
         found = np.array(got[name])

@@ -510,3 +510,22 @@ def test_scores_that_are_all_one_have_an_order(folders):
     wire = Wire(outline(str(folders["reranker"])), "ranker", 8)
     assert [score for _, score in wire.ranked(np.array([[17.5], [25.0]], np.float32), False)] == [1.0, 1.0]
     assert [i for i, _ in wire.ranked(np.array([[17.5], [25.0]], np.float32), False)] == [1, 0]
+
+
+def test_a_prompt_by_default_stands_before_every_text(tmp_path):
+    """As sentence-transformers sets it; a named one takes its place, and token ids get none."""
+    folder = save_embedder(tmp_path / "embedder")
+    plain = Scorer(folder, threads=1)
+    expected, named = plain(["the farmer grain"])["embedding"], plain(["wheat grain"])["embedding"]
+    bare = plain(["grain"])["embedding"]
+    place = folder / "config_sentence_transformers.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"default_prompt_name": "query"}))
+    ids = tiny_tokenizer()("grain")["input_ids"]
+    with serving(folder) as client:
+        for path, name in (("/embed", "inputs"), ("/v1/embeddings", "input")):
+            got = asked(client, path, {name: "grain"})
+            got = got if path == "/embed" else [got["data"][0]["embedding"]]
+            assert np.abs(np.array(got) - expected).max() < 1e-5
+        got = asked(client, "/embed", {"inputs": "grain", "prompt_name": "passage"})
+        assert np.abs(np.array(got) - named).max() < 1e-5
+        assert np.abs(np.array(asked(client, "/embed", {"inputs": ids})) - bare).max() < 1e-5

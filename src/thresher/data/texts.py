@@ -103,12 +103,16 @@ def _paired(
     """The rows of train: those of whole pairs of ``texts``, then the texts that are in none."""
     import pandas
 
-    here, rows, lone = {*texts}, [], dict.fromkeys(texts)
+    here, lone = {*texts}, dict.fromkeys(texts)
+    rows: list[tuple[str, int, int, float]] = []
     values = [np.nan] * len(table) if label is None else table[label].astype(float).tolist()
-    order, count = {text: i for i, text in enumerate(texts)}, 0
-    first = sorted(range(len(table)), key=lambda i: order.get(table[columns[0]].iloc[i], len(texts)))
-    for i in first:  # drawn, as the texts are
-        own = [table[column].iloc[i] for column in columns]
+    order, count, pairs = (
+        {text: i for i, text in enumerate(texts)},
+        0,
+        [*zip(*(table[c] for c in columns), strict=True)],
+    )
+    for i in sorted(range(len(pairs)), key=lambda i: order.get(pairs[i][0], len(texts))):  # drawn, as the texts are
+        own = pairs[i]
         if not {*own[:2]} <= here or own[0] == own[1] or (limit is not None and len(rows) + 2 > limit):
             continue
         count += 1

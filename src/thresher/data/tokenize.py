@@ -53,7 +53,7 @@ def tokenize(
             whole = tokenizer(*texts, verbose=False)["input_ids"]
             cut += sum(len(ids) > max_length for ids in whole)
         chunk = {key: [row or empty[key] for row in encoded[key]] for key in empty if key in encoded}
-        chunk |= {name: rows[name] for name in PAIRED if name in rows}
+        chunk |= {name: [float("nan") if x is None else x for x in rows[name]] for name in PAIRED if name in rows}
         if prompt is not None and prompt.tokens:
             chunk[PROMPTED] = [prompt.mask(len(ids)) for ids in chunk["input_ids"]]
         chunks.append(Dataset.from_dict(chunk | ({"labels": rows[task.label_column]} if task.label_column else {})))

@@ -69,7 +69,7 @@ def pair_loss(vectors: Tensor, group: Tensor, place: Tensor, similarity: Tensor,
     * Pairs of a known similarity: log(1 + sum of exp(scale * (cosine of j - cosine of i))) over the pairs i that are
       more similar than the pairs j (CoSENT, Su 2022). Only the order of the similarities counts.
     * Pairs that are near: the cross entropy of each first text's own second text among all second and further ones of
-      the batch, softmax(scale * cosine) (InfoNCE, van den Oord et al. 2018, as in MultipleNegativesRankingLoss).
+      the batch, softmax(scale * cosine), as in MultipleNegativesRankingLoss (after Henderson et al., 2017).
 
     Args:
         group, place, similarity: (B,) as ``load_texts`` has them.
