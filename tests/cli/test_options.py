@@ -38,7 +38,7 @@ OWN = {
     "bench": "--against --runtime --precision --repeats --graphs --roofline --plot",
     "compare": f"--out --methods --targets --untrained --time --no-time {TRAINING}",
     "export": "--out --format --precision",
-    "score": "--out --keep --prefix --best --shard-rows --workers --ray --device --fresh",
+    "score": "--out --keep --prefix --best --prompt --shard-rows --workers --ray --device --fresh",
     "serve": "--host --port --api-key --name --wait-ms --queue-tokens --max-client-batch --device",
     "show": "--text --pair --file --image --html --png",
     "audit": "--against --by --examples --html",
