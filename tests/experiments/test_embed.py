@@ -169,7 +169,9 @@ def test_training_texts_begin_with_the_prompt_by_default(embedded, tmp_path):
     (tmp_path / "prompted" / "1_Pooling" / "config.json").write_text(
         json.dumps({"pooling_mode": "mean", "include_prompt": False})
     )
-    spec = TrainSpec(model=str(tmp_path / "prompted"), data=embedded.data, task="embed", out=tmp_path / "out")
+    spec = TrainSpec(
+        model=str(tmp_path / "prompted"), data=embedded.data, task="embed", out=tmp_path / "out", max_length=32
+    )
     data, ids = stages.load_data(spec), tiny_tokenizer()("the farmer ")["input_ids"][:-1]
     for part in (data.train, data.validation, data.test):
         assert all(row[: len(ids)] == ids for row in part["input_ids"])
