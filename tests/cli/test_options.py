@@ -31,9 +31,10 @@ SHARED = {  # beside --json, --quiet and --verbose, which all have
 TRAINING = "--epochs --prune-epochs --lr --dropout --bf16 --no-bf16 --freeze-embeddings --no-freeze-embeddings --at"
 OWN = {
     "train": f"--out --task --method --max-drop --target-flops --target-latency --target-latency-ms --keep --recipe "
-    f"--fresh --distill-states {TRAINING}",
+    f"--fresh --distill-states --runtime --precision --serve-batch {TRAINING}",
     "prepare": "--out --steps --minutes --lr --bf16 --no-bf16 --fresh",
-    "tune": "--out --target-flops --target-latency-ms --max-disagreement --max-drop --method --plot --min-length",
+    "tune": "--out --target-flops --target-latency-ms --max-disagreement --max-drop --method --plot --min-length "
+    "--runtime --precision --serve-batch",
     "eval": "",
     "bench": "--against --runtime --precision --repeats --graphs --roofline --plot",
     "compare": f"--out --methods --targets --untrained --time --no-time {TRAINING}",

@@ -24,12 +24,14 @@ from thresher.core.cost import LatencyTable
 from thresher.data.models import load, open_model
 from thresher.data.spec import DataSpec
 from thresher.evaluation.predict import predict
+from thresher.experiments import service
 from thresher.experiments import tune as module
 from thresher.experiments.spec import SUMMARY
 from thresher.experiments.tune import best, tune
 from thresher.search import explore as trials
 from thresher.search.explore import SCORES
 from thresher.search.reference import Sample, divergence, texts_of, tokenized
+from thresher.search.schedules import Space, protected_by
 from thresher.stats import bounds
 
 QUICK = {"max_length": 32, "limit": 64}
@@ -207,7 +209,7 @@ def test_a_budget_of_time_is_priced_by_the_table(farm, tmp_path, monkeypatch):
     line = ((1.0, 100.0), (0.1, 10.0))
     whole = ((1.0, 100.0), (0.61, 60.01))  # of three layers
     table = LatencyTable(line, line, line, ((1.0, 100.0), (0.01, 0.01)), whole, batch_size=1, threads=1)
-    monkeypatch.setattr(module, "latency_table", lambda model: table)
+    monkeypatch.setattr(service, "latency_table", lambda model: table)
     dense = 0.01 + 6 * 0.1 * 10.5  # about so many tokens
     rows = tune(farm.model, farm.plain, str(tmp_path / "out"), target_latency_ms=0.6 * dense, **QUICK)
     ran = json.loads((tmp_path / "out" / SUMMARY).read_text())["schedules"]
@@ -216,6 +218,48 @@ def test_a_budget_of_time_is_priced_by_the_table(farm, tmp_path, monkeypatch):
         tune(farm.model, farm.plain, str(tmp_path / "o"), target_latency_ms=0.6 * dense, method="tome", **QUICK)
     reached = json.loads((tmp_path / "out" / SUMMARY).read_text())["reached"]
     assert 0 < chosen(rows)["latency_ms"] <= 0.6 * dense and min(reached["latency_ms"], reached["latency_ms_dense"]) > 0
+
+
+@pytest.mark.filterwarnings("ignore:measured")
+@pytest.mark.parametrize("slower", [1.0, 1.5, 100.0])
+def test_a_price_is_corrected_by_what_the_model_really_takes(farm, tmp_path, monkeypatch, slower):
+    """As if all times were ``slower`` than the table says: what is saved takes the time that was asked for, or the
+    cheapest schedule does not and it is told."""
+    line, asked = ((1.0, 100.0), (0.1, 10.0)), 3.5
+    whole = ((1.0, 100.0), (0.61, 60.01))
+    table = LatencyTable(line, line, line, ((1.0, 100.0), (0.01, 0.01)), whole, batch_size=1, threads=1)
+    monkeypatch.setattr(service, "latency_table", lambda model: table)
+    taken = []
+
+    def times(self, net, tokenizer, rows):
+        lengths = torch.tensor([len(ids) for ids in rows["input_ids"]])
+        method = net.token_pruner
+        space = Space(method.architecture, lengths, False, table, protected_by(method, rows["input_ids"]))
+        taken.append(slower * space._cost({"at": method.sites, "keep": method.keep}))
+        return {"latency_ms_dense": slower * 6.3, "latency_ms": taken[-1]}
+
+    monkeypatch.setattr(service.Service, "times", times)
+    rows = tune(farm.model, farm.plain, str(tmp_path / "out"), target_latency_ms=asked, method="topk", **QUICK)
+    reached = json.loads((tmp_path / "out" / SUMMARY).read_text())["reached"]
+    assert reached["latency_ms"] == taken[-1] and reached["latency_ms_asked"] == asked
+    assert sum(row["chosen"] for row in rows) == 1 and slower * chosen(rows)["latency_ms"] == pytest.approx(taken[-1])
+    assert len(taken) == 1 if slower != 1.5 else abs(taken[-1] / asked - 1) < abs(taken[0] / asked - 1)
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({"runtime": "tensorrt", "target_latency_ms": 1}, "runtime='tensorrt': expected torch, onnx, openvino"),
+        ({"precision": "int8", "target_latency_ms": 1}, "a budget of time in torch takes fp32"),
+        ({"runtime": "onnx", "precision": "bf16", "target_latency_ms": 1}, "in onnx takes fp32, int8"),
+        ({"serve_batch": 0, "target_latency_ms": 1}, "serve_batch=0: expected 1 or more"),
+        ({"runtime": "onnx", "target_flops": 0.5}, "say where a budget of time holds: give target_latency_ms"),
+    ],
+)
+def test_a_service_that_there_is_not(farm, tmp_path, given, told):
+    with pytest.raises(ValueError, match=told):
+        tune(farm.model, farm.plain, str(tmp_path / "out"), **given)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import accumulate
@@ -60,10 +60,10 @@ def latency_table(
     stack, parameter = find_architecture(model), next(model.parameters())
     about = [type(stack.base).__name__, stack.depth, [asdict(cost) for cost in stack.costs], batch_size, hardware()]
     about += [str(parameter.dtype), str(parameter.device), torch.get_num_threads(), torch.__version__]
-    return remembered("latency", about, _read, lambda: _measure(model, batch_size, repeats), cache)
+    return remembered("latency", about, read_table, lambda: _measure(model, batch_size, repeats), cache)
 
 
-def _read(known: dict) -> LatencyTable:
+def read_table(known: dict) -> LatencyTable:
     """The table of a file. Raises ValueError where a curve has no points."""
     curves = {name: tuple(tuple(map(float, part)) for part in known[name]) for name in CURVES}
     if any(len(curve) != 2 or len(curve[0]) != len(curve[1]) or len(curve[0]) < 2 for curve in curves.values()):
@@ -95,15 +95,15 @@ def _measure(model: PreTrainedModel, batch_size: int, repeats: int) -> LatencyTa
                 points[kind].append((statistics.mean(left), statistics.median(times) / batch_size))
         unprune(net)
     return LatencyTable(
-        **{name: _curve(points[name]) for name in CURVES},
+        **{name: curve_of(points[name]) for name in CURVES},
         batch_size=batch_size,
         threads=torch.get_num_threads(),
     )
 
 
-def _curve(points: list[tuple[float, float]]) -> Curve:
-    """Time never falls as tokens grow; what looks so is noise."""
-    tokens, times = zip(*points, strict=True)
+def curve_of(points: Mapping[int, float] | Iterable[tuple[float, float]]) -> Curve:
+    """Milliseconds over tokens. Time never falls as tokens grow; what looks so is noise."""
+    tokens, times = zip(*(points.items() if isinstance(points, Mapping) else points), strict=True)
     return tuple(map(float, tokens)), tuple(accumulate(times, max))
 
 

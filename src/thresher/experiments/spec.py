@@ -284,12 +284,21 @@ class ServeSpec(ModelSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneSpec(TaskSpec):
+class ServedSpec:
+    """Say what a budget of time is for, see ``service.Service``."""
+
+    runtime: str = option("What a budget of ms is for: torch, onnx or openvino.", "torch", metavar="NAME")
+    precision: str = option("Of that runtime: fp32, bf16 (openvino) or int8.", "fp32", metavar="NAME")
+    serve_batch: int = option("Texts at once there; the budget is of one text.", 1, metavar="N", min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSpec(ServedSpec, TaskSpec):
     """Say what ``tune`` searches for: one budget, a method, the texts."""
 
     out: Path = option("The folder for the pruned model.", MISSING, writes="folder", metavar="DIR")
     target_flops: float | None = option("Budget: share of the dense MACs to be left.")
-    target_latency_ms: float | None = option("Budget: mean ms per text, one at a time.")
+    target_latency_ms: float | None = option("Budget: mean ms per text, in the runtime that will serve.")
     max_disagreement: float | None = option("Budget: share of texts with another answer than the dense model's.")
     max_drop: float | None = option("Budget: points of accuracy that may be lost; needs labels.")
     method: str = option("topk, spatten, vatp, entropy, ats, tome, tofu; auto: the best.", "auto", metavar="NAME")
@@ -320,7 +329,7 @@ class MethodSpec:
     method: str | None = option("topk, ltp, top, ...; default: topk.", metavar="NAME")
     target_flops: float | None = option("Share of the dense MACs to be left.", saved=False)
     target_latency: float | None = option("Share of the dense time to be left (top).", saved=False)
-    target_latency_ms: float | None = option("Mean milliseconds per text, one at a time (top).", saved=False)
+    target_latency_ms: float | None = option("Mean milliseconds per text (top).", saved=False)
     keep: float | tuple | None = option(
         "Share (0.5) or number (64) kept, for topk and its kin.", saved=False, metavar="K", parser=_shares
     )
@@ -373,7 +382,7 @@ class TrainingSpec(TaskSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSpec(MethodSpec, TrainingSpec):
+class TrainSpec(MethodSpec, ServedSpec, TrainingSpec):
     """Say how ``train`` makes a pruned model; the saved fields decide the result.
 
     task: what the model is to do. "rerank": give a query and a candidate one number, which orders a query's candidates.

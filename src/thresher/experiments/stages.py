@@ -29,7 +29,6 @@ from ..data.task import DataError, Task
 from ..data.texts import load_texts
 from ..data.tokenize import tokenize
 from ..evaluation.hardware import has_bf16
-from ..evaluation.latency import compare
 from ..evaluation.predict import Predictions, Text, predict, quality
 from ..evaluation.rows import folder_written_whole, whole, writing
 from ..methods.parts.budget import OutOfReach
@@ -43,6 +42,7 @@ from ..training.monitor import WATCHED, Watch
 from ..training.reranking import RerankTrainer
 from ..training.trainer import Collator, Distill, FineTuner, PruningTrainer, Ranking, ranking_of
 from ..training.until import UntilTrained
+from .service import Service
 from .spec import FIXED, SUMMARY, TrainSpec, task_entry
 from .workspace import Workspace
 
@@ -54,7 +54,6 @@ SAVED = 200  # steps between two checkpoints of a dense training, at most
 SOFT_STEPS = 300  # of a soft stage, at least
 PROXY = 0.16  # width of the schedule that stands in for a learned one while rates are tried
 USUAL = 1e-4  # the rate with which schedules are compared, where none is given
-TIMED = 64  # texts that a target of time is measured on
 Ask = Callable[..., Predictions]  # (model, the folder it lies in, texts, options of ``predict``) -> its answers
 
 
@@ -242,6 +241,18 @@ def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
     return taught
 
 
+def service_of(run: Run) -> Service:
+    """What will serve the model, which a budget of time is for."""
+    return Service(run.spec.runtime, run.spec.precision, run.spec.serve_batch)
+
+
+def priced(run: Run, net: PreTrainedModel) -> None:
+    """Give a method with a budget of time the prices of another service than the usual one, which the trainer knows."""
+    method, service = pruner_in(net), service_of(run)
+    if method.needs_table and service != Service():
+        method.table = service.table(net, run.data.tokenizer, run.data.validation)
+
+
 def salient(net: PreTrainedModel, rows: Dataset) -> list[torch.Tensor]:
     """The saliency (n,) of the n tokens of each row, of a model that is pruned with ``Ranking``."""
     text = Text(net, rows, None)
@@ -285,6 +296,7 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
                     **even, **cast("Any", run.protects)
                 )  # in a short training its own would be soft, and let nothing leave
             prune(net, method or TopK(keep=1.0, at=()))
+            priced(run, net)
         kind = RerankTrainer if run.ranks else EmbedTrainer if run.embeds else PruningTrainer
         return kind(
             *(net, arguments_of(run, folder.name, **arguments), run.collator, taught, held_out),
@@ -316,7 +328,8 @@ def finish_training(
     if method is None:
         unprune(net)
     else:
-        trainer.reached.update(timed(net, data.validation) if method.needs_table else {})
+        if method.needs_table:
+            trainer.reached.update(service_of(run).times(net, data.tokenizer, data.validation))
         pooling = best_pooling(cast("Any", net), lambda: judged(net, data)[0]) if run.pools(net) else None
         trainer.reached.update(method.ablations(lambda: judged(net, data)))
     before = 0 if start is None else json.loads((start / "stage.json").read_text())["steps"]
@@ -575,15 +588,6 @@ def judged(net: PreTrainedModel, data: Data) -> tuple[float, float]:
     """Quality on the validation part, and the share of the dense MACs that it takes."""
     said = predict(net, data.validation)
     return quality(said, data.validation, data.task.metric), said.macs_used / said.macs_dense
-
-
-def timed(net: PreTrainedModel, validation: Dataset) -> dict[str, float]:
-    """The asked time beside that of single texts, spread over the validation part."""
-    count, names = min(len(validation), TIMED), ("input_ids", "token_type_ids", "attention_mask")
-    texts = [validation[i * len(validation) // count] for i in range(count)]
-    inputs = ({name: torch.tensor([text[name]]) for name in names if name in text} for text in texts)
-    dense, pruned = compare(net, inputs)
-    return {"latency_ms_dense": dense, "latency_ms": pruned, "latency_fraction_measured": pruned / dense}
 
 
 def save(run: Run, net: PreTrainedModel, folder: Path) -> None:

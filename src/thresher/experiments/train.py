@@ -25,6 +25,7 @@ from ..evaluation.predict import Predictions, outcome, predict, quality
 from ..evaluation.rows import folder_written_whole, row, writing
 from ..reports import plots
 from .answers import kept_answers
+from .service import Service
 from .spec import SUMMARY, TrainSpec, job, task_entry
 from .stages import Ask, Run, fine_tune, graded, load_data, method_of, prune_and_train
 from .strongest import milder, strongest
@@ -51,6 +52,7 @@ def train(spec: TrainSpec, *, progress: bool = True, ask: Ask | None = None) -> 
         ValueError: bad input, or ``out`` holds the result of another recipe.
     """
     method_of(spec)  # a mistake is told before anything runs
+    Service.of(spec, timed=any(name.startswith("target_latency") for name in spec.method_options or {}))
     work = Workspace(spec.out, spec.saved())
     if (known := work.finished(spec.fresh)) is not None:
         return known["rows"]

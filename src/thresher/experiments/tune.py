@@ -15,24 +15,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedModel
 
+from ..core.cost import LatencyTable
 from ..core.pareto import pareto_front
 from ..core.pruner import PUT_BACK, pruner_of, query_of
 from ..data.embedder import Embedder, is_embedder, load_embedder
 from ..data.models import clip, load
 from ..data.task import Task
 from ..evaluation.hardware import environment
-from ..evaluation.latency import compare, latency_table
-from ..evaluation.predict import Text
 from ..evaluation.rows import folder_written_whole
 from ..reports import plots
 from ..search.explore import PROFILING, Budget, Samples, ScheduleSearch, scores_of, with_survivors
 from ..search.reference import Sample, texts_of, tokenized
+from .service import Service
 from .spec import COLUMNS, SUMMARY, TuneSpec, job, task_entry
-from .stages import TIMED
 
 PICTURE = "tuning.png"
+NEAR = 0.05  # a time that is asked for is met within
+CORRECTED = 2  # times at most, by what a schedule really takes
 BUDGETS = ("target_flops", "target_latency_ms", "max_disagreement", "max_drop")
 
 
@@ -56,11 +58,13 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
         tokens than its cost is searched with.
 
     Raises:
-        ValueError: not one budget, one out of reach, too few texts, no schedule that passes the test, a pruned model, a
-            method without such a schedule, data that do not fit, a folder that is not empty.
+        ValueError: not one budget, a runtime without a budget of time, one out of reach, too few texts, no schedule
+            that passes the test, a pruned model, a method without such a schedule, data that do not fit, a folder that is
+            not empty.
     """
     budget = Budget.only({name: getattr(spec, name) for name in BUDGETS})
     scores, out, started = scores_of(spec.method, spec.method_options), Path(spec.out), time.time()
+    service = Service.of(spec, budget.of_time)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there and not empty: choose another folder for the result")
     if spec.plot is not None and find_spec("matplotlib") is None:
@@ -70,16 +74,18 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     texts = read_texts(spec, budget, net, tokenizer, tell)
     scores = {name: (one, kept_query(texts.task, tokenizer, own) | own) for name, (one, own) in scores.items()}
     scores = with_survivors(scores) if isinstance(net, Embedder) and net.pools_all else scores
-    search = ScheduleSearch(net, scores, texts.samples, latency_table(net) if budget.of_time else None, tell)
-    chosen, rows = search.find(budget), [*search.rows.values()]
+    clock = Clock(service, tokenizer, texts.samples.search.rows, tell) if budget.of_time else None
+    search = ScheduleSearch(net, scores, texts.samples, clock.table(net) if clock else None, tell)
+    chosen, timed = (search.find(budget), {}) if clock is None else clock.meet(search, budget)
+    rows = [*search.rows.values()]
     method, options = scores[chosen["method"]]
     reached = {name: chosen[name] for name in ("flops_fraction", "divergence", "disagreement", "overlap", "bound")}
     reached |= _pooled(search, chosen) if isinstance(net, Embedder) else {}
-    if budget.of_time:
-        reached |= _timed(net, texts.samples.search, budget.value)
+    reached |= timed
     asked = {name: getattr(spec, name) for name in ("model", "data", "seed", "min_length", *COLUMNS)}
+    served = vars(service) if budget.of_time else {}
     summary = {
-        "tuning": asked | {"method": method, "method_options": options, budget.name: budget.value},
+        "tuning": asked | {"method": method, "method_options": options, budget.name: budget.value} | served,
         "task": task_entry(spec, texts.task, texts.max_length),
         "reached": reached,
         "texts": {name: getattr(texts, name) for name in ("searched", "tested", "max_length", "tokens_mean")},
@@ -171,11 +177,40 @@ def _pooled(search: ScheduleSearch, chosen: dict) -> dict[str, Any]:
     return {"cosine": 1 - chosen["divergence"], "pooling": {"chosen": pooling, "judged": by_pooling}}
 
 
-def _timed(net: PreTrainedModel, sample: Sample, target: float) -> dict[str, float]:
-    """What the schedule takes, one text at a time, beside the dense model."""
-    text = Text(net, sample.rows, None)
-    rows = range(0, len(text.lengths), -(-len(text.lengths) // TIMED))
-    dense, pruned = compare(net, (text.batch([row], None, net.device) for row in rows))
-    if pruned > target:
-        warnings.warn(f"measured: {pruned:.2f} ms per text, where {target:g} were asked for", stacklevel=3)
-    return {"latency_ms_dense": dense, "latency_ms": pruned, "latency_ms_asked": target}
+@dataclass(frozen=True)
+class Clock:
+    """Meet a budget of milliseconds: by the table of prices first, then by what the model really takes."""
+
+    service: Service
+    tokenizer: Any
+    rows: Dataset
+    tell: Callable[[str, int, int | None], Any]
+
+    def table(self, net: PreTrainedModel) -> LatencyTable:
+        """The prices of the layers, where the model will serve."""
+        self.tell("timing the layers", 0, None)
+        return self.service.table(net, self.tokenizer, self.rows)
+
+    def meet(self, search: ScheduleSearch, budget: Budget) -> tuple[dict, dict[str, float]]:
+        """The row of the schedule that was chosen, and its times. Where it takes another time than its price, the
+        price that is searched for is corrected, at most ``CORRECTED`` times; the last schedule counts."""
+        asked = price = budget.value
+        chosen = search.find(budget)
+        for step in range(CORRECTED + 1):
+            self.tell("timing the schedule", step, None)
+            took = self.service.times(search.net, self.tokenizer, self.rows)
+            price *= asked / took["latency_ms"]
+            if abs(took["latency_ms"] / asked - 1) <= NEAR or step == CORRECTED:
+                break
+            try:
+                other = search.find(Budget(budget.name, price))
+            except ValueError:  # out of reach: no schedule is as cheap, or all tokens stay
+                break
+            if other is chosen:
+                break
+            chosen["chosen"], chosen = False, other
+        if took["latency_ms"] > asked * (1 + NEAR):
+            warnings.warn(
+                f"measured: {took['latency_ms']:.2f} ms per text, where {asked:g} were asked for", stacklevel=4
+            )
+        return chosen, took | {"latency_ms_asked": asked}
