@@ -357,7 +357,8 @@ def page(verdicts: list[Verdict], left_out: dict[str, str], composed: int) -> st
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")[:300]
+    """A reason as plain text in a cell: what Markdown would read as a border or a link is escaped."""
+    return text[:300].replace("\n", " ").replace("|", "\\|").replace("[", "\\[")
 
 
 def main() -> None:
