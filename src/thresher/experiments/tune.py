@@ -59,8 +59,8 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
 
     Raises:
         ValueError: not one budget, a runtime without a budget of time, one out of reach, too few texts, no schedule
-            that passes the test, a pruned model, a method without such a schedule, data that do not fit, a folder that is
-            not empty.
+            that passes the test, a pruned model, a method without such a schedule, data that do not fit, a folder that
+            is not empty.
     """
     budget = Budget.only({name: getattr(spec, name) for name in BUDGETS})
     scores, out, started = scores_of(spec.method, spec.method_options), Path(spec.out), time.time()
