@@ -27,7 +27,7 @@ from ..core.attachment import Attachment
 from ..core.pruner import Options
 from ..core.view import AttentionInputs
 from .kvzip import KVzip, RepeatOptions
-from .layer import PrunedLayer, last_real
+from .layer import Coming, PrunedLayer, last_real
 from .pruner import CachePruner
 from .rope import Rotation, close_gap, rotation_of
 from .view import CacheView, attention_received
@@ -46,6 +46,7 @@ class CacheCall:
     cache: Any = None
     layers: dict[int, PrunedLayer] = field(default_factory=dict)  # ours, by their number
     asks: Tensor | None = None  # (B, q), positions of the new tokens; -1: padding
+    added: list[int] = field(default_factory=list)  # of each row, how many of them are real
     padded: bool = False  # whether some of them are padding
     prompt: bool = False  # whether they are a part of a prompt
     draft: bool = False  # whether they may be taken back
@@ -53,15 +54,13 @@ class CacheCall:
 
 @dataclass(eq=False)
 class CacheSite:
-    """One layer of one forward: what its attention function shows. The names are those of a ``Site``."""
+    """One layer of one forward: what its attention function shows."""
 
     number: int
     layer: PrunedLayer
     call: CacheCall
+    asks: Tensor  # (B, q), positions of the tokens that enter the layer; -1: padding
     inputs: AttentionInputs | None = None
-    weights: Tensor | None = None
-    statistic: None = None
-    tokens: None = None
 
 
 class CacheHooks(Attachment):
@@ -72,38 +71,48 @@ class CacheHooks(Attachment):
     method: CachePruner
 
     # --- on ----------------------------------------------------------------------------------------------------------
+    @property
+    def name(self) -> str:
+        """What to call the method in errors."""
+        return self.method.name
+
     def check(self) -> None:
         """Raise ValueError where the method cannot serve the model."""
+        self.check_layers()
+        arch = self.architecture
+        if not self.full:
+            raise ValueError(
+                f"{self.name} is not possible with {arch.name}: all of its layers slide and hold a window at "
+                "most, so that nothing is left to prune"
+            )
+        self.method.check(self)
+        self.moves = self.method.moves_sinks(self)
+        self.warned = False
+
+    def check_layers(self) -> None:
+        """Raise ValueError where layers cannot be given masks of their own; look at what they cache."""
         arch = self.architecture
         if not arch.causal:
             raise ValueError(
-                f"{self.method.name} prunes the KV cache of a decoder, and {arch.name} has none: TopK, LTP and ToP "
+                f"{self.name} prunes the KV cache of a decoder, and {arch.name} has none: TopK, LTP and ToP "
                 "prune the tokens of an encoder"
             )
         if not (arch.shows_inputs and arch.passes_arguments):
             raise ValueError(
-                f"{self.method.name} is not possible with {arch.name}: its layers do not hand their arguments to "
+                f"{self.name} is not possible with {arch.name}: its layers do not hand their arguments to "
                 "transformers' attention interface, so that no mask can follow what leaves"
             )
         if self.original not in FUNCTIONS:
             raise ValueError(
-                f"{self.method.name} gives layers masks of their own, which {self.original!r} does not take: load the "
+                f"{self.name} gives layers masks of their own, which {self.original!r} does not take: load the "
                 f"model with attn_implementation={' or '.join(map(repr, FUNCTIONS))}"
             )
         self.blocks = {self.number_of(layer): layer.get_submodule(arch.block) for layer in arch.layers}
         kinds = DynamicCache(config=arch.base.config).layers
         self.check_own_entries(len(kinds))
         self.full = [number for number, kind in enumerate(kinds) if type(kind) is DynamicLayer]
-        if not self.full:
-            raise ValueError(
-                f"{self.method.name} is not possible with {arch.name}: all of its layers slide and hold a window at "
-                "most, so that nothing is left to prune"
-            )
-        self.latent = compat.expands_latents(self.blocks[self.full[0]])
+        self.latent = compat.expands_latents(next(iter(self.blocks.values())))
         self.rotary = compat.rotary_module(arch.base) is not None
-        self.method.check(self)
-        self.moves = self.method.moves_sinks(self)
-        self.warned = False
 
     def check_own_entries(self, layers: int) -> None:
         """Raise ValueError where layers use the keys and values of others; ``layers``: how many a cache has."""
@@ -114,7 +123,7 @@ class CacheHooks(Attachment):
             first, last = min(shared), max(shared)
             which = f"layer {first} uses" if first == last else f"layers {first} to {last} use"
             raise ValueError(
-                f"{self.method.name} is not possible with {arch.name}: {which} the keys and values of other layers, so "
+                f"{self.name} is not possible with {arch.name}: {which} the keys and values of other layers, so "
                 "that what leaves would leave there, too"
             )
 
@@ -187,7 +196,7 @@ class CacheHooks(Attachment):
         options, cache = self.options, kwargs.get("past_key_values")
         layers = ours(cache)
         if options.protect is not None or options.counts is not None:
-            raise ValueError(f"calling() is for tokens, and {self.method.name} prunes a cache: give sinks and recent")
+            raise ValueError(f"calling() is for tokens, and {self.name} prunes a cache: give sinks and recent")
         if options.mode != "pruned" and not layers:
             return CacheCall(options, dense=True)
         self.check_implementation()
@@ -199,8 +208,7 @@ class CacheHooks(Attachment):
         first = next(iter(layers.values()))
         self.settle(cache, layers, options)
         for layer in layers.values():
-            if not layer.real:
-                layer.real, layer.counts = [0] * batch, [0] * batch
+            layer.open(batch)
         mask = self.new_columns(kwargs.get("attention_mask"), first.seen, new)
         asks, added = first.next_positions(new, mask)
         asks = asks.to(given.device)
@@ -212,8 +220,8 @@ class CacheHooks(Attachment):
                 "model(**inputs, past_key_values=cache), and generate from it"
             )
         for layer in layers.values():
-            layer.coming, layer.fresh = (asks, added), False
-        return CacheCall(options, False, cache, layers, asks, min(added) < new, prompt, draft)
+            layer.coming, layer.fresh = Coming(layer.places(asks), added, added, new), False
+        return CacheCall(options, False, cache, layers, asks, added, min(added) < new, prompt, draft)
 
     def adopted(self, cache: Any, kwargs: dict) -> Any:
         """A cache whose full layers are ours: the one given, where it is empty or ours already.
@@ -221,7 +229,7 @@ class CacheHooks(Attachment):
         Raises:
             ValueError: it cannot be pruned.
         """
-        base, name = self.architecture.base, self.method.name
+        base, name = self.architecture.base, self.name
         if compat.is_paged(kwargs):
             raise ValueError(f"{name} cannot prune the pages of continuous batching: call generate()")
         if cache is None:
@@ -287,9 +295,9 @@ class CacheHooks(Attachment):
                 count, layer.waiting = layer.waiting, 0
                 assert layer.queries is not None and layer.query_position is not None
                 asks = layer.query_position[:, -count:]
-                call = CacheCall(options, False, cache, layers, asks, prompt=layer.waits_prompt)
+                call = CacheCall(options, False, cache, layers, prompt=layer.waits_prompt)
                 inputs = self.inputs_of(number, layer, layer.queries[:, :, -count:])
-                self.decide(CacheSite(number, layer, call, inputs), remembered=True)
+                self.decide(CacheSite(number, layer, call, asks, inputs), remembered=True)
             if self.method.keep is not None:  # whose scores look no further back
                 layer.queries = layer.query_position = None
 
@@ -320,7 +328,8 @@ class CacheHooks(Attachment):
         hidden = kwargs.pop(self.architecture.arguments[0])
         if not pruned.whole:
             kwargs["attention_mask"] = self.mask(pruned, call, hidden)
-        kwargs["token_site"] = CacheSite(self.number_of(layer), pruned, call)
+        assert pruned.coming is not None
+        kwargs["cache_site"] = CacheSite(self.number_of(layer), pruned, call, pruned.coming.asks)
         return (hidden,), kwargs
 
     def mask(self, layer: PrunedLayer, call: CacheCall, hidden: Tensor) -> Tensor | None:
@@ -328,19 +337,23 @@ class CacheHooks(Attachment):
 
         A mask takes sdpa off its quick paths, so that there is none where nothing is dead.
         """
-        assert call.asks is not None
-        asks, new = call.asks.to(hidden.device), call.asks.shape[1]
-        if new == 1 and not layer.dead and not call.padded:
+        assert call.asks is not None and layer.position is not None
+        asks, new, window = layer.places(call.asks.to(hidden.device)), call.asks.shape[1], layer.sliding_window
+        if new == 1 and not (layer.dead or call.padded or window):
             return None
-        live = layer.live
+        live, place = layer.live, layer.position
         if layer.masked:
-            live = live.repeat_interleave(self.architecture.base.config.num_attention_heads // live.shape[1], 1)
+            queries = self.architecture.base.config.num_attention_heads // live.shape[1]
+            live, place = (x.repeat_interleave(queries, 1) for x in (live, place))
         else:
-            live = live[:, :1]  # rows keep the same number in each head, and dead slots lie in front
+            live, place = live[:, :1], place[:, :1]  # in each head a row keeps as many, and dead slots are the same
         real = (asks >= 0)[:, None]
         fresh = torch.ones(new, new, dtype=torch.bool, device=hidden.device).tril() & real[..., None, :]
-        fresh = fresh | torch.eye(new, dtype=torch.bool, device=hidden.device)  # padding sees itself, and not nothing
         old = live[:, :, None].expand(-1, -1, new, -1)
+        if window:
+            first = asks[:, None, :, None] - window + 1
+            old, fresh = old & (place[:, :, None] >= first), fresh & (asks[:, None, None] >= first)
+        fresh = fresh | torch.eye(new, dtype=torch.bool, device=hidden.device)  # padding sees itself, and not nothing
         sees = torch.cat([old, fresh.expand(-1, old.shape[1], -1, -1)], -1)
         if self.eager:
             return torch.where(sees, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
@@ -348,9 +361,14 @@ class CacheHooks(Attachment):
 
     def after_block(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Let entries leave, once the layer has used all of them."""
-        site = kwargs.get("token_site")
-        if not isinstance(site, CacheSite) or site.call.options.mode != "pruned":
-            return
+        site = kwargs.get("cache_site")
+        if site is not None and site.layer.sliding_window:
+            site.layer.slide()
+        elif site is not None and site.call.options.mode == "pruned":
+            self.act(site)
+
+    def act(self, site: CacheSite) -> None:
+        """Let the method act on a layer, by what it showed."""
         if site.inputs is None:
             raise RuntimeError(
                 f"layer {site.number} of {self.architecture.name} delivered no attention, so nothing would be pruned; "
@@ -358,18 +376,17 @@ class CacheHooks(Attachment):
             )
         if isinstance(self.pruner, KVzip):
             site.layer.logits = site.inputs.logits
-            if site.call.options.repetition is not None and site.call.asks is not None:
-                self.pruner.listen(site.layer, site.inputs, site.call.asks, site.call.options.repetition)
+            if site.call.options.repetition is not None:
+                self.pruner.listen(site.layer, site.inputs, site.asks, site.call.options.repetition)
         elif site.call.draft:
             self.wait(site, site.inputs)
         else:
             self.decide(site)
-        site.inputs = site.weights = None
+        site.inputs = None
 
     def wait(self, site: CacheSite, inputs: AttentionInputs) -> None:
         """Remember the queries of a draft; what leaves is decided when it is known which of its tokens stay."""
-        layer, asks = site.layer, site.call.asks
-        assert asks is not None
+        layer, asks = site.layer, site.asks
         earlier = 0 if self.method.keep is not None else self.method.window
         layer.remember(inputs.query, asks, earlier + asks.shape[1])
         layer.waiting, layer.waits_prompt, layer.logits = asks.shape[1], site.call.prompt, inputs.logits
@@ -382,8 +399,8 @@ class CacheHooks(Attachment):
         ``remembered``: whether the queries are remembered already.
         """
         layer, inputs, call, method = site.layer, site.inputs, site.call, self.pruner
-        assert inputs is not None and call.asks is not None
-        begun, asks = time.perf_counter(), call.asks.to(inputs.key.device)
+        assert inputs is not None
+        begun, asks = time.perf_counter(), site.asks.to(inputs.key.device)
         query, places = inputs.query, asks
         if remembered or (method.window and method.keep is None):  # while decoding a score looks further back
             if not remembered:
@@ -396,7 +413,7 @@ class CacheHooks(Attachment):
             sums = attention_received(view, inputs.query, asks)
             layer.received = sums if layer.received is None else layer.received + sums
         place = (self.full.index(site.number), len(self.full))
-        budget = method.budget(layer.real, call.prompt, place, self.room(call, layer))
+        budget = method.budget(layer.arrived, call.prompt, place, self.room(call, layer))
         kept = layer.counts if budget is None else budget.kept(layer.counts)
         if kept != layer.counts:
             order = self.order(layer)
@@ -453,7 +470,7 @@ class CacheHooks(Attachment):
             sum(getattr(other, "sliding_window", 0) for other in call.cache.layers) if call.cache is not None else 0
         )
         total = self.method.target_cache_mb * 1e6 / (len(layer.real) * entry) - sliding
-        return int(total / len(call.layers))
+        return int(total / len(self.full))
 
     # --- the end of a forward ----------------------------------------------------------------------------------------
     def end(self, call: CacheCall, kwargs: dict, output: Any) -> Any:
@@ -502,8 +519,8 @@ class CacheHooks(Attachment):
             layer.seconds += (time.perf_counter() - begun) / len(call.layers)
             heads = self.architecture.base.config.num_attention_heads
             nobody = layer.keys.new_empty(len(ids), heads, 0, layer.keys.shape[-1])
-            one = CacheCall(call.options, False, call.cache, call.layers, call.asks[:, :0], prompt=True)
-            self.decide(CacheSite(number, layer, one, self.inputs_of(number, layer, nobody)))
+            one = CacheCall(call.options, False, call.cache, call.layers, prompt=True)
+            self.decide(CacheSite(number, layer, one, call.asks[:, :0], self.inputs_of(number, layer, nobody)))
 
 
 def row_of(number: int, layer: Any) -> dict:

@@ -109,6 +109,11 @@ def wants_cache(model: PreTrainedModel, given: bool | None) -> bool:
 PREPARE_CACHE = "_prepare_cache_for_generation"  # of a model: makes the cache of ``generate``, or takes the one given
 
 
+def brings_drafts(generation_mode: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether ``generate`` in such a mode feeds drafts, of which the first comes with the prompt."""
+    return getattr(generation_mode, "value", None) == "assisted_generation"
+
+
 def borrows_entries(block: nn.Module) -> bool:
     """Whether an attention block uses the keys and values of another layer, as the last ones of Gemma 3n do."""
     return bool(getattr(block, "is_kv_shared_layer", False))

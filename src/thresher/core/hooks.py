@@ -23,6 +23,7 @@ from .pruner import PROTECTED, SURVIVORS, Options, Record, TokenPruner
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
 from .view import Site
 
+CACHES = ("past_key_values", "layer_past")  # names of the cache among the arguments of layers
 # The per-token arguments of layers, besides the mask, and their token dimensions; all else is passed on as it is.
 TOKEN_ARGUMENTS = {
     "position_embeddings": (-2,),
@@ -80,6 +81,7 @@ class Hooks(Attachment):
     def __init__(self, model: PreTrainedModel, pruner: TokenPruner, layout: str, original: str | None = None):
         super().__init__(model, pruner, layout, original)
         self.passed: frozenset[int] = frozenset()  # sites that a graph under construction passes by
+        self.unserved = ""  # why no companion keeps the caches of a decoder
 
     def check(self) -> None:
         """Raise ValueError where the method or the layout does not fit the model."""
@@ -137,13 +139,20 @@ class Hooks(Attachment):
             pruner.record = None  # it would live on beside this forward's own
         return call
 
+    def serves(self, cache: Any) -> bool:
+        """Whether a cache knows what each of its layers holds, so that it can be decoded from in any case."""
+        companion: Any = self.companion
+        return companion is not None and companion.serves(cache)
+
     def check_cache(self, cache: Any, kwargs: dict) -> None:
         """Refuse to decode from a cache where tokens left unevenly, and more than one token onto a pruned one."""
+        if self.serves(cache):
+            return
         verdict = getattr(cache, "token_pruning", Verdict(False))
         if verdict.refusal:
             raise ValueError(
                 f"this cache cannot be decoded from: {verdict.refusal}; generate within dense(model), or one prompt at "
-                "a time"
+                f"a time{self.unserved and f' ({self.unserved})'}"
             )
         given = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         if verdict.dropped and given is not None and given.shape[1] > 1:
@@ -211,7 +220,7 @@ class Hooks(Attachment):
         kwargs = {**dict(zip(arguments, args, strict=False)), **kwargs}
         hidden = kwargs.pop(arguments[0])
         if call.tokens is None:
-            hidden = self.start(call, hidden, kwargs.get("past_key_values") is not None)
+            hidden = self.start(call, hidden, any(kwargs.get(name) is not None for name in CACHES))
         tokens = call.tokens
         assert tokens is not None, "start() lays them out"
         call.states = hidden
@@ -418,7 +427,7 @@ class Hooks(Attachment):
         """Write on a cache that this forward filled whether it can be decoded from."""
         caches = [kwargs.get("past_key_values"), *(output if isinstance(output, tuple) else output.values())]
         cache = next((cache for cache in caches if hasattr(cache, "get_seq_length")), None)
-        if cache is None or cache.get_seq_length() == 0:
+        if cache is None or cache.get_seq_length() == 0 or self.serves(cache):
             return
         dropped = any(site.after not in (None, site.tokens) for site in call.sites)
         even = all(bool((count.n_attention == count.n_attention[0]).all()) for count in call.counts)
