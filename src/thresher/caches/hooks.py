@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
 from ..core import compat
 from ..core.attachment import Attachment
@@ -242,7 +242,7 @@ class CacheHooks(Attachment):
         if ours(cache):
             return cache
         kind = type(cache).__name__
-        if isinstance(cache, EncoderDecoderCache) or any(isinstance(x, StaticLayer) for x in cache.layers):
+        if isinstance(cache, EncoderDecoderCache) or compat.is_static(cache):
             raise ValueError(f"{name} cannot prune a {kind}, whose size is fixed: generate with a DynamicCache")
         if compat.is_quantized(cache):
             raise ValueError(f"{name} cannot prune a {kind}, whose entries are quantized in blocks: use a DynamicCache")

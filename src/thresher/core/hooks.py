@@ -113,6 +113,11 @@ class Hooks(Attachment):
             self.check_cache(cache, kwargs)
         if options.mode == "dense" or filled:  # a decoding step
             return CallState(replace(options, mode="dense"), self.method)
+        if compat.is_static(cache):
+            raise ValueError(
+                f"{self.method.name} cannot fill a {type(cache).__name__}, whose size is fixed and in which each layer "
+                "holds as much: generate with a DynamicCache, or within dense(model)"
+            )
         pruner = self.pruner
         compat.load_offloaded(pruner)
         if torch.jit.is_tracing():
