@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .methods.entropy import Entropy
     from .methods.evit import EViT
     from .methods.lat import LAT
+    from .methods.lazyllm import LazyLLM
     from .methods.ltmp import LTMP
     from .methods.ltp import LTP
     from .methods.powerbert import PoWERBERT
@@ -59,6 +60,7 @@ __all__ = [
     "KVzip",
     "KeyDiff",
     "Knorm",
+    "LazyLLM",
     "PoWERBERT",
     "PruningTrainer",
     "Random",
@@ -102,6 +104,7 @@ _HOMES = {
     "methods.evit": ("EViT",),
     "methods.powerbert": ("PoWERBERT",),
     "methods.lat": ("LAT",),
+    "methods.lazyllm": ("LazyLLM",),
     "methods.ltp": ("LTP",),
     "methods.spatten": ("SpAtten",),
     "methods.threshold": ("Threshold",),

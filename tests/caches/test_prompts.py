@@ -255,7 +255,9 @@ def test_a_copy_of_a_model_and_its_method_prune_alone():
     assert difference(run(twin, prompts(), "step"), expected) == 0.0
     unprune(twin)
     assert difference(run(twin, prompts(), "step"), run(build("llama"), prompts(), "step")) == 0.0
-    assert difference(run(model, prompts(), "step"), expected) == 0.0 and vars(unprune(model)).keys() == vars(twin).keys()
+    assert (
+        difference(run(model, prompts(), "step"), expected) == 0.0 and vars(unprune(model)).keys() == vars(twin).keys()
+    )
 
 
 # --- together with a cache method ------------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ from transformers.cache_utils import DynamicLayer
 
 from ..core.scoring import Logits
 
-SPARE = 64  # slots beyond its window that a layer may hold for tokens that are taken back, and twice that before it slides
+SPARE = (
+    64  # slots beyond its window that a layer may hold for tokens that are taken back, and twice that before it slides
+)
 TENSORS = ("keys", "values", "position", "hidden", "received", "queries", "query_position", "sink_keys", "shift")
 
 
