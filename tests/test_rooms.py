@@ -16,7 +16,7 @@ ROWS = (  # from the top down; a room may import what stands in a lower row, and
     ("exporting",),  # whose graphs serving opens
     ("evaluation",),
     ("data", "stats"),
-    ("multimodal", "streaming"),
+    ("multimodal", "prompts", "streaming"),
     ("api",),
     ("checkpoint",),
     ("methods", "caches"),

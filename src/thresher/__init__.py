@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from .methods.transkimmer import Transkimmer
     from .methods.trbert import TRBERT
     from .methods.vatp import VATP
+    from .prompts.compress import Compressed, compress
+    from .prompts.gemfilter import GemFilter
     from .training.trainer import PruningTrainer
 
 __version__ = "0.1.0"
@@ -51,12 +53,14 @@ __all__ = [
     "VATP",
     "AdapLeR",
     "CachePruner",
+    "Compressed",
     "Cut",
     "DynamicViT",
     "EViT",
     "Entropy",
     "ExpectedAttention",
     "FirstK",
+    "GemFilter",
     "KVzip",
     "KeyDiff",
     "Knorm",
@@ -76,6 +80,7 @@ __all__ = [
     "TopK",
     "Transkimmer",
     "calling",
+    "compress",
     "dense",
     "export",
     "load_runtime",
@@ -115,6 +120,8 @@ _HOMES = {
     "methods.trbert": ("TRBERT",),
     "methods.vatp": ("VATP",),
     "core.pruner": ("TokenPruner",),
+    "prompts.compress": ("Compressed", "compress"),
+    "prompts.gemfilter": ("GemFilter",),
     "exporting.runtime": ("load_runtime",),
     "training.trainer": ("PruningTrainer",),
 }
