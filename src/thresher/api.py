@@ -41,25 +41,21 @@ def prune(
     """Prune the tokens of ``model``, or its KV cache, while it runs; in place, reversible by ``unprune``.
 
     Args:
-        model: any transformers model with a stack of attention layers; or what is around one: a PEFT model, whose
-            active adapter the method is then trained, saved and loaded with; a SentenceTransformer, CrossEncoder or
+        model: any transformers model with a stack of attention layers; or a PEFT model around one, whose active adapter
+            the method is then trained, saved and loaded with; a SentenceTransformer, CrossEncoder or
             MultiVectorEncoder. In a CrossEncoder of one number the query stays, and all else for a third of the layers.
         method: e.g. ``TopK(keep=0.5)``, or ``SnapKV(keep=0.25)`` for the KV cache of a decoder; it prunes one model.
-            None: what the model's config.json says, with the parameters that lie in its weights.
-        cache: e.g. ``SnapKV(keep=0.5)``, beside a method that prunes the tokens of a decoder: tokens of a prompt leave
-            the layers first, then entries leave the cache of those that are left. The method carries it as ``cache``.
+            None: what the model's config.json says, with the weights' parameters.
+        cache: e.g. ``SnapKV(keep=0.5)``, beside a method for tokens: entries leave the cache of those that are left.
         layout: "mask" hides what is dropped (reference), "padded" shortens to the widest row, "packed" has no padding;
-            "auto" takes mask while a method trains softly, else packed if possible, else padded. Caches have "mask" and
-            "evict". Not saved.
+            "auto" takes mask in soft training, else packed if possible, else padded. Caches: "mask", "evict". Not saved.
         checkpoint: the folder with the pruner's weights, where these did not come with ``model``.
         check: try the first layers on a few tokens before, and refuse what answers wrongly.
 
-    Returns:
-        The same model; the method is its submodule ``token_pruner``, which carries the ``report`` of the last forward.
+    Returns: the same model; the method is its submodule ``token_pruner``, with the ``report`` of the last forward.
 
     Raises:
         ValueError: a layout, layer, model, method or checkpoint that does not serve; the model is as it was before.
-        TypeError: ``model`` or ``method`` is something else.
 
     Example:
         >>> model = prune(AutoModelForSequenceClassification.from_pretrained("my-classifier"), TopK(keep=0.5))
@@ -72,13 +68,9 @@ def prune(
         entry = _saved_entry(model, target, stored)
         method = Pruner.from_dict(entry)
     _check_layout(method, layout)
-    for part in (method, cache):
-        if part is not None:
-            _check_free(part, model, target)
+    _check_free(method, model, target)
     hooks = method.attachment(target, layout, None if before is None else before.attached().original)
-    with_cache = cache or getattr(method, "cache", None)
-    if isinstance(hooks, Hooks):
-        hooks.companion = companion(hooks, with_cache)
+    with_cache = _accompany(hooks, cache, model)
     with _free_if_refused(method):
         if method is not before:
             _suit_pairs(method, model, hooks.architecture, saved=entry is not None or checkpoint is not None)
@@ -95,15 +87,12 @@ def prune(
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
     own_configuration(model)
     _exchange(hooks, None if before is None else before.hooks)
-    if with_cache is not None and hooks.companion is not None:
-        with_cache.bind(hooks.architecture)
-        method.cache, with_cache.hooks = with_cache, hooks.companion
-    _place(model, target, hooks)
+    _place(model, target, hooks, with_cache)
     return model
 
 
 def _check_method(method: Any, cache: Any) -> None:
-    """Raise TypeError where ``prune`` is given something else than a method, ValueError where two do not go together."""
+    """Raise TypeError where ``prune`` is given no method, ValueError where two do not go together."""
     if isinstance(method, type) or not (method is None or isinstance(method, Pruner)):
         raise TypeError(f"prune() takes a method such as TopK(keep=0.5), got {method!r}")
     if cache is not None and not isinstance(cache, CachePruner):
@@ -113,6 +102,20 @@ def _check_method(method: Any, cache: Any) -> None:
             "cache= goes with a method that prunes tokens, as TopK(keep=0.5); a cache alone is pruned by "
             f"prune(model, {type(cache).__name__}(...))"
         )
+
+
+def _accompany(hooks: Attachment, cache: CachePruner | None, model: nn.Module) -> CachePruner | None:
+    """Have the caches of a decoder kept in order where tokens leave; returns what prunes them besides, bound: ``cache``
+    or the method's own. Raises ValueError where that cannot be."""
+    if not isinstance(hooks, Hooks):
+        return None
+    cache = cache or hooks.method.cache
+    if cache is not None:
+        _check_free(cache, model, hooks.model)
+    hooks.companion = companion(hooks, cache)
+    if cache is not None:
+        cache.bind(hooks.architecture)
+    return cache
 
 
 def _check_layout(method: Pruner, layout: str) -> None:
@@ -265,9 +268,12 @@ def own_configuration(model: nn.Module) -> None:
             module.config = copy.deepcopy(module.config, memo)
 
 
-def _place(model: nn.Module, target: PreTrainedModel, hooks: Attachment) -> None:
-    """Make a method a submodule of its model, on the device that this runs on, and name it in the configuration."""
+def _place(model: nn.Module, target: PreTrainedModel, hooks: Attachment, cache: CachePruner | None) -> None:
+    """Make a method, with what prunes the cache besides, a submodule of its model, on the device that this runs on, and
+    name it in the configuration."""
     method, before = hooks.method, pruner_of(target)
+    if cache is not None:
+        method.cache, cache.hooks = cache, hooks.companion
     if before is not None:
         before.hooks = None
     method.hooks = hooks

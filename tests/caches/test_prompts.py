@@ -345,7 +345,7 @@ def test_methods_that_do_not_go_together_are_refused():
 
 def test_a_cache_method_that_cannot_serve_leaves_the_model_as_it_was():
     model = build("mistral", **ALL_SLIDE)
-    with pytest.raises(ValueError, match="snapkv is not possible with .*: all of its layers slide"):
+    with pytest.raises(ValueError, match=r"snapkv is not possible with .*: all of its layers slide"):
         prune(model, TopK(keep=0.5), cache=SnapKV(keep=9, **SMALL))
     assert not hasattr(model, "token_pruner")
 

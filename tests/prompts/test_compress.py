@@ -184,7 +184,7 @@ def test_what_is_refused():
         compress(model, "", tokenizer=tokenizer())
     with pytest.raises(ValueError, match="a text needs tokenizer=, the model's fast one"):
         compress(model, "wheat")
-    with pytest.raises(ValueError, match="the prompt has 300 tokens, and .* takes 256"):
+    with pytest.raises(ValueError, match=r"the prompt has 300 tokens, and .* takes 256"):
         compress(model, prompts((300,))["input_ids"])
     with pytest.raises(ValueError, match="GemFilter is not possible with BertForSequenceClassification"):
         compress(FAMILIES["bert"].build(), [5] * 60)

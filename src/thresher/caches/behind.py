@@ -83,8 +83,8 @@ class PromptHooks(CacheHooks):
         name = self.tokens.method.name
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
-                f"{name} looks at all of a prompt, which prefill_chunk_size cuts into parts: generate without it; cache "
-                "methods such as SnapKV prune each part"
+                f"{name} looks at all of a prompt, which prefill_chunk_size cuts into parts: generate without it; "
+                "cache methods such as SnapKV prune each part"
             )
         if compat.brings_drafts(*args, **kwargs):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Sequence
@@ -151,7 +152,7 @@ def read_text(prompt: str, tokenizer: Any, words: bool) -> Prompt:
     ends = [end for _, end in read["offset_mapping"]]
     starts = [match.start() for match in WORD.finditer(prompt)] if words else []
     cuts = cuts_of(ends, starts, len(prompt))
-    parts = [prompt[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [prompt[a:b] for a, b in itertools.pairwise(cuts)]
     units, unit = [], 0
     for end in ends:  # a token that has no text, as one that opens all prompts, goes with the next
         while unit + 1 < len(parts) and end > cuts[unit + 1]:

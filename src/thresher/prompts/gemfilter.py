@@ -114,7 +114,7 @@ class GemFilter:
         return F.avg_pool1d(products.sum(0), self.kernel, 1, self.kernel // 2, count_include_pad=False)[0].cpu()
 
 
-class Seen(Exception):  # noqa: N818  nothing is wrong
+class Seen(Exception):
     """End a forward: what it was run for has been seen."""
 
 
