@@ -7,11 +7,19 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    QuantizedCache,
+    StaticCache,
+)
 
 from support.decoders import (
     DECODERS,
     EAGER_ONLY,
+    GROUPED,
     LENGTHS,
     SMALL,
     WAYS,
@@ -372,6 +380,18 @@ def test_caches_that_are_not_ours_decode_one_even_prompt_or_refuse():
         model(**prompts(), past_key_values=padded)
         with pytest.raises(ValueError, match="this cache cannot be decoded from: its rows have padding"):
             model(input_ids=torch.tensor([[7], [8]]), past_key_values=padded)
+
+
+def test_layers_that_attend_in_chunks_are_not_followed():
+    sizes = {"head_dim": 8, "attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 48}
+    model = Llama4ForCausalLM(Llama4TextConfig(**GROUPED | sizes | {"interleave_moe_layer_step": 1})).eval()
+    cache = prune(model, TopK(keep=0.5, at=(0,))) and DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(**prompts(LENGTHS[:1]), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"layers that see a window or a chunk count what they hold.*in chunks"):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="snapkv is not possible with Llama4ForCausalLM: all of its layers slide"):
+        prune(model, TopK(keep=0.5, at=(0,)), cache=SnapKV(keep=0.5, **SMALL))
 
 
 def test_a_static_cache_is_refused():

@@ -129,8 +129,10 @@ class CacheHooks(Attachment):
 
     def number_of(self, layer: nn.Module) -> int:
         """The number of a layer in the cache."""
-        block: Any = layer.get_submodule(self.architecture.block)
-        return int(block.layer_idx)
+        number = getattr(layer.get_submodule(self.architecture.block), "layer_idx", None)
+        if not isinstance(number, int):
+            raise ValueError(f"{self.name} cannot tell where the layers of {self.architecture.name} lie in a cache")
+        return number
 
     def rotation(self, number: int) -> Rotation | None:
         """How a layer turns its queries and keys."""

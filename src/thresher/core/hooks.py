@@ -439,6 +439,8 @@ class Hooks(Attachment):
         refusal = ""
         if dropped and isinstance(call.tokens, Masked):
             refusal = "layout='mask' hid tokens that it still holds"
+        elif dropped and any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
+            refusal = "layers that see a window or a chunk count what they hold, of which some has left"
         elif dropped and not (even and (call.mask is None or call.whole)):
             refusal = "its rows have padding or kept different counts"
         cache.token_pruning = Verdict(dropped, refusal)
