@@ -48,7 +48,7 @@ def prune(
             None: what the model's config.json says, with the weights' parameters.
         cache: e.g. ``SnapKV(keep=0.5)``, beside a method for tokens: entries leave the cache of those that are left.
         layout: "mask" hides what is dropped (reference), "padded" shortens to the widest row, "packed" has no padding;
-            "auto" takes mask in soft training, else packed if possible, else padded. Caches: "mask", "evict". Not saved.
+            "auto": mask in soft training, else packed if possible, else padded. Caches: "mask", "evict". Not saved.
         checkpoint: the folder with the pruner's weights, where these did not come with ``model``.
         check: try the first layers on a few tokens before, and refuse what answers wrongly.
 

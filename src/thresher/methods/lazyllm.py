@@ -22,6 +22,7 @@ class LazyLLM(TopK):
     of the attention, where ``TopK`` takes all.
 
     Args:
+        at: as in ``TokenPruner``; default: a half, five eighths and three quarters of the depth.
         keep: as in ``TopK``.
         sinks: first tokens of each prompt that never leave: without them a model loses its thread.
         recent: last tokens that never leave: mostly the question and what opens the answer. A prompt of ``sinks`` and
@@ -37,6 +38,8 @@ class LazyLLM(TopK):
                                                                                 ``cache=`` prunes while decoding
     a percentile of the scores              a share of the survivors, or a      the same, and exact
                                             number
+    early sites drop little, late ones      the same share at each, from a      before, the last token of SmolLM2-135M
+    much                                    half of the depth on                does not look at what is asked for
     no token is protected                   the first and last ones are         the first ones carry attention; a chat
                                                                                 template ends behind the question
     ======================================  ==================================  ========================================
@@ -70,6 +73,10 @@ class LazyLLM(TopK):
         if self.protect is not None:
             return super().protected_positions
         return (*range(self.sinks), *range(-self.recent, 0))
+
+    def default_at(self, model: Architecture) -> tuple[int, ...]:
+        places = (-(-model.depth * eighths // 8) - 1 for eighths in (4, 5, 6))
+        return tuple(sorted({min(max(place, model.first_site), model.last_site) for place in places}))
 
     def score(self, view: View) -> Tensor:
         places = torch.arange(view.alive.shape[1], device=view.alive.device)
