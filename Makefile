@@ -34,8 +34,9 @@ check: venv  ## lint, formatting, spelling, types
 	$(VENV)/bin/typos
 	$(VENV)/bin/mypy
 
-docs: venv  ## rewrite docs/results.md from benchmarks/results
+docs: venv  ## rewrite docs/results.md from benchmarks/results, and build the site into build/site
 	$(VENV)/bin/python benchmarks/run.py --tables
+	NO_COLOR=1 $(VENV)/bin/zensical build --strict
 
 clean:  ## remove caches and build outputs (not .venv, not runs/)
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,63 @@
+"""The site has every page of docs/ once, and asks nobody else for anything."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def named(entry) -> list[str]:
+    """The pages of an entry of the navigation."""
+    if isinstance(entry, str):
+        return [entry]
+    return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in named(part)]
+
+
+def test_every_page_is_in_the_navigation_once():
+    listed = named(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert sorted(listed) == PAGES
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_needs_no_script_to_be_read(page):
+    assert "```mermaid" not in (ROOT / "docs" / page).read_text(encoding="utf-8"), "drawn by a script from elsewhere"
+
+
+def test_the_api_page_has_every_public_name():
+    import thresher
+
+    told = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    told = {line.rpartition(".")[2] for line in told.splitlines() if line.startswith(":::")}
+    assert told == {*thresher.__all__} - {"__version__"}
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    here = tmp_path / "mkdocs.yml"
+    here.write_text(
+        settings.replace("docs_dir: docs", f"docs_dir: {ROOT / 'docs'}").replace("[src]", f"[{ROOT / 'src'}]"),
+        encoding="utf-8",
+    )
+    zensical = Path(sys.executable).with_name("zensical")
+    call = [zensical, "build", "--strict", "-f", here]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list((tmp_path / "build" / "site").rglob("*.html"))
+    assert len(pages) >= len(PAGES)
+    for page in pages:
+        html = page.read_text(encoding="utf-8")
+        asked = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"?(?:https?:)?//[^\s>]+", html)
+        asked += re.findall(
+            r"<link[^>]*rel=\"?(?:stylesheet|preload|preconnect)[^>]*href=\"?(?:https?:)?//[^\s>]+", html
+        )
+        assert not asked, (page, asked)
