@@ -65,10 +65,7 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     budget = Budget.only({name: getattr(spec, name) for name in BUDGETS})
     scores, out, started = scores_of(spec.method, spec.method_options), Path(spec.out), time.time()
     service = Service.of(spec, budget.of_time)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there and not empty: choose another folder for the result")
-    if spec.plot is not None and find_spec("matplotlib") is None:
-        raise ValueError("the picture needs matplotlib, which is missing: pip install 'thresher[plot]'")
+    _check_places(out, spec.plot)
     net, tokenizer = finished(spec.model)
     tell = progress or (lambda what, done, total: None)
     texts = read_texts(spec, budget, net, tokenizer, tell)
@@ -103,6 +100,14 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     if spec.plot is not None:
         plots.search(rows, search.profiled.alone, spec.plot, budget.limit)
     return best(rows, search.cost)
+
+
+def _check_places(out: Path, plot: Path | None) -> None:
+    """Raise ValueError for a folder that is not empty, and a picture that cannot be drawn."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there and not empty: choose another folder for the result")
+    if plot is not None and find_spec("matplotlib") is None:
+        raise ValueError("the picture needs matplotlib, which is missing: pip install 'thresher[plot]'")
 
 
 def finished(model: str) -> tuple[Any, Any]:
