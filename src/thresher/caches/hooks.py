@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -29,6 +30,7 @@ from ..core.view import AttentionInputs
 from .kvzip import KVzip, RepeatOptions
 from .layer import PrunedLayer, last_real
 from .pruner import CachePruner
+from .ragged import RaggedLayer
 from .rope import Rotation, close_gap, rotation_of
 from .view import CacheView, attention_received
 
@@ -60,6 +62,7 @@ class CacheSite:
     call: CacheCall
     inputs: AttentionInputs | None = None
     weights: Tensor | None = None
+    attend: Callable[[AttentionInputs], Tensor] | None = None  # in place of the attention function
     statistic: None = None
     tokens: None = None
 
@@ -101,6 +104,7 @@ class CacheHooks(Attachment):
             )
         self.latent = compat.expands_latents(self.blocks[self.full[0]])
         self.rotary = compat.rotary_module(arch.base) is not None
+        self.ragged = self.method.heads == "adaptive"
         self.method.check(self)
         self.moves = self.method.moves_sinks(self)
         self.warned = False
@@ -250,7 +254,8 @@ class CacheHooks(Attachment):
             cache.layers, cache.layer_class_to_replicate = fresh, None
         for number in self.full:
             if type(cache.layers[number]) is DynamicLayer:
-                cache.layers[number] = PrunedLayer(self.layout == "mask")
+                hides = self.layout == "mask"
+                cache.layers[number] = RaggedLayer() if self.ragged and not hides else PrunedLayer(hides)
         if not ours(cache):
             raise ValueError(f"{name} found no layer that it can prune in this {kind}: use a DynamicCache")
         return cache
@@ -318,18 +323,24 @@ class CacheHooks(Attachment):
             return None
         kwargs = {**dict(zip(self.architecture.arguments, args, strict=False)), **kwargs}
         hidden = kwargs.pop(self.architecture.arguments[0])
+        site = kwargs["token_site"] = CacheSite(self.number_of(layer), pruned, call)
         if not pruned.whole:
-            kwargs["attention_mask"] = self.mask(pruned, call, hidden)
-        kwargs["token_site"] = CacheSite(self.number_of(layer), pruned, call)
+            sees = self.sees(pruned, call, hidden.device)
+            kwargs["attention_mask"] = sees
+            if isinstance(pruned, RaggedLayer) and pruned.store is not None:
+                kwargs["attention_mask"], site.attend = None, partial(pruned.attend, sees)
+            elif sees is not None and self.eager:
+                kwargs["attention_mask"] = torch.where(sees, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
         return (hidden,), kwargs
 
-    def mask(self, layer: PrunedLayer, call: CacheCall, hidden: Tensor) -> Tensor | None:
-        """Which entries the new tokens see: (B, 1 or H, q, P + q), as a bias for eager attention; None: all of them.
+    def sees(self, layer: PrunedLayer, call: CacheCall, device: torch.device) -> Tensor | None:
+        """(B, 1 or H, q, P + q) bool: which entries the new tokens see; None: all of them. Those of a store, which all
+        see, are left out.
 
         A mask takes sdpa off its quick paths, so that there is none where nothing is dead.
         """
         assert call.asks is not None
-        asks, new = call.asks.to(hidden.device), call.asks.shape[1]
+        asks, new = call.asks.to(device), call.asks.shape[1]
         if new == 1 and not layer.dead and not call.padded:
             return None
         live = layer.live
@@ -338,13 +349,10 @@ class CacheHooks(Attachment):
         else:
             live = live[:, :1]  # rows keep the same number in each head, and dead slots lie in front
         real = (asks >= 0)[:, None]
-        fresh = torch.ones(new, new, dtype=torch.bool, device=hidden.device).tril() & real[..., None, :]
-        fresh = fresh | torch.eye(new, dtype=torch.bool, device=hidden.device)  # padding sees itself, and not nothing
+        fresh = torch.ones(new, new, dtype=torch.bool, device=device).tril() & real[..., None, :]
+        fresh = fresh | torch.eye(new, dtype=torch.bool, device=device)  # padding sees itself, and not nothing
         old = live[:, :, None].expand(-1, -1, new, -1)
-        sees = torch.cat([old, fresh.expand(-1, old.shape[1], -1, -1)], -1)
-        if self.eager:
-            return torch.where(sees, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
-        return sees
+        return torch.cat([old, fresh.expand(-1, old.shape[1], -1, -1)], -1)
 
     def after_block(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Let entries leave, once the layer has used all of them."""
@@ -359,7 +367,8 @@ class CacheHooks(Attachment):
         if isinstance(self.pruner, KVzip):
             site.layer.logits = site.inputs.logits
             if site.call.options.repetition is not None and site.call.asks is not None:
-                self.pruner.listen(site.layer, site.inputs, site.call.asks, site.call.options.repetition)
+                with site.layer.unrolled():
+                    self.pruner.listen(site.layer, self.shown(site), site.call.asks, site.call.options.repetition)
         elif site.call.draft:
             self.wait(site, site.inputs)
         else:
@@ -391,28 +400,43 @@ class CacheHooks(Attachment):
             assert layer.queries is not None and layer.query_position is not None
             if layer.queries.shape[2] > asks.shape[1]:
                 query, places = layer.queries, layer.query_position
-        if method.sums_attention:
-            view = self.view(site, inputs, inputs.query, asks, None)
-            sums = attention_received(view, inputs.query, asks)
-            layer.received = sums if layer.received is None else layer.received + sums
+        layer.logits = inputs.logits
         place = (self.full.index(site.number), len(self.full))
         budget = method.budget(layer.real, call.prompt, place, self.room(call, layer))
         kept = layer.counts if budget is None else budget.kept(layer.counts)
-        if kept != layer.counts:
-            order = self.order(layer)
-            query, places = last_real(query, places, method.window) if method.window else (query, places)
-            view = self.view(site, inputs, query, places, order)
-            slots, dead = method.select(view, kept)
-            layer.evict(slots if order is None else order.gather(2, slots), dead, kept, method.intact(kept))
-            if self.moves and (rotation := self.rotation(site.number)) is not None:
-                close_gap(layer, rotation, method.sinks, "values" if self.latent else "keys")
+        if kept != layer.counts or method.sums_attention:
+            with layer.unrolled():
+                inputs = self.shown(site)
+                if method.sums_attention:
+                    sums = attention_received(self.view(site, inputs, inputs.query, asks, None), inputs.query, asks)
+                    layer.received = sums if layer.received is None else layer.received + sums
+                if kept != layer.counts:
+                    self.choose(site, replace(inputs, query=query), places, kept)
         layer.seconds += time.perf_counter() - begun
+
+    def choose(self, site: CacheSite, inputs: AttentionInputs, places: Tensor, kept: list[int]) -> None:
+        """Let the entries of a layer leave that the method does not choose; the queries stand at ``places`` (B, w)."""
+        layer, method, query = site.layer, self.pruner, inputs.query
+        order = self.order(layer)
+        query, places = last_real(query, places, method.window) if method.window else (query, places)
+        slots, dead = method.select(self.view(site, inputs, query, places, order), kept)
+        layer.evict(slots if order is None else order.gather(2, slots), dead, kept, method.intact(kept))
+        if self.moves and (rotation := self.rotation(site.number)) is not None:
+            close_gap(layer, rotation, method.sinks, "values" if self.latent else "keys")
+
+    def shown(self, site: CacheSite) -> AttentionInputs:
+        """What attention was given, with all keys and values of a layer that is a rectangle now."""
+        assert site.inputs is not None
+        if site.inputs.key.shape[2] == site.layer.held:
+            return site.inputs
+        return self.inputs_of(site.number, site.layer, site.inputs.query)
 
     def order(self, layer: PrunedLayer) -> Tensor | None:
         """(B, KV, P) slots of the live entries in the order of their tokens, dead ones in front; None: as they lie."""
         if not layer.dead:
             return None
-        return layer.live.int().argsort(dim=-1, stable=True)[..., -max(layer.counts) :]
+        live = layer.live
+        return live.int().argsort(dim=-1, stable=True)[..., -int(live.sum(-1).max()) :]
 
     def view(
         self, site: CacheSite, inputs: AttentionInputs, query: Tensor, places: Tensor, order: Tensor | None

@@ -44,7 +44,7 @@ class KVzip(CachePruner):
 
     | paper | here | why |
     |---|---|---|
-    | ranked over all heads and layers | over the entries of a head | bytes are freed in a rectangle |
+    | ranked over all heads and layers | of a head; with ``heads="adaptive"`` of a layer | layers hold their budget |
     | a sentence asks for the repetition | ``request``, ids of such a sentence | a method has no tokenizer |
 
     Args:

@@ -10,6 +10,7 @@ Shapes: B rows, KV key heads of the cache, P entries held, d channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -230,6 +231,10 @@ class PrunedLayer(DynamicLayer):
         self.queries, self.query_position = query.clone(memory_format=torch.contiguous_format), asks.clone()
 
     # --- eviction ------------------------------------------------------------------------------------------------
+    def unrolled(self) -> AbstractContextManager[None]:
+        """Within the context it is a rectangle; here it always is."""
+        return nullcontext()
+
     def evict(self, slots: Tensor, dead: Tensor | None, counts: list[int], newest: int) -> None:
         """Keep the entries in ``slots`` (B, KV, K), which rise, and free the bytes of the others.
 

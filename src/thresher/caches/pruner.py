@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core.method import Pruner
+from .adaptive import shares
 from .values import VALUES, weighted
 from .view import CacheView
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from .hooks import CacheHooks
 
-HEADS = ("own", "shared")
+HEADS = ("own", "shared", "adaptive")
 LAYERS = ("equal", "pyramid")
 STEEPNESS = 20  # of the pyramid: its last layer keeps a twentieth of the mean
 EVERY = 64  # steps between evictions while decoding
@@ -69,7 +70,9 @@ class CachePruner(Pruner):
         every: steps between evictions while decoding. 1 scores and moves entries at every step.
         sinks: first tokens of each row that never leave: without them a model loses its thread at once.
         recent: last tokens that never leave.
-        heads: "own": each key head chooses. "shared": one choice for a layer.
+        heads: "own": each key head chooses. "shared": one choice for a layer. "adaptive": each head chooses, and the
+            heads of a layer share its budget (AdaKV); no byte is held for what a head lacks, but a step of decoding
+            goes through the heads one after the other.
         layers: "equal": each layer holds as much. "pyramid": the first ones more (Cai et al., "PyramidKV", 2024).
         value: "vatp" multiplies the score by the value's norm (Guo et al., 2024). "critical" fills half of the budget
             by the score, the rest by the score times what the value adds to the state (Feng et al., 2025).
@@ -154,6 +157,12 @@ class CachePruner(Pruner):
                 f"{what} is not possible with {hooks.architecture.name}, whose cache holds latents (MLA) and neither "
                 "keys nor values; KeyDiff, SnapKV, TOVA and H2O need no more than what attention is given"
             )
+        one = hooks.latent or getattr(hooks.architecture.base.config, "num_key_value_heads", None) == 1
+        if self.heads == "adaptive" and one:
+            raise ValueError(
+                f"heads='adaptive' is not possible with {hooks.architecture.name}, whose layers have one key head, "
+                "with which no other can share: leave heads at 'own'"
+            )
 
     # --- what is the same for all ----------------------------------------------------------------------------------
     def attachment(self, model: PreTrainedModel, layout: str, original: str | None = None) -> CacheHooks:
@@ -211,20 +220,24 @@ class CachePruner(Pruner):
     def select(self, view: CacheView, kept: list[int]) -> tuple[Tensor, Tensor | None]:
         """The slots (B, KV, K) of the entries that stay, rising, and which of them are dead.
 
-        ``kept``: of each row, how many stay; K is the largest of them.
+        ``kept``: of each row, how many stay, on the average of its heads; K is the largest number of a head.
         """
         scores = self.score(view).float()
         if scores.shape[1] > 1:
             scores = view.of_cache(scores)
         if self.heads == "shared":
             scores = scores.mean(1, keepdim=True)
-        few = torch.tensor(kept, device=scores.device)[:, None, None]
+        few, most, least = torch.tensor(kept, device=scores.device)[:, None, None], max(kept), min(kept)
+        if self.heads == "adaptive":
+            plain = scores if self.value == "critical" else weighted(self.value, scores, view, few)
+            few = shares(plain, view.protected, view.live, few)
+            most, least = int(few.max()), int(few.min())
         ranked = weighted(self.value, scores, view, few).expand(-1, view.heads, -1)
         ranked = ranked.masked_fill(view.protected, math.inf).masked_fill(~view.live, -math.inf)
-        best = ranked.argsort(dim=-1, descending=True, stable=True)[..., : max(kept)]
-        if min(kept) == max(kept):
+        best = ranked.argsort(dim=-1, descending=True, stable=True)[..., :most]
+        if least == most:
             return best.sort(-1).values, None
-        stays = torch.arange(max(kept), device=scores.device) < few
+        stays = torch.arange(most, device=scores.device) < few
         slots = best.masked_fill(~stays, -1).sort(-1).values
         return slots.clamp(min=0), slots < 0
 
