@@ -17,7 +17,7 @@ def test_the_lines_run(tmp_path, monkeypatch, capsys):
     tokenizer = tiny_tokenizer()
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained("my-decoder")
-    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     scope: dict = {}
-    exec(code, scope)
-    assert len(capsys.readouterr().out.splitlines()) == 3 and scope["answer"].shape == scope["reference"].shape
+    exec("\n".join(code), scope)
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 1 and scope["answer"].shape == scope["reference"].shape

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -27,7 +27,8 @@ from ..core import compat
 from ..core.attachment import Attachment
 from ..core.pruner import Options
 from ..core.view import AttentionInputs
-from .kvzip import KVzip, RepeatOptions
+from .costs import measured
+from .kvzip import CacheOptions, KVzip
 from .layer import PrunedLayer, last_real
 from .pruner import CachePruner
 from .ragged import RaggedLayer
@@ -43,7 +44,7 @@ FUNCTIONS = ("sdpa", "eager")  # attention functions that take a mask for each l
 class CacheCall:
     """One forward between its layers."""
 
-    options: Any  # RepeatOptions
+    options: Any  # CacheOptions
     dense: bool = False  # whether the model runs as it is
     cache: Any = None
     layers: dict[int, PrunedLayer] = field(default_factory=dict)  # ours, by their number
@@ -62,7 +63,7 @@ class CacheSite:
     call: CacheCall
     inputs: AttentionInputs | None = None
     weights: Tensor | None = None
-    attend: Callable[[AttentionInputs], Tensor] | None = None  # in place of the attention function
+    attend: Callable[[AttentionInputs], Tensor | None] | None = None  # in place of the attention function
     statistic: None = None
     tokens: None = None
 
@@ -71,7 +72,7 @@ class CacheHooks(Attachment):
     """The forward of a decoder, and the hooks of its layers, while its cache is pruned."""
 
     tried: ClassVar[bool] = False
-    unasked: ClassVar[Options] = RepeatOptions()
+    unasked: ClassVar[Options] = CacheOptions()
     method: CachePruner
 
     # --- on ----------------------------------------------------------------------------------------------------------
@@ -201,6 +202,11 @@ class CacheHooks(Attachment):
         given: Any = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         batch, new = given.shape[:2]
         first = next(iter(layers.values()))
+        if options.mode == "pruned":
+            self.pruner.ready()
+            if self.method.target_ms_per_token is not None and batch not in self.pruner.costs:
+                self.pruner.costs[batch] = measured(self, batch)
+            self.room_in_time(batch)  # before anything is held
         self.settle(cache, layers, options)
         for layer in layers.values():
             if not layer.real:
@@ -209,6 +215,12 @@ class CacheHooks(Attachment):
         asks, added = first.next_positions(new, mask)
         asks = asks.to(given.device)
         self.check_range(first, added)
+        placed = min(added) == new or kwargs.get("position_ids") is not None
+        if options.mode == "pruned" and self.method.needs_places and not placed:
+            raise ValueError(
+                f"{self.method.name} needs the position_ids of a padded batch, as generate gives them: "
+                "(attention_mask.cumsum(1) - 1).clamp(min=0)"
+            )
         draft, prompt = first.record_past, new > 1 and (first.fresh or not first.record_past)
         if draft and prompt and isinstance(self.pruner, KVzip):
             raise ValueError(
@@ -324,6 +336,8 @@ class CacheHooks(Attachment):
         kwargs = {**dict(zip(self.architecture.arguments, args, strict=False)), **kwargs}
         hidden = kwargs.pop(self.architecture.arguments[0])
         site = kwargs["token_site"] = CacheSite(self.number_of(layer), pruned, call)
+        if call.options.attend is not None:
+            site.attend = partial(call.options.attend, site.number, call.asks)
         if not pruned.whole:
             sees = self.sees(pruned, call, hidden.device)
             kwargs["attention_mask"] = sees
@@ -420,6 +434,10 @@ class CacheHooks(Attachment):
         order = self.order(layer)
         query, places = last_real(query, places, method.window) if method.window else (query, places)
         slots, dead = method.select(self.view(site, inputs, query, places, order), kept)
+        if dead is None:
+            kept = [slots.shape[-1]] * len(kept)
+        else:  # what stays may be more than what has to
+            kept = [count // slots.shape[1] for count in (~dead).sum((1, 2)).tolist()]
         layer.evict(slots if order is None else order.gather(2, slots), dead, kept, method.intact(kept))
         if self.moves and (rotation := self.rotation(site.number)) is not None:
             close_gap(layer, rotation, method.sinks, "values" if self.latent else "keys")
@@ -468,16 +486,34 @@ class CacheHooks(Attachment):
             rotation=self.rotation(site.number),
         )
 
+    def room_in_time(self, rows: int) -> int:
+        """Entries of a row with which a step meets ``target_ms_per_token``. Raises ValueError where it never does."""
+        method, target = self.pruner, self.method.target_ms_per_token
+        return 0 if target is None else method.costs[rows].room(target, method.floor + method.every - 1, rows)
+
     def room(self, call: CacheCall, layer: PrunedLayer) -> int:
-        """Entries of a row and layer for which ``target_cache_mb`` has room; layers share it equally."""
-        if self.method.target_cache_mb is None:
-            return 0
+        """Entries of a row and layer for which a target has room; layers share it equally."""
+        method, rows = self.pruner, len(layer.real)
+        if method.target_cache_mb is None:
+            return self.room_in_time(rows)
         entry = layer.entry_bytes
         sliding = (
             sum(getattr(other, "sliding_window", 0) for other in call.cache.layers) if call.cache is not None else 0
         )
-        total = self.method.target_cache_mb * 1e6 / (len(layer.real) * entry) - sliding
+        total = method.target_cache_mb * 1e6 / (rows * entry) - sliding
         return int(total / len(call.layers))
+
+    def hear(self, batch: Mapping[str, Tensor], attend: Any) -> Any:
+        """What the model answers to ``input_ids`` with nothing leaving, while ``attend(number, asks, inputs)`` is shown
+        what each layer that is pruned gives its attention, and may return states in place of it (None: it does not)."""
+        device, mask = self.architecture.base.device, batch.get("attention_mask")
+        given: dict[str, Any] = {"input_ids": batch["input_ids"].to(device)}
+        if mask is not None:
+            mask = mask.to(device)
+            given |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        cache = self.adopted(DynamicCache(config=self.architecture.base.config), {})
+        with self.asking(mode="dense", attend=attend):
+            return self.model(**given, past_key_values=cache, use_cache=True)
 
     # --- the end of a forward ----------------------------------------------------------------------------------------
     def end(self, call: CacheCall, kwargs: dict, output: Any) -> Any:

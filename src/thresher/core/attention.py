@@ -37,9 +37,10 @@ class PrunedAttention:
         logits = Logits(scaling, kwargs.get("softcap"), sinks)
         causal = self._causal(module, kwargs)
         site.inputs = given = AttentionInputs(module, query, key, value, attention_mask, causal, logits)
-        attend = getattr(site, "attend", None)
-        if attend is not None:  # a cache whose heads hold different numbers of entries
-            return attend(given), None
+        attend = getattr(site, "attend", None)  # of a cache whose heads hold different numbers of entries
+        states = None if attend is None else attend(given)
+        if states is not None:
+            return states, None
         statistic = site.statistic if logits.plain and not (dropout and module.training) else None
         if isinstance(site.tokens, Packed):
             output, site.scores = self._packed(function, given, site, statistic, kwargs)
