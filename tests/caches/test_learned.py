@@ -144,9 +144,9 @@ def test_thresholds_keep_the_share_that_was_asked_for():
 
 def test_how_much_a_layer_holds_follows_from_the_text():
     model = prune(build("llama"), thresholds())
-    model.token_pruner.learn(TEXTS)
-    counts = {tuple(layer.counts) for layer in ours(filled(model, prompts((60, 60)))).values()}
-    assert len({count for pair in counts for count in pair}) > 2
+    model.token_pruner.threshold.fill_(0.05)
+    counts = [ours(filled(model, prompts((60,), seed)))[1].counts[0] for seed in range(6)]
+    assert len({*counts}) > 2 and min(counts) > 6 and max(counts) < 60
 
 
 @torch.no_grad()
@@ -176,10 +176,10 @@ def test_a_layer_that_adds_nothing_gives_its_entries_to_the_others():
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
     told = model.token_pruner.learn(TEXTS, epochs=6)
-    assert 0 < told["kl"] < told["kl_equal"] and told["keep"] == pytest.approx(0.4, abs=0.01)
-    filled(model, prompts((60,)))
-    _, idle, last = (row["held"] for row in model.token_pruner.report)
-    assert idle < 0.2 * 60 < 0.4 * 60 < last
+    assert 0 < told["kl"] < 0.9 * told["kl_equal"] and told["keep"] == pytest.approx(0.4, abs=0.01)
+    filled(model, prompts((30,)))
+    first, idle, _ = (row["held"] for row in model.token_pruner.report)
+    assert idle == 6 and first > 12  # the first and the last tokens, and more than its share
 
 
 def test_learning_changes_the_thresholds_alone_and_is_saved(tmp_path):

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 Texts = list[Mapping[str, Tensor]]
 
 TEMPERATURE = 0.5  # of the soft gate, in units of the score, a logarithm
-WEIGHT = 100.0  # of the squared distance of the share that is kept from the one asked for
 TINY = 1e-9
 
 
@@ -38,15 +37,15 @@ class LTPCache(CachePruner):
     |---|---|---|
     | the attention of all tokens | of the last queries of the prompt | as in SnapKV: the question stands there |
     | labels; weights are trained, too | the model's own next words; it stays as it is | texts are enough |
-    | a penalty on what is kept | thresholds move together until ``keep`` is met | a share can be asked for |
+    | a penalty on what is kept | steps along which ``keep`` is met | a share can be asked for |
     | a token stays or leaves | the number above is shared out among heads as ``heads`` says | rows keep whole means |
     | at every layer of every forward | when a prompt ends; what is generated stays | a threshold sees one question |
 
     DMS and KVzap let a model say for each token how long it stays; that takes weights of their own, and is not here.
 
     Args:
-        keep: the share of entries that stays on the average of the texts learned from; of another text it may be
-            another share.
+        keep: the share of entries that stays on the average of the texts learned from. Of another text it may be
+            another share: learn from texts twice as long as the prompts.
         observe: how many of the last queries are looked at.
     """
 
@@ -71,6 +70,7 @@ class LTPCache(CachePruner):
 
     def bind(self, model: Architecture) -> None:
         super().bind(model)
+        self.threshold: Tensor  # (L,); NaN where none was learned
         if not hasattr(self, "threshold"):
             self.register_buffer("threshold", torch.full((len(model.layers),), math.nan))
 
@@ -96,7 +96,7 @@ class LTPCache(CachePruner):
         return self.best(view, scores, [max(pair) for pair in zip(above, kept, strict=True)])
 
     # --- learning --------------------------------------------------------------------------------------------------
-    def learn(self, batches: Iterable[Mapping[str, Tensor]], *, epochs: int = 2, lr: float = 0.05) -> dict[str, float]:
+    def learn(self, batches: Iterable[Mapping[str, Tensor]], *, epochs: int = 2, lr: float = 0.1) -> dict[str, float]:
         """Learn the thresholds: the second half of each text is to read on as if all of its first half were there.
 
         Args:
@@ -129,28 +129,31 @@ class LTPCache(CachePruner):
 
     def _learned(self, hooks: CacheHooks, texts: Texts, epochs: int, lr: float) -> tuple[Tensor, Tensor, float]:
         """Thresholds (L,) that keep as much of each layer, those that were learned, and the share that they keep."""
-        found, keep = Halves(self), float(self.keep or 0)
+        found, keep, device = Halves(self), float(self.keep or 0), hooks.architecture.base.device
         with torch.no_grad():
             for text in texts:
                 hooks.hear(text, found)
         if not found.scores:
             raise ValueError(f"learn() got no text of more than {2 * self.floor + 1} tokens: nothing can leave")
         scores = [torch.cat(found.scores[number]) for number in hooks.full]
-        start = torch.stack([cut(one, keep) for one in scores])
+        start = torch.stack([cut(one, keep) for one in scores]).to(device)
         theta = torch.nn.Parameter(start.clone())
-        adam = torch.optim.Adam([theta], lr=lr)
-        for _ in range(epochs):
-            for text in texts:
+        adam, share = torch.optim.Adam([theta], lr=lr), 0.0
+        for step in range(epochs * len(texts) + 1):
+            if step:
                 halves = Halves(self, theta)
-                loss = _distance(hooks, text, halves)
+                loss = _distance(hooks, texts[step % len(texts)], halves)
                 if not halves.shares:
                     continue
-                share = torch.stack(halves.shares).mean()
-                (theta.grad,) = torch.autograd.grad(loss + WEIGHT * (share - keep) ** 2, [theta])
+                (up,) = torch.autograd.grad(loss, [theta], retain_graph=True)
+                (more,) = torch.autograd.grad(torch.stack(halves.shares).mean(), [theta])
+                theta.grad = up - more * (up @ more) / (more @ more).clamp(min=TINY)  # along which the share stays
                 adam.step()
-        above = torch.cat([one - level for one, level in zip(scores, theta.detach().cpu(), strict=True)])
-        shift = cut(above, keep)
-        return start, theta.detach() + shift, (above >= shift).float().mean().item()
+            above = torch.cat([one - level for one, level in zip(scores, theta.detach().cpu(), strict=True)])
+            shift = cut(above, keep)
+            theta.data += shift.to(device)
+            share = (above >= shift).float().mean().item()
+        return start, theta.detach(), share
 
 
 @dataclass(eq=False)

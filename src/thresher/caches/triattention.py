@@ -57,6 +57,9 @@ class TriAttention(CachePruner):
         config: Any = model.base.config
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.centre: Tensor  # (L, H, d), means of queries before they turn
+        self.length: Tensor  # (L, H, d), mean norms of the pairs of channels
+        self.queries: Tensor  # (), how many the means are of
         if not hasattr(self, "centre"):
             self.register_buffer("centre", torch.zeros(len(model.layers), heads, width))
             self.register_buffer("length", torch.zeros(len(model.layers), heads, width))  # of each pair, twice
