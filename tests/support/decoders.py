@@ -35,7 +35,12 @@ HYBRID = ["sliding_attention", "full_attention", "full_attention"]
 SHARED = GROUPED | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8, "sliding_window": 12}
 SHARED |= {"layer_types": HYBRID[:2] * 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
 SHARED |= {"laurel_rank": 4, "altup_num_inputs": 2}
-OTHERS = {"cohere": ("Cohere", GROUPED), "gemma3n": ("Gemma3n", SHARED)}  # besides the families of the matrix
+OTHERS = {  # besides the families of the matrix
+    "cohere": ("Cohere", GROUPED),
+    "cohere2": ("Cohere2", GROUPED | {"layer_types": HYBRID, "sliding_window": 12, "logit_scale": 1.0}),
+    "exaone4": ("Exaone4", GROUPED | {"layer_types": HYBRID, "sliding_window": 12}),
+    "gemma3n": ("Gemma3n", SHARED),
+}
 DECODERS = {
     "llama": ("Llama", GROUPED),
     "qwen2": ("Qwen2", GROUPED),

@@ -43,6 +43,7 @@ class ExpectedAttention(CachePruner):
 
     name: ClassVar[str] = "expectedattention"
     serves_latents: ClassVar[bool] = False
+    turns_back: ClassVar[bool] = True
 
     @property
     def window(self) -> int:

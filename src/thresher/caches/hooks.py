@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -25,17 +26,17 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ..core import compat
 from ..core.attachment import Attachment
+from ..core.method import pruner_of
 from ..core.pruner import Options
 from ..core.view import AttentionInputs
 from .costs import measured
 from .kvzip import CacheOptions, KVzip
-from .layer import PrunedLayer, last_real
+from .layer import KINDS, PrunedLayer, last_real, ours, row_of
 from .pruner import CachePruner
 from .ragged import RaggedLayer
-from .rope import Rotation, close_gap, rotation_of
+from .rope import Rotation, close_gap, rotations
 from .view import CacheView, attention_received
 
-KINDS = ("pruned", "sliding")  # of layers, in the report
 GENERATE = "generate"  # of a model
 FUNCTIONS = ("sdpa", "eager")  # attention functions that take a mask for each layer
 
@@ -106,6 +107,7 @@ class CacheHooks(Attachment):
         self.latent = compat.expands_latents(self.blocks[self.full[0]])
         self.rotary = compat.rotary_module(arch.base) is not None
         self.ragged = self.method.heads == "adaptive"
+        self.tried_rotations: dict[int, Rotation | None] | None = None
         self.method.check(self)
         self.moves = self.method.moves_sinks(self)
         self.warned = False
@@ -128,13 +130,23 @@ class CacheHooks(Attachment):
         block: Any = layer.get_submodule(self.architecture.block)
         return int(block.layer_idx)
 
+    @property
+    def rotations(self) -> dict[int, Rotation | None]:
+        """How layers turn their queries and keys, tried when it is first asked for."""
+        if self.tried_rotations is None:
+            before, blocks = pruner_of(self.model), {number: self.blocks[number] for number in self.full}
+            with nullcontext() if before is None else before.attached().asking(mode="dense"):
+                turning = "values" if self.latent else "keys"
+                self.tried_rotations = rotations(self.architecture.base, blocks, turning) if self.rotary else {}
+        return self.tried_rotations
+
     def rotation(self, number: int) -> Rotation | None:
         """How a layer turns its queries and keys."""
-        return rotation_of(self.architecture.base, self.blocks[number])
+        return self.rotations.get(number)
 
     def turns(self, number: int) -> bool:
         """Whether positions count in a layer."""
-        return getattr(self.blocks[number], "use_rope", True) is not False
+        return not self.rotary or number in self.rotations
 
     def hook_layers(self) -> None:
         """Put hooks on the layers and their attention blocks."""
@@ -483,7 +495,7 @@ class CacheHooks(Attachment):
             logits=logits,
             received=received,
             block=self.blocks[site.number],
-            rotation=self.rotation(site.number),
+            rotation=self.rotation(site.number) if method.turns_back else None,
         )
 
     def room_in_time(self, rows: int) -> int:
@@ -564,33 +576,6 @@ class CacheHooks(Attachment):
             nobody = layer.keys.new_empty(len(ids), heads, 0, layer.keys.shape[-1])
             one = CacheCall(call.options, False, call.cache, call.layers, call.asks[:, :0], prompt=True)
             self.decide(CacheSite(number, layer, one, self.inputs_of(number, layer, nobody)))
-
-
-def row_of(number: int, layer: Any) -> dict:
-    """What the report says of one layer."""
-    if not isinstance(layer, PrunedLayer):
-        size = sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values) if x is not None)
-        seen = layer.get_seq_length()
-        held = layer.keys.shape[-2] if layer.keys.dim() == 4 else seen
-        row = {"kind": "sliding", "seen": seen, "held": held, "bytes": size, "extra_bytes": 0, "dense_bytes": size}
-        return {"layer": number, **row, "evictions": 0, "seconds": 0.0}
-    return {
-        "layer": number,
-        "kind": "pruned",
-        "seen": sum(layer.real),
-        "held": sum(layer.counts),
-        "bytes": layer.nbytes,
-        "extra_bytes": layer.extra_bytes,
-        "dense_bytes": len(layer.real) * layer.seen * layer.entry_bytes,
-        "evictions": layer.evictions,
-        "seconds": layer.seconds,
-    }
-
-
-def ours(cache: Any) -> dict[int, PrunedLayer]:
-    """The layers of a cache that are ours, by their number."""
-    layers = getattr(cache, "layers", None) or ()
-    return {number: layer for number, layer in enumerate(layers) if isinstance(layer, PrunedLayer)}
 
 
 def taken(x: Tensor, order: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..core.scoring import Logits
 
+KINDS = ("pruned", "sliding")  # of layers, in the report
 TENSORS = ("keys", "values", "position", "hidden", "received", "queries", "query_position", "sink_keys", "shift")
 
 
@@ -268,3 +269,30 @@ def last_real(query: Tensor, asks: Tensor, count: int) -> tuple[Tensor, Tensor]:
     order = (asks >= 0).int().argsort(dim=1, stable=True)[:, -count:]
     index = order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
     return query.gather(2, index), asks.gather(1, order)
+
+
+def row_of(number: int, layer: Any) -> dict:
+    """What the report says of one layer."""
+    if not isinstance(layer, PrunedLayer):
+        size = sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values) if x is not None)
+        seen = layer.get_seq_length()
+        held = layer.keys.shape[-2] if layer.keys.dim() == 4 else seen
+        row = {"kind": "sliding", "seen": seen, "held": held, "bytes": size, "extra_bytes": 0, "dense_bytes": size}
+        return {"layer": number, **row, "evictions": 0, "seconds": 0.0}
+    return {
+        "layer": number,
+        "kind": "pruned",
+        "seen": sum(layer.real),
+        "held": sum(layer.counts),
+        "bytes": layer.nbytes,
+        "extra_bytes": layer.extra_bytes,
+        "dense_bytes": len(layer.real) * layer.seen * layer.entry_bytes,
+        "evictions": layer.evictions,
+        "seconds": layer.seconds,
+    }
+
+
+def ours(cache: Any) -> dict[int, PrunedLayer]:
+    """The layers of a cache that are ours, by their number."""
+    layers = getattr(cache, "layers", None) or ()
+    return {number: layer for number, layer in enumerate(layers) if isinstance(layer, PrunedLayer)}

@@ -100,6 +100,7 @@ class CachePruner(Pruner):
     weighs_values: ClassVar[bool] = False  # whether its score is attention, which ``value`` can weigh
     serves_latents: ClassVar[bool] = True  # whether it can serve a cache of latents (MLA)
     needs_places: ClassVar[bool] = False  # whether it takes positions for what rotation made of them
+    turns_back: ClassVar[bool] = False  # whether its score takes queries or keys before rotation
 
     def __post_init__(self) -> None:
         super().__post_init__()

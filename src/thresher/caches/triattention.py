@@ -12,7 +12,7 @@ from ..core.architecture import Architecture
 from ..core.scoring import repeat_heads
 from ..core.view import AttentionInputs
 from .pruner import CachePruner
-from .rope import Rotation, rotation_of
+from .rope import Rotation
 from .view import CacheView
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class TriAttention(CachePruner):
     name: ClassVar[str] = "triattention"
     serves_latents: ClassVar[bool] = False
     needs_places: ClassVar[bool] = True
+    turns_back: ClassVar[bool] = True
 
     def check(self, hooks: CacheHooks) -> None:
         super().check(hooks)
@@ -85,7 +86,7 @@ class TriAttention(CachePruner):
 
         def hear(number: int, asks: Tensor, given: AttentionInputs) -> None:
             real, query = (asks >= 0).to(given.query.device)[:, None, :, None], given.query.float()
-            rotation = rotation_of(hooks.architecture.base, hooks.blocks[number])
+            rotation = hooks.rotation(number)
             if rotation is not None:
                 query = rotation.back(query, asks.to(query.device)[:, None])
             for total, x in zip(sums, (query, pairs(query, rotation)), strict=True):
