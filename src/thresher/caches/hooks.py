@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ..core import compat
@@ -34,8 +34,8 @@ from .kvzip import CacheOptions, KVzip
 from .layer import KINDS, PrunedLayer, last_real, ours, row_of
 from .pruner import CachePruner
 from .ragged import RaggedLayer
-from .rope import Rotation, close_gap, rotations
-from .view import CacheView, attention_received
+from .rope import Rotation, close_gap, rotations, two_places
+from .view import CacheView, attention_received, taken
 
 GENERATE = "generate"  # of a model
 FUNCTIONS = ("sdpa", "eager")  # attention functions that take a mask for each layer
@@ -82,7 +82,7 @@ class CacheHooks(Attachment):
         arch = self.architecture
         if not arch.causal:
             raise ValueError(
-                f"{self.method.name} prunes the KV cache of a decoder, and {arch.name} has none: TopK, LTP and ToP "
+                f"{self.method.name} prunes the KV cache of a decoder, which {arch.name} is not: TopK, LTP and ToP "
                 "prune the tokens of an encoder"
             )
         if not (arch.shows_inputs and arch.passes_arguments):
@@ -107,7 +107,7 @@ class CacheHooks(Attachment):
         self.latent = compat.expands_latents(self.blocks[self.full[0]])
         self.rotary = compat.rotary_module(arch.base) is not None
         self.ragged = self.method.heads == "adaptive"
-        self.tried_rotations: dict[int, Rotation | None] | None = None
+        self.tried_on: tuple[dict[int, Rotation | None], int] | None = None
         self.method.check(self)
         self.moves = self.method.moves_sinks(self)
         self.warned = False
@@ -131,22 +131,26 @@ class CacheHooks(Attachment):
         return int(block.layer_idx)
 
     @property
-    def rotations(self) -> dict[int, Rotation | None]:
-        """How layers turn their queries and keys, tried when it is first asked for."""
-        if self.tried_rotations is None:
-            before, blocks = pruner_of(self.model), {number: self.blocks[number] for number in self.full}
+    def trial(self) -> tuple[dict[int, Rotation | None], int]:
+        """How layers turn their queries and keys, and how many numbers an entry of one layer has; tried on two tokens
+        when it is first asked for."""
+        if self.tried_on is None:
+            before, base = pruner_of(self.model), self.architecture.base
             with nullcontext() if before is None else before.attached().asking(mode="dense"):
-                turning = "values" if self.latent else "keys"
-                self.tried_rotations = rotations(self.architecture.base, blocks, turning) if self.rotary else {}
-        return self.tried_rotations
+                cache = two_places(base)
+            blocks = {number: self.blocks[number] for number in self.full if self.rotary}
+            found = rotations(cache, base, blocks, "values" if self.latent else "keys")
+            layer: Any = cache.layers[self.full[0]]
+            self.tried_on = found, (layer.keys[0].numel() + layer.values[0].numel()) // layer.keys.shape[-2]
+        return self.tried_on
 
     def rotation(self, number: int) -> Rotation | None:
         """How a layer turns its queries and keys."""
-        return self.rotations.get(number)
+        return self.trial[0].get(number)
 
     def turns(self, number: int) -> bool:
         """Whether positions count in a layer."""
-        return not self.rotary or number in self.rotations
+        return not self.rotary or number in self.trial[0]
 
     def hook_layers(self) -> None:
         """Put hooks on the layers and their attention blocks."""
@@ -160,17 +164,23 @@ class CacheHooks(Attachment):
         super().attach()
         if hasattr(type(self.model), compat.PREPARE_CACHE):
             setattr(self.model, compat.PREPARE_CACHE, self.prepare_cache)
+            setattr(self.model, compat.START_PAGES, self.refuse_pages)
             self.generates = vars(self.model).get(GENERATE)  # one of the model's own instance
             setattr(self.model, GENERATE, self.generate)
 
     def detach(self) -> None:
         """Take the hooks off: the model is what it was."""
         super().detach()
-        self.model.__dict__.pop(compat.PREPARE_CACHE, None)
+        for name in (compat.PREPARE_CACHE, compat.START_PAGES):
+            self.model.__dict__.pop(name, None)
         if vars(self.model).get(GENERATE) == self.generate:
             delattr(self.model, GENERATE)
             if self.generates is not None:
                 setattr(self.model, GENERATE, self.generates)
+
+    def refuse_pages(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for what begins continuous batching."""
+        raise ValueError(f"{self.method.name} cannot prune the pages of continuous batching: call generate()")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for ``generate``: once it has ended, no draft comes any more to the cache that it leaves behind."""
@@ -215,10 +225,7 @@ class CacheHooks(Attachment):
         batch, new = given.shape[:2]
         first = next(iter(layers.values()))
         if options.mode == "pruned":
-            self.pruner.ready()
-            if self.method.target_ms_per_token is not None and batch not in self.pruner.costs:
-                self.pruner.costs[batch] = measured(self, batch)
-            self.room_in_time(batch)  # before anything is held
+            self.check_ready(cache, layers, batch, new == 1 or kwargs.get("input_ids") is not None)
         self.settle(cache, layers, options)
         for layer in layers.values():
             if not layer.real:
@@ -243,6 +250,18 @@ class CacheHooks(Attachment):
             layer.coming, layer.fresh = (asks, added), False
         return CacheCall(options, False, cache, layers, asks, min(added) < new, prompt, draft)
 
+    def check_ready(self, cache: Any, layers: dict, rows: int, ids: bool) -> None:
+        """Raise ValueError where a call cannot be pruned, before anything is held; ``ids``: whether a prompt has them."""
+        method = self.pruner
+        method.ready()
+        if isinstance(method, KVzip) and not ids:
+            raise ValueError(f"{method.name} repeats the prompt and needs its input_ids, the model was called without")
+        if method.target_ms_per_token is not None and rows not in method.costs:
+            method.costs[rows] = measured(self, rows)
+        if method.target_cache_mb is not None or method.target_ms_per_token is not None:
+            size = self.trial[1] * self.architecture.base.dtype.itemsize
+            method.budget([0] * rows, False, (0, len(layers)), self.room(cache, layers, rows, size))
+
     def adopted(self, cache: Any, kwargs: dict) -> Any:
         """A cache whose full layers are ours: the one given, where it is empty or ours already.
 
@@ -262,6 +281,8 @@ class CacheHooks(Attachment):
         if ours(cache):
             return cache
         kind = type(cache).__name__
+        if not isinstance(cache, Cache):
+            raise ValueError(f"{name} cannot prune a {kind} as past_key_values: give a DynamicCache")
         if isinstance(cache, EncoderDecoderCache) or any(isinstance(x, StaticLayer) for x in cache.layers):
             raise ValueError(f"{name} cannot prune a {kind}, whose size is fixed: generate with a DynamicCache")
         if compat.is_quantized(cache):
@@ -428,7 +449,8 @@ class CacheHooks(Attachment):
                 query, places = layer.queries, layer.query_position
         layer.logits = inputs.logits
         place = (self.full.index(site.number), len(self.full))
-        budget = method.budget(layer.real, call.prompt, place, self.room(call, layer))
+        room = self.room(call.cache, call.layers, len(layer.real), layer.entry_bytes)
+        budget = method.budget(layer.real, call.prompt, place, room)
         kept = layer.counts if budget is None else budget.kept(layer.counts)
         if kept != layer.counts or method.sums_attention:
             with layer.unrolled():
@@ -498,22 +520,18 @@ class CacheHooks(Attachment):
             rotation=self.rotation(site.number) if method.turns_back else None,
         )
 
-    def room_in_time(self, rows: int) -> int:
-        """Entries of a row with which a step meets ``target_ms_per_token``. Raises ValueError where it never does."""
-        method, target = self.pruner, self.method.target_ms_per_token
-        return 0 if target is None else method.costs[rows].room(target, method.floor + method.every - 1, rows)
+    def room(self, cache: Any, layers: dict, rows: int, size: int) -> int:
+        """Entries of a row and layer for which a target has room; layers share it equally.
 
-    def room(self, call: CacheCall, layer: PrunedLayer) -> int:
-        """Entries of a row and layer for which a target has room; layers share it equally."""
-        method, rows = self.pruner, len(layer.real)
+        ``size``: bytes of one. Raises ValueError where ``target_ms_per_token`` has none.
+        """
+        method, target = self.pruner, self.method.target_ms_per_token
+        if target is not None:
+            return method.costs[rows].room(target, method.floor + method.every - 1, rows)
         if method.target_cache_mb is None:
-            return self.room_in_time(rows)
-        entry = layer.entry_bytes
-        sliding = (
-            sum(getattr(other, "sliding_window", 0) for other in call.cache.layers) if call.cache is not None else 0
-        )
-        total = method.target_cache_mb * 1e6 / (rows * entry) - sliding
-        return int(total / len(call.layers))
+            return 0
+        sliding = sum(getattr(other, "sliding_window", 0) for other in getattr(cache, "layers", ()))
+        return max(0, int((method.target_cache_mb * 1e6 / (rows * size) - sliding) / len(layers)))
 
     def hear(self, batch: Mapping[str, Tensor], attend: Any) -> Any:
         """What the model answers to ``input_ids`` with nothing leaving, while ``attend(number, asks, inputs)`` is shown
@@ -576,9 +594,3 @@ class CacheHooks(Attachment):
             nobody = layer.keys.new_empty(len(ids), heads, 0, layer.keys.shape[-1])
             one = CacheCall(call.options, False, call.cache, call.layers, call.asks[:, :0], prompt=True)
             self.decide(CacheSite(number, layer, one, self.inputs_of(number, layer, nobody)))
-
-
-def taken(x: Tensor, order: Tensor) -> Tensor:
-    """``x`` (B, h, P, d) at the slots ``order`` (B, KV, K)."""
-    index = order.repeat_interleave(x.shape[1] // order.shape[1], 1)[..., None]
-    return x.gather(2, index.expand(-1, -1, -1, x.shape[-1]))

@@ -78,16 +78,23 @@ def rotation_of(base: nn.Module, block: nn.Module) -> Rotation | None:
 
 
 @torch.no_grad()
-def rotations(base: Any, blocks: dict[int, nn.Module], turning: str = "keys") -> dict[int, Rotation | None]:
-    """How the layers of ``blocks`` turn what they cache, of those that do; None: in a way that is not known.
-
-    Two tokens are tried at two places, since a layer may leave out what its source has (Cohere 2, Exaone 4): what is
-    cached at one place is to be what is cached at the other, turned by the distance.
-    """
+def two_places(base: Any) -> DynamicCache:
+    """What a model caches of the same two tokens at two places, a row for each."""
     ids, places = torch.tensor([[1, 2]] * 2), torch.tensor([[0, 1], [SHIFT, SHIFT + 1]])
     cache = DynamicCache(config=base.config)
     given = {"input_ids": ids.to(base.device), "position_ids": places.to(base.device)}
     base(**given, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def rotations(
+    cache: Any, base: nn.Module, blocks: dict[int, nn.Module], turning: str = "keys"
+) -> dict[int, Rotation | None]:
+    """How the layers of ``blocks`` turn what they cache, of those that do; None: in a way that is not known.
+
+    They are tried, since a layer may leave out what its source has (Cohere 2, Exaone 4): what is cached at one of
+    ``two_places`` is to be what is cached at the other, turned by the distance.
+    """
     found: dict[int, Rotation | None] = {}
     for number, block in blocks.items():
         here, there = getattr(cache.layers[number], turning).float()
