@@ -251,7 +251,7 @@ class CacheHooks(Attachment):
         return CacheCall(options, False, cache, layers, asks, min(added) < new, prompt, draft)
 
     def check_ready(self, cache: Any, layers: dict, rows: int, ids: bool) -> None:
-        """Raise ValueError where a call cannot be pruned, before anything is held; ``ids``: whether a prompt has them."""
+        """Raise ValueError where a call cannot be pruned, before anything is held; ``ids``: a prompt has them."""
         method = self.pruner
         method.ready()
         if isinstance(method, KVzip) and not ids:
