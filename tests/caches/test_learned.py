@@ -12,6 +12,7 @@ from support.decoders import LENGTHS, SMALL, alone, build, difference, prompts, 
 from thresher import LTPCache, TriAttention, dense, prune
 from thresher.caches import ltp
 from thresher.caches.hooks import ours
+from thresher.caches.listen import hear
 from thresher.caches.ltp import Halves
 
 TEXTS = [prompts((60, 33), seed) for seed in range(4)]
@@ -155,7 +156,7 @@ def test_hard_gates_are_what_leaves_with_heads_of_their_own(monkeypatch):
     model, text = prune(build("llama"), thresholds()), prompts((60,))
     method = model.token_pruner
     method.threshold.copy_(torch.tensor([0.0, -0.5, 0.3]))
-    gated = method.hooks.hear(text, Halves(method, method.threshold, hard=True)).logits[:, 30:]
+    gated = hear(method.hooks, text, Halves(method, method.threshold, hard=True)).logits[:, 30:]
     model = prune(build("llama"), thresholds(), layout="mask")
     model.token_pruner.threshold.copy_(method.threshold)
 

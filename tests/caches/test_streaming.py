@@ -118,6 +118,14 @@ def test_rotations_are_tried_on_a_model_that_is_pruned_already(before):
     assert all(model.token_pruner.hooks.rotation(number) is not None for number in range(3))
 
 
+def test_a_model_that_trains_is_tried_at_rest():
+    model = build("gpt-neox", hidden_dropout=0.5, attention_dropout=0.5).train()
+    model.gpt_neox.layers[0].eval()
+    hooks = prune(model, streaming()).token_pruner.hooks
+    assert all(hooks.rotation(number) is not None for number in range(3))
+    assert model.training and not model.gpt_neox.layers[0].training and model.gpt_neox.layers[1].training
+
+
 def test_learned_positions_end():
     model = prune(build("gpt2", n_positions=48), make("streamingllm", "hold"))
     with pytest.raises(ValueError, match="GPT2LMHeadModel has learned 48 positions and cannot place token 49"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
+from ..core.attachment import at_rest
 from .ragged import RaggedLayer
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _step(hooks: CacheHooks, rows: int, entries: int) -> float:
     device, times = hooks.architecture.base.device, []
     step: dict[str, Any] = {"input_ids": torch.zeros(rows, 1, dtype=torch.long, device=device)}
     step["past_key_values"] = cache = hooks.adopted(DynamicCache(config=hooks.architecture.base.config), {})
-    with hooks.asking(mode="dense"):
+    with hooks.asking(mode="dense"), at_rest(hooks.model):
         for number in range(STEPS + 1):
             begun = time.perf_counter()
             answer: Any = hooks.model(**step)

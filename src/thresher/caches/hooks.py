@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -234,17 +234,11 @@ class CacheHooks(Attachment):
         asks, added = first.next_positions(new, mask)
         asks = asks.to(given.device)
         self.check_range(first, added)
-        placed = min(added) == new or kwargs.get("position_ids") is not None
-        if options.mode == "pruned" and self.method.needs_places and not placed:
-            raise ValueError(
-                f"{self.method.name} needs the position_ids of a padded batch, as generate gives them: "
-                "(attention_mask.cumsum(1) - 1).clamp(min=0)"
-            )
+        self.check_places(kwargs.get("position_ids"), asks, min(added) < new, first)
         draft, prompt = first.record_past, new > 1 and (first.fresh or not first.record_past)
         if draft and prompt and isinstance(self.pruner, KVzip):
             raise ValueError(
-                f"{self.pruner.name} cannot repeat a prompt that comes with a draft: fill the cache first, by "
-                "model(**inputs, past_key_values=cache), and generate from it"
+                f"{self.pruner.name} cannot repeat a prompt that comes with a draft: generate without drafts"
             )
         for layer in layers.values():
             layer.coming, layer.fresh = (asks, added), False
@@ -326,6 +320,23 @@ class CacheHooks(Attachment):
             raise ValueError(
                 f"{self.architecture.name} has learned {most} positions and cannot place token {end}: a pruned cache "
                 "does not lengthen it; a model with rotary positions can go on"
+            )
+
+    def check_places(self, places: Tensor | None, asks: Tensor, padded: bool, layer: PrunedLayer) -> None:
+        """Raise ValueError where ``position_ids`` are lacking, or say that tokens are in the cache already; ``layer``:
+        one of the cache, as it was."""
+        if self.options.mode != "pruned":
+            return
+        if places is None and padded and self.method.needs_places:
+            raise ValueError(
+                f"{self.method.name} needs the position_ids of a padded batch, as generate gives them: "
+                "(attention_mask.cumsum(1) - 1).clamp(min=0)"
+            )
+        again = places is not None and layer.record_past and layer.fresh and layer.seen > 0
+        if again and bool((cast("Tensor", places)[:, -1] < asks[:, -1]).any()):
+            raise ValueError(
+                "transformers feeds all of a conversation once more where drafts come to a cache that is filled, and "
+                "it would be held twice: generate later turns without drafts"
             )
 
     def settle(self, cache: Any, layers: dict[int, PrunedLayer], options: Options) -> None:
@@ -532,18 +543,6 @@ class CacheHooks(Attachment):
             return 0
         sliding = sum(getattr(other, "sliding_window", 0) for other in getattr(cache, "layers", ()))
         return max(0, int((method.target_cache_mb * 1e6 / (rows * size) - sliding) / len(layers)))
-
-    def hear(self, batch: Mapping[str, Tensor], attend: Any) -> Any:
-        """What the model answers to ``input_ids`` with nothing leaving, while ``attend(number, asks, inputs)`` is shown
-        what each layer that is pruned gives its attention, and may return states in place of it (None: it does not)."""
-        device, mask = self.architecture.base.device, batch.get("attention_mask")
-        given: dict[str, Any] = {"input_ids": batch["input_ids"].to(device)}
-        if mask is not None:
-            mask = mask.to(device)
-            given |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        cache = self.adopted(DynamicCache(config=self.architecture.base.config), {})
-        with self.asking(mode="dense", attend=attend):
-            return self.model(**given, past_key_values=cache, use_cache=True)
 
     # --- the end of a forward ----------------------------------------------------------------------------------------
     def end(self, call: CacheCall, kwargs: dict, output: Any) -> Any:

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.architecture import Architecture
+from ..core.attachment import at_rest
 from ..core.scoring import repeat_heads
 from ..core.view import AttentionInputs
+from .listen import hear
 from .pruner import Budget, CachePruner
 from .view import CacheView
 
@@ -112,9 +114,7 @@ class LTPCache(CachePruner):
             ValueError: no text is long enough for something to leave.
         """
         hooks, texts = self.attached(), list(batches)
-        model, training = hooks.model, hooks.model.training
-        model.eval()
-        try:
+        with at_rest(hooks.model):
             start, learned, share = self._learned(hooks, texts, epochs, lr)
             self.threshold.fill_(math.nan)
             self.threshold[hooks.full] = learned.to(self.threshold.device)
@@ -123,8 +123,6 @@ class LTPCache(CachePruner):
                     sum(_distance(hooks, text, Halves(self, theta, hard=True)).item() for text in texts) / len(texts)
                     for theta in (start, learned)
                 )
-        finally:
-            model.train(training)
         return {"keep": share, "kl": kl, "kl_equal": equal}
 
     def _learned(self, hooks: CacheHooks, texts: Texts, epochs: int, lr: float) -> tuple[Tensor, Tensor, float]:
@@ -132,7 +130,7 @@ class LTPCache(CachePruner):
         found, keep, device = Halves(self), float(self.keep or 0), hooks.architecture.base.device
         with torch.no_grad():
             for text in texts:
-                hooks.hear(text, found)
+                hear(hooks, text, found)
         if not found.scores:
             raise ValueError(f"learn() got no text of more than {2 * self.floor + 1} tokens: nothing can leave")
         scores = [torch.cat(found.scores[number]) for number in hooks.full]
@@ -208,8 +206,8 @@ class Halves:
 def _distance(hooks: CacheHooks, text: Mapping[str, Tensor], halves: Halves) -> Tensor:
     """Nats per token of the second half, between the model with everything and with what ``halves`` leaves."""
     with torch.no_grad():
-        whole: Any = hooks.hear(text, lambda *given: None).logits.float().log_softmax(-1)
-    left: Any = hooks.hear(text, halves).logits.float().log_softmax(-1)
+        whole: Any = hear(hooks, text, lambda *given: None).logits.float().log_softmax(-1)
+    left: Any = hear(hooks, text, halves).logits.float().log_softmax(-1)
     mask = text.get("attention_mask")
     place = torch.ones_like(text["input_ids"]) if mask is None else mask
     place = (place.cumsum(1) - 1).masked_fill(place == 0, -1).to(whole.device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..core import compat
+from ..core.attachment import at_rest
 from .layer import PrunedLayer
 
 SHIFT = 8  # positions between the two places at which a layer is tried
@@ -83,7 +84,8 @@ def two_places(base: Any) -> DynamicCache:
     ids, places = torch.tensor([[1, 2]] * 2), torch.tensor([[0, 1], [SHIFT, SHIFT + 1]])
     cache = DynamicCache(config=base.config)
     given = {"input_ids": ids.to(base.device), "position_ids": places.to(base.device)}
-    base(**given, past_key_values=cache, use_cache=True)
+    with at_rest(base):
+        base(**given, past_key_values=cache, use_cache=True)
     return cache
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..core.architecture import Architecture
+from ..core.attachment import at_rest
 from ..core.scoring import repeat_heads
 from ..core.view import AttentionInputs
+from .listen import hear
 from .pruner import CachePruner
 from .rope import Rotation
 from .view import CacheView
@@ -84,7 +86,7 @@ class TriAttention(CachePruner):
         sums = [torch.zeros_like(self.centre), torch.zeros_like(self.length)]
         count = 0
 
-        def hear(number: int, asks: Tensor, given: AttentionInputs) -> None:
+        def add(number: int, asks: Tensor, given: AttentionInputs) -> None:
             real, query = (asks >= 0).to(given.query.device)[:, None, :, None], given.query.float()
             rotation = hooks.rotation(number)
             if rotation is not None:
@@ -92,10 +94,11 @@ class TriAttention(CachePruner):
             for total, x in zip(sums, (query, pairs(query, rotation)), strict=True):
                 total[number] += (x * real).sum((0, 2)).to(total.device)
 
-        for batch in batches:
-            hooks.hear(batch, hear)
-            mask = batch.get("attention_mask")
-            count += batch["input_ids"].numel() if mask is None else int(mask.sum())
+        with at_rest(hooks.model):
+            for batch in batches:
+                hear(hooks, batch, add)
+                mask = batch.get("attention_mask")
+                count += batch["input_ids"].numel() if mask is None else int(mask.sum())
         if not count:
             raise ValueError("calibrate() got no texts: give batches of input_ids")
         self.centre.copy_(sums[0] / count)
