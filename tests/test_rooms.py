@@ -16,10 +16,10 @@ ROWS = (  # from the top down; a room may import what stands in a lower row, and
     ("exporting",),  # whose graphs serving opens
     ("evaluation",),
     ("data", "stats"),
-    ("caches", "multimodal", "streaming"),
+    ("multimodal", "prompts", "streaming"),
     ("api",),
     ("checkpoint",),
-    ("methods",),
+    ("methods", "caches"),
     ("core",),
 )
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

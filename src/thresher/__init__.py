@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .methods.entropy import Entropy
     from .methods.evit import EViT
     from .methods.lat import LAT
+    from .methods.lazyllm import LazyLLM
     from .methods.ltmp import LTMP
     from .methods.ltp import LTP
     from .methods.powerbert import PoWERBERT
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from .methods.transkimmer import Transkimmer
     from .methods.trbert import TRBERT
     from .methods.vatp import VATP
+    from .prompts.compress import Compressed, compress
+    from .prompts.gemfilter import GemFilter
     from .training.trainer import PruningTrainer
 
 __version__ = "0.1.0"
@@ -52,16 +55,19 @@ __all__ = [
     "VATP",
     "AdapLeR",
     "CachePruner",
+    "Compressed",
     "Cut",
     "DynamicViT",
     "EViT",
     "Entropy",
     "ExpectedAttention",
     "FirstK",
+    "GemFilter",
     "KVzip",
     "KeyDiff",
     "Knorm",
     "LTPCache",
+    "LazyLLM",
     "PoWERBERT",
     "PruningTrainer",
     "Random",
@@ -78,6 +84,7 @@ __all__ = [
     "Transkimmer",
     "TriAttention",
     "calling",
+    "compress",
     "dense",
     "export",
     "load_runtime",
@@ -108,6 +115,7 @@ _HOMES = {
     "methods.evit": ("EViT",),
     "methods.powerbert": ("PoWERBERT",),
     "methods.lat": ("LAT",),
+    "methods.lazyllm": ("LazyLLM",),
     "methods.ltp": ("LTP",),
     "methods.spatten": ("SpAtten",),
     "methods.threshold": ("Threshold",),
@@ -118,6 +126,8 @@ _HOMES = {
     "methods.trbert": ("TRBERT",),
     "methods.vatp": ("VATP",),
     "core.pruner": ("TokenPruner",),
+    "prompts.compress": ("Compressed", "compress"),
+    "prompts.gemfilter": ("GemFilter",),
     "exporting.runtime": ("load_runtime",),
     "training.trainer": ("PruningTrainer",),
 }

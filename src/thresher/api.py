@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import methods  # noqa: F401  makes the methods known by name
+from .caches.behind import companion
+from .caches.pruner import CachePruner
 from .checkpoint import Entry, Stored, load_into, stored_at, stored_with, tensors_of
 from .core.architecture import Architecture
 from .core.attachment import Attachment
 from .core.compat import execution_device, flattens_inputs, mask_survivors, pooled_alone, transformer_module
+from .core.hooks import Hooks
 from .core.method import CONFIG_KEY, MODULE, Pruner, pruner_in, pruner_of
 from .core.probe import settle
 from .core.pruner import SURVIVORS, TokenPruner, query_of
@@ -30,6 +33,7 @@ def prune(
     model: Model,
     method: Pruner | None = None,
     *,
+    cache: CachePruner | None = None,
     layout: str = "auto",
     checkpoint: str | Path | None = None,
     check: bool = True,
@@ -37,29 +41,27 @@ def prune(
     """Prune the tokens of ``model``, or its KV cache, while it runs; in place, reversible by ``unprune``.
 
     Args:
-        model: any transformers model with a stack of attention layers; or what is around one: a PEFT model, whose
-            active adapter the method is then trained, saved and loaded with; a SentenceTransformer, CrossEncoder or
+        model: any transformers model with a stack of attention layers; or a PEFT model around one, whose active adapter
+            the method is then trained, saved and loaded with; a SentenceTransformer, CrossEncoder or
             MultiVectorEncoder. In a CrossEncoder of one number the query stays, and all else for a third of the layers.
         method: e.g. ``TopK(keep=0.5)``, or ``SnapKV(keep=0.25)`` for the KV cache of a decoder; it prunes one model.
-            None: what the model's config.json says, with the parameters that lie in its weights.
+            None: what the model's config.json says, with the weights' parameters.
+        cache: e.g. ``SnapKV(keep=0.5)``, beside a method for tokens: entries leave the cache of those that are left.
         layout: "mask" hides what is dropped (reference), "padded" shortens to the widest row, "packed" has no padding;
-            "auto" takes mask while a method trains softly, else packed if possible, else padded. Caches have "mask" and
-            "evict". Not saved.
+            "auto": mask in soft training, else packed if possible, else padded. Caches: "mask", "evict". Not saved.
         checkpoint: the folder with the pruner's weights, where these did not come with ``model``.
         check: try the first layers on a few tokens before, and refuse what answers wrongly.
 
-    Returns:
-        The same model; the method is its submodule ``token_pruner``, which carries the ``report`` of the last forward.
+    Returns: the same model; the method is its submodule ``token_pruner``, with the ``report`` of the last forward.
 
     Raises:
         ValueError: a layout, layer, model, method or checkpoint that does not serve; the model is as it was before.
-        TypeError: ``model`` or ``method`` is something else.
 
     Example:
         >>> model = prune(AutoModelForSequenceClassification.from_pretrained("my-classifier"), TopK(keep=0.5))
     """
     target = inner_model(model)
-    _check_method(method)
+    _check_method(method, cache)
     before, entry = pruner_of(target), None
     stored = None if checkpoint is None else stored_at(checkpoint, _weights_of(target))
     if method is None:
@@ -68,6 +70,7 @@ def prune(
     _check_layout(method, layout)
     _check_free(method, model, target)
     hooks = method.attachment(target, layout, None if before is None else before.attached().original)
+    with_cache = _accompany(hooks, cache, model)
     with _free_if_refused(method):
         if method is not before:
             _suit_pairs(method, model, hooks.architecture, saved=entry is not None or checkpoint is not None)
@@ -84,14 +87,35 @@ def prune(
         warnings.warn(f"the model was pruned with {before.name}; {method.name} replaces it", stacklevel=2)
     own_configuration(model)
     _exchange(hooks, None if before is None else before.hooks)
-    _place(model, target, hooks)
+    _place(model, target, hooks, with_cache)
     return model
 
 
-def _check_method(method: Any) -> None:
-    """Raise TypeError where ``prune`` is given something else than a method."""
+def _check_method(method: Any, cache: Any) -> None:
+    """Raise TypeError where ``prune`` is given no method, ValueError where two do not go together."""
     if isinstance(method, type) or not (method is None or isinstance(method, Pruner)):
         raise TypeError(f"prune() takes a method such as TopK(keep=0.5), got {method!r}")
+    if cache is not None and not isinstance(cache, CachePruner):
+        raise TypeError(f"cache= takes a method that prunes a KV cache, as SnapKV(keep=0.5), got {cache!r}")
+    if cache is not None and not isinstance(method, TokenPruner):
+        raise ValueError(
+            "cache= goes with a method that prunes tokens, as TopK(keep=0.5); a cache alone is pruned by "
+            f"prune(model, {type(cache).__name__}(...))"
+        )
+
+
+def _accompany(hooks: Attachment, cache: CachePruner | None, model: nn.Module) -> CachePruner | None:
+    """Have the caches of a decoder kept in order where tokens leave; returns what prunes them besides, bound: ``cache``
+    or the method's own. Raises ValueError where that cannot be."""
+    if not isinstance(hooks, Hooks):
+        return None
+    cache = cache or hooks.method.cache
+    if cache is not None:
+        _check_free(cache, model, hooks.model)
+    hooks.companion = companion(hooks, cache)
+    if cache is not None:
+        cache.bind(hooks.architecture)
+    return cache
 
 
 def _check_layout(method: Pruner, layout: str) -> None:
@@ -201,7 +225,7 @@ def _check_free(method: Pruner, model: nn.Module, target: PreTrainedModel) -> No
     if alone:
         raise ValueError(f"pooling='survivors' is for means: this {type(model).__name__} pools {', '.join(alone)}")
     other = None if method.hooks is None else method.hooks.model
-    if other not in (None, target) and pruner_of(other) is method:
+    if other not in (None, target) and method in (pruner_of(other), getattr(pruner_of(other), "cache", None)):
         raise ValueError(
             f"this {type(method).__name__} prunes another model, a {type(other).__name__}: "
             "prune with copy.deepcopy of it"
@@ -244,9 +268,12 @@ def own_configuration(model: nn.Module) -> None:
             module.config = copy.deepcopy(module.config, memo)
 
 
-def _place(model: nn.Module, target: PreTrainedModel, hooks: Attachment) -> None:
-    """Make a method a submodule of its model, on the device that this runs on, and name it in the configuration."""
+def _place(model: nn.Module, target: PreTrainedModel, hooks: Attachment, cache: CachePruner | None) -> None:
+    """Make a method, with what prunes the cache besides, a submodule of its model, on the device that this runs on, and
+    name it in the configuration."""
     method, before = hooks.method, pruner_of(target)
+    if cache is not None:
+        method.cache, cache.hooks = cache, hooks.companion
     if before is not None:
         before.hooks = None
     method.hooks = hooks
@@ -292,6 +319,8 @@ def unprune(model: Model) -> Model:
         raise ValueError(f"{type(model).__name__} is not pruned")
     pruner.attached().detach()
     pruner.hooks = None
+    if getattr(pruner, "cache", None) is not None:
+        pruner.cache.hooks = None
     delattr(target, MODULE)
     for adapter in _adapters(model).values():
         if MODULE in (getattr(adapter, "modules_to_save", None) or ()):

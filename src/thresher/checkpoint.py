@@ -82,7 +82,7 @@ class Stored:
 def tensors_of(pruner: Pruner) -> dict[str, Tensor]:
     """The parameters and buffers of a method that are saved, on the CPU."""
     load_offloaded(pruner)
-    return {name: tensor.detach().cpu() for name, tensor in pruner.state_dict().items() if name != EXTRA}
+    return {name: tensor.detach().cpu() for name, tensor in pruner.state_dict().items() if EXTRA not in name}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -110,7 +110,7 @@ def read_folder(folder: Path) -> list[Stored]:
                         stored = found.setdefault(at, Stored(" of ".join(filter(None, (at[1], str(path))))))
                         if match["name"] == EXTRA:
                             stored.entry = read_state(file.get_tensor(key))
-                        else:
+                        elif EXTRA not in match["name"]:
                             stored.tensors[match["name"]] = file.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"corrupted checkpoint: {path} cannot be read ({error})") from error

@@ -25,6 +25,7 @@ SHARED = {  # beside --json, --quiet and --verbose, which all have
     "score": "--data --text --max-length --threads --tokens --layout",
     "serve": "--max-length --threads --tokens --layout",
     "show": f"{DATA} --layout".replace(" --label", "").replace("--text", "--columns"),
+    "compress": "--threads",
     "audit": f"{DATA} --metric --batch-size --layout",
     "info": "",
 }
@@ -42,6 +43,7 @@ OWN = {
     "score": "--out --keep --prefix --best --prompt --shard-rows --workers --ray --device --fresh",
     "serve": "--host --port --api-key --name --wait-ms --queue-tokens --max-client-batch --device",
     "show": "--text --pair --file --image --html --png",
+    "compress": "--keep --at --sinks --recent",
     "audit": "--against --by --examples --html",
     "info": "",
 }

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+from transformers import QuantizedCache, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
 from support.families import FAMILIES, difference
 from thresher import LTP, FirstK, Threshold, TopK, dense, prune
@@ -214,14 +214,16 @@ def test_every_family_gives_hidden_states_of_the_dense_shape(family):
 
 # --- caches -----------------------------------------------------------------------------------------------------------
 def test_the_verdict_on_a_cache_is_on_the_cache():
-    """A good cache stays good, and a bad one bad, whatever is called in between."""
+    """A good cache stays good, and a bad one bad, whatever is called in between; of caches that do not know what their
+    layers hold."""
     model = prune(LLAMA.build(), Threshold(0.9, at=(0, 1)), layout="padded")
     ragged = LLAMA.batch((24, 24), seed=7)
     token = torch.tensor([[8], [8]])
     with torch.no_grad():
         one = {"input_ids": ragged["input_ids"][:1]}
-        good = model(**one, use_cache=True).past_key_values
-        bad = model(input_ids=ragged["input_ids"], use_cache=True).past_key_values
+        good = model(**one, past_key_values=QuantizedCache("fp8", model.config)).past_key_values
+        bad = QuantizedCache("fp8", model.config)
+        model(input_ids=ragged["input_ids"], past_key_values=bad)
         kept = [count.n_attention.tolist() for count in model.token_pruner.record.counts]
         assert any(len(set(row)) > 1 for row in kept), "the rows keep different counts"
         expected = model(token[:1], past_key_values=copy.deepcopy(good)).logits
@@ -232,10 +234,11 @@ def test_the_verdict_on_a_cache_is_on_the_cache():
         assert torch.equal(model(token[:1], past_key_values=copy.deepcopy(good)).logits, expected)
 
 
-def test_more_than_one_token_onto_a_pruned_cache_is_refused():
+def test_more_than_one_token_onto_a_cache_that_does_not_know_what_it_holds_is_refused():
     model, batch = prune(LLAMA.build(), TopK(keep=0.5), layout="padded"), LLAMA.batch((18,))
     with torch.no_grad():
-        cache = model(input_ids=batch["input_ids"], use_cache=True).past_key_values
+        cache = QuantizedCache("fp8", model.config)
+        model(input_ids=batch["input_ids"], past_key_values=cache)
         with pytest.raises(ValueError, match="a cache of pruned tokens takes one token at a time, got 6"):
             model(batch["input_ids"][:, :6], past_key_values=cache)
         with dense(model):

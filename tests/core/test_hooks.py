@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertModel, PreTrainedModel
 
 from support.families import FAMILIES, difference
-from support.methods import METHODS
+from support.methods import METHODS, REFUSES
 from thresher import LTP, FirstK, Random, Threshold, TopK, dense, prune, unprune
 from thresher.core.tokens import LAYOUTS
 
@@ -235,6 +235,7 @@ RAGGED = (
     [
         (method, layout, lengths)
         for method in METHODS
+        if "bert" not in REFUSES.get(method, {})
         for layout, lengths in (("padded", (20, 20, 20)), ("packed", (20, 20, 20)), ("packed", (24, 18, 10)))
         if layout == "packed" or method not in RAGGED
     ],

@@ -16,6 +16,7 @@ from thresher import (
     Entropy,
     EViT,
     FirstK,
+    LazyLLM,
     PoWERBERT,
     Random,
     SpAtten,
@@ -66,6 +67,10 @@ METHODS = {
     "entropy-row": (lambda: Entropy(keep=1.0), lambda: Entropy(keep=0.6)),
     "entropy-column": (lambda: Entropy(keep=1.0, criterion="column"), lambda: Entropy(keep=0.6, criterion="column")),
     "ats": (lambda: ATS(keep=1.0), lambda: ATS(keep=0.6)),
+    "lazyllm": (
+        lambda: LazyLLM(keep=1.0, sinks=1, recent=2),
+        lambda: LazyLLM(keep=0.6, sinks=1, recent=2),
+    ),
     "evit": (lambda: EViT(keep=1.0), lambda: EViT(keep=0.6)),
     "tome": (lambda: ToMe(r=0.0), lambda: ToMe(r=0.2)),
     "tofu": (lambda: ToFu(r=0), lambda: ToFu(r=3)),
@@ -95,6 +100,7 @@ for method in ("tome", "tofu", "ltmp", "top-fused", "ltp-fused"):
 REFUSES["evit"] = dict.fromkeys(DECODERS, "a decoder: a merged token") | dict.fromkeys(
     ("whisper-encoder", "siglip-vision"), "no class token"
 )
+REFUSES["lazyllm"] = {name: "an encoder, in which the last token" for name in FAMILIES if name not in DECODERS}
 REFUSES["entropy-row"] = dict.fromkeys(DECODERS, "use criterion='column'")
 
 

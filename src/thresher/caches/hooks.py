@@ -17,21 +17,22 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
 from ..core import compat
 from ..core.attachment import Attachment
 from ..core.method import pruner_of
 from ..core.pruner import Options
 from ..core.view import AttentionInputs
+from .checks import check_own_entries, check_places
 from .costs import measured
 from .kvzip import CacheOptions, KVzip
-from .layer import KINDS, PrunedLayer, last_real, ours, row_of
+from .layer import KINDS, Coming, PrunedLayer, last_real, ours, row_of
 from .pruner import CachePruner
 from .ragged import RaggedLayer
 from .rope import Rotation, close_gap, rotations, two_places
@@ -50,6 +51,7 @@ class CacheCall:
     cache: Any = None
     layers: dict[int, PrunedLayer] = field(default_factory=dict)  # ours, by their number
     asks: Tensor | None = None  # (B, q), positions of the new tokens; -1: padding
+    added: list[int] = field(default_factory=list)  # of each row, how many of them are real
     padded: bool = False  # whether some of them are padding
     prompt: bool = False  # whether they are a part of a prompt
     draft: bool = False  # whether they may be taken back
@@ -57,16 +59,14 @@ class CacheCall:
 
 @dataclass(eq=False)
 class CacheSite:
-    """One layer of one forward: what its attention function shows. The names are those of a ``Site``."""
+    """One layer of one forward: what its attention function shows."""
 
     number: int
     layer: PrunedLayer
     call: CacheCall
+    asks: Tensor  # (B, q), positions of the tokens that enter the layer; -1: padding
     inputs: AttentionInputs | None = None
-    weights: Tensor | None = None
     attend: Callable[[AttentionInputs], Tensor | None] | None = None  # in place of the attention function
-    statistic: None = None
-    tokens: None = None
 
 
 class CacheHooks(Attachment):
@@ -77,58 +77,57 @@ class CacheHooks(Attachment):
     method: CachePruner
 
     # --- on ----------------------------------------------------------------------------------------------------------
+    @property
+    def name(self) -> str:
+        """What to call the method in errors."""
+        return self.method.name
+
     def check(self) -> None:
         """Raise ValueError where the method cannot serve the model."""
+        self.check_layers()
         arch = self.architecture
-        if not arch.causal:
-            raise ValueError(
-                f"{self.method.name} prunes the KV cache of a decoder, which {arch.name} is not: TopK, LTP and ToP "
-                "prune the tokens of an encoder"
-            )
-        if not (arch.shows_inputs and arch.passes_arguments):
-            raise ValueError(
-                f"{self.method.name} is not possible with {arch.name}: its layers do not hand their arguments to "
-                "transformers' attention interface, so that no mask can follow what leaves"
-            )
-        if self.original not in FUNCTIONS:
-            raise ValueError(
-                f"{self.method.name} gives layers masks of their own, which {self.original!r} does not take: load the "
-                f"model with attn_implementation={' or '.join(map(repr, FUNCTIONS))}"
-            )
-        self.blocks = {self.number_of(layer): layer.get_submodule(arch.block) for layer in arch.layers}
-        kinds = DynamicCache(config=arch.base.config).layers
-        self.check_own_entries(len(kinds))
-        self.full = [number for number, kind in enumerate(kinds) if type(kind) is DynamicLayer]
         if not self.full:
             raise ValueError(
-                f"{self.method.name} is not possible with {arch.name}: all of its layers slide and hold a window at "
+                f"{self.name} is not possible with {arch.name}: all of its layers slide and hold a window at "
                 "most, so that nothing is left to prune"
             )
-        self.latent = compat.expands_latents(self.blocks[self.full[0]])
-        self.rotary = compat.rotary_module(arch.base) is not None
-        self.ragged = self.method.heads == "adaptive"
-        self.tried_on: tuple[dict[int, Rotation | None], int] | None = None
         self.method.check(self)
         self.moves = self.method.moves_sinks(self)
         self.warned = False
 
-    def check_own_entries(self, layers: int) -> None:
-        """Raise ValueError where layers use the keys and values of others; ``layers``: how many a cache has."""
+    def check_layers(self) -> None:
+        """Raise ValueError where layers cannot be given masks of their own; look at what they cache."""
         arch = self.architecture
-        numbers = [self.number_of(layer) for layer in arch.layers]
-        shared = {n for n in numbers if n >= layers or numbers.count(n) > 1 or compat.borrows_entries(self.blocks[n])}
-        if shared:
-            first, last = min(shared), max(shared)
-            which = f"layer {first} uses" if first == last else f"layers {first} to {last} use"
+        if not arch.causal:
             raise ValueError(
-                f"{self.method.name} is not possible with {arch.name}: {which} the keys and values of other layers, so "
-                "that what leaves would leave there, too"
+                f"{self.name} prunes the KV cache of a decoder, which {arch.name} is not: TopK, LTP and ToP "
+                "prune the tokens of an encoder"
             )
+        if not (arch.shows_inputs and arch.passes_arguments):
+            raise ValueError(
+                f"{self.name} is not possible with {arch.name}: its layers do not hand their arguments to "
+                "transformers' attention interface, so that no mask can follow what leaves"
+            )
+        if self.original not in FUNCTIONS:
+            raise ValueError(
+                f"{self.name} gives layers masks of their own, which {self.original!r} does not take: load the "
+                f"model with attn_implementation={' or '.join(map(repr, FUNCTIONS))}"
+            )
+        self.blocks = {self.number_of(layer): layer.get_submodule(arch.block) for layer in arch.layers}
+        kinds = DynamicCache(config=arch.base.config).layers
+        check_own_entries(self, len(kinds))
+        self.full = [number for number, kind in enumerate(kinds) if type(kind) is DynamicLayer]
+        self.latent = compat.expands_latents(next(iter(self.blocks.values())))
+        self.rotary = compat.rotary_module(arch.base) is not None
+        self.ragged = self.method is not None and self.method.heads == "adaptive"
+        self.tried_on: tuple[dict[int, Rotation | None], int] | None = None
 
     def number_of(self, layer: nn.Module) -> int:
         """The number of a layer in the cache."""
-        block: Any = layer.get_submodule(self.architecture.block)
-        return int(block.layer_idx)
+        number = getattr(layer.get_submodule(self.architecture.block), "layer_idx", None)
+        if not isinstance(number, int):
+            raise ValueError(f"{self.name} cannot tell where the layers of {self.architecture.name} lie in a cache")
+        return number
 
     @property
     def trial(self) -> tuple[dict[int, Rotation | None], int]:
@@ -214,7 +213,7 @@ class CacheHooks(Attachment):
         options, cache = self.options, kwargs.get("past_key_values")
         layers = ours(cache)
         if options.protect is not None or options.counts is not None:
-            raise ValueError(f"calling() is for tokens, and {self.method.name} prunes a cache: give sinks and recent")
+            raise ValueError(f"calling() is for tokens, and {self.name} prunes a cache: give sinks and recent")
         if options.mode != "pruned" and not layers:
             return CacheCall(options, dense=True)
         self.check_implementation()
@@ -225,26 +224,25 @@ class CacheHooks(Attachment):
         batch, new = given.shape[:2]
         first = next(iter(layers.values()))
         if options.mode == "pruned":
-            self.check_ready(cache, layers, batch, new == 1 or kwargs.get("input_ids") is not None)
+            self.check_ready(cache, batch, new == 1 or kwargs.get("input_ids") is not None)
         self.settle(cache, layers, options)
         for layer in layers.values():
-            if not layer.real:
-                layer.real, layer.counts = [0] * batch, [0] * batch
+            layer.open(batch)
         mask = self.new_columns(kwargs.get("attention_mask"), first.seen, new)
         asks, added = first.next_positions(new, mask)
         asks = asks.to(given.device)
         self.check_range(first, added)
-        self.check_places(kwargs.get("position_ids"), asks, min(added) < new, first)
+        check_places(self, kwargs.get("position_ids"), asks, min(added) < new, first)
         draft, prompt = first.record_past, new > 1 and (first.fresh or not first.record_past)
         if draft and prompt and isinstance(self.pruner, KVzip):
             raise ValueError(
                 f"{self.pruner.name} cannot repeat a prompt that comes with a draft: generate without drafts"
             )
         for layer in layers.values():
-            layer.coming, layer.fresh = (asks, added), False
-        return CacheCall(options, False, cache, layers, asks, min(added) < new, prompt, draft)
+            layer.coming, layer.fresh = Coming(layer.places(asks), added, added, new), False
+        return CacheCall(options, False, cache, layers, asks, added, min(added) < new, prompt, draft)
 
-    def check_ready(self, cache: Any, layers: dict, rows: int, ids: bool) -> None:
+    def check_ready(self, cache: Any, rows: int, ids: bool) -> None:
         """Raise ValueError where a call cannot be pruned, before anything is held; ``ids``: a prompt has them."""
         method = self.pruner
         method.ready()
@@ -254,7 +252,7 @@ class CacheHooks(Attachment):
             method.costs[rows] = measured(self, rows)
         if method.target_cache_mb is not None or method.target_ms_per_token is not None:
             size = self.trial[1] * self.architecture.base.dtype.itemsize
-            method.budget([0] * rows, False, (0, len(layers)), self.room(cache, layers, rows, size))
+            method.budget([0] * rows, False, (0, len(self.full)), self.room(cache, rows, size))
 
     def adopted(self, cache: Any, kwargs: dict) -> Any:
         """A cache whose full layers are ours: the one given, where it is empty or ours already.
@@ -262,7 +260,7 @@ class CacheHooks(Attachment):
         Raises:
             ValueError: it cannot be pruned.
         """
-        base, name = self.architecture.base, self.method.name
+        base, name = self.architecture.base, self.name
         if compat.is_paged(kwargs):
             raise ValueError(f"{name} cannot prune the pages of continuous batching: call generate()")
         if cache is None:
@@ -277,7 +275,7 @@ class CacheHooks(Attachment):
         kind = type(cache).__name__
         if not isinstance(cache, Cache):
             raise ValueError(f"{name} cannot prune a {kind} as past_key_values: give a DynamicCache")
-        if isinstance(cache, EncoderDecoderCache) or any(isinstance(x, StaticLayer) for x in cache.layers):
+        if isinstance(cache, EncoderDecoderCache) or compat.is_static(cache):
             raise ValueError(f"{name} cannot prune a {kind}, whose size is fixed: generate with a DynamicCache")
         if compat.is_quantized(cache):
             raise ValueError(f"{name} cannot prune a {kind}, whose entries are quantized in blocks: use a DynamicCache")
@@ -322,23 +320,6 @@ class CacheHooks(Attachment):
                 "does not lengthen it; a model with rotary positions can go on"
             )
 
-    def check_places(self, places: Tensor | None, asks: Tensor, padded: bool, layer: PrunedLayer) -> None:
-        """Raise ValueError where ``position_ids`` are lacking, or say that tokens are in the cache already; ``layer``:
-        one of the cache, as it was."""
-        if self.options.mode != "pruned":
-            return
-        if places is None and padded and self.method.needs_places:
-            raise ValueError(
-                f"{self.method.name} needs the position_ids of a padded batch, as generate gives them: "
-                "(attention_mask.cumsum(1) - 1).clamp(min=0)"
-            )
-        again = places is not None and layer.record_past and layer.fresh and layer.seen > 0
-        if again and bool((cast("Tensor", places)[:, -1] < asks[:, -1]).any()):
-            raise ValueError(
-                "transformers feeds all of a conversation once more where drafts come to a cache that is filled, and "
-                "it would be held twice: generate later turns without drafts"
-            )
-
     def settle(self, cache: Any, layers: dict[int, PrunedLayer], options: Options) -> None:
         """Decide what waited for a draft to be accepted."""
         if options.mode != "pruned":
@@ -348,9 +329,9 @@ class CacheHooks(Attachment):
                 count, layer.waiting = layer.waiting, 0
                 assert layer.queries is not None and layer.query_position is not None
                 asks = layer.query_position[:, -count:]
-                call = CacheCall(options, False, cache, layers, asks, prompt=layer.waits_prompt)
+                call = CacheCall(options, False, cache, layers, prompt=layer.waits_prompt)
                 inputs = self.inputs_of(number, layer, layer.queries[:, :, -count:])
-                self.decide(CacheSite(number, layer, call, inputs), remembered=True)
+                self.decide(CacheSite(number, layer, call, asks, inputs), remembered=True)
             if self.method.keep is not None:  # whose scores look no further back
                 layer.queries = layer.query_position = None
 
@@ -379,7 +360,8 @@ class CacheHooks(Attachment):
             return None
         kwargs = {**dict(zip(self.architecture.arguments, args, strict=False)), **kwargs}
         hidden = kwargs.pop(self.architecture.arguments[0])
-        site = kwargs["token_site"] = CacheSite(self.number_of(layer), pruned, call)
+        assert pruned.coming is not None
+        site = kwargs["cache_site"] = CacheSite(self.number_of(layer), pruned, call, pruned.coming.asks)
         if call.options.attend is not None:
             site.attend = partial(call.options.attend, site.number, call.asks)
         if not pruned.whole:
@@ -397,26 +379,35 @@ class CacheHooks(Attachment):
 
         A mask takes sdpa off its quick paths, so that there is none where nothing is dead.
         """
-        assert call.asks is not None
-        asks, new = call.asks.to(device), call.asks.shape[1]
-        if new == 1 and not layer.dead and not call.padded:
+        assert call.asks is not None and layer.position is not None
+        asks, new, window = layer.places(call.asks.to(device)), call.asks.shape[1], layer.sliding_window
+        if new == 1 and not (layer.dead or call.padded or window):
             return None
-        live = layer.live
+        live, place = layer.live, layer.position
         if layer.masked:
-            live = live.repeat_interleave(self.architecture.base.config.num_attention_heads // live.shape[1], 1)
+            queries = self.architecture.base.config.num_attention_heads // live.shape[1]
+            live, place = (x.repeat_interleave(queries, 1) for x in (live, place))
         else:
-            live = live[:, :1]  # rows keep the same number in each head, and dead slots lie in front
+            live, place = live[:, :1], place[:, :1]  # in each head a row keeps as many, and dead slots are the same
         real = (asks >= 0)[:, None]
         fresh = torch.ones(new, new, dtype=torch.bool, device=device).tril() & real[..., None, :]
-        fresh = fresh | torch.eye(new, dtype=torch.bool, device=device)  # padding sees itself, and not nothing
         old = live[:, :, None].expand(-1, -1, new, -1)
+        if window:
+            first = asks[:, None, :, None] - window + 1
+            old, fresh = old & (place[:, :, None] >= first), fresh & (asks[:, None, None] >= first)
+        fresh = fresh | torch.eye(new, dtype=torch.bool, device=device)  # padding sees itself, and not nothing
         return torch.cat([old, fresh.expand(-1, old.shape[1], -1, -1)], -1)
 
     def after_block(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Let entries leave, once the layer has used all of them."""
-        site = kwargs.get("token_site")
-        if not isinstance(site, CacheSite) or site.call.options.mode != "pruned":
-            return
+        site = kwargs.get("cache_site")
+        if site is not None and site.layer.sliding_window:
+            site.layer.slide()
+        elif site is not None and site.call.options.mode == "pruned":
+            self.act(site)
+
+    def act(self, site: CacheSite) -> None:
+        """Let the method act on a layer, by what it showed."""
         if site.inputs is None:
             raise RuntimeError(
                 f"layer {site.number} of {self.architecture.name} delivered no attention, so nothing would be pruned; "
@@ -424,19 +415,18 @@ class CacheHooks(Attachment):
             )
         if isinstance(self.pruner, KVzip):
             site.layer.logits = site.inputs.logits
-            if site.call.options.repetition is not None and site.call.asks is not None:
+            if site.call.options.repetition is not None:
                 with site.layer.unrolled():
-                    self.pruner.listen(site.layer, self.shown(site), site.call.asks, site.call.options.repetition)
+                    self.pruner.listen(site.layer, self.shown(site), site.asks, site.call.options.repetition)
         elif site.call.draft:
             self.wait(site, site.inputs)
         else:
             self.decide(site)
-        site.inputs = site.weights = None
+        site.inputs = None
 
     def wait(self, site: CacheSite, inputs: AttentionInputs) -> None:
         """Remember the queries of a draft; what leaves is decided when it is known which of its tokens stay."""
-        layer, asks = site.layer, site.call.asks
-        assert asks is not None
+        layer, asks = site.layer, site.asks
         earlier = 0 if self.method.keep is not None else self.method.window
         layer.remember(inputs.query, asks, earlier + asks.shape[1])
         layer.waiting, layer.waits_prompt, layer.logits = asks.shape[1], site.call.prompt, inputs.logits
@@ -449,8 +439,8 @@ class CacheHooks(Attachment):
         ``remembered``: whether the queries are remembered already.
         """
         layer, inputs, call, method = site.layer, site.inputs, site.call, self.pruner
-        assert inputs is not None and call.asks is not None
-        begun, asks = time.perf_counter(), call.asks.to(inputs.key.device)
+        assert inputs is not None
+        begun, asks = time.perf_counter(), site.asks.to(inputs.key.device)
         query, places = inputs.query, asks
         if remembered or (method.window and method.keep is None):  # while decoding a score looks further back
             if not remembered:
@@ -460,8 +450,8 @@ class CacheHooks(Attachment):
                 query, places = layer.queries, layer.query_position
         layer.logits = inputs.logits
         place = (self.full.index(site.number), len(self.full))
-        room = self.room(call.cache, call.layers, len(layer.real), layer.entry_bytes)
-        budget = method.budget(layer.real, call.prompt, place, room)
+        room = self.room(call.cache, len(layer.real), layer.entry_bytes)
+        budget = method.budget(layer.arrived, call.prompt, place, room)
         kept = layer.counts if budget is None else budget.kept(layer.counts)
         if kept != layer.counts or method.sums_attention:
             with layer.unrolled():
@@ -531,7 +521,7 @@ class CacheHooks(Attachment):
             rotation=self.rotation(site.number) if method.turns_back else None,
         )
 
-    def room(self, cache: Any, layers: dict, rows: int, size: int) -> int:
+    def room(self, cache: Any, rows: int, size: int) -> int:
         """Entries of a row and layer for which a target has room; layers share it equally.
 
         ``size``: bytes of one. Raises ValueError where ``target_ms_per_token`` has none.
@@ -542,7 +532,7 @@ class CacheHooks(Attachment):
         if method.target_cache_mb is None:
             return 0
         sliding = sum(getattr(other, "sliding_window", 0) for other in getattr(cache, "layers", ()))
-        return max(0, int((method.target_cache_mb * 1e6 / (rows * size) - sliding) / len(layers)))
+        return max(0, int((method.target_cache_mb * 1e6 / (rows * size) - sliding) / len(self.full)))
 
     # --- the end of a forward ----------------------------------------------------------------------------------------
     def end(self, call: CacheCall, kwargs: dict, output: Any) -> Any:
@@ -591,5 +581,5 @@ class CacheHooks(Attachment):
             layer.seconds += (time.perf_counter() - begun) / len(call.layers)
             heads = self.architecture.base.config.num_attention_heads
             nobody = layer.keys.new_empty(len(ids), heads, 0, layer.keys.shape[-1])
-            one = CacheCall(call.options, False, call.cache, call.layers, call.asks[:, :0], prompt=True)
-            self.decide(CacheSite(number, layer, one, self.inputs_of(number, layer, nobody)))
+            one = CacheCall(call.options, False, call.cache, call.layers, prompt=True)
+            self.decide(CacheSite(number, layer, one, call.asks[:, :0], self.inputs_of(number, layer, nobody)))

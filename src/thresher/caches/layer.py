@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,39 @@ from transformers.cache_utils import DynamicLayer
 from ..core.scoring import Logits
 
 KINDS = ("pruned", "sliding")  # of layers, in the report
+SPARE = (
+    64  # slots beyond its window that a layer may hold for tokens that are taken back, and twice that before it slides
+)
 TENSORS = ("keys", "values", "position", "hidden", "received", "queries", "query_position", "sink_keys", "shift")
+
+
+@dataclass(frozen=True, eq=False)
+class Coming:
+    """The tokens of the next update.
+
+    Attributes:
+        position: (B, q), their places; -1: padding, or a slot that holds nothing.
+        real: of each row, the real tokens that the model was given.
+        live: of each row, those that have come as far as this layer; the others left before it.
+        seen: tokens that the model was given, with padding.
+        hidden: (B, q) bool, of the first tokens of a layer those that left and are held all the same (layout "mask").
+    """
+
+    position: Tensor
+    real: list[int]
+    live: list[int]
+    seen: int
+    hidden: Tensor | None = None
+
+    @property
+    def short(self) -> bool:
+        """Whether some have left before this layer."""
+        return self.live != self.real
+
+    @property
+    def asks(self) -> Tensor:
+        """(B, q), positions of the tokens that ask; -1: nobody."""
+        return self.position if self.hidden is None else self.position.masked_fill(self.hidden, -1)
 
 
 class PrunedLayer(DynamicLayer):
@@ -31,10 +64,12 @@ class PrunedLayer(DynamicLayer):
 
     Args:
         masked: hide what leaves and hold it all the same: the reference that eviction is tested against.
+        window: tokens that a query sees, itself included; 0: all. Places are then those of slots, as in transformers.
 
     Attributes:
         seen: tokens, with padding.
         real: of each row, the tokens seen without padding.
+        arrived: of each row, those of them that came as far as this layer.
         counts: of each row, the entries that live.
         position: (B, KV, P) int32, the place of an entry among the real tokens of its row; -1: padding, or a dead slot.
         hidden: (B, KV, P) bool, what left under ``masked``; None: nothing.
@@ -43,6 +78,8 @@ class PrunedLayer(DynamicLayer):
         sink_keys: (B, KV, S, d) fp32, the keys of the first tokens before they were moved.
         shift: (B, KV, 1), how far they were moved.
         logits: how the layer makes logits of products.
+        short: whether something has left, or never came.
+        behind: whether tokens left before this layer, so that others hold more.
         waiting: how many of the last queries belong to a draft, about which nothing is decided yet.
         waits_prompt: whether a part of a prompt is among them.
         fresh: whether ``generate`` has begun and the next forward brings a prompt.
@@ -53,14 +90,16 @@ class PrunedLayer(DynamicLayer):
     keys: Any
     values: Any
 
-    def __init__(self, masked: bool = False):
+    def __init__(self, masked: bool = False, window: int = 0):
         super().__init__()
-        self.masked = masked
+        self.masked, self.sliding_window = masked, window
+        self.is_sliding = window > 0
         self._clear()
 
     def _clear(self) -> None:
         self.seen = 0
         self.real: list[int] = []
+        self.arrived: list[int] = []
         self.counts: list[int] = []
         self.position: Tensor | None = None
         self.hidden: Tensor | None = None
@@ -70,8 +109,8 @@ class PrunedLayer(DynamicLayer):
         self.sink_keys: Tensor | None = None
         self.shift: Tensor | None = None
         self.logits: Logits | None = None
-        # of the tokens of the next update: positions (B, q), and how many of each row are real
-        self.coming: tuple[Tensor, list[int]] | None = None
+        self.coming: Coming | None = None  # what the model has announced
+        self.short = self.behind = False
         self.waiting, self.waits_prompt, self.record_past, self.fresh = 0, False, False, False
         self.newest = 0  # slots at the end in which every head holds the same tokens, one after the other
         self.evictions, self.seconds = 0, 0.0
@@ -92,7 +131,7 @@ class PrunedLayer(DynamicLayer):
     @property
     def whole(self) -> bool:
         """Whether it holds all that it has seen, as a cache that is not pruned does."""
-        return self.held == self.seen and self.hidden is None
+        return not self.short
 
     @property
     def dead(self) -> bool:
@@ -131,26 +170,44 @@ class PrunedLayer(DynamicLayer):
         Raises:
             ValueError: no pruned model has announced them, and only its mask would hide the dead slots.
         """
-        if self.coming is None and not self.whole and self.dead:
+        coming, self.coming = self.coming, None
+        if coming is None and self.short and (self.dead or self.behind):
             raise ValueError(
-                "this cache was pruned and its rows are uneven: go on with the pruned model, or within dense(model)"
+                "this cache was pruned and its rows or layers are uneven: go on with the pruned model, or within "
+                "dense(model)"
             )
         batch, heads, new, _ = key_states.shape
         super().update(key_states, value_states)
-        if not self.real:
-            self.real, self.counts = [0] * batch, [0] * batch
-        coming, self.coming = self.coming, None
-        position, added = self.next_positions(new) if coming is None else coming
-        position = position.to(key_states.device, torch.int32)[:, None].expand(-1, heads, -1)
+        self.open(batch)
+        if coming is None:
+            position, real = self.next_positions(new)
+            coming = Coming(position, real, real, new)
+        position = coming.position.to(key_states.device, torch.int32)[:, None].expand(-1, heads, -1)
         self.position = self._grown(self.position, position)
-        if self.hidden is not None:
+        if coming.hidden is not None:
+            self.hidden = coming.hidden.to(position.device)[:, None].expand_as(position).contiguous()
+        elif self.hidden is not None:
             self.hidden = self._grown(self.hidden, torch.zeros_like(position, dtype=torch.bool))
         if self.received is not None:
             self.received = self._grown(self.received, torch.zeros_like(position, dtype=torch.float32))
-        self.seen, self.newest = self.seen + new, self.newest + new
-        self.real = [a + b for a, b in zip(self.real, added, strict=True)]
-        self.counts = [a + b for a, b in zip(self.counts, added, strict=True)]
+        self.seen += coming.seen
+        self.newest = 0 if coming.short else self.newest + new
+        self.short, self.behind = self.short or coming.short, self.behind or coming.short
+        self.real = [a + b for a, b in zip(self.real, coming.real, strict=True)]
+        self.arrived = [a + b for a, b in zip(self.arrived, coming.live, strict=True)]
+        self.counts = [a + b for a, b in zip(self.counts, coming.live, strict=True)]
         return self.keys, self.values
+
+    def open(self, batch: int) -> None:
+        """Begin to count the tokens of ``batch`` rows, where that has not begun."""
+        if not self.real:
+            self.real, self.arrived, self.counts = [0] * batch, [0] * batch, [0] * batch
+
+    def places(self, asks: Tensor) -> Tensor:
+        """(B, q): what the next tokens, at positions ``asks``, are counted by: a window counts slots."""
+        if not self.sliding_window:
+            return asks
+        return torch.where(asks >= 0, self.seen + torch.arange(asks.shape[1], device=asks.device), -1)
 
     def next_positions(self, new: int, mask: Tensor | None = None) -> tuple[Tensor, list[int]]:
         """(B, q) positions of ``new`` tokens, and how many of each row are real; ``mask`` (B, q): which; None: all."""
@@ -191,6 +248,7 @@ class PrunedLayer(DynamicLayer):
             self.query_position = self.query_position[:, :-count].contiguous()
         self.seen, self.newest, self.waiting = self.seen - count, self.newest - count, max(0, self.waiting - count)
         self.real = [a - b for a, b in zip(self.real, gone, strict=True)]
+        self.arrived = [a - b for a, b in zip(self.arrived, gone, strict=True)]
         self.counts = [a - b for a, b in zip(self.counts, gone, strict=True)]
 
     def activate_past_recording(self) -> None:
@@ -217,7 +275,8 @@ class PrunedLayer(DynamicLayer):
         for name in TENSORS:
             if (x := getattr(self, name)) is not None:
                 setattr(self, name, take(x))
-        self.real, self.counts = [self.real[row] for row in rows], [self.counts[row] for row in rows]
+        for name in ("real", "arrived", "counts"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows])
 
     def reset(self) -> None:
         """Forget everything."""
@@ -230,6 +289,16 @@ class PrunedLayer(DynamicLayer):
             query, asks = torch.cat([self.queries, query], 2), torch.cat([self.query_position, asks], 1)
         query, asks = last_real(query, asks, count)
         self.queries, self.query_position = query.clone(memory_format=torch.contiguous_format), asks.clone()
+
+    def slide(self) -> None:
+        """Let go of what no coming token will see, once it is much."""
+        if self.masked or self.record_past or self.held < self.sliding_window + 2 * SPARE:
+            return
+        assert self.position is not None
+        stays = self.live & (self.position >= self.seen - self.sliding_window - SPARE)
+        counts = stays[:, 0].sum(1).tolist()
+        slots = stays.int().argsort(dim=-1, stable=True)[..., -max(counts) :]
+        self.evict(slots, ~stays.gather(2, slots), counts, min(counts))
 
     # --- eviction ------------------------------------------------------------------------------------------------
     def unrolled(self) -> AbstractContextManager[None]:
@@ -260,6 +329,7 @@ class PrunedLayer(DynamicLayer):
             if self.received is not None:
                 self.received = self.received.gather(2, slots)
         self.counts, self.newest, self.evictions = counts, min(self.newest, newest), self.evictions + 1
+        self.short = True
 
 
 def last_real(query: Tensor, asks: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -183,11 +183,11 @@ class CachePruner(Pruner):
 
         return CacheHooks(model, self, "evict" if layout == "auto" else layout, original)
 
-    def budget(self, real: list[int], prompt: bool, place: tuple[int, int], room: int) -> Budget | None:
+    def budget(self, arrived: list[int], prompt: bool, place: tuple[int, int], room: int) -> Budget | None:
         """How many entries the rows of one layer may hold; None: nothing is decided now.
 
         Args:
-            real: of each row, the real tokens seen.
+            arrived: of each row, the real tokens that came as far as this layer.
             prompt: whether this forward brought a part of a prompt, and not what was generated.
             place: the number of this layer among those that are pruned, and how many these are.
             room: entries of a row for which a target has room.
@@ -196,9 +196,9 @@ class CachePruner(Pruner):
             if not prompt:
                 return None
             keep: Any = self.keep
-            most = [keep if _whole(keep) else math.ceil(keep * count - 1e-9) for count in real]
+            most = [keep if _whole(keep) else math.ceil(keep * count - 1e-9) for count in arrived]
         else:
-            most = [room - self.every + 1 if self.hold is None else self.hold] * len(real)
+            most = [room - self.every + 1 if self.hold is None else self.hold] * len(arrived)
             if most[0] < self.floor:
                 raise ValueError(
                     f"target_cache_mb={self.target_cache_mb} has room for {room} entries of each row, and the "

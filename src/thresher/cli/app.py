@@ -9,9 +9,11 @@ import typer
 from typer import Option
 
 from ..experiments import spec
+from ..experiments.compress import CompressSpec
 from .audit import audit
 from .bench import bench
 from .compare import compare
+from .compress import compress
 from .console import Group, Screen
 from .eval import evaluate
 from .export import export
@@ -35,6 +37,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Screen], None]]] = {
     "score": (spec.ScoreSpec, score),
     "serve": (spec.ServeSpec, serve),
     "show": (spec.ShowSpec, show),
+    "compress": (CompressSpec, compress),
     "audit": (spec.AuditSpec, audit),
     "info": (spec.ModelSpec, info),
 }

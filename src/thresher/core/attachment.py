@@ -64,6 +64,7 @@ class Attachment:
         # a function that is not shown the site leaves only the probabilities of the eager one
         self.implementation = register(self.original) if self.architecture.shows_inputs else "eager"
         self.handles: list = []
+        self.companion: Attachment | None = None  # one that runs around this one, with hooks behind its own
 
     @property
     def pruner(self) -> Any:
@@ -96,9 +97,13 @@ class Attachment:
         self.inner = arch.base.__dict__.get("forward")
         arch.base.forward = self
         self.hook_layers()
+        if self.companion is not None:
+            self.companion.attach()
 
     def detach(self) -> None:
         """Take the hooks off: the model is what it was."""
+        if self.companion is not None:
+            self.companion.detach()
         base = self.architecture.base
         for handle in self.handles:
             handle.remove()

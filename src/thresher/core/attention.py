@@ -26,21 +26,25 @@ class PrunedAttention:
     def __init__(self, base: str):
         self.base = base
 
-    def __call__(self, module, query, key, value, attention_mask, token_site=None, **kwargs):
+    def __call__(self, module, query, key, value, attention_mask, token_site=None, cache_site=None, **kwargs):
         function = compat.ALL_ATTENTION_FUNCTIONS.get(self.base) or compat.attention_function(module, self.base)
         scaling, dropout = kwargs.setdefault("scaling", None), kwargs.setdefault("dropout", 0.0)
-        if token_site is None:
+        if token_site is None and cache_site is None:
             return function(module, query, key, value, attention_mask, **kwargs)
-        site: Site = token_site
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         sinks = kwargs.get("s_aux", getattr(module, "sinks", None))
         logits = Logits(scaling, kwargs.get("softcap"), sinks)
         causal = self._causal(module, kwargs)
-        site.inputs = given = AttentionInputs(module, query, key, value, attention_mask, causal, logits)
-        attend = getattr(site, "attend", None)  # of a cache whose heads hold different numbers of entries
-        states = None if attend is None else attend(given)
-        if states is not None:
-            return states, None
+        given = AttentionInputs(module, query, key, value, attention_mask, causal, logits)
+        if cache_site is not None:
+            cache_site.inputs = given
+            states = None if cache_site.attend is None else cache_site.attend(given)
+            if states is not None:
+                return states, None
+        if token_site is None:
+            return function(module, query, key, value, attention_mask, **kwargs)
+        site: Site = token_site
+        site.inputs = given
         statistic = site.statistic if logits.plain and not (dropout and module.training) else None
         if isinstance(site.tokens, Packed):
             output, site.scores = self._packed(function, given, site, statistic, kwargs)

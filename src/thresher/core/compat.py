@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, QuantizedCache
-from transformers.cache_utils import BaseQuantizedLayer  # 5.23
+from transformers.cache_utils import BaseQuantizedLayer, StaticLayer  # 5.23
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, sdpa_mask  # 5.23
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # 5.23
 from transformers.pytorch_utils import Conv1D  # 5.23
@@ -110,9 +110,19 @@ PREPARE_CACHE = "_prepare_cache_for_generation"  # of a model: makes the cache o
 START_PAGES = "init_continuous_batching"  # of a model
 
 
+def brings_drafts(generation_mode: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether ``generate`` in such a mode feeds drafts, of which the first comes with the prompt."""
+    return getattr(generation_mode, "value", None) == "assisted_generation"
+
+
 def borrows_entries(block: nn.Module) -> bool:
     """Whether an attention block uses the keys and values of another layer, as the last ones of Gemma 3n do."""
     return bool(getattr(block, "is_kv_shared_layer", False))
+
+
+def is_static(cache: Any) -> bool:
+    """Whether a cache has a size of its own, from the beginning."""
+    return any(isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", None) or ())
 
 
 def is_quantized(cache: Any) -> bool:

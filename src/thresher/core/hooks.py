@@ -23,6 +23,7 @@ from .pruner import PROTECTED, SURVIVORS, Options, Record, TokenPruner
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
 from .view import Site
 
+CACHES = ("past_key_values", "layer_past")  # names of the cache among the arguments of layers
 # The per-token arguments of layers, besides the mask, and their token dimensions; all else is passed on as it is.
 TOKEN_ARGUMENTS = {
     "position_embeddings": (-2,),
@@ -80,6 +81,7 @@ class Hooks(Attachment):
     def __init__(self, model: PreTrainedModel, pruner: TokenPruner, layout: str, original: str | None = None):
         super().__init__(model, pruner, layout, original)
         self.passed: frozenset[int] = frozenset()  # sites that a graph under construction passes by
+        self.unserved = ""  # why no companion keeps the caches of a decoder
 
     def check(self) -> None:
         """Raise ValueError where the method or the layout does not fit the model."""
@@ -111,6 +113,11 @@ class Hooks(Attachment):
             self.check_cache(cache, kwargs)
         if options.mode == "dense" or filled:  # a decoding step
             return CallState(replace(options, mode="dense"), self.method)
+        if compat.is_static(cache):
+            raise ValueError(
+                f"{self.method.name} cannot fill a {type(cache).__name__}, whose size is fixed and in which each layer "
+                "holds as much: generate with a DynamicCache, or within dense(model)"
+            )
         pruner = self.pruner
         compat.load_offloaded(pruner)
         if torch.jit.is_tracing():
@@ -137,13 +144,20 @@ class Hooks(Attachment):
             pruner.record = None  # it would live on beside this forward's own
         return call
 
+    def serves(self, cache: Any) -> bool:
+        """Whether a cache knows what each of its layers holds, so that it can be decoded from in any case."""
+        companion: Any = self.companion
+        return companion is not None and companion.serves(cache)
+
     def check_cache(self, cache: Any, kwargs: dict) -> None:
         """Refuse to decode from a cache where tokens left unevenly, and more than one token onto a pruned one."""
+        if self.serves(cache):
+            return
         verdict = getattr(cache, "token_pruning", Verdict(False))
         if verdict.refusal:
             raise ValueError(
                 f"this cache cannot be decoded from: {verdict.refusal}; generate within dense(model), or one prompt at "
-                "a time"
+                f"a time{self.unserved and f' ({self.unserved})'}"
             )
         given = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         if verdict.dropped and given is not None and given.shape[1] > 1:
@@ -211,7 +225,7 @@ class Hooks(Attachment):
         kwargs = {**dict(zip(arguments, args, strict=False)), **kwargs}
         hidden = kwargs.pop(arguments[0])
         if call.tokens is None:
-            hidden = self.start(call, hidden, kwargs.get("past_key_values") is not None)
+            hidden = self.start(call, hidden, any(kwargs.get(name) is not None for name in CACHES))
         tokens = call.tokens
         assert tokens is not None, "start() lays them out"
         call.states = hidden
@@ -418,13 +432,15 @@ class Hooks(Attachment):
         """Write on a cache that this forward filled whether it can be decoded from."""
         caches = [kwargs.get("past_key_values"), *(output if isinstance(output, tuple) else output.values())]
         cache = next((cache for cache in caches if hasattr(cache, "get_seq_length")), None)
-        if cache is None or cache.get_seq_length() == 0:
+        if cache is None or cache.get_seq_length() == 0 or self.serves(cache):
             return
         dropped = any(site.after not in (None, site.tokens) for site in call.sites)
         even = all(bool((count.n_attention == count.n_attention[0]).all()) for count in call.counts)
         refusal = ""
         if dropped and isinstance(call.tokens, Masked):
             refusal = "layout='mask' hid tokens that it still holds"
+        elif dropped and any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
+            refusal = "layers that see a window or a chunk count what they hold, of which some has left"
         elif dropped and not (even and (call.mask is None or call.whole)):
             refusal = "its rows have padding or kept different counts"
         cache.token_pruning = Verdict(dropped, refusal)

@@ -103,9 +103,12 @@ class Pruner(nn.Module):
         known = {f.name for f in dataclasses.fields(method)}
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
         try:
-            return method(**method.completed(fields))
+            made = method(**method.completed(fields))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{entry} is nothing that {method.__name__} can take: {error}") from error
+        if config.get("cache") is not None:  # what prunes the cache of the tokens that are left
+            made.cache = Pruner.from_dict(config["cache"])
+        return made
 
     @classmethod
     def completed(cls, fields: dict[str, Any]) -> dict[str, Any]:

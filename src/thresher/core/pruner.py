@@ -177,6 +177,7 @@ class TokenPruner(Pruner):
             what = f"{ALL} or {PROTECTED}" if self.votable else f"nothing: {self.name} takes no score of all rows"
             raise ValueError(f"votes={self.votes!r}: expected {what}")
         check_protect(self.protect)
+        self.cache: Pruner | None = None  # what prunes the cache of the tokens that are left, where something does
         self.at = None if self.at is None else tuple(int(i) for i in self.at)
         self.progress = 1.0
 
@@ -209,7 +210,8 @@ class TokenPruner(Pruner):
 
     def to_dict(self) -> dict:
         """What config.json gets; ``from_dict`` takes it back."""
-        return {**super().to_dict(), "at": list(self.sites) if hasattr(self, "sites") else self.at}
+        entry = {**super().to_dict(), "at": list(self.sites) if hasattr(self, "sites") else self.at}
+        return entry if self.cache is None else {**entry, "cache": self.cache.to_dict()}
 
     @classmethod
     def completed(cls, fields: dict[str, Any]) -> dict[str, Any]:

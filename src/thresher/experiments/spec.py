@@ -318,6 +318,11 @@ def _shares(value: str) -> float | int | tuple:
     return found[0] if len(found) == 1 else found
 
 
+def one_share(value: str | float) -> float | int:
+    """Read one share (0.5), or one number (64) of tokens."""
+    return float(value) if "." in str(value) else int(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodSpec:
     """Name a pruning method and its options.

@@ -1,0 +1,63 @@
+"""Shorten a prompt to what its end asks for: a text in, a text out."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..data.spec import option
+from .spec import ModelSpec, job, one_share
+
+if TYPE_CHECKING:
+    from ..prompts.compress import Compressed
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressSpec(ModelSpec):
+    """Name the decoder that chooses, the prompt, and how much of it stays."""
+
+    file: Path | None = option("A text with the question at its end; - or none: standard input.", argument=True)
+    keep: float | int = option(
+        "Share (0.25) or number (1024) of tokens that stay.", 0.25, metavar="K", parser=one_share
+    )
+    at: int | None = option("The layer that chooses; default: 13 of 32.", metavar="N", min=0)
+    sinks: int = option("First tokens that stay.", 4, metavar="N", min=0)
+    recent: int = option("Last tokens that stay, as the question.", 32, metavar="N", min=1)
+    threads: int | None = option("Threads of the processor; default: all.", metavar="N", min=1)
+
+
+@job(CompressSpec)
+def compressed(spec: CompressSpec, prompt: str | None = None) -> Compressed:
+    """The shorter prompt; ``prompt``: the text, in place of the file's.
+
+    Raises:
+        ValueError: no decoder lies there, or the text cannot be read or shortened.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..data.models import reading
+    from ..prompts.compress import compress
+    from ..prompts.gemfilter import GemFilter
+
+    method = GemFilter(spec.keep, at=spec.at, sinks=spec.sinks, recent=spec.recent)
+    text = prompt_of(spec.file) if prompt is None else prompt
+    tokenizer = reading(AutoTokenizer.from_pretrained, spec.model)
+    model = reading(AutoModelForCausalLM.from_pretrained, spec.model).eval()
+    return compress(model, text, method, tokenizer=tokenizer)
+
+
+def prompt_of(file: Path | None) -> str:
+    """The text in a file, or on standard input.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    try:
+        if file is None or str(file) == "-":
+            return sys.stdin.read()
+        with file.open(encoding="utf-8", newline="") as opened:  # line ends stay as they are
+            return opened.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file or 'standard input'} is no text in UTF-8 ({error.reason})") from None

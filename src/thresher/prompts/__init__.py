@@ -1,0 +1,1 @@
+"""Prompts that get shorter before any engine reads them."""
