@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from .caches.keydiff import KeyDiff
     from .caches.knorm import Knorm
     from .caches.kvzip import KVzip
+    from .caches.ltp import LTPCache
     from .caches.pruner import CachePruner
     from .caches.snapkv import SnapKV
     from .caches.streamingllm import StreamingLLM
     from .caches.tova import TOVA
+    from .caches.triattention import TriAttention
     from .core.pruner import TokenPruner
     from .exporting.export import export
     from .exporting.runtime import load_runtime
@@ -64,6 +66,7 @@ __all__ = [
     "KVzip",
     "KeyDiff",
     "Knorm",
+    "LTPCache",
     "LazyLLM",
     "PoWERBERT",
     "PruningTrainer",
@@ -79,6 +82,7 @@ __all__ = [
     "TokenPruner",
     "TopK",
     "Transkimmer",
+    "TriAttention",
     "calling",
     "compress",
     "dense",
@@ -95,10 +99,12 @@ _HOMES = {
     "caches.keydiff": ("KeyDiff",),
     "caches.knorm": ("Knorm",),
     "caches.kvzip": ("KVzip",),
+    "caches.ltp": ("LTPCache",),
     "caches.pruner": ("CachePruner",),
     "caches.snapkv": ("SnapKV",),
     "caches.streamingllm": ("StreamingLLM",),
     "caches.tova": ("TOVA",),
+    "caches.triattention": ("TriAttention",),
     "exporting.export": ("export",),
     "methods.dynamicvit": ("DynamicViT",),
     "methods.adapler": ("AdapLeR",),

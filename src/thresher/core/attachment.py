@@ -14,6 +14,7 @@ from dataclasses import replace
 from types import MethodType
 from typing import Any, ClassVar
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from . import compat
@@ -22,6 +23,18 @@ from .attention import PREFIX, register
 from .pruner import Options, Pruner, pruner_of
 
 _THREAD = threading.local()  # .calls and .options: {Attachment: state} and {Attachment: Options} of the running thread
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Within the context: evaluation mode; each module is in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class Attachment:

@@ -38,6 +38,9 @@ class PrunedAttention:
         given = AttentionInputs(module, query, key, value, attention_mask, causal, logits)
         if cache_site is not None:
             cache_site.inputs = given
+            states = None if cache_site.attend is None else cache_site.attend(given)
+            if states is not None:
+                return states, None
         if token_site is None:
             return function(module, query, key, value, attention_mask, **kwargs)
         site: Site = token_site
