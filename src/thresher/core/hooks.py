@@ -268,7 +268,9 @@ class Hooks(Attachment):
             site.previous, site.counts, site.passed = call.previous, call.options.counts, self.passes_by(pruner, number)
             if pruner.needs_attention and pruner.scores_all and not site.passed and not call.options.gates:
                 site.statistic = pruner.statistic
-            site.voters = protected if pruner.votes == PROTECTED else None
+            named = call.options.protect is not None  # voters by the caller
+            if pruner.votes == PROTECTED and (named or pruner.protected_positions != ()):  # nobody: all vote
+                site.voters, site.one_votes = protected, pruner.protects_one and not named
         return site
 
     def passes_by(self, pruner: TokenPruner, number: int) -> bool:

@@ -330,6 +330,11 @@ class TokenPruner(Pruner):
         protect = self.architecture.protected if self.protect is None else self.protect
         return tuple(protect) if isinstance(protect, (tuple, list)) else None
 
+    @property
+    def protects_one(self) -> bool:
+        """Whether one token of each row is protected, whatever the batch."""
+        return self.protected_positions in ((0,), (-1,)) and self.min_tokens < 2
+
     def protection(self, alive: Tensor, ids: Tensor | None, protect: Tensor | None = None) -> Tensor:
         """(B, N) bool: the protected tokens among those ``alive`` (B, N); ``protect`` (B, N): this batch's own."""
         if protect is not None and protect.shape != alive.shape:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .scoring import CHUNK, Logits, Statistic, additive, columns, reduce_over_heads, repeat_heads
-from .tokens import CLOSED_LOG, Packed, Tokens, take
+from .tokens import CLOSED_LOG, Packed, Tokens, most, slots_of, take
 
 if TYPE_CHECKING:
     from .pruner import Choice
@@ -56,6 +56,7 @@ class Site:
     passed: bool = False  # whether nothing can leave here, so that the layer need show nothing
     counts: Tensor | None = None  # (B, S), how many tokens each row keeps, where the caller says so
     voters: Tensor | None = None  # (B, N) bool, the tokens whose attention makes the scores; None: all
+    one_votes: bool = False  # whether one token of each row is known to vote
 
     @property
     def acts(self) -> bool:
@@ -82,6 +83,12 @@ class Site:
         some, total = votes * self.voters, votes.sum(1, keepdim=True)
         voting = some.sum(1, keepdim=True)
         return torch.where(voting > 0, some * (total / voting.clamp(min=1e-9)), votes)
+
+    def voting(self) -> Tensor:
+        """(B, m) slots of the tokens whose votes count, as many as the row that has the most; others fill up a row, whose
+        votes are 0."""
+        some = self.votes > 0
+        return slots_of(some, 1 if self.one_votes else most(some))
 
     @property
     def view(self) -> View:
@@ -191,7 +198,9 @@ class View:
             scores = shown.scores
         elif shown.weights is not None:
             with torch.autocast(shown.weights.device.type, enabled=False):
-                scores = reduce(shown.weights.float(), shown.votes) / shown.weights.shape[1]
+                scores = reduce(shown.weights.float(), shown.votes, None) / shown.weights.shape[1]
+        elif shown.voters is not None:
+            scores = self._reduce_voters(shown.voting(), reduce)
         elif isinstance(self.tokens, Packed):
             scores = self._reduce_packed(self.tokens, reduce)
         else:
@@ -214,28 +223,48 @@ class View:
                 parts.append(reduce_over_heads(some, k[i : i + step], bias, vote, given.logits, reduce).flatten())
         return tokens.pad(torch.cat(parts)[None])
 
+    def _reduce_voters(self, slots: Tensor, reduce: Statistic) -> Tensor:
+        """``reduce_attention`` of the rows at ``slots`` (B, m) alone, which vote."""
+        given = self._inputs("queries")
+        votes = self._shown.votes.gather(1, slots)
+        query, bias = self._queries(slots), self._bias(slots)
+        return reduce_over_heads(query, self.key, bias, votes, given.logits, reduce, slots)
+
+    def _queries(self, slots: Tensor) -> Tensor:
+        """(B, H, m, d): the queries at ``slots`` (B, m)."""
+        return self.tokens.at(self._inputs("queries").query.transpose(1, 2), slots).transpose(1, 2)
+
+    def _bias(self, slots: Tensor) -> Tensor | None:
+        """(B, 1 or H, m or 1, N) fp32 or None: what hides keys from the rows at ``slots`` (B, m), with the soft gates and
+        sizes, where there are any."""
+        given, tokens, packed = self._inputs("queries"), self.tokens, isinstance(self.tokens, Packed)
+        mask = given.mask
+        if mask is None and given.causal:
+            mask = (torch.arange(self.alive.shape[1], device=slots.device) <= slots[..., None])[:, None]
+        elif mask is not None:  # in packed rows of original size
+            if mask.shape[-2] == 1 or mask.stride(-2) == 0:  # the same for every query
+                mask = mask[..., :1, :]
+            else:
+                mask = take(mask, tokens.index.gather(1, slots) if packed else slots, -2)
+            mask = take(mask, tokens.index, -1) if packed else mask
+        bias = additive(mask, 1, False, slots.device)
+        if not packed:
+            return bias
+        own = torch.zeros_like(tokens.alive, dtype=torch.float32) if tokens.log_size is None else tokens.log_size
+        own = own.masked_fill(~tokens.alive, float("-inf"))[:, None, None]
+        return own if bias is None else bias + own
+
     def attention_from(self, slot: Tensor) -> Tensor:
         """(B, H, N) fp32: attention probabilities of one query row per sequence, at ``slot`` (B,)."""
-        weights = self._shown.weights
+        weights, slots = self._shown.weights, slot[:, None]
         if weights is not None:
             at = slot.view(-1, 1, 1, 1).expand(-1, weights.shape[1], 1, weights.shape[-1])
             return weights.gather(2, at)[:, :, 0].float()
-        given, row, packed = self._inputs("queries"), slot[:, None], isinstance(self.tokens, Packed)
-        query, mask = self._padded(given.query), given.mask
-        at = slot.view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[-1])
+        given, query = self._inputs("queries"), self._queries(slots)
         with torch.autocast(query.device.type, enabled=False):
             key = repeat_heads(self.key, query).float().transpose(-1, -2)
-            logits = given.logits.cap(query.gather(2, at).float() @ key * given.logits.scaling)
-        if mask is None and given.causal:
-            mask = (torch.arange(query.shape[2], device=query.device) <= row)[:, None, None]
-        elif mask is not None:  # in packed rows of original size
-            if mask.shape[-2] > 1:
-                mask = take(mask, self.tokens.index.gather(1, row) if packed else row, -2)
-            mask = take(mask, self.tokens.index, -1) if packed else mask
-        bias = additive(mask, 1, False, query.device)  # with the soft gates and sizes, where there are any
-        if packed and self.tokens.log_size is not None:
-            logits = logits + self.tokens.log_size[:, None, None]
-        logits = logits[:, :, 0] if bias is None else (logits + bias)[:, :, 0]
+            logits, bias = given.logits.cap(query.float() @ key * given.logits.scaling), self._bias(slots)
+            logits = (logits if bias is None else logits + bias)[:, :, 0]
         return given.logits.softmax(logits.masked_fill(~self.alive[:, None], float("-inf")))
 
 
