@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .compat import check
 from .scoring import CHUNK, Logits, Statistic, additive, columns, reduce_over_heads, repeat_heads
 from .tokens import CLOSED_LOG, Packed, Tokens, most, slots_of, take
 
@@ -36,6 +37,28 @@ class AttentionInputs:
         return additive(mask, length, self.causal, self.query.device)
 
 
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """The query rows that make a score where some tokens alone vote: as many of each sequence as the one with the most
+    voters has, so that others have rows without a vote behind theirs."""
+
+    count: Any  # m; in a graph a symbol
+    share: Tensor  # (B, m) fp32, of each row in the votes of its sequence
+
+    @classmethod
+    def of(cls, voters: Tensor, count: int | None = None) -> Panel:
+        """The panel of ``voters`` (B, N) bool, at least one in each row; ``count``: the most, where it is known."""
+        most_votes = most(voters) if count is None else count
+        voting = voters.sum(1, keepdim=True)
+        return cls(most_votes, (torch.arange(most_votes, device=voters.device) < voting) / voting)
+
+    def slots(self, voters: Tensor) -> Tensor:
+        """(B, m) slots of the ``voters`` (B, N) at one site, then any."""
+        if torch.compiler.is_compiling():
+            check(self.count <= voters.shape[1])
+        return slots_of(voters, self.count)
+
+
 @dataclass(eq=False, repr=False)
 class Site:
     """One layer of one forward at which tokens may leave: what the layer shows, and what is decided."""
@@ -56,7 +79,7 @@ class Site:
     passed: bool = False  # whether nothing can leave here, so that the layer need show nothing
     counts: Tensor | None = None  # (B, S), how many tokens each row keeps, where the caller says so
     voters: Tensor | None = None  # (B, N) bool, the tokens whose attention makes the scores; None: all
-    one_votes: bool = False  # whether one token of each row is known to vote
+    panel: Panel | None = None  # the rows that these are
 
     @property
     def acts(self) -> bool:
@@ -76,19 +99,12 @@ class Site:
     @property
     def votes(self) -> Tensor:
         """(B, N) fp32: what the attention of each token counts in a score; a row's sum is that of its live tokens, also
-        where some ``voters`` alone have a vote. A row without voters votes as a whole."""
+        where some ``voters`` alone have a vote."""
         votes = self.tokens.votes
         if self.voters is None:
             return votes
-        some, total = votes * self.voters, votes.sum(1, keepdim=True)
-        voting = some.sum(1, keepdim=True)
-        return torch.where(voting > 0, some * (total / voting.clamp(min=1e-9)), votes)
-
-    def voting(self) -> Tensor:
-        """(B, m) slots of the tokens whose votes count, as many as the row that has the most; others fill up a row, whose
-        votes are 0."""
-        some = self.votes > 0
-        return slots_of(some, 1 if self.one_votes else most(some))
+        some = votes * self.voters
+        return some * (votes.sum(1, keepdim=True) / some.sum(1, keepdim=True))
 
     @property
     def view(self) -> View:
@@ -199,8 +215,8 @@ class View:
         elif shown.weights is not None:
             with torch.autocast(shown.weights.device.type, enabled=False):
                 scores = reduce(shown.weights.float(), shown.votes, None) / shown.weights.shape[1]
-        elif shown.voters is not None:
-            scores = self._reduce_voters(shown.voting(), reduce)
+        elif shown.panel is not None:
+            scores = self._reduce_voters(shown.panel, reduce)
         elif isinstance(self.tokens, Packed):
             scores = self._reduce_packed(self.tokens, reduce)
         else:
@@ -223,11 +239,15 @@ class View:
                 parts.append(reduce_over_heads(some, k[i : i + step], bias, vote, given.logits, reduce).flatten())
         return tokens.pad(torch.cat(parts)[None])
 
-    def _reduce_voters(self, slots: Tensor, reduce: Statistic) -> Tensor:
-        """``reduce_attention`` of the rows at ``slots`` (B, m) alone, which vote."""
-        given = self._inputs("queries")
-        votes = self._shown.votes.gather(1, slots)
-        query, bias = self._queries(slots), self._bias(slots)
+    def _reduce_voters(self, panel: Panel, reduce: Statistic) -> Tensor:
+        """``reduce_attention`` of the voters' rows alone."""
+        assert self._shown.voters is not None, "a panel is made of voters"
+        slots, given = panel.slots(self._shown.voters), self._inputs("queries")
+        query, bias, votes = (
+            self._queries(slots),
+            self._bias(slots),
+            panel.share * self.tokens.votes.sum(1, keepdim=True),
+        )
         return reduce_over_heads(query, self.key, bias, votes, given.logits, reduce, slots)
 
     def _queries(self, slots: Tensor) -> Tensor:
@@ -235,8 +255,8 @@ class View:
         return self.tokens.at(self._inputs("queries").query.transpose(1, 2), slots).transpose(1, 2)
 
     def _bias(self, slots: Tensor) -> Tensor | None:
-        """(B, 1 or H, m or 1, N) fp32 or None: what hides keys from the rows at ``slots`` (B, m), with the soft gates and
-        sizes, where there are any."""
+        """(B, 1 or H, m or 1, N) fp32 or None: what hides keys from the rows at ``slots`` (B, m), with the soft gates
+        and sizes, where there are any."""
         given, tokens, packed = self._inputs("queries"), self.tokens, isinstance(self.tokens, Packed)
         mask = given.mask
         if mask is None and given.causal:
