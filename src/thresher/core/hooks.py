@@ -269,20 +269,20 @@ class Hooks(Attachment):
             site.previous, site.counts, site.passed = call.previous, call.options.counts, self.passes_by(pruner, number)
             if pruner.needs_attention and pruner.scores_all and not site.passed and not call.options.gates:
                 site.statistic = pruner.statistic
+            site.anchored = pruner.protects_some and call.options.protect is None
             if pruner.votes == PROTECTED and not site.passed:
                 self.seat(call, site)
         return site
 
     def seat(self, call: CallState, site: Site) -> None:
         """Let the protected tokens alone vote at a site; a row without votes as a whole."""
-        pruner, named = call.pruner, call.options.protect is not None
-        if not named and pruner.protected_positions == ():
+        pruner, voters = call.pruner, site.protected
+        if call.options.protect is None and pruner.protected_positions == ():
             return
-        sure, voters = pruner.protects_some and not named, site.protected
-        if not sure:
+        if not site.anchored:
             voters = voters | site.alive & ~voters.any(1, keepdim=True)
-        if call.panel is None or not sure:  # who is protected stays: their number is the same at all sites
-            call.panel = Panel.of(voters, 1 if sure and pruner.protects_one else None)
+        if call.panel is None or not site.anchored:  # who is protected stays: their number is the same at all sites
+            call.panel = Panel.of(voters, 1 if site.anchored and pruner.protects_one else None)
         site.voters, site.panel = voters, call.panel
 
     def passes_by(self, pruner: TokenPruner, number: int) -> bool:

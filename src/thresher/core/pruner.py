@@ -398,7 +398,7 @@ class TokenPruner(Pruner):
         keep = choice.keep & view.alive | view.protected
         if self.min_keep > 1:
             keep = keep | self.best(site.score, view.protected, view.alive) & view.alive
-        elif not self.protects_some:
+        elif not site.anchored:
             best = site.score.masked_fill(~view.alive, float("-inf")).argmax(1, keepdim=True)
             only = torch.zeros_like(keep).scatter(1, best, True) & view.alive
             keep = keep | only & ~keep.any(1, keepdim=True)

@@ -78,6 +78,7 @@ class Site:
     previous: Site | None = None  # the site before this one
     passed: bool = False  # whether nothing can leave here, so that the layer need show nothing
     counts: Tensor | None = None  # (B, S), how many tokens each row keeps, where the caller says so
+    anchored: bool = False  # whether a token of each row is known to be protected
     voters: Tensor | None = None  # (B, N) bool, the tokens whose attention makes the scores; None: all
     panel: Panel | None = None  # the rows that these are
 
