@@ -21,7 +21,7 @@ from .attachment import Attachment
 from .cost import LayerCount
 from .pruner import PROTECTED, SURVIVORS, Options, Record, TokenPruner
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
-from .view import Site
+from .view import Panel, Site
 
 CACHES = ("past_key_values", "layer_past")  # names of the cache among the arguments of layers
 # The per-token arguments of layers, besides the mask, and their token dimensions; all else is passed on as it is.
@@ -59,6 +59,7 @@ class CallState:
     states: Tensor | None = None  # what entered the current layer
     site: Site | None = None  # of the current layer, where tokens may leave or a packed row runs
     previous: Site | None = None  # the last site where something was decided
+    panel: Panel | None = None  # of the last site where some tokens alone vote
     sites: list[Site] = field(default_factory=list)  # of the layers so far
     counts: list[LayerCount] = field(default_factory=list)  # of the layers so far
     # of each layer, where they are wanted: the hidden states that entered it, put back, and its tokens
@@ -268,8 +269,21 @@ class Hooks(Attachment):
             site.previous, site.counts, site.passed = call.previous, call.options.counts, self.passes_by(pruner, number)
             if pruner.needs_attention and pruner.scores_all and not site.passed and not call.options.gates:
                 site.statistic = pruner.statistic
-            site.voters = protected if pruner.votes == PROTECTED else None
+            site.anchored = pruner.protects_some and call.options.protect is None
+            if pruner.votes == PROTECTED and not site.passed:
+                self.seat(call, site)
         return site
+
+    def seat(self, call: CallState, site: Site) -> None:
+        """Let the protected tokens alone vote at a site; a row without votes as a whole."""
+        pruner, voters = call.pruner, site.protected
+        if call.options.protect is None and pruner.protected_positions == ():
+            return
+        if not site.anchored:
+            voters = voters | site.alive & ~voters.any(1, keepdim=True)
+        if call.panel is None or not site.anchored:  # who is protected stays: their number is the same at all sites
+            call.panel = Panel.of(voters, 1 if site.anchored and pruner.protects_one else None)
+        site.voters, site.panel = voters, call.panel
 
     def passes_by(self, pruner: TokenPruner, number: int) -> bool:
         """Whether a site is passed by; what is known beforehand while a graph is traced, which cannot look."""
