@@ -14,7 +14,7 @@ from support.toy import OPTIONS, make_toy
 from thresher import prune
 from thresher.data.models import load
 from thresher.evaluation.predict import predict
-from thresher.experiments import stages
+from thresher.experiments import pruning, stages
 from thresher.experiments import train as jobs
 from thresher.experiments.spec import SUMMARY, TrainSpec
 from thresher.experiments.workspace import Workspace
@@ -40,7 +40,7 @@ def staged(toy, tmp_path_factory) -> SimpleNamespace:
     run = run_of(toy, tmp_path_factory.mktemp("staged") / "out")
     dense = stages.fine_tune(run)
     taught = stages.teach(run, dense)
-    pruned = stages.prune_and_train(run, dense, run.work.folder / "pruned", run.spec.method_options)
+    pruned = pruning.prune_and_train(run, dense, run.work.folder / "pruned", run.spec.method_options)
     return SimpleNamespace(run=run, dense=dense, taught=taught, pruned=pruned)
 
 
@@ -86,11 +86,11 @@ def test_a_teacher_tells_what_its_answers_hang_on(toy, tmp_path):
 
 def test_states_are_distilled_from_the_dense_model(toy, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(stages, "PruningTrainer", lambda *a, **k: made.append(PruningTrainer(*a, **k)) or made[-1])
-    monkeypatch.setattr(stages, "settled", lambda run, stage, make, epochs, lr: make(epochs=1, lr=1e-3))
+    monkeypatch.setattr(pruning, "PruningTrainer", lambda *a, **k: made.append(PruningTrainer(*a, **k)) or made[-1])
+    monkeypatch.setattr(pruning, "settled", lambda run, stage, make, epochs, lr: make(epochs=1, lr=1e-3))
     run = run_of(toy, tmp_path / "out", distill_states=0.25, epochs=0, dense_model=str(toy.model))
-    monkeypatch.setattr(stages, "finish_training", lambda *_: None)
-    stages.prune_and_train(run, toy.model, run.work.folder / "pruned", run.spec.method_options)
+    monkeypatch.setattr(pruning, "finish_training", lambda *_: None)
+    pruning.prune_and_train(run, toy.model, run.work.folder / "pruned", run.spec.method_options)
     (trainer,) = made
     assert trainer.distill == Distill(run.spec.distill, states=0.25) and trainer.taught_by is trainer.teacher.bert
     assert run.spec.saved()["distill_states"] == 0.25
@@ -103,7 +103,7 @@ def test_what_is_there_is_not_made_again(staged, monkeypatch):
     dense = stages.fine_tune(again)
     taught = stages.teach(again, dense)
     assert taught[:] == staged.taught[:]
-    assert stages.prune_and_train(again, dense, staged.pruned, {}) == staged.pruned
+    assert pruning.prune_and_train(again, dense, staged.pruned, {}) == staged.pruned
 
 
 def test_answers_may_come_from_elsewhere(staged):
@@ -126,7 +126,7 @@ def test_a_model_pruned_without_training_needs_no_teacher(toy, tmp_path, monkeyp
     run = run_of(toy, tmp_path / "out", epochs=0, prune_epochs=0)
     dense = stages.fine_tune(run)
     monkeypatch.setattr(stages, "teach", refused)
-    pruned = stages.prune_and_train(run, dense, run.work.folder / "pruned", run.spec.method_options)
+    pruned = pruning.prune_and_train(run, dense, run.work.folder / "pruned", run.spec.method_options)
     started = time.time()
     jobs.finish(run, dense, pruned, jobs.measure(run, dense, pruned) | {"seconds": time.time() - started})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -141,15 +141,18 @@ def test_what_is_open_is_chosen_on_held_out_rows(toy, tmp_path, monkeypatch, met
     monkeypatch.setattr(stages, "LEAST", 150)
     monkeypatch.setattr(stages, "EPOCHS", 2)
     monkeypatch.setattr(stages, "SOFT_STEPS", 40)
+    monkeypatch.setattr(pruning, "CONTEST_STEPS", 20)
     monkeypatch.setattr(stages, "RATES", (1e-5, 4e-3))
     options = {"epochs": None, "prune_epochs": None, "lr": None, "method": method, "target_flops": 0.6}
     run = run_of(toy, tmp_path / "out", **options)
     dense = stages.fine_tune(run)
     trained = json.loads((dense / SUMMARY).read_text())["trained"]
     assert trained["rate"] == 4e-3 and 0 < trained["steps"] <= 150
-    pruned = stages.prune_and_train(run, dense, run.work.folder / "pruned", run.spec.method_options)
+    pruned = pruning.prune_and_train(run, dense, run.work.folder / "pruned", run.spec.method_options)
     stage = json.loads((pruned / "stage.json").read_text())
-    assert stage["rate"] in stages.RATES and 0 < stage["steps"] <= 150
+    assert (stage["contest"] is not None) == (method == "ltp")
+    before = 60 if method == "ltp" else 0  # it learns, and has to beat its start
+    assert stage["rate"] in stages.RATES and before < stage["steps"] <= before + 150
     best, losses = json.loads((run.work.folder / "schedule-0.6.json").read_text())
     assert losses[best][-1] == min(loss[-1] for loss in losses.values() if len(loss) == 2)
     space = stages.space_of(run, run.model(dense))
@@ -165,7 +168,7 @@ def test_what_is_open_is_chosen_on_held_out_rows(toy, tmp_path, monkeypatch, met
 def test_the_first_layers_alone_are_a_baseline(toy, tmp_path):
     run = run_of(toy, tmp_path / "out", method="dense", layers=1, target_flops=None)
     dense = stages.fine_tune(run)
-    pruned = stages.prune_and_train(run, dense, run.work.folder / "pruned", {})
+    pruned = pruning.prune_and_train(run, dense, run.work.folder / "pruned", {})
     net = load(str(pruned))[0]
     assert len(net.bert.encoder.layer) == 1 == net.config.num_hidden_layers
     row = jobs.measure(run, dense, pruned)["rows"][1]

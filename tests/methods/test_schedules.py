@@ -70,3 +70,19 @@ def test_a_ranking_is_learned_by_the_first_site_however_late(tmp_path):
 def test_a_schedule_that_does_not_fit_is_named(kind, schedule, why, tmp_path):
     with pytest.raises(ValueError, match=why):
         trainer(tmp_path, kind(at=AT, schedule=schedule, target_flops=0.6))
+
+
+@pytest.mark.parametrize("kind", [LTP, ToP])
+def test_no_floor_lies_above_a_schedule(kind, tmp_path):
+    """What a floor keeps in late layers is paid for by tokens of early ones."""
+    options = {"rank_loss": "none"} if kind is ToP else {}
+    made = trainer(tmp_path, kind(at=AT, schedule=(0.9, 1), target_flops=0.6, **options), max_steps=1)
+    made.pruner.progress = 0.0
+    made.prepare()
+    left = predict(made.model, rows()).kept[:, -1]
+    assert left.min() == 1 and left.max() <= (1 if kind is LTP else 2), "of many tokens ToP keeps its first bin"
+
+
+def test_floors_are_those_that_were_asked_for():
+    assert (ToP().floor, ToP(schedule=(0.5,)).floor, ToP(schedule=(0.5,), floor=3).floor) == (2, 0, 3)
+    assert (LTP().min_keep, LTP(schedule=(0.5,)).min_keep, LTP(schedule=(0.5,), min_keep=2).min_keep) == (3, 1, 2)

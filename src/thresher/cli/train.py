@@ -34,9 +34,20 @@ def train(spec: TrainSpec, screen: Screen) -> None:
     pooling = json.loads((spec.out / SUMMARY).read_text()).get("pooling")
     if pooling:
         screen.say(pooled(pooling, 1))
-    for line in budget_lines(json.loads((spec.out / SUMMARY).read_text()), rows):
+    for line in budget_lines(summary := json.loads((spec.out / SUMMARY).read_text()), rows):
         screen.say(line)
+    if summary.get("contest"):
+        screen.say(contest_line(summary["contest"]))
     screen.say(f"the model is in {spec.out}")
+
+
+def contest_line(contest: dict) -> str:
+    """Say whether what a method learned was better than the schedule that it started from."""
+    learned, start = (contest["losses"][name] for name in ("learned", "start"))
+    told = f"loss {learned:.4f} on the validation part against {start:.4f} after as many steps"
+    if contest["kept"] == "learned":
+        return f"the schedule that was learned is better than the one that it started from: {told}"
+    return f"the schedule at the start was kept, the one that was learned is no better: {told}"
 
 
 def budget_lines(summary: dict, rows: list[dict]) -> list[str]:

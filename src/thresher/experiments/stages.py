@@ -36,10 +36,8 @@ from ..methods.topk import REPLAY, TopK
 from ..search.halving import successive_halving
 from ..search.schedules import WIDTHS, Space, protected_by
 from ..training.checkpoints import last_checkpoint, step_of
-from ..training.embedding import EmbedTrainer
 from ..training.interrupt import Interrupt
 from ..training.monitor import WATCHED, Watch
-from ..training.reranking import RerankTrainer
 from ..training.trainer import Collator, Distill, FineTuner, PruningTrainer, Ranking, ranking_of
 from ..training.until import UntilTrained
 from .service import Service
@@ -52,7 +50,6 @@ EPOCHS, LEAST, MOST = 20, 600, 3000  # a ceiling of the training: in epochs, but
 LOOK, WARMUP = 25, 50  # steps between two looks at held-out rows, at least; of the warm-up, at most
 SAVED = 200  # steps between two checkpoints of a dense training, at most
 SOFT_STEPS = 300  # of a soft stage, at least
-PROXY = 0.16  # width of the schedule that stands in for a learned one while rates are tried
 USUAL = 1e-4  # the rate with which schedules are compared, where none is given
 Ask = Callable[..., Predictions]  # (model, the folder it lies in, texts, options of ``predict``) -> its answers
 
@@ -264,88 +261,6 @@ def salient(net: PreTrainedModel, rows: Dataset) -> list[torch.Tensor]:
     return [found[row] for row in range(len(rows))]
 
 
-def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any], start: Path | None = None) -> Path:
-    """``folder``, of the pruned model, trained with the method and taught by the dense one.
-
-    ``stage.json`` beside its weights says what the training reached and how it went.
-
-    Args:
-        options: of the method.
-        start: folder of the weights to start from; default: the dense model's.
-    """
-    spec, work, data = run.spec, run.work, run.data
-    if folder.exists():
-        return folder
-    prune(run.model(dense), method_of(spec, run.options(options)) or TopK(keep=1.0, at=()))  # as there
-    work.claim()
-    lasts = spec.prune_epochs
-    schedule: dict[str, Any] = {}
-    pooling: dict[str, str] = {}
-    taught = teach(run, dense) if lasts != 0 else data.train
-    held_out = teach(run, dense, "watched") if lasts is None else None
-
-    def make(net: PreTrainedModel | None = None, **arguments: Any) -> PruningTrainer:
-        set_seed(spec.seed)
-        if net is None:
-            net = run.model(start or dense, layers=spec.layers, again=start is not None)
-            method = method_of(spec, run.options(options | schedule | pooling))
-            if "steps" in arguments and method is not None and method.soft_until:
-                space, target = space_of(run, net), options.get("target_flops") or options.get("target_latency") or 0.4
-                even: Any = space.falling(PROXY, target) or space.falling(0.0, target) or {}
-                method = TopK(
-                    **even, **cast("Any", run.protects)
-                )  # in a short training its own would be soft, and let nothing leave
-            prune(net, method or TopK(keep=1.0, at=()))
-            priced(run, net)
-        kind = RerankTrainer if run.ranks else EmbedTrainer if run.embeds else PruningTrainer
-        return kind(
-            *(net, arguments_of(run, folder.name, **arguments), run.collator, taught, held_out),
-            calibration_dataset=data.validation,
-            teacher=run.model(dense) if spec.distill_states else None,
-            distill=Distill(spec.distill, states=spec.distill_states or 0.0),
-            pruner_lr=spec.pruner_lr,
-            soft_steps=None if lasts is not None else soft_steps(run),
-        )
-
-    if lasts is None and open_schedule(spec, options):
-        schedule = choose_schedule(run, lambda: run.model(start or dense, again=start is not None), options, make)
-    elif lasts != 0:
-        pooling = choose_pooling(run, folder.name, make)
-    trainer = settled(run, folder.name, make, lasts, spec.prune_lr or spec.lr)
-    finish_training(run, trainer, folder, schedule, start)
-    return folder
-
-
-def finish_training(
-    run: Run, trainer: PruningTrainer, folder: Path, schedule: dict[str, Any], start: Path | None
-) -> None:
-    """Calibrate, measure and save a trained model; ``schedule`` and ``start`` as in ``prune_and_train``."""
-    net, data, pooling = trainer.model, run.data, None
-    method = None if run.spec.method == "dense" else pruner_in(net)
-    if run.bf16 or not trainer.state.global_step:
-        trainer.reached.update(trainer.calibrate())  # in fp32, in which the model is measured
-    net.eval()
-    if method is None:
-        unprune(net)
-    else:
-        if method.needs_table:
-            trainer.reached.update(service_of(run).times(net, data.tokenizer, data.validation))
-        pooling = best_pooling(cast("Any", net), lambda: judged(net, data)[0]) if run.pools(net) else None
-        trainer.reached.update(method.ablations(lambda: judged(net, data)))
-    before = 0 if start is None else json.loads((start / "stage.json").read_text())["steps"]
-    reached = {name: float(value) for name, value in trainer.reached.items()}
-    if schedule:
-        reached["flops_fraction"] = judged(net, data)[1]
-    stage = {"steps": before + trainer.state.global_step, "reached": reached, "schedule": schedule or None}
-    stage["history"] = [line for line in trainer.state.log_history if {*line} & {"loss", "eval_quality"}]
-    stage["rate"] = trainer.args.learning_rate
-    stage["pooling"] = pooling
-    with folder_written_whole(folder) as aside:
-        save(run, net, aside)
-        (aside / "stage.json").write_text(json.dumps(stage))
-    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
-
-
 # --- what a training leaves open --------------------------------------------------------------------------------------
 def settled(run: Run, stage: str, make: Callable[..., Any], epochs: float | None, lr: float | None) -> Any:
     """A Trainer that ``make`` made, once its training is over: of so many epochs, or until it is trained.
@@ -362,7 +277,8 @@ def settled(run: Run, stage: str, make: Callable[..., Any], epochs: float | None
     if epochs == 0:
         return trainer
     if epochs is None:
-        trainer.add_callback(UntilTrained(after=soft_steps(run) if pruning and trainer.pruner.soft_until else 0))
+        soft = trainer.soft_steps if pruning and trainer.pruner.soft_until else 0
+        trainer.add_callback(UntilTrained(after=soft))
     if pruning and not run.spec.replay:  # whose counts are known on the training rows alone
         trainer.add_callback(Watch(trainer, run.data.validation, run.data.task.metric))
     set_seed(run.spec.seed)

@@ -26,8 +26,9 @@ from ..search.schedules import WIDTHS
 from ..stats.bootstrap import bootstrap_interval
 from ..stats.metrics import compute_metric, trivial
 from ..training.monitor import WATCHED
+from .pruning import prune_and_train
 from .spec import NOTICED
-from .stages import Run, asked, method_of, open_schedule, prune_and_train, save, space_of
+from .stages import Run, asked, method_of, open_schedule, save, space_of
 
 LADDER = (0.85, 0.7, 0.55, 0.42, 0.32, 0.24)  # shares of the dense MACs, from mild to strong
 MILD = 1.0  # points: of a drop above ``NOTICED`` the budget is told at which it would have been these

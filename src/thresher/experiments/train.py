@@ -25,9 +25,10 @@ from ..evaluation.predict import Predictions, outcome, predict, quality
 from ..evaluation.rows import folder_written_whole, row, writing
 from ..reports import plots
 from .answers import kept_answers
+from .pruning import prune_and_train
 from .service import Service
 from .spec import SUMMARY, TrainSpec, job, task_entry
-from .stages import Ask, Run, fine_tune, graded, load_data, method_of, prune_and_train
+from .stages import Ask, Run, fine_tune, graded, load_data, method_of
 from .strongest import milder, strongest
 from .workspace import Workspace
 
@@ -106,6 +107,7 @@ def measure(run: Run, dense: Path, pruned: Path) -> dict[str, Any]:
         "history": stage["history"],
         "rates": {"dense": trained.get("rate"), "prune": stage.get("rate")},
         "schedule": stage.get("schedule"),
+        "contest": stage.get("contest"),
         "budget": budget,
         "milder": stage.get("milder"),
         "pooling": stage.get("pooling"),

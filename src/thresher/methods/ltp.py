@@ -35,7 +35,8 @@ class LTP(Thresholded):
             inputs. Tokens leave from the first step on, and the target does not fall but is there.
         soft_until: share of the training that is soft.
         straight_through: whether gates are 0 or 1 in the soft stage; False leaves them half open, as the paper does.
-        min_keep: tokens that a row keeps at least, protected ones included.
+        min_keep: tokens that a row keeps at least, protected ones included. Default 3; with a ``schedule``, which says
+            how many, 1.
         fuse: whether what leaves at a site becomes one token more, the mean of its states by the attention received
             (after EViT). It is a token like others from then on; there is none in the soft stage.
 
@@ -50,8 +51,8 @@ class LTP(Thresholded):
     gates half open                     rounded, straight through           half-open gates carry what hard removal then
                                                                             takes away
     [CLS] may leave                     [CLS] never leaves                  only masking would survive it
-    no floor                            ``min_keep`` best tokens stay       in four words no attention is far below
-                                                                            uniform
+    no floor                            without a schedule ``min_keep``     in four words no attention is far below
+                                        best tokens stay                    uniform
     a weight to search for (eq. 7)      quadratic penalty on the expected   one number to name (the penalty of LTMP,
                                         MACs; the target falls from 1 over  Bonnaerens and Dambre, TMLR 2023)
                                         half of the soft stage
@@ -81,7 +82,7 @@ class LTP(Thresholded):
         ``init``              1.0             1.28, 0.01 at length 128
         ``soft_until``        0.3             0.5: 10 of 20 epochs; of large data sets 1 of 6
         ``straight_through``  True            False
-        ``min_keep``          3               1
+        ``min_keep``          3 or 1          1
         ====================  ==============  ======================================================================
         """
         published: dict[str, Any] = {

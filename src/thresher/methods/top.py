@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class ToP(TokenPruner):
             everything stay, is not scored in evaluation.
         holes: whether masks may have holes; without, a site keeps its best ranks, in as many bins as the odds of all
             its bins say, in the hard stage and in evaluation.
-        floor: so many of the best tokens that may leave stay.
+        floor: so many of the best tokens that may leave stay. Default 2; with a ``schedule``, which says how many, 0.
         ramp, soft_until: shares of the training.
         schedule: the odds start where these shares of a site's survivors, one for each, are expected to stay.
         fuse: as of ``LTP``; the fused token comes on top, and is counted in the expected cost.
@@ -114,7 +114,7 @@ class ToP(TokenPruner):
     rank_decay: float = 1.0
     site_gates: bool = False
     holes: bool = False
-    floor: int = 2
+    floor: int = cast("int", None)  # settled below
     ramp: float = 0.2
     soft_until: float = 0.4
     schedule: tuple | None = None
@@ -142,7 +142,7 @@ class ToP(TokenPruner):
         ``rank_decay``   1.0              0.01
         ``site_gates``   False            True
         ``holes``        False            True
-        ``floor``        2                0
+        ``floor``        2 or 0           0
         ``ramp``         0.2              0.25 (SST-2, QQP, MNLI, QNLI); 0.33 to 0.75 for small data
         ``soft_until``   0.4              1.0: masks and weights learn together to the end
         ===============  ===============  ==============================================================
@@ -165,6 +165,8 @@ class ToP(TokenPruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         targets = self.targets
+        if self.floor is None:
+            self.floor = 2 if self.schedule is None else 0
         if len(targets) > 1:
             raise ValueError(f"{' and '.join(f'{k}={v}' for k, v in targets.items())}: expected one target")
         for name, value in targets.items():

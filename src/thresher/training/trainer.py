@@ -272,6 +272,11 @@ class Pruning(Grouped):
             logs.update({name: round(value, 4) for name, value in self.pruner.metrics().items()})
         super().log(logs, *args, **kwargs)
 
+    def prepare(self) -> None:
+        """Let the method look at the calibration data, as it does before a training begins or goes on."""
+        if type(self.pruner).prepare is not TokenPruner.prepare:
+            self._on_calibration_data(self.pruner.prepare, CALIBRATION_ROWS)
+
     def calibrate(self, rows: int | None = None) -> dict[str, float]:
         """Bring the method onto its budget on (``rows`` of) the calibration data; returns what it reached.
 
@@ -483,8 +488,7 @@ class _Stages(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._move(state)
         self.calibrated = False
-        if type(self.trainer.pruner).prepare is not TokenPruner.prepare:
-            self.trainer._on_calibration_data(self.trainer.pruner.prepare, CALIBRATION_ROWS)
+        self.trainer.prepare()
         if self.phase == "hard" and state.global_step == 0:
             self.trainer.calibrate(CALIBRATION_ROWS)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,12 @@ class Thresholded(Budgeted):
     init: float = 1.0
     soft_until: float = 0.3
     straight_through: bool = True
-    min_keep: int = 3
+    min_keep: int = cast("int", None)  # settled below
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.min_keep is None:
+            self.min_keep = 3 if getattr(self, "schedule", None) is None else 1
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: expected a positive number")
         if self.min_keep < 1:
