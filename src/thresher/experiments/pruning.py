@@ -1,7 +1,7 @@
 """The stage in which a model is pruned: trained with the method, taught by the dense model, measured and saved.
 
-A method that learns a schedule from a fixed one (``ToP``, ``LTP``) has to beat it: after its soft stage both train for
-a few steps, from the same weights, and the one with the lower loss on held-out rows goes on.
+A method that learns a schedule from a fixed one (``ToP``, ``LTP``) has to beat it: both train for as many steps, and
+the one with the lower loss on held-out rows goes on.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from .stages import (
 
 PROXY = 0.16  # width of the schedule that stands in for a learned one while rates are tried
 LEARNED, START = "learned", "start"
-CONTEST_STEPS = 80  # of either schedule, after the soft stage
+CONTEST_STEPS = 80  # of either schedule with tokens that leave, after a soft stage or as many steps without one
 CONTEST = "contest.json"
 
 
@@ -144,8 +144,9 @@ def contest(
 ) -> tuple[dict[str, Any], Path]:
     """Learn a schedule, and find out whether it is better than the one that it started from.
 
-    The method learns in its soft stage. Then two models start from its weights, one with what was learned, one with the
-    schedule of the start, and train for ``CONTEST_STEPS`` with tokens that leave. The lower loss on held-out rows wins.
+    One model goes through the soft stage, in which the method learns. Another one trains for as many steps with the
+    schedule of the start, and tokens that leave. Then both train for ``CONTEST_STEPS``; the lower loss on held-out rows
+    wins. Weights, rate and order of the rows are the same.
 
     Args:
         stage: its name, of the folders.
@@ -154,26 +155,23 @@ def contest(
         lr: the rate.
 
     Returns:
-        What is told: which one was ``kept``, their ``losses``, the ``steps`` and the log of the soft stage; the folder
-        of the winner.
+        What is told: which one was ``kept``, their ``losses``, the ``steps`` and the log of the winner; its folder.
     """
     work = run.work.folder
-    soft, winner = work / f"{stage}-soft", work / f"{stage}-contest"
+    winner = work / f"{stage}-contest"
     if not winner.exists():
-        if not soft.exists():
-            learn(run, soft, make, lr)
+        folders = {name: work / f"{stage}-{name}" for name in (LEARNED, START)}
+        for name, folder in folders.items():
+            if not folder.exists():
+                begin(run, folder, make(lr=lr) if name == LEARNED else at_start(make(lr=lr, soft=0)))
         trained: dict[str, Any] = {}
 
-        def train(name: str, learned: bool, steps: int) -> float:
-            trained[name] = prune(run.model(soft, again=True), fresh(), checkpoint=soft if learned else None)
-            trainer = make(trained[name], soft=0, steps=steps, lr=lr)
-            if not learned:
-                trainer.pruner.progress = 0.0
-                trainer.prepare()
-            return short(run, trainer, f"the {name} schedule")
+        def train(name: str, folder: Path, steps: int) -> float:
+            trained[name] = prune(run.model(folder, again=True), fresh(), checkpoint=folder)
+            return short(run, make(trained[name], soft=0, steps=steps, lr=lr), f"the {name} schedule")
 
-        kept, losses = successive_halving({LEARNED: True, START: False}, train, (CONTEST_STEPS,))
-        known = json.loads((soft / CONTEST).read_text())
+        kept, losses = successive_halving(folders, train, (CONTEST_STEPS,))
+        known = json.loads((folders[kept] / CONTEST).read_text())
         known |= {"kept": kept, "losses": {name: loss for name, (loss,) in losses.items()}}
         known["steps"] += CONTEST_STEPS
         with folder_written_whole(winner) as aside:
@@ -182,10 +180,17 @@ def contest(
     return json.loads((winner / CONTEST).read_text()), winner
 
 
-def learn(run: Run, folder: Path, make: Callable[..., PruningTrainer], lr: float) -> None:
-    """Train through the soft stage and no further; ``folder`` gets the model."""
-    trainer = make(lr=lr)
+def at_start(trainer: PruningTrainer) -> PruningTrainer:
+    """A trainer whose method is where its ``schedule`` says."""
+    trainer.pruner.progress = 0.0
+    trainer.prepare()
+    return trainer
+
+
+def begin(run: Run, folder: Path, trainer: PruningTrainer) -> None:
+    """Train for as long as a soft stage lasts and no further; ``folder`` gets the model."""
     trainer.args.max_steps, trainer.args.load_best_model_at_end = soft_steps(run), False
+    trainer.args.output_dir = f"{folder}-checkpoints"
     trainer.add_callback(Watch(trainer, run.data.validation, run.data.task.metric))
     run_trainer(trainer, run.work.folder, run.progress)
     with folder_written_whole(folder) as aside:
