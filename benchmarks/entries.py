@@ -435,7 +435,11 @@ ENTRIES: list[Entry] = [
     vision(),
     *(entry for task in ("cola", "stsb", "mrpc", "trecqa", *MADE, "bbc-news") for entry in careful(task)),
     *(entry for task in ("sst2", "20newsgroups", "imdb") for entry in careful(task)),
-    *(entry for task in ("headlines", "stsb", "cola", "mrpc", "sst2", "20newsgroups", "trecqa") for entry in depth(task)),
+    *(
+        entry
+        for task in ("headlines", "stsb", "cola", "mrpc", "sst2", "20newsgroups", "trecqa")
+        for entry in depth(task)
+    ),
     *(
         entry
         for task, target in OWN.items()

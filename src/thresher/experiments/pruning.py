@@ -35,14 +35,15 @@ from .stages import (
     judged,
     method_of,
     open_schedule,
+    priced,
     run_trainer,
     save,
+    service_of,
     settled,
     short,
     soft_steps,
     space_of,
     teach,
-    timed,
 )
 
 PROXY = 0.16  # width of the schedule that stands in for a learned one while rates are tried
@@ -113,6 +114,7 @@ def prune_and_train(run: Run, dense: Path, folder: Path, options: dict[str, Any]
                     **even, **cast("Any", run.protects)
                 )  # in a short training its own would be soft, and let nothing leave
             prune(net, method or TopK(keep=1.0, at=()))
+        priced(run, net)
         kind = RerankTrainer if run.ranks else EmbedTrainer if run.embeds else PruningTrainer
         return kind(
             *(net, arguments_of(run, folder.name, **arguments), run.collator, taught, held_out),
@@ -215,7 +217,8 @@ def finish_training(run: Run, trainer: PruningTrainer, folder: Path, earlier: Ea
     if method is None:
         unprune(net)
     else:
-        trainer.reached.update(timed(net, data.validation) if method.needs_table else {})
+        if method.needs_table:
+            trainer.reached.update(service_of(run).times(net, data.tokenizer, data.validation))
         pooling = best_pooling(cast("Any", net), lambda: judged(net, data)[0]) if run.pools(net) else None
         trainer.reached.update(method.ablations(lambda: judged(net, data)))
     reached = {name: float(value) for name, value in trainer.reached.items()}

@@ -38,7 +38,7 @@ from ..search.schedules import WIDTHS, Space, protected_by
 from ..training.checkpoints import last_checkpoint, step_of
 from ..training.interrupt import Interrupt
 from ..training.monitor import WATCHED, Watch
-from ..training.trainer import Collator, Distill, FineTuner, PruningTrainer, Ranking, ranking_of
+from ..training.trainer import Collator, FineTuner, PruningTrainer, Ranking, ranking_of
 from ..training.until import UntilTrained
 from .service import Service
 from .spec import FIXED, SUMMARY, TrainSpec, task_entry
