@@ -125,7 +125,7 @@ def test_answers_may_come_from_elsewhere(staged):
 def test_a_model_pruned_without_training_needs_no_teacher(toy, tmp_path, monkeypatch):
     run = run_of(toy, tmp_path / "out", epochs=0, prune_epochs=0)
     dense = stages.fine_tune(run)
-    monkeypatch.setattr(stages, "teach", refused)
+    monkeypatch.setattr(pruning, "teach", refused)
     pruned = pruning.prune_and_train(run, dense, run.work.folder / "pruned", run.spec.method_options)
     started = time.time()
     jobs.finish(run, dense, pruned, jobs.measure(run, dense, pruned) | {"seconds": time.time() - started})
