@@ -56,6 +56,7 @@ class Site:
     passed: bool = False  # whether nothing can leave here, so that the layer need show nothing
     counts: Tensor | None = None  # (B, S), how many tokens each row keeps, where the caller says so
     voters: Tensor | None = None  # (B, N) bool, the tokens whose attention makes the scores; None: all
+    pictures: Tensor | None = None  # (B, N) long, see ``View.pictures``
 
     @property
     def acts(self) -> bool:
@@ -132,6 +133,12 @@ class View:
         return self._shown.counts
 
     @property
+    def pictures(self) -> Tensor | None:
+        """(B, N) long: the number, within its row, of the picture, clip or sound that each token belongs to; -1: to
+        none that may leave. None: the model reads none."""
+        return self._shown.pictures
+
+    @property
     def previous(self) -> Site | None:
         """The site before this one in the same forward, with its tokens and its score; None at the first."""
         return self._shown.previous
@@ -170,7 +177,10 @@ class View:
 
     @property
     def readout(self) -> Tensor:
-        """(B,) slot of the token that the head reads: the first protected one, else the first live one."""
+        """(B,) slot of the token that the head reads: the first protected one, else the first live one; of a model that
+        reads pictures, the last live one."""
+        if self.pictures is not None:
+            return (self.alive * torch.arange(1, self.alive.shape[1] + 1, device=self.alive.device)).argmax(1)
         some = self.protected.any(1, keepdim=True)
         return (self.protected | self.alive & ~some).long().argmax(1)
 

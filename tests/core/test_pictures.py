@@ -1,0 +1,49 @@
+"""Pictures and sounds in the prompt of a language model: what leaves is as hidden, in forward and in generate."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from support.visual import AUDIO, END, IMAGE, START, VIDEO, VISUAL, states, tiny
+from thresher import Random, TopK, prune
+from thresher.core.pruner import Choice, TokenPruner
+from thresher.methods.parts.pictures import best_of_pictures
+
+TOLERANCE = 1e-5
+QUIET = {"do_sample": False, "suppress_tokens": [IMAGE, VIDEO, AUDIO, START, END]}
+
+
+def made(family: str, method, layout: str = "auto"):
+    return prune(copy.deepcopy(tiny(family)), method, layout=layout)
+
+
+def early(keep=0.5):
+    return Random(keep=keep, at=(-1,))
+
+
+def inside(keep=0.5):
+    return TopK(keep=keep, at=(1,))
+
+
+METHODS = {"early": early, "inside": inside, "both": lambda keep=0.5: Random(keep=keep, at=(-1, 1))}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pictures", [(1,), (2,), (1, 1)], ids=["one", "two", "batch"])
+@pytest.mark.parametrize("family", VISUAL)
+@torch.no_grad()
+def test_dropped_is_hidden_and_all_is_dense(family, pictures, method):
+    make, model = METHODS[method], tiny(family)
+    batch = VISUAL[family].batch(model, pictures, gap=len(pictures) - 1)
+    dense = states(model, batch)
+    assert torch.equal(states(made(family, make(1.0)), batch), dense)
+    dropped, masked = made(family, make()), made(family, make(), "mask")
+    answer, reference = states(dropped, batch), states(masked, batch)
+    scale = reference.abs().max().clamp(min=1)
+    assert ((answer - reference).abs().max() / scale).item() <= TOLERANCE
+    assert (answer - dense).abs().max() > 1e-3
+    left = dropped.token_pruner.record.left
+    assert left.alive.shape[1] < batch["input_ids"].shape[1]
