@@ -9,7 +9,8 @@ import torch
 
 from support.visual import AUDIO, END, IMAGE, START, VIDEO, VISUAL, states, tiny
 from thresher import Random, TopK, prune
-from thresher.core.pruner import Choice, TokenPruner
+from thresher.core.pruner import TokenPruner
+from thresher.core.view import View
 from thresher.methods.parts.pictures import best_of_pictures
 
 TOLERANCE = 1e-5
@@ -47,3 +48,42 @@ def test_dropped_is_hidden_and_all_is_dense(family, pictures, method):
     assert (answer - dense).abs().max() > 1e-3
     left = dropped.token_pruner.record.left
     assert left.alive.shape[1] < batch["input_ids"].shape[1]
+
+
+class Stripes(TopK):
+    """Keep what stands at even places: the same tokens whatever follows."""
+
+    needs_attention = False
+
+    def score(self, view: View) -> torch.Tensor:
+        return (view.tokens.index % 2 == 0).double()
+
+
+@torch.no_grad()
+def steps(model, batch: dict, count: int = 4, **options):
+    """The ids (B, count) that a model generates, and the logits (B, count, V) that it went by."""
+    found = model.generate(
+        **batch, max_new_tokens=count, return_dict_in_generate=True, output_logits=True, **QUIET, **options
+    )
+    return found.sequences[:, -count:], torch.stack(found.logits, 1)
+
+
+@pytest.mark.parametrize("at", [(-1,), (1,), (-1, 1)], ids=str)
+@pytest.mark.parametrize("pictures", [(1,), (2, 1)], ids=["one", "padded"])
+@pytest.mark.parametrize("family", VISUAL)
+@torch.no_grad()
+def test_each_step_of_generate_sees_what_is_left(family, pictures, at):
+    """Against the whole text without a cache, in which what left is hidden, at every step."""
+    if family in ("idefics3", "smolvlm") and len(pictures) > 1:
+        pictures = (1, 1)  # rows of as many pictures
+    batch = VISUAL[family].batch(tiny(family), pictures)
+    model, whole = made(family, Stripes(keep=0.5, at=at)), made(family, Stripes(keep=0.5, at=at), "mask")
+    ids, logits = steps(model, batch)
+    for step in range(ids.shape[1]):
+        longer = VISUAL[family].longer(batch, ids[:, :step])
+        expected = whole(**longer, use_cache=False).logits[:, -1]
+        gap = (logits[:, step] - expected).abs().max() / expected.abs().max().clamp(min=1)
+        assert gap.item() <= TOLERANCE, step
+    kept, _ = steps(made(family, Stripes(keep=1.0, at=at)), batch)
+    dense, _ = steps(tiny(family), batch)
+    assert torch.equal(kept, dense)

@@ -79,9 +79,16 @@ class Visual:
         kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO)
         if "Qwen" in self.model and self.token != AUDIO:
             batch["mm_token_type_ids"] = kinds
-        if "Gemma" in self.model:
-            batch["token_type_ids"] = kinds
+        if "Gemma" in self.model:  # of PaliGemma 0 is what sees itself whole, of Gemma 3 what is text
+            batch["token_type_ids"] = kinds if "Gemma3" in self.model else 0 * kinds
         return batch
+
+    def longer(self, batch: dict, ids: Tensor) -> dict:
+        """A batch with tokens (B, n) behind it."""
+        one = torch.ones_like(ids)
+        added = {"input_ids": ids, "attention_mask": one, "mm_token_type_ids": 0 * one}
+        added["token_type_ids"] = 0 * one if "Gemma3" in self.model else one
+        return batch | {k: torch.cat([batch[k], more], 1) for k, more in added.items() if k in batch}
 
 
 def _pictures(*shape: int, **more) -> Callable:
@@ -89,7 +96,7 @@ def _pictures(*shape: int, **more) -> Callable:
 
 
 def _tiles(count: int, generator: torch.Generator) -> dict:
-    sizes = torch.tensor([[24, 40], [48, 24], [40, 48]])[torch.arange(count) % 3]
+    sizes = torch.tensor([[24, 40], [48, 24]])[torch.arange(count) % 2]
     return {"pixel_values": torch.randn(count, 3, 3, 24, 24, generator=generator), "image_sizes": sizes}
 
 
