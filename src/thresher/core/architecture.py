@@ -177,8 +177,13 @@ def special_positions(base: PreTrainedModel, text: bool, causal: bool) -> tuple[
     """The model's own special tokens, as positions among the live tokens."""
     if text:
         return (-1,) if causal else (0,)
-    prefix = [p for n, p in base.named_parameters() if n.rpartition(".")[2] in PREFIX_TOKENS]
-    return tuple(range(sum(p.shape[1] if p.dim() == 3 else 1 for p in prefix)))
+    return tuple(range(prefix_length(base)))
+
+
+def prefix_length(tower: nn.Module) -> int:
+    """How many class, distillation and register tokens come before the patches."""
+    prefix = [p for n, p in tower.named_parameters() if n.rpartition(".")[2] in PREFIX_TOKENS]
+    return sum(p.shape[1] if p.dim() == 3 else 1 for p in prefix)
 
 
 def layers_of(holder: PreTrainedModel) -> list[nn.Module]:

@@ -21,6 +21,7 @@ from .attachment import Attachment
 from .cost import LayerCount
 from .pictures import ALL, Deep, Prompt, newlines, numbered
 from .pruner import EARLY, PROTECTED, SURVIVORS, Options, Record, TokenPruner
+from .tower import Watch
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
 from .view import Site
 
@@ -69,6 +70,7 @@ class CallState:
     pictures: Tensor | None = None  # (B, N0) long, the picture of each token, see ``View.pictures``
     deep: Deep | None = None  # what is added after the first layers
     entered: Tensor | None = None  # (B,) tokens that entered, where some left before the first layer
+    tower: Tensor | None = None  # (B, N0), see ``View.tower``
     spent: Any = 0  # MACs of the choice that was made there
 
     @property
@@ -88,6 +90,9 @@ class Hooks(Attachment):
         super().__init__(model, pruner, layout, original)
         self.passed: frozenset[int] = frozenset()  # sites that a graph under construction passes by
         self.unserved = ""  # why no companion keeps the caches of a decoder
+        arch = self.architecture
+        seen = arch.reader is not None and pruner.needs_tower
+        self.watch = Watch(arch.reader, arch.base) if seen else None  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Raise ValueError where the method or the layout does not fit the model."""
@@ -99,6 +104,18 @@ class Hooks(Attachment):
                 f"they are put back; prune a SentenceTransformer, or the {type(base).__name__} alone and pool "
                 "output.token_mask yourself"
             )
+
+    def attach(self) -> None:
+        """Put the hooks on."""
+        super().attach()
+        if self.watch is not None:
+            self.watch.attach()
+
+    def detach(self) -> None:
+        """Take the hooks off: the model is what it was."""
+        if self.watch is not None:
+            self.watch.detach()
+        super().detach()
 
     def hook_layers(self) -> None:
         """Put the hooks on the layers."""
@@ -253,6 +270,13 @@ class Hooks(Attachment):
         call.pictures = numbered(prompt.ids, tokens, visual)
         call.protected = call.protected | ~free.to(hidden.device) & call.tokens.alive
 
+    def scored_by(self, watch: Watch, call: CallState) -> Tensor:
+        """(B, N0): what the tower says of the tokens of a prompt; looked up once in a forward."""
+        if call.tower is None:
+            assert call.prompt is not None
+            call.tower = watch.scores(call.prompt, self.architecture.placeholders)
+        return call.tower
+
     def leave_early(self, call: CallState, hidden: Tensor) -> Tensor:
         """Let tokens leave before the first layer, where the method says so; returns the states that enter it."""
         tokens = call.tokens
@@ -340,6 +364,8 @@ class Hooks(Attachment):
                 site.pictures = call.pictures.to(tokens.index.device).gather(1, tokens.index)
                 site.pictures = site.pictures.masked_fill(~tokens.alive, -1)
                 site.passed = site.passed or not bool((tokens.alive & ~protected).any())
+                if self.watch is not None and not site.passed:
+                    site.tower = self.scored_by(self.watch, call).gather(1, tokens.index)
             if pruner.needs_attention and pruner.scores_all and not site.passed and not call.options.gates:
                 site.statistic = pruner.statistic
             site.voters = protected if pruner.votes == PROTECTED else None

@@ -175,6 +175,7 @@ class TokenPruner(Pruner):
     merges = False  # whether tokens are merged into others
     early: ClassVar[bool] = False  # whether tokens leave before the first layer of a language model, at -1, alone
     sized: ClassVar[bool] = False  # whether keys then weigh by the number of tokens that they stand for
+    needs_tower: ClassVar[bool] = False  # whether the score takes what the tower of pictures attends to
     predictor_macs = 0  # of a predictor, for each token at a site
 
     def __post_init__(self) -> None:

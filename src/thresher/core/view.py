@@ -57,6 +57,7 @@ class Site:
     counts: Tensor | None = None  # (B, S), how many tokens each row keeps, where the caller says so
     voters: Tensor | None = None  # (B, N) bool, the tokens whose attention makes the scores; None: all
     pictures: Tensor | None = None  # (B, N) long, see ``View.pictures``
+    tower: Tensor | None = None  # (B, N), see ``View.tower``
 
     @property
     def acts(self) -> bool:
@@ -137,6 +138,14 @@ class View:
         """(B, N) long: the number, within its row, of the picture, clip or sound that each token belongs to; -1: to
         none that may leave. None: the model reads none."""
         return self._shown.pictures
+
+    @property
+    def tower(self) -> Tensor:
+        """(B, N) fp32: the attention that the patches behind each token receive in the last but one layer of the tower,
+        from its class token or, where it has none, from all patches; 0 for text."""
+        tower = self._shown.tower
+        assert tower is not None, "a method that asks for it says needs_tower"
+        return tower
 
     @property
     def previous(self) -> Site | None:

@@ -42,6 +42,11 @@ class Pictures:
         return cls(slots, real, found // many, (batch, count))
 
     @property
+    def visual(self) -> Tensor:
+        """(B, N) bool: their tokens."""
+        return self.spread(self.real)
+
+    @property
     def lengths(self) -> Tensor:
         """(P,) tokens of each picture."""
         return self.real.sum(1)
