@@ -21,14 +21,19 @@ if TYPE_CHECKING:
     from .methods.adapler import AdapLeR
     from .methods.ats import ATS
     from .methods.baselines import Cut, FirstK, Random
+    from .methods.cdpruner import CDPruner
+    from .methods.divprune import DivPrune
     from .methods.dynamicvit import DynamicViT
     from .methods.entropy import Entropy
     from .methods.evit import EViT
+    from .methods.fastv import FastV
     from .methods.lat import LAT
     from .methods.lazyllm import LazyLLM
     from .methods.ltmp import LTMP
     from .methods.ltp import LTP
     from .methods.powerbert import PoWERBERT
+    from .methods.pyramiddrop import PyramidDrop
+    from .methods.spatial import Grid, Pool
     from .methods.spatten import SpAtten
     from .methods.threshold import Threshold
     from .methods.tome import ToFu, ToMe
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from .methods.transkimmer import Transkimmer
     from .methods.trbert import TRBERT
     from .methods.vatp import VATP
+    from .methods.visionzip import VisionZip
     from .prompts.compress import Compressed, compress
     from .prompts.gemfilter import GemFilter
     from .training.trainer import PruningTrainer
@@ -52,21 +58,27 @@ __all__ = [
     "TRBERT",
     "VATP",
     "AdapLeR",
+    "CDPruner",
     "CachePruner",
     "Compressed",
     "Cut",
+    "DivPrune",
     "DynamicViT",
     "EViT",
     "Entropy",
     "ExpectedAttention",
+    "FastV",
     "FirstK",
     "GemFilter",
+    "Grid",
     "KVzip",
     "KeyDiff",
     "Knorm",
     "LazyLLM",
     "PoWERBERT",
+    "Pool",
     "PruningTrainer",
+    "PyramidDrop",
     "Random",
     "RandomCache",
     "SnapKV",
@@ -79,6 +91,7 @@ __all__ = [
     "TokenPruner",
     "TopK",
     "Transkimmer",
+    "VisionZip",
     "calling",
     "compress",
     "dense",
@@ -101,6 +114,12 @@ _HOMES = {
     "caches.tova": ("TOVA",),
     "exporting.export": ("export",),
     "methods.dynamicvit": ("DynamicViT",),
+    "methods.visionzip": ("VisionZip",),
+    "methods.pyramiddrop": ("PyramidDrop",),
+    "methods.spatial": ("Grid", "Pool"),
+    "methods.fastv": ("FastV",),
+    "methods.divprune": ("DivPrune",),
+    "methods.cdpruner": ("CDPruner",),
     "methods.adapler": ("AdapLeR",),
     "methods.ats": ("ATS",),
     "methods.baselines": ("Cut", "FirstK", "Random"),

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from support.visual import AUDIO, END, IMAGE, START, VIDEO, VISUAL, states, tiny
-from thresher import Random, TopK, prune
-from thresher.core.pruner import TokenPruner
+from thresher import CDPruner, DivPrune, FastV, Grid, Pool, PyramidDrop, Random, TopK, VisionZip, prune
 from thresher.core.view import View
-from thresher.methods.parts.pictures import best_of_pictures
 
 TOLERANCE = 1e-5
 QUIET = {"do_sample": False, "suppress_tokens": [IMAGE, VIDEO, AUDIO, START, END]}
@@ -21,35 +19,6 @@ def made(family: str, method, layout: str = "auto"):
     return prune(copy.deepcopy(tiny(family)), method, layout=layout)
 
 
-def early(keep=0.5):
-    return Random(keep=keep, at=(-1,))
-
-
-def inside(keep=0.5):
-    return TopK(keep=keep, at=(1,))
-
-
-METHODS = {"early": early, "inside": inside, "both": lambda keep=0.5: Random(keep=keep, at=(-1, 1))}
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("pictures", [(1,), (2,), (1, 1)], ids=["one", "two", "batch"])
-@pytest.mark.parametrize("family", VISUAL)
-@torch.no_grad()
-def test_dropped_is_hidden_and_all_is_dense(family, pictures, method):
-    make, model = METHODS[method], tiny(family)
-    batch = VISUAL[family].batch(model, pictures, gap=len(pictures) - 1)
-    dense = states(model, batch)
-    assert torch.equal(states(made(family, make(1.0)), batch), dense)
-    dropped, masked = made(family, make()), made(family, make(), "mask")
-    answer, reference = states(dropped, batch), states(masked, batch)
-    scale = reference.abs().max().clamp(min=1)
-    assert ((answer - reference).abs().max() / scale).item() <= TOLERANCE
-    assert (answer - dense).abs().max() > 1e-3
-    left = dropped.token_pruner.record.left
-    assert left.alive.shape[1] < batch["input_ids"].shape[1]
-
-
 class Stripes(TopK):
     """Keep what stands at even places: the same tokens whatever follows."""
 
@@ -57,6 +26,39 @@ class Stripes(TopK):
 
     def score(self, view: View) -> torch.Tensor:
         return (view.tokens.index % 2 == 0).double()
+
+
+# name: keeps as much as it is told
+METHODS = {
+    "random": lambda keep: Random(keep=keep, at=(-1,)),
+    "topk": lambda keep: TopK(keep=keep, at=(1,)),
+    "both": lambda keep: Random(keep=keep, at=(-1, 1)),
+    "fastv": lambda keep: FastV(keep=keep),
+    "pyramiddrop": lambda keep: PyramidDrop(keep=keep),
+    "divprune": lambda keep: DivPrune(keep=keep),
+    "cdpruner": lambda keep: CDPruner(keep=keep),
+    "visionzip": lambda keep: VisionZip(keep=keep),
+    "grid": lambda keep: Grid(keep=keep),
+    "pool": lambda keep: Pool(side=100 if keep == 1.0 else 2),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", VISUAL)
+@torch.no_grad()
+def test_dropped_is_hidden_and_all_is_dense(family, method):
+    """In a batch of rows of two pictures, with padding on the left."""
+    make, model = METHODS[method], tiny(family)
+    batch = VISUAL[family].batch(model, (2, 2), gap=2)
+    dense = states(model, batch)
+    assert torch.equal(states(made(family, make(1.0)), batch), dense)
+    dropped, masked = made(family, make(0.5)), made(family, make(0.5), "mask")
+    answer, reference = states(dropped, batch), states(masked, batch)
+    scale = reference.abs().max().clamp(min=1)
+    assert ((answer - reference).abs().max() / scale).item() <= TOLERANCE
+    assert (answer - dense).abs().max() > 1e-3
+    left = dropped.token_pruner.record.left
+    assert left.alive.shape[1] < batch["input_ids"].shape[1]
 
 
 @torch.no_grad()

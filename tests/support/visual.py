@@ -150,7 +150,13 @@ def _gemma(**text) -> dict:
 
 SIGLIP, HALF = "siglip_vision_model", {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
 QWEN2 = {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
-QWEN25 = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]}
+QWEN25 = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "out_hidden_size": 32,
+    "window_size": 16,
+    "fullatt_block_indexes": [1],
+}
 QWEN3 = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 64}
 QWEN3 |= {"deepstack_visual_indexes": [0, 1]}
 CLS = {"tower_cls": True}

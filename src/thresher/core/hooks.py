@@ -21,8 +21,8 @@ from .attachment import Attachment
 from .cost import LayerCount
 from .pictures import ALL, Deep, Prompt, newlines, numbered
 from .pruner import EARLY, PROTECTED, SURVIVORS, Options, Record, TokenPruner
-from .tower import Watch
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
+from .tower import Watch
 from .view import Site
 
 CACHES = ("past_key_values", "layer_past")  # names of the cache among the arguments of layers
@@ -139,8 +139,8 @@ class Hooks(Attachment):
         prompt = self.prompt
         if prompt is None and self.architecture.reader is not None:
             raise RuntimeError(
-                f"{type(base).__name__} was called without {type(self.architecture.reader).__name__} around it, so that "
-                "nobody can tell which tokens are pictures: call that model, or run within dense(model)"
+                f"{type(base).__name__} was called without {type(self.architecture.reader).__name__} around it, so "
+                "that nobody can tell which tokens are pictures: call that model, or run within dense(model)"
             )
         if filled:  # a decoding step
             self.check_step(prompt)

@@ -36,7 +36,8 @@ def placeholders(config: Any) -> dict[str, int]:
 
 
 def find_reader(model: nn.Module) -> tuple[PreTrainedModel, PreTrainedModel] | None:
-    """The model that puts pictures or sounds into the input of a language model, and the latter; None: there is none."""
+    """The model that puts pictures or sounds into the input of a language model, and the latter; None: there is
+    none."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and placeholders(module.config):
             for name in LANGUAGE:

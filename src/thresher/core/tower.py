@@ -1,5 +1,5 @@
-"""What a tower thought of its patches: the attention that they receive in one of its layers, as a score of each token of
-the prompt that is made of them.
+"""What a tower thought of its patches: the attention that they receive in one of its layers, as a score of each token
+of the prompt that is made of them.
 
 A function is registered on the tower alone ("watched|sdpa"); the language model keeps its own. Patches become tokens in
 a way that each family has: as they are; the mean of neighbours in a row or a square; in windows; tiles put together
@@ -104,7 +104,9 @@ class Watch:
         """The attention module of a layer, and how many class and register tokens come before the patches."""
         layers = find_layers(tower)[1]
         block = layers[max(layer, -len(layers))]
-        cores = [m for m in block.get_submodule(attention_block(block)).modules() if compat.calls_attention_interface(m)]
+        cores = [
+            m for m in block.get_submodule(attention_block(block)).modules() if compat.calls_attention_interface(m)
+        ]
         if not cores:
             raise ValueError(f"the attention of {type(tower).__name__} shows no scores")
         return cores[0], prefix_length(tower)

@@ -63,6 +63,8 @@ def farthest(x: Tensor, real: Tensor) -> Tensor:
     step = max(1, CHUNK // max(1, x.shape[0] * count))
     for first in range(0, count, step):
         close = x[:, first : first + step] @ x.transpose(1, 2)
-        own = torch.arange(first, first + close.shape[1], device=x.device)[:, None] == torch.arange(count, device=x.device)
+        own = torch.arange(first, first + close.shape[1], device=x.device)[:, None] == torch.arange(
+            count, device=x.device
+        )
         parts.append(close.masked_fill(own | ~real[:, None], -1.0).amax(2))
     return 1 - torch.cat(parts, 1)

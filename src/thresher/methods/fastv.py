@@ -45,8 +45,8 @@ class FastV(TopK):
     def build(self, model: Architecture) -> None:
         if not model.causal:
             raise ValueError(
-                f"{self.name} goes by the last token of a prompt, and {model.name} is no decoder; evit goes by the class "
-                "token"
+                f"{self.name} goes by the last token of a prompt, and {model.name} is no decoder; evit goes by the "
+                "class token"
             )
         super().build(model)
 

@@ -62,9 +62,7 @@ class VisionZip(Visual):
             pictures.spread(dominant | targets) | view.alive & ~inside,
             into=torch.where(inside, pictures.spread(slots, 0), own),
             weight=pictures.spread(weight, 0.0).masked_fill(~inside, 1.0),
-            macs=(rest.sum(1) * targets.sum(1) * view.hidden.shape[-1]).new_zeros(len(view.alive)).index_add(
-                0, pictures.rows, rest.sum(1) * targets.sum(1) * view.hidden.shape[-1]
-            ),
+            macs=pictures.summed(rest.sum(1) * targets.sum(1) * view.hidden.shape[-1]),
         )
 
 

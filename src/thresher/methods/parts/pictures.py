@@ -1,4 +1,7 @@
-"""Choose within each picture of a prompt. Shapes: B rows, N tokens; P pictures of the whole batch, M tokens of the widest."""
+"""Choose within each picture of a prompt.
+
+Shapes: B rows, N tokens; P pictures of the whole batch, M tokens of the widest.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +64,10 @@ class Pictures:
         out[self.slots[self.real]] = x[self.real]
         return out.view(self.shape)
 
+    def summed(self, x: Tensor) -> Tensor:
+        """(B,): the sum of a number ``x`` (P,) of each picture over those of a row."""
+        return x.new_zeros(self.shape[0]).index_add(0, self.rows, x)
+
     def counts(self, keep: float | int, protected: Tensor | None = None) -> Tensor:
         """(P,) how many tokens of each picture stay: a share of them or a count, all ``protected`` (P, M) at least."""
         return kept_count(keep, self.lengths, 0 if protected is None else (protected & self.real).sum(1))
@@ -71,7 +78,9 @@ def best_of_pictures(score: Tensor, view: View, keep: float | int) -> Tensor:
     says; of text all. Ties go to the lower position."""
     pictures = Pictures.of(view)
     protected = pictures.take(view.protected)
-    found = pictures.take(score.double()).masked_fill(protected, float("inf")).masked_fill(~pictures.real, float("-inf"))
+    found = (
+        pictures.take(score.double()).masked_fill(protected, float("inf")).masked_fill(~pictures.real, float("-inf"))
+    )
     order = found.sort(dim=1, descending=True, stable=True).indices
     stays = torch.arange(order.shape[1], device=order.device) < pictures.counts(keep, protected)[:, None]
     chosen = torch.zeros_like(pictures.real).scatter(1, order, stays) & pictures.real

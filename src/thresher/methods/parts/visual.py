@@ -1,4 +1,7 @@
-"""The base of the methods that choose among the tokens of a picture by its states. Shapes: P pictures, M tokens, C channels."""
+"""The base of the methods that choose among the tokens of a picture by its states.
+
+Shapes: P pictures, M tokens, C channels.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,8 @@ class Visual(TopK):
     def build(self, model: Architecture) -> None:
         if model.reader is None:
             raise ValueError(
-                f"{self.name} chooses among the tokens of pictures or sounds, and {model.name} reads none; topk, random "
-                "and ltp prune text"
+                f"{self.name} chooses among the tokens of pictures or sounds, and {model.name} reads none; topk, "
+                "random and ltp prune text"
             )
         super().build(model)
 
@@ -44,7 +47,8 @@ class Visual(TopK):
         raise NotImplementedError(f"{type(self).__name__} does not say in which order tokens are taken")
 
     def macs(self, pictures: Pictures, counts: Tensor, width: int) -> Tensor:
-        """(P,) MACs that the order of each picture takes, of ``counts`` (P,) tokens and states of ``width`` channels."""
+        """(P,) MACs that the order of each picture takes, of ``counts`` (P,) tokens and states of ``width``
+        channels."""
         return torch.zeros_like(counts)
 
     def score_and_choose(self, view: View) -> tuple[Tensor, Choice]:
@@ -56,7 +60,7 @@ class Visual(TopK):
         stays = torch.arange(order.shape[1], device=order.device) < counts[:, None]
         kept = pictures.spread(torch.zeros_like(pictures.real).scatter(1, places, stays) & pictures.real)
         spent = self.macs(pictures, counts, view.hidden.shape[-1])
-        rows = torch.zeros(pictures.shape[0], dtype=spent.dtype, device=spent.device).index_add(0, pictures.rows, spent)
+        rows = pictures.summed(spent)
         score = pictures.spread(order.masked_fill(~pictures.real, 0.0), 0.0)
         return score, Choice(kept | view.alive & ~pictures.visual, macs=rows)
 
