@@ -42,6 +42,8 @@ class Visual:
             for parameter in model.parameters():
                 if parameter.dim() == 2:
                     parameter.mul_(4.0)
+                if parameter.dim() == 2 and not parameter.any():  # the projector of Gemma 3 begins with zeros
+                    parameter.normal_(std=0.1)
         return model
 
     def lengths(self, model, given: dict) -> list[int]:

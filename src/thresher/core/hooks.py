@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from . import compat
 from .architecture import Architecture
@@ -25,6 +25,7 @@ from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
 from .tower import Watch
 from .view import Site
 
+FUNCTIONS = ("sdpa", "eager")  # attention functions of a language model that reads pictures
 CACHES = ("past_key_values", "layer_past")  # names of the cache among the arguments of layers
 # The per-token arguments of layers, besides the mask, and their token dimensions; all else is passed on as it is.
 TOKEN_ARGUMENTS = {
@@ -142,6 +143,8 @@ class Hooks(Attachment):
                 f"{type(base).__name__} was called without {type(self.architecture.reader).__name__} around it, so "
                 "that nobody can tell which tokens are pictures: call that model, or run within dense(model)"
             )
+        if cache is not None and prompt is not None:
+            self.check_kind(cache)
         if filled:  # a decoding step
             self.check_step(prompt)
             return CallState(replace(options, mode="dense"), self.method)
@@ -203,6 +206,17 @@ class Hooks(Attachment):
         mask = kwargs.get("attention_mask")
         if verdict.dropped and mask is not None and not bool(mask.all()):
             raise ValueError("this cache cannot be decoded from: its rows have padding; generate one prompt at a time")
+
+    def check_kind(self, cache: Any) -> None:
+        """Refuse a cache whose layers cannot tell which tokens of a picture they hold."""
+        if self.companion is None:
+            raise ValueError(f"{self.pruner.name} needs use_cache=False here: {self.unserved}")
+        if type(cache) is not DynamicCache or cache.offloading:
+            kind = "offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
+            raise ValueError(
+                f"a {kind} cannot tell which tokens of a picture it holds: generate with a DynamicCache, or within "
+                "dense(model)"
+            )
 
     def check_step(self, prompt: Prompt | None) -> None:
         """Refuse pictures that come onto a filled cache, of which nothing would leave."""
@@ -576,6 +590,12 @@ def check_possible(model: Architecture, pruner: TokenPruner, layout: str) -> Non
         raise ValueError(
             f"{name} cannot be pruned: its layers take no attention mask and hand their attention block no arguments, "
             "so that no tokens can be hidden from it"
+        )
+    original = compat.attention_implementation(model.base).rpartition("|")[2]
+    if model.reader is not None and original not in FUNCTIONS:
+        raise ValueError(
+            f"{name} runs {original!r}, which reads positions with gaps as several texts and shows no scores: load "
+            f"{model.name} with attn_implementation={' or '.join(map(repr, FUNCTIONS))}"
         )
     if layout == "packed" and model.reader is not None:
         raise ValueError(

@@ -38,8 +38,8 @@ class Grid(Visual):
 class Pool(Visual):
     """Merge the tokens of a picture into means of neighbours: the baseline of a lower resolution.
 
-    A square picture becomes ``side`` times ``side`` means of blocks, any other as many means of consecutive tokens. Each
-    stands at the place of the middle one of its block. Pictures with no more tokens than that stay as they are.
+    A square picture becomes ``side`` times ``side`` means of blocks, any other as many means of consecutive tokens.
+    Each stands at the place of the middle one of its block. Pictures with no more tokens than that stay as they are.
 
     Args:
         side: rows and columns of what is left.

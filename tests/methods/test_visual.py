@@ -1,0 +1,158 @@
+"""Which tokens of a picture the methods keep, against slow code of their definitions."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from support.visual import IMAGE, VISUAL, tiny
+from thresher import CDPruner, DivPrune, Grid, Pool, PyramidDrop, Random, VisionZip, prune
+from thresher.methods.spatial import blocks, spaced
+
+
+@torch.no_grad()
+def run(method, pictures=(1, 2), family: str = "llava"):
+    """The only site of a batch, the states (P, M, C) of its pictures, and what was kept of each, in order."""
+    model = prune(copy.deepcopy(tiny(family)), method)
+    batch = VISUAL[family].batch(model, pictures)
+    entered = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda m, a, k: entered.append(k["inputs_embeds"]), with_kwargs=True
+    )
+    model(**batch, use_cache=False)
+    (site,) = model.token_pruner.record.sites
+    own = [(row, site.pictures[row] == n) for row in range(len(pictures)) for n in range(pictures[row])]
+    states = torch.stack([entered[0][row, mask] for row, mask in own])
+    return site, states, [site.keep[row, mask].nonzero()[:, 0].tolist() for row, mask in own], entered[0], batch
+
+
+def test_divprune_takes_the_farthest_one_each_time():
+    _, states, kept, *_ = run(DivPrune(keep=6))
+    for x, found in zip(F.normalize(states.double(), dim=-1), kept, strict=True):
+        far = 1 - x @ x.T
+        chosen = [int((far + 9 * torch.eye(len(far))).amin(1).argmax())]
+        while len(chosen) < 6:
+            nearest = far[:, chosen].amin(1)
+            nearest[chosen] = -1
+            chosen.append(int(nearest.argmax()))
+        assert found == sorted(chosen)
+
+
+@pytest.mark.parametrize("relevance", [True, False])
+def test_cdpruner_makes_the_determinant_largest_each_time(relevance):
+    _, states, kept, entered, batch = run(CDPruner(keep=5, relevance=relevance))
+    rows = [0, 1, 1]
+    for row, x, found in zip(rows, F.normalize(states.double(), dim=-1), kept, strict=True):
+        text = (batch["input_ids"][row] != IMAGE) & batch["attention_mask"][row].bool()
+        words = F.normalize(entered[row, text].double(), dim=-1)
+        r = (x @ words.T).mean(1)
+        r = (r - r.min()) / (r.max() - r.min()) if relevance else torch.ones_like(r)
+        kernel, chosen = r[:, None] * (x @ x.T) * r, []
+        while len(chosen) < 5:
+            gains = [
+                -1.0 if i in chosen else round(float(torch.linalg.det(kernel[[*chosen, i]][:, [*chosen, i]])), 12)
+                for i in range(len(x))
+            ]
+            chosen.append(max(range(len(x)), key=gains.__getitem__))
+        assert found == sorted(chosen)
+
+
+def test_the_text_guides_cdpruner_and_not_divprune():
+    kept = {}
+    for method in (CDPruner, DivPrune):
+        for text in (5, 6):
+            pruned = prune(copy.deepcopy(tiny("llava")), method(keep=8))
+            batch = VISUAL["llava"].batch(pruned, (1,))
+            batch["input_ids"][:, -5:] = torch.arange(5) * text + 6
+            with torch.no_grad():
+                pruned(**batch, use_cache=False)
+            (site,) = pruned.token_pruner.record.sites
+            kept[method, text] = site.keep[0, site.pictures[0] >= 0]
+    assert torch.equal(kept[DivPrune, 5], kept[DivPrune, 6])
+    assert not torch.equal(kept[CDPruner, 5], kept[CDPruner, 6])
+
+
+def test_visionzip_keeps_what_the_tower_sees_and_merges_the_rest():
+    """10 tokens are 8 dominant and 2 merged ones."""
+    model = prune(copy.deepcopy(tiny("llava")), VisionZip(keep=10))
+    seen = []
+    model.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    batch = VISUAL["llava"].batch(model)
+    with torch.no_grad():
+        features = tiny("llava").model.get_image_features(batch["pixel_values"]).pooler_output[0]
+        model(**batch, use_cache=False)
+    (site,) = model.token_pruner.record.sites
+    own = site.pictures[0] >= 0
+    score, keep = site.tower[0, own], site.keep[0, own]
+    dominant = sorted(score.topk(8).indices.tolist())
+    rest = [i for i in range(36) if i not in dominant]
+    targets = rest[:: len(rest) // 2][:2]
+    assert keep.nonzero()[:, 0].tolist() == sorted(dominant + targets)
+    x, expected = F.normalize(features, dim=-1), features.clone()
+    members = {target: [] for target in targets}
+    for i in set(rest) - set(targets):
+        members[max(targets, key=lambda t: float(x[i] @ x[t]))].append(i)
+    for target, came in members.items():
+        expected[target] = features[target] + features[came].mean(0)
+    places = site.after.index[0]
+    torch.testing.assert_close(seen[0][0][own[places]], expected[keep], atol=1e-5, rtol=1e-5)
+
+
+def test_pyramiddrop_halves_at_each_quarter():
+    model = prune(copy.deepcopy(tiny("llava")), PyramidDrop())
+    with torch.no_grad():
+        model(**VISUAL["llava"].batch(model), use_cache=False)
+    assert [int((site.keep & (site.pictures >= 0)).sum()) for site in model.token_pruner.record.sites] == [18, 9, 5]
+    assert model.token_pruner.sites == (0, 1, 2)
+
+
+@pytest.mark.parametrize("length", [36, 49, 21, 576])
+def test_a_grid_covers_the_picture(length):
+    for count in range(1, length + 1):
+        places = spaced(length, count)
+        assert len(set(places)) == count and min(places) >= 0 and max(places) < length
+    side = int(length**0.5)
+    if side * side == length and side % 2 == 0:
+        rows = {place // side for place in spaced(length, length // 4)}
+        columns = {place % side for place in spaced(length, length // 4)}
+        assert len(rows) == len(columns) == side // 2
+    assert len(run(Grid(keep=9))[2][0]) == 9
+
+
+def test_a_pool_is_the_mean_of_blocks():
+    assert [len(list(g)) for _, g in itertools.groupby(blocks(21, 2))] == [6, 5, 5, 5]
+    model = prune(copy.deepcopy(tiny("llava")), Pool(side=3))
+    seen = []
+    model.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    batch = VISUAL["llava"].batch(model)
+    with torch.no_grad():
+        features = tiny("llava").model.get_image_features(batch["pixel_values"]).pooler_output[0]
+        model(**batch, use_cache=False)
+    (site,) = model.token_pruner.record.sites
+    visual = site.pictures[0, site.after.index[0]] >= 0
+    means = F.adaptive_avg_pool2d(features.T.reshape(1, -1, 6, 6), 3)[0].flatten(1).T
+    torch.testing.assert_close(seen[0][0, visual], means, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_budgets_are_of_each_picture_and_costs_are_counted():
+    model = prune(copy.deepcopy(tiny("llava-next")), Random(keep=0.25, at=(-1,)))
+    batch = VISUAL["llava-next"].batch(model, (2, 1))
+    model(**batch, use_cache=False)
+    record = model.token_pruner.record
+    (site,) = record.sites
+    for row, count in ((0, 2), (1, 1)):
+        for picture in range(count):
+            own = site.pictures[row] == picture
+            assert int((site.keep[row] & own).sum()) == -(-int(own.sum()) // 4)
+    live = batch["attention_mask"].sum(1)
+    assert torch.equal(record.started, live)
+    assert float(record.dense) == sum(float(cost.macs(live, live).sum()) for cost in record.costs)
+    assert model.token_pruner.report[0]["tokens_in"] == int(site.keep.sum())
+    with_cost = prune(copy.deepcopy(tiny("llava")), DivPrune(keep=4))
+    with_cost(**VISUAL["llava"].batch(with_cost), use_cache=False)
+    assert int(with_cost.token_pruner.record.counts[0].spent) == 36 * (36 + 4) * 32
