@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from .methods.ats import ATS
     from .methods.baselines import Cut, FirstK, Random
     from .methods.cdpruner import CDPruner
+    from .methods.dart import DART
     from .methods.divprune import DivPrune
     from .methods.dynamicvit import DynamicViT
     from .methods.entropy import Entropy
     from .methods.evit import EViT
+    from .methods.evs import EVS
     from .methods.fastv import FastV
     from .methods.lat import LAT
     from .methods.lazyllm import LazyLLM
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from .methods.trbert import TRBERT
     from .methods.vatp import VATP
     from .methods.visionzip import VisionZip
+    from .methods.vispruner import VisPruner
     from .prompts.compress import Compressed, compress
     from .prompts.gemfilter import GemFilter
     from .training.trainer import PruningTrainer
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ATS",
+    "DART",
+    "EVS",
     "H2O",
     "LAT",
     "LTMP",
@@ -91,6 +96,7 @@ __all__ = [
     "TokenPruner",
     "TopK",
     "Transkimmer",
+    "VisPruner",
     "VisionZip",
     "calling",
     "compress",
@@ -114,6 +120,9 @@ _HOMES = {
     "caches.tova": ("TOVA",),
     "exporting.export": ("export",),
     "methods.dynamicvit": ("DynamicViT",),
+    "methods.evs": ("EVS",),
+    "methods.dart": ("DART",),
+    "methods.vispruner": ("VisPruner",),
     "methods.visionzip": ("VisionZip",),
     "methods.pyramiddrop": ("PyramidDrop",),
     "methods.spatial": ("Grid", "Pool"),

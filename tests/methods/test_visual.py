@@ -8,9 +8,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 from support.visual import IMAGE, VISUAL, tiny
-from thresher import CDPruner, DivPrune, Grid, Pool, PyramidDrop, Random, VisionZip, prune
+from thresher import DART, EVS, CDPruner, DivPrune, Grid, Pool, PyramidDrop, Random, VisionZip, VisPruner, prune
 from thresher.methods.spatial import blocks, spaced
 
 
@@ -112,19 +113,19 @@ def test_pyramiddrop_halves_at_each_quarter():
 
 @pytest.mark.parametrize("length", [36, 49, 21, 576])
 def test_a_grid_covers_the_picture(length):
-    for count in range(1, length + 1):
-        places = spaced(length, count)
-        assert len(set(places)) == count and min(places) >= 0 and max(places) < length
     side = int(length**0.5)
+    for count in range(1, length + 1):
+        places = spaced(length, count, side if side * side == length else 3)
+        assert len(set(places)) == count and min(places) >= 0 and max(places) < length
     if side * side == length and side % 2 == 0:
-        rows = {place // side for place in spaced(length, length // 4)}
-        columns = {place % side for place in spaced(length, length // 4)}
+        rows = {place // side for place in spaced(length, length // 4, side)}
+        columns = {place % side for place in spaced(length, length // 4, side)}
         assert len(rows) == len(columns) == side // 2
     assert len(run(Grid(keep=9))[2][0]) == 9
 
 
 def test_a_pool_is_the_mean_of_blocks():
-    assert [len(list(g)) for _, g in itertools.groupby(blocks(21, 2))] == [6, 5, 5, 5]
+    assert [len(list(g)) for _, g in itertools.groupby(blocks(21, 2, 0))] == [6, 5, 5, 5]
     model = prune(copy.deepcopy(tiny("llava")), Pool(side=3))
     seen = []
     model.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: seen.append(a[0]))
@@ -156,3 +157,69 @@ def test_budgets_are_of_each_picture_and_costs_are_counted():
     with_cost = prune(copy.deepcopy(tiny("llava")), DivPrune(keep=4))
     with_cost(**VISUAL["llava"].batch(with_cost), use_cache=False)
     assert int(with_cost.token_pruner.record.counts[0].spent) == 36 * (36 + 4) * 32
+
+
+@torch.no_grad()
+def test_rows_and_columns_are_those_of_the_positions():
+    """A picture of 4 x 3 tokens and one of 2 x 5."""
+    model = prune(copy.deepcopy(tiny("qwen2-vl")), Grid(keep=2))
+    model(**VISUAL["qwen2-vl"].batch(model, (2,)), use_cache=False)
+    (site,) = model.token_pruner.record.sites
+    kept = [(site.keep[0, site.pictures[0] == n]).nonzero()[:, 0].tolist() for n in range(2)]
+    assert kept == [[4, 10], [6, 8]]
+    places = site.places[:, 0, site.pictures[0] == 1]
+    assert (places - places[:, :1]).T.tolist() == [[0, row, column] for row in range(2) for column in range(5)]
+
+
+def test_vispruner_takes_duplicates_away():
+    site, states, kept, *_ = run(VisPruner(keep=10, step=3))
+    for number, (row, picture) in enumerate(((0, 0), (1, 0), (1, 1))):
+        score, x = site.tower[row, site.pictures[row] == picture], F.normalize(states[number].double(), dim=-1)
+        best = set(score.topk(5).indices.tolist())
+        left = [i for i in range(36) if i not in best]
+        while len(left) > 5:
+            first, second = left[::2], left[1::2]
+            like = {i: float((x[i] @ x[second].T).max()) for i in first}
+            gone = sorted(first, key=lambda i: -like[i])[: min(3, len(left) - 5)]
+            left = [i for i in left if i not in gone]
+        assert kept[number] == sorted(best | set(left))
+
+
+def test_dart_keeps_pivots_and_what_is_least_alike():
+    kept = run(DART(keep=12, at=(1,), pivots=2, text_pivots=2))[2]
+    assert all(len(found) == 12 for found in kept)
+    model = copy.deepcopy(tiny("llava"))
+    batch, seen = VISUAL["llava"].batch(model, (1, 2)), {}
+    layer = model.model.language_model.layers[1]
+    layer.register_forward_pre_hook(lambda m, a: seen.update(hidden=a[0]))
+    cache = DynamicCache()  # which holds the keys as they were turned
+    with torch.no_grad():
+        model(**batch, past_key_values=cache)
+    x, row = F.normalize(seen["hidden"].double(), dim=-1), 0
+    picture = (batch["input_ids"][row] == IMAGE).nonzero()[:, 0]
+    text = ((batch["input_ids"][row] != IMAGE) & batch["attention_mask"][row].bool()).nonzero()[:, 0]
+    norm = cache.layers[1].keys[row].abs().sum((0, 2))
+    pivots = picture[norm[picture].topk(2).indices].tolist()
+    chosen = list(pivots)
+    for number, pivot in enumerate([*pivots, *text[norm[text].topk(2).indices].tolist()]):
+        free = [i for i in picture.tolist() if i not in chosen]
+        free.sort(key=lambda i, pivot=pivot: float(x[row, i] @ x[row, pivot]))
+        chosen += free[: 10 // 4 + (number < 10 % 4)]
+    assert kept[0] == sorted(i - int(picture[0]) for i in chosen)
+
+
+@torch.no_grad()
+def test_evs_keeps_what_moves():
+    """Of a clip of three frames whose second one repeats the first, the third and the first stay."""
+    model = prune(copy.deepcopy(tiny("qwen2-vl-video")), EVS(keep=12))
+    batch = VISUAL["qwen2-vl-video"].batch(model)
+    frames = batch["pixel_values_videos"].view(3, 24, -1)
+    frames[1] = frames[0]
+    model(**batch, use_cache=False)
+    (site,) = model.token_pruner.record.sites
+    kept = site.keep[0, site.pictures[0] >= 0].view(3, 6)
+    assert kept[0].all() and not kept[1].any() and kept[2].all()
+    for family, message in (("llava", "modality='video'"), ("llava-onevision", "does not say which token")):
+        with pytest.raises(ValueError, match=message):
+            pruned = prune(copy.deepcopy(tiny(family)), EVS(modality=None if family == "llava" else "image"))
+            pruned(**VISUAL[family].batch(pruned), use_cache=False)

@@ -69,6 +69,7 @@ class CallState:
     last: Tensor | None = None  # the states after the last layer, put back
     prompt: Prompt | None = None  # what the reader of pictures was given; None: the model reads none
     pictures: Tensor | None = None  # (B, N0) long, the picture of each token, see ``View.pictures``
+    places: Tensor | None = None  # (3, B, N0), see ``View.places``
     deep: Deep | None = None  # what is added after the first layers
     entered: Tensor | None = None  # (B,) tokens that entered, where some left before the first layer
     tower: Tensor | None = None  # (B, N0), see ``View.tower``
@@ -178,6 +179,8 @@ class Hooks(Attachment):
         ids = kwargs.get("input_ids") if prompt is None else prompt.ids
         call = CallState(options, pruner, soft=soft, mask=mask, whole=whole, ids=ids, wants=wants, prompt=prompt)
         call.deep = Deep.taken(kwargs)
+        if prompt is not None and (places := kwargs.get("position_ids")) is not None and places.dim() == 3:
+            call.places = places[-3:].expand(-1, len(prompt.ids), -1)
         if not torch.compiler.is_compiling():
             pruner.record = None  # it would live on beside this forward's own
         return call
@@ -378,6 +381,9 @@ class Hooks(Attachment):
                 site.pictures = call.pictures.to(tokens.index.device).gather(1, tokens.index)
                 site.pictures = site.pictures.masked_fill(~tokens.alive, -1)
                 site.passed = site.passed or not bool((tokens.alive & ~protected).any())
+                if call.places is not None:
+                    index = tokens.index.expand(3, -1, -1)
+                    site.places = call.places.to(index.device).gather(2, index)
                 if self.watch is not None and not site.passed:
                     site.tower = self.scored_by(self.watch, call).gather(1, tokens.index)
             if pruner.needs_attention and pruner.scores_all and not site.passed and not call.options.gates:

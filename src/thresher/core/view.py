@@ -57,6 +57,7 @@ class Site:
     counts: Tensor | None = None  # (B, S), how many tokens each row keeps, where the caller says so
     voters: Tensor | None = None  # (B, N) bool, the tokens whose attention makes the scores; None: all
     pictures: Tensor | None = None  # (B, N) long, see ``View.pictures``
+    places: Tensor | None = None  # (3, B, N), see ``View.places``
     tower: Tensor | None = None  # (B, N), see ``View.tower``
 
     @property
@@ -138,6 +139,12 @@ class View:
         """(B, N) long: the number, within its row, of the picture, clip or sound that each token belongs to; -1: to
         none that may leave. None: the model reads none."""
         return self._shown.pictures
+
+    @property
+    def places(self) -> Tensor | None:
+        """(3, B, N) long: frame, row and column of each token, counted from wherever its picture begins, by the
+        positions that the model gives them (M-RoPE). None: these do not say."""
+        return self._shown.places
 
     @property
     def tower(self) -> Tensor:

@@ -42,8 +42,8 @@ class Visual(TopK):
         return isinstance(share, float) and share == 1.0
 
     def order(self, pictures: Pictures, view: View, counts: Tensor, protected: Tensor) -> Tensor:
-        """(P, M) fp32: how early each token is taken, larger ones first; ``counts`` (P,) are taken of each picture, and
-        the ``protected`` (P, M) come first."""
+        """(P, M) fp32: how early each token is taken, larger ones first; ``counts`` (P,) are taken of each picture (a
+        method may raise them), and the ``protected`` (P, M) come first."""
         raise NotImplementedError(f"{type(self).__name__} does not say in which order tokens are taken")
 
     def macs(self, pictures: Pictures, counts: Tensor, width: int) -> Tensor:
