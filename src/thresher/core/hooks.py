@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from . import compat
-from .architecture import Architecture
 from .attachment import Attachment
 from .cost import LayerCount
 from .pictures import ALL, Deep, Prompt, newlines, numbered
+from .possible import check_possible
 from .pruner import EARLY, PROTECTED, SURVIVORS, Options, Record, TokenPruner
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
 from .tower import Watch
 from .view import Site
 
-FUNCTIONS = ("sdpa", "eager")  # attention functions of a language model that reads pictures
 CACHES = ("past_key_values", "layer_past")  # names of the cache among the arguments of layers
 # The per-token arguments of layers, besides the mask, and their token dimensions; all else is passed on as it is.
 TOKEN_ARGUMENTS = {
@@ -547,6 +546,7 @@ class Hooks(Attachment):
         self.pruner.record = Record(
             call.sites, call.counts, self.architecture.costs, survivors, left=call.tokens, entered=call.entered
         )
+        self.pruner.record.pictures = call.pictures
         if call.options.calls is not None:
             call.options.calls.append((self.pruner.record, kwargs))
         self.judge(call, kwargs, output)
@@ -587,46 +587,3 @@ def reshaped(call: CallState, output: Any) -> Any:
         spread = [None if w is None else tokens.spread(w) for w, (_, tokens) in zip(weights, call.seen, strict=True)]
         output["attentions"] = tuple(spread)
     return output
-
-
-def check_possible(model: Architecture, pruner: TokenPruner, layout: str) -> None:
-    """Raise ValueError where a method or a layout does not fit a model."""
-    name = type(model.base).__name__
-    if not model.passes_arguments and "attention_mask" not in model.arguments:
-        raise ValueError(
-            f"{name} cannot be pruned: its layers take no attention mask and hand their attention block no arguments, "
-            "so that no tokens can be hidden from it"
-        )
-    original = compat.attention_implementation(model.base).rpartition("|")[2]
-    if model.reader is not None and original not in FUNCTIONS:
-        raise ValueError(
-            f"{name} runs {original!r}, which reads positions with gaps as several texts and shows no scores: load "
-            f"{model.name} with attn_implementation={' or '.join(map(repr, FUNCTIONS))}"
-        )
-    if layout == "packed" and model.reader is not None:
-        raise ValueError(
-            f"layout='packed' is not possible with {name} in {model.name}: what reads pictures runs padded; use "
-            "layout='padded' or 'auto'"
-        )
-    if layout == "packed" and not model.packable:
-        raise ValueError(
-            f"layout='packed' is not possible with {name}: its attention takes position biases "
-            "or does not hand its arguments to transformers' attention interface; use layout='padded' or 'auto'"
-        )
-    if pruner.needs_values and not model.shows_inputs:
-        raise ValueError(
-            f"{pruner.name} is not possible with {name}: it needs the keys or values of "
-            "a layer, and this model's layers show their attention probabilities alone; topk, spatten, entropy, "
-            "ltp and top need no more than these"
-        )
-    if pruner.merges and model.causal and not pruner.early:
-        raise ValueError(
-            f"{pruner.name} is not possible with {name}, a decoder: a merged token would "
-            "show later tokens to earlier ones; topk, spatten and ltp let tokens leave instead"
-        )
-    if pruner.merges and pruner.sized and (model.relative or model.binary_mask):
-        raise ValueError(
-            f"{pruner.name} is not possible with {name}: keys weigh by the number of "
-            "tokens that they stand for, and its attention takes position biases or a mask of 0 and 1; topk, ltp "
-            "and top let tokens leave"
-        )

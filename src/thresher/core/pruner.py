@@ -81,6 +81,7 @@ class Record:
     answers: Any = None  # the model's output, where a trainer looks at a calibration set
     left: Tokens | None = None  # the tokens that are left at the end
     entered: Tensor | None = None  # (B,) tokens that entered, where some left before the first layer
+    pictures: Tensor | None = None  # (B, N0) long, the picture of each token, see ``View.pictures``
 
     @property
     def started(self) -> Tensor:
@@ -482,6 +483,37 @@ class TokenPruner(Pruner):
                 "no forward has been recorded yet in this thread: call the model first (compiled models record nothing)"
             )
         return self.record
+
+    @property
+    def picture_report(self) -> dict:
+        """What this thread's last forward left of pictures and sounds. Raises RuntimeError where the model reads none.
+
+        ``pictures``, ``kept``: for each row the tokens of each picture, and how many are left at the end. ``by_layer``:
+        tokens of pictures that enter each layer, all rows together; ``mean``: their mean, which papers call the number
+        of visual tokens. ``flops_fraction``: of the MACs of the language model's layers. ``cache_fraction``: of the
+        entries that its cache would hold. A tower costs what it cost.
+        """
+        record = self.last_record()
+        if record.pictures is None or record.left is None:
+            raise RuntimeError(f"{self.architecture.name} reads no pictures: see report")
+        pictures, left = record.pictures, record.left.spread_votes() > 0
+        many = int(pictures.max()) + 1
+        whole = torch.stack([(pictures == number).sum(1) for number in range(many)], 1) if many else pictures[:, :0]
+        kept = torch.stack([(left & (pictures == number)).sum(1) for number in range(many)], 1) if many else whole
+        text = record.started - whole.sum(1)
+        entering = [count.n_attention for count in record.counts]
+        by_layer = [int((tokens - text).sum()) for tokens in entering]
+        return {
+            "pictures": [[n for n in row if n] for row in whole.tolist()],
+            "kept": [
+                [n for n, size in zip(*rows, strict=True) if size]
+                for rows in zip(kept.tolist(), whole.tolist(), strict=True)
+            ],
+            "by_layer": by_layer,
+            "mean": sum(by_layer) / len(by_layer),
+            "flops_fraction": float(record.flops_fraction()),
+            "cache_fraction": float(sum(entering).sum() / (record.started.sum() * len(entering))),  # type: ignore[union-attr]
+        }
 
     @property
     def report(self) -> list[dict]:
