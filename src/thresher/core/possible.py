@@ -39,7 +39,7 @@ def check_possible(model: Architecture, pruner: TokenPruner, layout: str) -> Non
             "a layer, and this model's layers show their attention probabilities alone; topk, spatten, entropy, "
             "ltp and top need no more than these"
         )
-    if pruner.merges and model.causal and not pruner.early:
+    if pruner.merges and model.causal and not pruner.at_entry:
         raise ValueError(
             f"{pruner.name} is not possible with {name}, a decoder: a merged token would "
             "show later tokens to earlier ones; topk, spatten and ltp let tokens leave instead"

@@ -174,7 +174,7 @@ class TokenPruner(Pruner):
     scores_all: ClassVar[bool] = True  # whether the score takes all attention probabilities, which are then charged
     scores_row: ClassVar[bool] = False  # whether it takes one row of them, which is charged instead
     merges = False  # whether tokens are merged into others
-    early: ClassVar[bool] = False  # whether tokens leave before the first layer of a language model, at -1, alone
+    at_entry: ClassVar[bool] = False  # whether tokens leave before the first layer of a language model, at -1, alone
     sized: ClassVar[bool] = False  # whether keys then weigh by the number of tokens that they stand for
     needs_tower: ClassVar[bool] = False  # whether the score takes what the tower of pictures attends to
     predictor_macs = 0  # of a predictor, for each token at a site
@@ -319,7 +319,7 @@ class TokenPruner(Pruner):
         super().bind(model)
         at = self.at
         if at is None:
-            at = (EARLY,) if self.early else self.default_at(model)
+            at = (EARLY,) if self.at_entry else self.default_at(model)
         self.check_modality(model, at)
         for layer in at:
             if layer != EARLY and not model.first_site <= layer <= model.last_site:
@@ -341,7 +341,7 @@ class TokenPruner(Pruner):
         if self.modality not in (None, ALL, *known):
             reads = f"reads {', '.join(known)} and text" if known else "reads text alone, or is a tower"
             raise ValueError(f"modality={self.modality!r}: {model.name} {reads}")
-        if self.early and (not known or at != (EARLY,)):
+        if self.at_entry and (not known or at != (EARLY,)):
             what = "the layers of a language model that reads pictures or sounds"
             raise ValueError(f"{self.name} acts before {what}, at={EARLY}; got at={list(at)} in {model.name}")
         if EARLY not in at:

@@ -218,7 +218,7 @@ class Overheard:
         else:
             states = getattr(output, "pooler_output", None)
             parts = states if isinstance(states, (list, tuple)) else [states]
-            watch.runs[-1].tokens = sum(part.shape[:-1].numel() for part in parts)
+            watch.runs[-1].tokens = sum(part.shape[:-1].numel() for part in parts if part is not None)
         return output
 
 

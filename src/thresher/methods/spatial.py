@@ -52,7 +52,7 @@ class Pool(Visual):
 
     name: ClassVar[str] = "pool"
     merges = True
-    early: ClassVar[bool] = True
+    at_entry: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

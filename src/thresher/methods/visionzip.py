@@ -43,7 +43,7 @@ class VisionZip(Visual):
 
     name: ClassVar[str] = "visionzip"
     merges = True
-    early: ClassVar[bool] = True
+    at_entry: ClassVar[bool] = True
     needs_tower: ClassVar[bool] = True
 
     def score_and_choose(self, view: View) -> tuple[Tensor, Choice]:
