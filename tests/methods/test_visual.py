@@ -198,7 +198,7 @@ def test_dart_keeps_pivots_and_what_is_least_alike():
     x, row = F.normalize(seen["hidden"].double(), dim=-1), 0
     picture = (batch["input_ids"][row] == IMAGE).nonzero()[:, 0]
     text = ((batch["input_ids"][row] != IMAGE) & batch["attention_mask"][row].bool()).nonzero()[:, 0]
-    norm = cache.layers[1].keys[row].abs().sum((0, 2))
+    norm = cache.layers[1].keys[row].square().sum((0, 2))
     pivots = picture[norm[picture].topk(2).indices].tolist()
     chosen = list(pivots)
     for number, pivot in enumerate([*pivots, *text[norm[text].topk(2).indices].tolist()]):

@@ -18,8 +18,8 @@ class DART(Visual):
     """Keep the tokens of a picture that are least alike a few pivots (Wen, Gao, Li, He and Zhang, "Stop Looking for
     Important Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025); needs no training.
 
-    Pivots are the tokens whose keys have the largest L1 norm, some of the picture and some of the text. The pivots of
-    the picture stay. Each pivot in turn takes its equal part of the others: those whose states, by their cosine, are
+    Pivots are the tokens whose keys are longest, some of the picture and some of the text. The pivots of the picture
+    stay. Each pivot in turn takes its equal part of the others: those whose states, by their cosine, are
     least alike it.
 
     Args:
@@ -30,6 +30,8 @@ class DART(Visual):
     =========================  ==============================  =====================================================
     paper                      here                            why
     =========================  ==============================  =====================================================
+    L1 norms of keys           L2 norms, of all heads          rotary positions turn keys: their L1 norm depends on
+                                                               how much padding is before them
     one picture                pivots of each picture          a picture answers in a batch as alone
     a few more than asked for  as many as asked for            budgets are compared
     alike by the states        the same, of the states that    they are what a site shows
@@ -55,7 +57,7 @@ class DART(Visual):
             raise ValueError(f"pivots={self.pivots}, text_pivots={self.text_pivots}: expected one at least")
 
     def order(self, pictures: Pictures, view: View, counts: Tensor, protected: Tensor) -> Tensor:
-        norm = view.key.float().abs().sum((1, 3))
+        norm = view.key.float().square().sum((1, 3))
         text = (norm.masked_fill(~view.alive | pictures.visual, -1.0)).topk(min(self.text_pivots, norm.shape[1]), 1)
         x = F.normalize(view.hidden.float(), dim=-1)
         own, size = pictures.take(x), pictures.take(norm).masked_fill(~pictures.real, -1.0)
