@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +30,8 @@ from thresher import (
     unprune,
 )
 from thresher.core.architecture import find_architecture
+
+PAGE = Path(__file__).parents[2] / "docs" / "pictures.md"
 
 
 def striped(family: str, layout: str = "auto", at=(-1, 1)):
@@ -313,3 +318,15 @@ def test_methods_that_sample_take_a_share_of_the_pictures():
     (site,) = model.token_pruner.record.sites
     kept = site.keep & (site.pictures >= 0)
     assert 1 <= kept.sum() <= 8
+
+
+def test_the_lines_of_the_page_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny("llava").save_pretrained("my-vlm")
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    scope: dict = {}
+    exec(code, scope)
+    report = ast.literal_eval(capsys.readouterr().out)
+    assert report["pictures"] == [[36]] and report["kept"] == [[4]] and report["by_layer"] == [4, 4, 4, 4]
+    assert report["mean"] == 4.0 and report["cache_fraction"] == pytest.approx(8 / 40)
+    assert scope["answer"].shape == scope["reference"].shape
