@@ -17,6 +17,7 @@ from thresher import (
     ATS,
     CDPruner,
     DivPrune,
+    DynamicViT,
     EViT,
     FastV,
     Pool,
@@ -225,6 +226,7 @@ def test_states_in_place_of_ids():
         ("llava", lambda: DivPrune(modality="video"), "modality='video': LlavaForConditionalGeneration reads image"),
         ("llava", lambda: DivPrune(modality="smell"), "modality='smell': expected image, video, audio or all"),
         ("llava", ToMe, "a decoder: a merged token"),
+        ("llava", lambda: DynamicViT(at=(-1,)), "tokens fade within the layers and not before them; give soft_until=0"),
         ("llava", EViT, "a decoder: a merged token"),
         ("llava", lambda: Pool(side=0), "side=0: expected a number"),
         ("llava", lambda: CDPruner(keep=1.5), r"keep=1.5: expected a share in \(0, 1\] or a whole number"),
@@ -279,6 +281,18 @@ def test_what_is_saved_comes_back(tmp_path):
     again = prune(AutoModelForImageTextToText.from_pretrained(tmp_path).eval())
     assert isinstance(again.token_pruner, DivPrune) and again.token_pruner.modality == "image"
     assert torch.equal(states(again, batch), expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl", "paligemma", "gemma3", "voxtral"])
+@torch.no_grad()
+def test_a_cache_method_alone_serves_a_model_that_reads_pictures(family):
+    batch = VISUAL[family].batch(tiny(family), (1, 2))
+    answers = [
+        steps(made(family, SnapKV(keep=keep, sinks=2, recent=4), layout), batch)[1]
+        for keep, layout in ((1.0, "auto"), (0.4, "auto"), (0.4, "mask"))
+    ]
+    assert close(answers[0], steps(tiny(family), batch)[1]) and close(answers[1], answers[2])
+    assert not close(answers[0], answers[1])
 
 
 @torch.no_grad()

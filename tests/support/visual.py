@@ -19,6 +19,7 @@ TOWER |= {"image_size": 24, "patch_size": 4}  # 36 patches
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 SOUND = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 SOUND |= {"num_mel_bins": 16, "max_source_positions": 32}
+HYBRID = ["sliding_attention", "full_attention"] * 2
 TILES = [[24, 48], [48, 24], [48, 48]]
 
 
@@ -204,7 +205,7 @@ VISUAL: dict[str, Visual] = {
         lambda: (
             _clip(SIGLIP)()
             | {"mm_tokens_per_image": 9, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END}
-            | {"text_config": _gemma(model_type="gemma3_text", sliding_window=256) | {"layer_types": None}}
+            | {"text_config": _gemma(model_type="gemma3_text", sliding_window=256) | {"layer_types": HYBRID}}
         ),
         _pictures(3, 24, 24),
     ),

@@ -92,7 +92,8 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
     cores = [m for m in block.modules() if compat.calls_attention_interface(m)]
     check_alike(layers, name, bool(cores))
     inside = returns_residual_state(layer, block)
-    causal = reader is not None or any(getattr(m, "is_causal", False) is True for m in block.modules())
+    decodes = reader is not None and not getattr(language.config, "is_encoder_decoder", False)
+    causal = decodes or any(getattr(m, "is_causal", False) is True for m in block.modules())
     text, head = base.main_input_name == "input_ids", type(model).__name__
     mixes = any(getattr(m, "conv", None) is not None for m in (base, getattr(base, "encoder", None)))
     return Architecture(

@@ -223,7 +223,9 @@ class Hooks(Attachment):
     def check_step(self, prompt: Prompt | None) -> None:
         """Refuse pictures that come onto a filled cache, of which nothing would leave."""
         kinds = self.architecture.placeholders
-        if prompt is not None and bool(prompt.tokens(kinds, self.pruner.modality or ALL).any()):
+        if prompt is None or prompt.ids.shape[1] == 1:
+            return
+        if bool(prompt.tokens(kinds, self.pruner.modality or ALL).any()):
             raise ValueError(
                 "pictures or sounds that are added to a filled cache (a later turn, or prefill_chunk_size) are not "
                 "pruned: fill the cache with the whole prompt at once, or run within dense(model)"
@@ -304,10 +306,9 @@ class Hooks(Attachment):
         site.after = None if site.acts else tokens
         if not site.acts:
             return hidden
-        call.previous, call.entered = site, tokens.live
         if call.soft:
-            call.tokens = tokens.gate(call.pruner.soften(site, call.options.gates))
-            return hidden
+            raise ValueError(f"tokens fade within the layers and not before them: at={EARLY} has no soft stage")
+        call.previous, call.entered = site, tokens.live
         after = self.drop(site)
         call.spent = 0 if site.choice is None else site.choice.macs
         if after is tokens:

@@ -351,6 +351,8 @@ class TokenPruner(Pruner):
                 f"at={list(at)}: {EARLY} is before the layers of a language model that reads pictures or sounds, and "
                 f"{model.name} reads none"
             )
+        if self.soft_until > 0:
+            raise ValueError(f"at={list(at)}: tokens fade within the layers and not before them; give soft_until=0")
         if self.needs_attention or self.needs_values:
             raise ValueError(
                 f"at={list(at)}: before layer 0 there is no attention to go by, which {self.name} needs; choose "

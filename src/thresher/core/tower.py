@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +137,8 @@ class Watch:
     @property
     def runs(self) -> deque[Run]:
         """The last runs of this thread."""
-        return _THREAD.__dict__.setdefault("runs", {}).setdefault(self, deque(maxlen=REMEMBERED))
+        known = _THREAD.__dict__.setdefault("runs", WeakKeyDictionary())
+        return known.setdefault(self, deque(maxlen=REMEMBERED))
 
     def begin(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
         """A tower runs."""
