@@ -138,7 +138,8 @@ class TokenPruner(Pruner):
 
     Args:
         at: 0-based layers after whose attention tokens leave; the score of layer i decides what goes on from i.
-            Default: a quarter, a half and three quarters of the depth.
+            Default: a quarter, a half and three quarters of the depth. -1 is before the first layer of a language model
+            that reads pictures or sounds.
         protect: tokens that never leave: positions among the live tokens (negative ones from the end);
             ``{"ids": [...]}`` for token ids; ``{"until": [...]}`` for all up to the first of these ids behind the first
             token, the query of a pair; "query" for that with the separator of the model's configuration, or of a
@@ -322,7 +323,8 @@ class TokenPruner(Pruner):
             at = (EARLY,) if self.at_entry else self.default_at(model)
         self.check_modality(model, at)
         for layer in at:
-            if layer != EARLY and not model.first_site <= layer <= model.last_site:
+            entry = layer == EARLY and bool(model.placeholders)
+            if not entry and not model.first_site <= layer <= model.last_site:
                 raise ValueError(
                     f"at={list(at)}: layer {layer} is not possible in {model.name}; its {model.depth} layers can be "
                     f"pruned at {model.first_site}..{model.last_site} (0-based)"
@@ -344,13 +346,8 @@ class TokenPruner(Pruner):
         if self.at_entry and (not known or at != (EARLY,)):
             what = "the layers of a language model that reads pictures or sounds"
             raise ValueError(f"{self.name} acts before {what}, at={EARLY}; got at={list(at)} in {model.name}")
-        if EARLY not in at:
+        if EARLY not in at or not known:
             return
-        if not known:
-            raise ValueError(
-                f"at={list(at)}: {EARLY} is before the layers of a language model that reads pictures or sounds, and "
-                f"{model.name} reads none"
-            )
         if self.soft_until > 0:
             raise ValueError(f"at={list(at)}: tokens fade within the layers and not before them; give soft_until=0")
         if self.needs_attention or self.needs_values:
@@ -488,7 +485,7 @@ class TokenPruner(Pruner):
 
     @property
     def picture_report(self) -> dict:
-        """What this thread's last forward left of pictures and sounds. Raises RuntimeError where the model reads none.
+        """What this thread's last forward left of pictures and sounds; empty where the model reads none.
 
         ``pictures``, ``kept``: for each row the tokens of each picture, and how many are left at the end. ``by_layer``:
         tokens of pictures that enter each layer, all rows together; ``mean``: their mean, which papers call the number
@@ -497,7 +494,7 @@ class TokenPruner(Pruner):
         """
         record = self.last_record()
         if record.pictures is None or record.left is None:
-            raise RuntimeError(f"{self.architecture.name} reads no pictures: see report")
+            return {}
         pictures, left = record.pictures, record.left.spread_votes() > 0
         many = int(pictures.max()) + 1
         whole = torch.stack([(pictures == number).sum(1) for number in range(many)], 1) if many else pictures[:, :0]

@@ -29,13 +29,13 @@ class Visual(TopK):
     def default_at(self, model: Architecture) -> tuple[int, ...]:
         return (EARLY,)
 
-    def build(self, model: Architecture) -> None:
+    def check_modality(self, model: Architecture, at: tuple[int, ...]) -> None:
         if model.reader is None:
             raise ValueError(
                 f"{self.name} chooses among the tokens of pictures or sounds, and {model.name} reads none; topk, "
                 "random and ltp prune text"
             )
-        super().build(model)
+        super().check_modality(model, at)
 
     def keeps_all(self, site: int) -> bool:
         share = self.shares[site]
