@@ -5,11 +5,16 @@
     python benchmarks/reranking.py train      and which paragraph of an article does
     python benchmarks/reranking.py prune      and is pruned, without labels: early and late, by the
                                               query's attention and by that of all tokens, and by ToP
-    python benchmarks/reranking.py measure    reciprocal rank and nDCG of all, with paired intervals over questions
+    python benchmarks/reranking.py graphs     int8 graphs of the dense model and of two that are pruned
+    python benchmarks/reranking.py measure    reciprocal rank and nDCG of all, graphs too, with paired intervals over
+                                              questions
     python benchmarks/reranking.py time       milliseconds for 100 candidates in every runtime, interleaved
 
 ``--tiny`` does it all at a size that says nothing, to see that it works, and lands nothing. Models lie in
 ``runs/benchmarks/passages``, rows in ``results/passages``. ``THRESHER_DATA`` names the folder that holds ``squad``.
+
+``graphs`` and ``time`` need no trained model: where one is missing they take one of its shape and schedule, untrained,
+and the rows say so.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +40,12 @@ PRUNED: dict[str, tuple[str, dict[str, Any], int]] = {  # method, options, epoch
     "late-all": ("topk", {"at": (2, 3), "keep": (0.25, 0.1), "votes": "all"}, 0),  # what the query's votes are worth
     "top": ("top", {"target_flops": 0.5}, 1),
 }
-TIMED = "early"  # whose graphs are made
+EXPORTED = ("dense", "early", "late")  # whose graphs are made
+TIMED = "early"  # the first of the pruned ones in a timing
+UNTRAINED = "untrained"  # what models that stand in for trained ones are called besides
 METRICS = ("mrr", "ndcg@10")
 CANDIDATES, BATCH = 100, 25  # beside the question that is timed; pairs in a forward
+CALIBRATING = 128  # pairs of the articles to train on, for int8 in OpenVINO
 GRAPHS = (("onnx", "int8"), ("openvino", "int8"))
 
 
@@ -162,6 +170,26 @@ def prune(size: Size) -> None:
         job(model=dense, out=folder(name, size), **own, **common(size, size.pruning))
 
 
+def timed_models(size: Size) -> dict[str, Path]:
+    """The models whose time is taken; those of ``EXPORTED`` that are missing are made, untrained."""
+    there = models(size)
+    if {*EXPORTED} <= {*there}:
+        return {name: place for name, place in there.items() if name != "late-all"}
+    made = {name: folder(f"{name}-{UNTRAINED}", size) for name in EXPORTED}
+    if not made["dense"].exists():
+        from thresher.data.models import load
+        from thresher.evaluation.rows import folder_written_whole
+
+        net, tokenizer = load(pretrained("minilm-l6"), num_labels=1)
+        with folder_written_whole(made["dense"]) as aside:
+            net.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+    for name in EXPORTED[1:]:
+        method, options, _ = PRUNED[name]
+        untrained(str(made["dense"]), method, options, made[name])
+    return made
+
+
 def untrained(dense: str, method: str, options: dict[str, Any], out: Path) -> None:
     """Write the dense model, pruned, and its tokenizer."""
     from thresher.api import prune
@@ -188,7 +216,7 @@ def measure(size: Size) -> None:
     from thresher.data.models import load
     from thresher.data.tokenize import tokenize
     from thresher.evaluation.hardware import environment
-    from thresher.evaluation.predict import outcome
+    from thresher.evaluation.predict import Text, logits_of, outcome
     from thresher.evaluation.rows import row
     from thresher.experiments.answers import kept_answers
     from thresher.stats.bootstrap import bootstrap_interval
@@ -198,22 +226,59 @@ def measure(size: Size) -> None:
     test = tokenize(task.test, task, nets["dense"][1], LONGEST)[0]
     test = test.select([i for i, question in enumerate(test["row"]) if question < (size.questions or np.inf)])
     ask = partial(kept_answers, place=RUNS / size.name / "answers", most=None)
-    said = {name: ask(net, folder(name, size), test) for name, (net, _) in nets.items()}
-    rows, gains = [], {name: {m: outcome(own, test, m)[0] for m in METRICS} for name, own in said.items()}
+    said = {(name, "torch", "fp32"): ask(net, folder(name, size), test) for name, (net, _) in nets.items()}
+    for (runtime, precision), graphs in opened({name: folder(name, size) for name in nets}, size).items():
+        for name, graph in graphs.items():
+            logits = logits_of(graph.forward, Text(nets[name][0], test, LONGEST))
+            said[name, runtime, precision] = replace(said[name, "torch", "fp32"], logits=logits)
+    rows, gains = [], {who: {m: outcome(own, test, m)[0] for m in METRICS} for who, own in said.items()}
     for metric in METRICS:
-        before = gains["dense"][metric]
-        for name, own in said.items():
-            values = {"quality": 100 * float(gains[name][metric].mean()), "quality_dense": 100 * float(before.mean())}
-            if name != "dense":
-                low, high = bootstrap_interval(metric, np.ones(len(before)), before, gains[name][metric])
+        before = gains["dense", "torch", "fp32"][metric]
+        for (name, runtime, precision), own in said.items():
+            after = gains[name, runtime, precision][metric]
+            values = {"quality": 100 * float(after.mean()), "quality_dense": 100 * float(before.mean())}
+            if (name, runtime) != ("dense", "torch"):
+                low, high = bootstrap_interval(metric, np.ones(len(before)), before, after)
                 values |= {"interval_low": low, "interval_high": high}
             mode = "dense-unpadded" if name == "dense" else "pruned"
             values |= {"task": "passages", "model": "minilm-l6", "method": name, "metric": metric, "mode": mode}
-            values |= {"split": "test", "selected_on": task.selected_on, "max_length": LONGEST, "runtime": "torch"}
-            values |= {"precision": "fp32", "n_examples": len(before), "tokens_mean": own.tokens_mean, "seed": 0}
+            values |= {"split": "test", "selected_on": task.selected_on, "max_length": LONGEST, "runtime": runtime}
+            values |= {"precision": precision, "n_examples": len(before), "tokens_mean": own.tokens_mean, "seed": 0}
             rows.append(row(**values, flops_ratio=own.macs_dense / own.macs_used, **environment()))
-    predictions = {name: {m: own[m].round(5).tolist() for m in METRICS} for name, own in gains.items()}
+    names = {who: who[0] if who[1] == "torch" else " ".join(who) for who in gains}
+    predictions = {names[who]: {m: own[m].round(5).tolist() for m in METRICS} for who, own in gains.items()}
     land(size, "quality", {"rows": rows, "predictions": predictions})
+
+
+def graphs(size: Size) -> None:
+    """Make the graphs, of trained models where these are there."""
+    opened(timed_models(size), size)
+
+
+def opened(places: dict[str, Path], size: Size) -> dict[tuple[str, str], dict[str, Any]]:
+    """The graphs of the models of ``EXPORTED`` among ``places``, by runtime and precision; made where they are missing
+    or of another model."""
+    import torch
+
+    from speed import graph_of
+    from thresher.data.load import load_task
+    from thresher.data.models import load
+    from thresher.data.tokenize import tokenize
+
+    nets = {name: load(str(places[name])) for name in EXPORTED if name in places}
+    tokenizer, task = nets["dense"][1], load_task(data_of(size), metric=METRICS[0])
+    pairs = task.train.shuffle(seed=0).select(range(min(CALIBRATING, len(task.train))))
+    pairs = tokenize(pairs, task, tokenizer, LONGEST)[0]
+    names = [name for name in tokenizer.model_input_names if name in pairs.column_names]
+    calibration = [{name: torch.tensor([pair[name]]) for name in names} for pair in pairs]
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for runtime, precision in GRAPHS:
+        how = {"format": runtime, "precision": precision, "tokenizer": tokenizer, "calibration": calibration}
+        for name, (net, _) in nets.items():
+            place = RUNS / size.name / "graphs" / f"{places[name].name}-{runtime}-{precision}"
+            graph = graph_of(net, place, max(size.widths), **how)
+            found.setdefault((runtime, precision), {})[name] = graph
+    return found
 
 
 def candidates(size: Size, tokenizer: Any, width: int, seed: int = 0) -> Any:
@@ -237,23 +302,15 @@ def candidates(size: Size, tokenizer: Any, width: int, seed: int = 0) -> Any:
 
 def time(size: Size) -> None:
     """Time 100 candidates of one question: dense as it is mostly run, without padding, and pruned."""
-    import torch
-
-    from speed import graph_of
     from thresher.data.models import load
     from thresher.data.task import Task
     from thresher.evaluation.benchmark import measure as timed
 
-    nets = {name: load(str(place)) for name, place in models(size).items()}
-    tokenizer, opened = nets["dense"][1], {}
-    names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in tokenizer.model_input_names]
-    rows = candidates(size, tokenizer, LONGEST, seed=1)
-    calibration = [{name: torch.tensor([rows[i][name]]) for name in names} for i in range(16)]
-    for runtime, precision in GRAPHS:
-        how = {"format": runtime, "precision": precision, "tokenizer": tokenizer, "calibration": calibration}
-        place = {name: RUNS / size.name / "graphs" / f"{name}-{runtime}-{precision}" for name in ("dense", TIMED)}
-        both = {name: graph_of(nets[name][0], place[name], max(size.widths), **how) for name in place}
-        opened[runtime, precision] = {"dense": both["dense"], "pruned": both[TIMED]}
+    places = timed_models(size)
+    trained = places["dense"] == folder("dense", size)
+    nets = {name: load(str(place)) for name, place in places.items()}
+    tokenizer, graphs = nets["dense"][1], opened(places, size)
+    graphs = {w: {"pruned" if n == TIMED else n: graph for n, graph in own.items()} for w, own in graphs.items()}
     found = []
     for width in size.widths:
         data = candidates(size, tokenizer, width)
@@ -265,8 +322,8 @@ def time(size: Size) -> None:
             task,
             max_length=width,
             against=nets["dense"][0],
-            baselines={name: nets[name][0] for name in nets if name not in (TIMED, "dense", "late-all")},
-            graphs=opened,
+            baselines={name: nets[name][0] for name in nets if name not in (TIMED, "dense")},
+            graphs=graphs,
             batch_sizes=(BATCH,),
             batches=CANDIDATES // BATCH,
             repeats=size.repeats,
@@ -274,7 +331,8 @@ def time(size: Size) -> None:
         )
         for row in made:
             spent = 1000 * CANDIDATES / row["samples_per_second"]
-            found.append({**row, "note": f"{spent:.1f} ms for {CANDIDATES} candidates"})
+            note = f"{spent:.1f} ms for {CANDIDATES} candidates"
+            found.append({**row, "note": note if trained else f"{note}; models of this shape, untrained"})
     land(size, "time", {"rows": found})
 
 
@@ -283,14 +341,14 @@ def land(size: Size, name: str, result: dict[str, Any]) -> None:
     from run import RESULTS, as_json
     from thresher.evaluation.rows import whole
 
-    place = RESULTS / "passages" if size is FULL else RUNS / size.name
+    place = RESULTS / "passages" if size.name == FULL.name else RUNS / size.name
     command = f"python benchmarks/reranking.py {name.replace('quality', 'measure')}"
     rows = [{**row, "command": command} for row in result["rows"]]
     with whole(place / f"minilm-l6-{name}-s0.json") as aside:
         aside.write_text(as_json({**result, "rows": rows}))
 
 
-STEPS = {"warm": warm, "train": train, "prune": prune, "measure": measure, "time": time}
+STEPS = {"warm": warm, "train": train, "prune": prune, "graphs": graphs, "measure": measure, "time": time}
 
 
 def main() -> int:
@@ -299,12 +357,15 @@ def main() -> int:
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--tiny", action="store_true", help="at a size that says nothing")
     parser.add_argument("--threads", type=int, help="threads of measure and time (default: torch's)")
+    parser.add_argument("--repeats", type=int, help="of time (default: 5)")
     options = parser.parse_args()
+    size = TINY if options.tiny else FULL
+    size = replace(size, repeats=options.repeats or size.repeats)
     if options.threads:
         import torch
 
         torch.set_num_threads(options.threads)
-    STEPS[options.step](TINY if options.tiny else FULL)
+    STEPS[options.step](size)
     return 0
 
 

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from .caches.keydiff import KeyDiff
     from .caches.knorm import Knorm
     from .caches.kvzip import KVzip
+    from .caches.ltp import LTPCache
     from .caches.pruner import CachePruner
     from .caches.snapkv import SnapKV
     from .caches.streamingllm import StreamingLLM
     from .caches.tova import TOVA
+    from .caches.triattention import TriAttention
     from .core.pruner import TokenPruner
     from .exporting.export import export
     from .exporting.runtime import load_runtime
@@ -79,6 +81,7 @@ __all__ = [
     "KVzip",
     "KeyDiff",
     "Knorm",
+    "LTPCache",
     "LazyLLM",
     "PoWERBERT",
     "Pool",
@@ -96,6 +99,7 @@ __all__ = [
     "TokenPruner",
     "TopK",
     "Transkimmer",
+    "TriAttention",
     "VisPruner",
     "VisionZip",
     "calling",
@@ -114,10 +118,12 @@ _HOMES = {
     "caches.keydiff": ("KeyDiff",),
     "caches.knorm": ("Knorm",),
     "caches.kvzip": ("KVzip",),
+    "caches.ltp": ("LTPCache",),
     "caches.pruner": ("CachePruner",),
     "caches.snapkv": ("SnapKV",),
     "caches.streamingllm": ("StreamingLLM",),
     "caches.tova": ("TOVA",),
+    "caches.triattention": ("TriAttention",),
     "exporting.export": ("export",),
     "methods.dynamicvit": ("DynamicViT",),
     "methods.evs": ("EVS",),

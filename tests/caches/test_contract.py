@@ -21,12 +21,12 @@ from transformers import (
     StaticCache,
     TrainingArguments,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, HQQQuantizedLayer, QuantoQuantizedLayer
 
 import thresher
 from support.decoders import GROUPED, LENGTHS, METHODS, SMALL, alone, build, difference, feed, make, prompts, run
 from support.families import FAMILIES
-from thresher import H2O, TOVA, KeyDiff, Knorm, SnapKV, StreamingLLM, TopK, calling, dense, prune, unprune
+from thresher import H2O, TOVA, KeyDiff, Knorm, KVzip, SnapKV, StreamingLLM, TopK, calling, dense, prune, unprune
 from thresher.caches.hooks import ours
 from thresher.caches.layer import PrunedLayer
 from thresher.core.method import METHODS as REGISTRY
@@ -102,6 +102,15 @@ def test_megabytes_are_never_exceeded_after_a_step(rows):
     assert most == round(target * 1e6)
     with pytest.raises(ValueError, match=r"target_cache_mb=0.001 has room for \d+ entries of each row.*give more"):
         filled(prune(build("llama"), KeyDiff(target_cache_mb=0.001, every=4, **SMALL)), batch)
+
+
+@pytest.mark.parametrize("method", [KeyDiff(target_cache_mb=0.001, **SMALL), KVzip(keep=12, **SMALL)])
+def test_a_refusal_leaves_nothing_in_the_cache(method):
+    model, cache = prune(build("gemma3"), method), DynamicCache()
+    given = {"inputs_embeds": model.get_input_embeddings()(prompts(LENGTHS[:1])["input_ids"])}
+    with torch.no_grad(), pytest.raises(ValueError, match=r"has room for 0 entries|needs its input_ids"):
+        model(**given, past_key_values=cache)
+    assert cache.get_seq_length() == 0 and all(layer.get_seq_length() == 0 for layer in cache.layers)
 
 
 def test_a_pyramid_of_megabytes_pays_for_its_upper_layers():
@@ -284,9 +293,19 @@ def test_options_that_cannot_be_are_refused(make_it, says):
         make_it()
 
 
+def packed_by(kind):
+    """A cache of transformers' that needs a package: its layers, without a backend."""
+    cache = DynamicCache()
+    cache.layers = [kind.__new__(kind) for _ in range(3)]
+    return cache
+
+
 @pytest.mark.parametrize(
     ("cache", "says"),
     [
+        (lambda c: packed_by(QuantoQuantizedLayer), "cannot prune a DynamicCache, whose entries are quantized"),
+        (lambda c: packed_by(HQQQuantizedLayer), "cannot prune a DynamicCache, whose entries are quantized"),
+        (lambda c: ((torch.zeros(1, 2, 1, 8),) * 2,) * 3, "cannot prune a tuple as past_key_values: give a DynamicC"),
         (lambda c: StaticCache(config=c, max_cache_len=64), "cannot prune a StaticCache, whose size is fixed"),
         (lambda c: QuantizedCache("fp8", c), "cannot prune a QuantizedCache, whose entries are quantized"),
         (lambda c: DynamicCache(config=c, offloading=True), "cannot prune a cache that is offloaded"),
@@ -390,11 +409,36 @@ def test_continuous_batching_is_refused():
     model = prune(build("llama"), make("keydiff"))
     with pytest.raises(ValueError, match="cannot prune the pages of continuous batching"):
         model(**prompts(), cache=object())
+    for call in (
+        lambda: model.generate_batch([[5, 6, 7]]),
+        lambda: model.generate(**prompts(), cache_implementation="paged", max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match=r"cannot prune the pages of continuous batching: call generate"):
+            call()
+    assert "init_continuous_batching" not in vars(unprune(model))
+
+
+def test_a_cache_without_a_layer_of_ours_is_an_error():
+    class Own(DynamicLayer):
+        """A layer of a kind that is not known."""
+
+    model, cache = prune(build("llama"), make("keydiff")), DynamicCache()
+    cache.layers = [Own() for _ in range(3)]
+    with pytest.raises(ValueError, match="keydiff found no layer that it can prune in this DynamicCache: use a Dyn"):
+        model(**prompts(), past_key_values=cache)
+
+
+def test_a_layer_that_shows_no_attention_is_an_error(monkeypatch):
+    model = prune(build("llama"), make("keydiff"))
+    block = model.model.layers[1].self_attn
+    monkeypatch.setattr(block, "forward", lambda hidden_states, **given: (hidden_states, None))
+    with pytest.raises(RuntimeError, match="layer 1 of LlamaForCausalLM delivered no attention, so nothing would be"):
+        model(**prompts())
 
 
 def test_models_that_cannot_be_served_are_refused():
     with pytest.raises(
-        ValueError, match="prunes the KV cache of a decoder, and BertForSequenceClassification has none"
+        ValueError, match="prunes the KV cache of a decoder, which BertForSequenceClassification is not"
     ):
         prune(FAMILIES["bert"].build(), make("keydiff"))
     with pytest.raises(ValueError, match="all of its layers slide and hold a window at most"):

@@ -17,10 +17,12 @@ def test_the_lines_run(tmp_path, monkeypatch, capsys):
     tokenizer = tiny_tokenizer()
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained("my-decoder")
-    cache, prompts = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    cache, learned, prompts = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     scope: dict = {}
     exec(cache, scope)
     assert len(capsys.readouterr().out.splitlines()) == 3 and scope["answer"].shape == scope["reference"].shape
+    exec(learned, scope)
+    assert "kl_equal" in capsys.readouterr().out
     exec(prompts, scope)
     short = scope["short"]
     assert 0.4 * short.tokens_in < short.tokens_out <= 0.5 * short.tokens_in + 1 and short.text.endswith("the grain")

@@ -7,8 +7,9 @@ import torch
 from transformers import DynamicCache
 
 from support.decoders import alone, build, difference, feed, make, prompts
-from thresher import StreamingLLM, prune
+from thresher import StreamingLLM, TopK, prune
 from thresher.caches.hooks import ours
+from thresher.core import compat
 
 FAMILIES = ["llama", "gpt-neox", "phi3", "gemma3"]
 
@@ -23,13 +24,14 @@ def last_logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"every": 3}, {"dtype": torch.float64}], ids=str)
-@pytest.mark.parametrize("family", ["llama", "phi", "gpt-neox", "deepseek-v3", "yarn", "cohere"])
+@pytest.mark.parametrize("family", ["llama", "phi", "gpt-neox", "deepseek-v3", "yarn", "cohere", "cohere2"])
 @torch.no_grad()
 def test_one_layer_sees_sinks_and_window_as_if_they_stood_next_to_each_other(family, options):
     """With one layer, keys depend on their own token alone, so that the dense model on the shortened text is right."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
     own = {"num_hidden_layers": 1, "first_k_dense_replace": 1} if family == "deepseek-v3" else {"num_hidden_layers": 1}
     own |= {"rope_parameters": yarn} if family == "yarn" else {}
+    own |= {"layer_types": ["full_attention"]} if family == "cohere2" else {}  # which has no positions then
     plain = build({"yarn": "llama"}.get(family, family), **own).to(options.get("dtype", torch.float32))
     model = build({"yarn": "llama"}.get(family, family), **own).to(options.get("dtype", torch.float32))
     every = options.get("every", 1)
@@ -90,6 +92,38 @@ def test_what_cannot_follow_is_refused():
     prune(build("llama", rope_parameters=dynamic), StreamingLLM(keep=12, sinks=2))
     with pytest.raises(ValueError, match="the sinks of GPT2LMHeadModel cannot follow: its layers have no rotary"):
         prune(build("gpt2"), streaming(move_sinks=True))
+
+
+@pytest.mark.parametrize("family", ["cohere2", "exaone4", "llama", "gpt2"])
+def test_layers_without_positions_turn_nothing(family):
+    """Their source turns keys all the same, in a branch that is not taken where they do not slide."""
+    hooks = prune(build(family), make("expectedattention")).token_pruner.hooks
+    turned = [number for number in hooks.full if hooks.rotation(number) is not None]
+    assert turned == (hooks.full if family == "llama" else [])
+    assert all(hooks.turns(number) is (family in ("llama", "gpt2")) for number in hooks.full)
+
+
+def test_a_rotation_of_another_kind_is_not_known(monkeypatch):
+    monkeypatch.setattr(compat, "rotary_pairs", lambda block: "neighbours")
+    with pytest.raises(ValueError, match="which turns its queries in a way that is not known"):
+        prune(build("llama"), make("expectedattention"))
+    with pytest.raises(ValueError, match="or turn them in a way that is not known"):
+        prune(build("llama"), streaming())
+
+
+@pytest.mark.parametrize("before", [TopK(keep=0.5), make("keydiff")], ids=["tokens", "cache"])
+@pytest.mark.filterwarnings("ignore:the model was pruned with")
+def test_rotations_are_tried_on_a_model_that_is_pruned_already(before):
+    model = prune(prune(build("llama").to(torch.bfloat16), before), streaming())
+    assert all(model.token_pruner.hooks.rotation(number) is not None for number in range(3))
+
+
+def test_a_model_that_trains_is_tried_at_rest():
+    model = build("gpt-neox", hidden_dropout=0.5, attention_dropout=0.5).train()
+    model.gpt_neox.layers[0].eval()
+    hooks = prune(model, streaming()).token_pruner.hooks
+    assert all(hooks.rotation(number) is not None for number in range(3))
+    assert model.training and not model.gpt_neox.layers[0].training and model.gpt_neox.layers[1].training
 
 
 def test_learned_positions_end():

@@ -156,7 +156,7 @@ def test_latents_are_expanded_as_attention_does():
     block = model.model.layers[1].self_attn
     cache = DynamicCache(config=model.config)
     model.set_attn_implementation(register("sdpa"))
-    site = SimpleNamespace(statistic=None, tokens=None)
+    site = SimpleNamespace(statistic=None, tokens=None, voters=None)
     handle = block.register_forward_pre_hook(lambda m, a, k: (a, k | {"token_site": site}), with_kwargs=True)
     model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
     handle.remove()

@@ -52,6 +52,13 @@ def test_one_graph(family, method):
     check(family, METHODS[method](), "eager", [FAMILIES[family].batch()])
 
 
+@pytest.mark.parametrize("options", [{"protect": {"until": [3]}}, {"votes": "protected"}], ids=["query", "class"])
+def test_one_graph_where_some_tokens_vote(options):
+    batch = FAMILIES["bert"].batch()
+    batch["input_ids"][:, 5] = batch["input_ids"][1, 2] = 3
+    check("bert", TopK(keep=0.6, at=(0, 1), **options), "eager", [batch])
+
+
 @pytest.mark.parametrize("at", [(0, 1), (1,), (2,)])
 def test_a_row_without_a_token_is_answered_alike_by_other_attention(at, monkeypatch):
     """Runtimes differ in what a query gets that sees nobody: in a graph every query sees somebody."""

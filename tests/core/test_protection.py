@@ -7,7 +7,7 @@ import torch
 
 from support.families import FAMILIES, difference
 from support.methods import METHODS, REFUSES, refusal
-from thresher import LTP, Cut, ToMe, TopK, calling, dense, prune
+from thresher import LTP, Cut, Threshold, ToMe, TopK, calling, dense, prune
 from thresher.core.tokens import LAYOUTS
 
 SEPARATOR = 3  # no token of the random batches
@@ -36,6 +36,22 @@ def test_the_query_never_leaves(layout):
     model(**batch)
     until = torch.arange(24) <= torch.tensor([5, 2, 8])[:, None]
     assert torch.equal(kept(model), until)
+
+
+@torch.no_grad()
+def test_a_row_whose_batch_protects_none_of_it_keeps_its_best_token():
+    batch, answers = pairs(), []
+    protect = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    protect[1, 2] = True
+    for layout in LAYOUTS:
+        model = prune(FAMILIES["bert"].build(), Threshold(50.0, at=(1,)), layout=layout)
+        with calling(model, protect=protect):
+            answers.append(model(**batch).logits)
+        site = model.token_pruner.record.sites[0]
+        assert site.keep.sum(1).tolist() == [1, 1, 1]
+        best = site.score.masked_fill(~site.alive, -1.0).argmax(1)
+        assert site.keep[0, best[0]] and site.keep[1, 2] and site.keep[2, best[2]]
+        assert (answers[-1] - answers[0]).abs().max() <= 1e-5
 
 
 @torch.no_grad()

@@ -7,8 +7,12 @@ import torch
 
 from support.families import FAMILIES
 from support.tiny import tiny_model, tiny_tokenizer
-from thresher import ATS, LTP, Cut, Entropy, PoWERBERT, SpAtten, Threshold, ToP, TopK, prune
+from thresher import ATS, LTP, Cut, Entropy, PoWERBERT, SpAtten, Threshold, ToP, TopK, calling, prune
+from thresher.core import scoring
 from thresher.core.pruner import TokenPruner
+from thresher.core.scoring import repeat_heads
+from thresher.core.view import View
+from thresher.methods.powerbert import others
 from thresher.training.trainer import Ranking
 
 PAIRS = [
@@ -89,6 +93,78 @@ def test_removed_is_masked_and_a_row_answers_alone_as_in_a_batch(method):
         assert model.token_pruner.votes == "protected"
     assert (logits["mask"] - logits["padded"]).abs().max() <= 1e-5
     assert (logits["mask"] - logits["packed"]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("layout", ("mask", "padded", "packed"))
+@pytest.mark.parametrize("family", ("bert", "modernbert", "llama", "gemma2", "gpt-oss"))
+@pytest.mark.parametrize("side", ("right", "left"))
+def test_the_voters_rows_alone_are_the_rows_of_all(family, layout, side, monkeypatch):
+    """Whatever the attention: windows, causal masks, soft caps, sinks, grouped keys; voters anywhere in a row, as many
+    as they are, or none, where the row votes as a whole."""
+    source = FAMILIES[family]
+    if layout == "packed" and not source.packed:
+        pytest.skip("has no packed rows")
+    batch = source.batch((24, 18, 10, 1), side=side)
+    chosen = torch.rand(batch["attention_mask"].shape, generator=torch.Generator().manual_seed(7)) < 0.25
+    chosen[2] = False
+    found = []
+    for whole in (False, True):
+        method = Seen(keep=0.6, at=(0, 2), votes="protected")
+        model = prune(source.build(), method, layout=layout)
+        if whole:  # a look at all rows, as where everybody votes
+            monkeypatch.setattr(View, "_reduce_voters", all_rows)
+        with torch.no_grad(), calling(model, protect=chosen):
+            source.answers(model, batch)
+        found.append([site.score * site.alive for site in model.token_pruner.record.sites])
+    for rows, reference in zip(*found, strict=True):
+        assert (rows - reference).abs().max() <= 1e-5 and reference.abs().max() > 0.1
+
+
+class Seen(TopK):
+    name = ""
+
+
+def all_rows(view: View, slots: torch.Tensor, reduce) -> torch.Tensor:
+    """The score by all rows of the probabilities, of which the votes choose."""
+    shown = view._shown
+    slots = torch.arange(view.alive.shape[1]).expand_as(view.alive)
+    given = shown.inputs
+    query, key = view._queries(slots), repeat_heads(view.key, view._queries(slots))
+    logits = given.logits.cap(query @ key.transpose(-1, -2) * given.logits.scaling)
+    bias = view._bias(slots)
+    weights = given.logits.softmax(logits if bias is None else logits + bias)
+    return (weights * shown.votes[:, None, :, None]).sum(2).mean(1)
+
+
+def test_few_rows_of_scores_are_made(monkeypatch):
+    inputs, seen = batch(), []
+    plain = scoring.reduce_over_heads
+
+    def watched(query, *rest):
+        seen.append(tuple(query.shape))
+        return plain(query, *rest)
+
+    monkeypatch.setattr("thresher.core.view.reduce_over_heads", watched)
+    query = max(ids.index(3) + 1 for ids in inputs["input_ids"].tolist())
+    for layout in ("mask", "padded", "packed"):
+        model = tiny_model(TopK(keep=0.5, at=(0, 1), protect=UNTIL), layout=layout).eval()
+        with torch.no_grad():
+            model(**inputs)
+    assert [shape[2] for shape in seen] == [query] * 6 and query < inputs["input_ids"].shape[1] / 2
+
+
+@pytest.mark.parametrize("layout", ("mask", "padded", "packed"))
+def test_what_a_token_gives_itself_is_left_out_in_the_voters_rows_as_in_all(layout):
+    inputs = batch()
+    weights = tiny_model(attn_implementation="eager").eval()(**inputs, output_attentions=True).attentions[1].detach()
+    real, query = inputs["attention_mask"], torch.zeros_like(inputs["attention_mask"])
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        query[row, : ids.index(3) + 1] = 1
+    votes = query * real.sum(1, keepdim=True) / query.sum(1, keepdim=True)
+    expected = others(weights, votes) / weights.shape[1]
+    method = PoWERBERT(keep=0.5, at=(1,), protect=UNTIL)
+    found = score_at(tiny_model(method, layout=layout).eval(), inputs)
+    assert found == pytest.approx(expected * real, abs=1e-5)
 
 
 @pytest.mark.parametrize("make", (LTP, ToP, PoWERBERT))

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from support.families import FAMILIES, NO_DROPOUT, TEXT, VISION
 from support.methods import METHODS
 from support.tiny import tiny_tokenizer
-from thresher import ToP, TopK, export, load_runtime, prune
+from thresher import PoWERBERT, Threshold, ToP, TopK, export, load_runtime, prune
 from thresher.cli import app as cli
 from thresher.data.embedder import Embedder, Pooling, Projection
 from thresher.experiments.describe import describe
@@ -70,6 +70,87 @@ def test_a_graph_of_a_reranker_keeps_the_query(tmp_path):
     left = model.token_pruner.record.sites[-1].keep.sum(1)
     assert (rows["input_ids"][:, 10] == 3).all() and left.tolist()[0] >= 11, "the first eleven tokens of each"
     torch.testing.assert_close(graph.forward(**rows)["logits"], wanted, atol=1e-4, rtol=1e-4)
+
+
+def voting(method: TopK, **options) -> BertForSequenceClassification:
+    return prune(classifier(num_labels=1, vocab_size=len(tiny_tokenizer()), **options), method)
+
+
+def differs_by_voters(model, graph) -> float:
+    """The largest difference over batches whose rows have queries of other lengths, at either side, at once or not at
+    all."""
+    worst = 0.0
+    for at, side in (((3, 9, 14), 1), ((1, 2, 3), -1), ((0, 5, 30), 1)):
+        rows = inputs_of(model, tiny_tokenizer(), 3, 40)
+        rows["input_ids"] = rows["input_ids"].masked_fill(rows["input_ids"] == 3, 4)
+        for row, place in enumerate(at):
+            if place:  # a row without has no query: all of it is one
+                rows["input_ids"][row, place] = 3
+        given = rows
+        if side < 0:  # padding on the left, the tokens in their order
+            given = {
+                name: torch.stack([left(a, b) for a, b in zip(x, rows["attention_mask"], strict=True)])
+                for name, x in rows.items()
+            }
+        with torch.no_grad():
+            expected = model(**given).logits
+        worst = max(worst, float((graph.forward(**given)["logits"] - expected).abs().max()))
+    return worst
+
+
+def left(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A padded row with its padding in front."""
+    return torch.cat([x[mask == 0], x[mask == 1]])
+
+
+def softmaxes(folder, feed: dict) -> list[tuple[int, ...]]:
+    """The shapes of all probabilities that an ONNX graph makes of some inputs."""
+    import onnx
+    import onnxruntime
+
+    graph = onnx.load(folder / "model.onnx")
+    made = [node.output[0] for node in graph.graph.node if node.op_type == "Softmax"]
+    graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in made)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    return [x.shape for x in session.run(made, {i.name: feed[i.name].numpy() for i in session.get_inputs()})]
+
+
+VOTING = {
+    "query": lambda: TopK(keep=0.4, at=(0, 1), protect={"until": [3]}),
+    "class": lambda: TopK(keep=0.4, at=(0, 1), votes="protected"),
+    "ids": lambda: TopK(keep=0.4, at=(0, 1), protect={"ids": [3]}, votes="protected"),
+    "threshold": lambda: Threshold(0.8, at=(0, 1), protect={"until": [3]}),
+    "powerbert": lambda: PoWERBERT(keep=0.4, at=(0, 1), protect={"until": [3]}),
+}
+
+
+@pytest.mark.parametrize("name", ["query", "class"])
+def test_few_rows_of_probabilities_are_in_a_graph_where_few_vote(name, tmp_path):
+    model = voting(VOTING[name]())
+    export(model, tmp_path / "graph", tokenizer=tiny_tokenizer(), max_length=64)
+    assert differs_by_voters(model, load_runtime(tmp_path / "graph")) <= 1e-5
+    rows = inputs_of(model, tiny_tokenizer(), 2, 40)  # a query of eleven tokens
+    shapes, layers = softmaxes(tmp_path / "graph", rows), model.config.num_hidden_layers
+    votes = [shape for shape in shapes if shape[2] != shape[3]]
+    assert len(shapes) == layers + 2 and [shape[2] for shape in votes] == [11 if name == "query" else 1] * 2
+    assert votes[0][3] == 40 > votes[1][3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize("name", VOTING)
+def test_voters_anywhere_in_every_format(name, format, tmp_path):
+    model = voting(VOTING[name]())
+    export(model, tmp_path / "graph", tokenizer=tiny_tokenizer(), format=format, max_length=64)
+    graph = load_runtime(tmp_path / "graph")
+    assert differs_by_voters(model, graph) <= 1e-5
+    if format == "openvino":
+        import openvino
+
+        kinds = [
+            op.get_type_name() for op in openvino.Core().read_model(tmp_path / "graph" / "openvino_model.xml").get_ops()
+        ]
+        assert kinds.count("ScaledDotProductAttention") == model.config.num_hidden_layers
 
 
 @pytest.mark.slow

@@ -8,7 +8,19 @@ import torch
 import transformers as t
 from transformers import DynamicCache
 
-from thresher import H2O, TOVA, ExpectedAttention, KeyDiff, Knorm, KVzip, RandomCache, SnapKV, StreamingLLM
+from thresher import (
+    H2O,
+    TOVA,
+    ExpectedAttention,
+    KeyDiff,
+    Knorm,
+    KVzip,
+    LTPCache,
+    RandomCache,
+    SnapKV,
+    StreamingLLM,
+    TriAttention,
+)
 
 LENGTHS = (40, 27)  # of the rows of a batch
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 97}
@@ -23,7 +35,12 @@ HYBRID = ["sliding_attention", "full_attention", "full_attention"]
 SHARED = GROUPED | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8, "sliding_window": 12}
 SHARED |= {"layer_types": HYBRID[:2] * 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
 SHARED |= {"laurel_rank": 4, "altup_num_inputs": 2}
-OTHERS = {"cohere": ("Cohere", GROUPED), "gemma3n": ("Gemma3n", SHARED)}  # besides the families of the matrix
+OTHERS = {  # besides the families of the matrix
+    "cohere": ("Cohere", GROUPED),
+    "cohere2": ("Cohere2", GROUPED | {"layer_types": HYBRID, "sliding_window": 12, "logit_scale": 1.0}),
+    "exaone4": ("Exaone4", GROUPED | {"layer_types": HYBRID, "sliding_window": 12}),
+    "gemma3n": ("Gemma3n", SHARED),
+}
 DECODERS = {
     "llama": ("Llama", GROUPED),
     "qwen2": ("Qwen2", GROUPED),
@@ -39,6 +56,26 @@ DECODERS = {
 }
 EAGER_ONLY = ("gemma2",)  # whose logits have a soft cap, which sdpa has no place for
 SMALL = {"sinks": 2, "recent": 4}
+
+
+class Centred(TriAttention):
+    """With centres of its own, so that nothing has to be calibrated."""
+
+    def bind(self, model) -> None:
+        super().bind(model)
+        self.centre.copy_(torch.randn(self.centre.shape, generator=torch.Generator().manual_seed(5)))
+        self.length.copy_(self.centre.abs() + 1.5)
+        self.queries.fill_(1)
+
+
+class Levelled(LTPCache):
+    """With the threshold of uniform attention in each layer, so that nothing has to be learned."""
+
+    def bind(self, model) -> None:
+        super().bind(model)
+        self.threshold.fill_(0.0)
+
+
 # name: what makes the method, by the budget: 12 of 40 tokens of the prompt, or 12 entries while decoding
 METHODS = {
     "streamingllm": StreamingLLM,
@@ -50,6 +87,8 @@ METHODS = {
     "h2o": H2O,
     "expectedattention": ExpectedAttention,
     "kvzip": partial(KVzip, request=(9, 8, 7), part=15, overlap=3),
+    "triattention": Centred,
+    "ltp-cache": partial(Levelled, heads="own"),
 }
 BUDGETS = {"share": {"keep": 0.3}, "count": {"keep": 12}, "hold": {"hold": 12, "every": 3}}
 
@@ -77,6 +116,7 @@ def make(method: str, budget: str = "count", **options):
     """A method with a small budget."""
     kind = METHODS[method]
     budget = "count" if method == "kvzip" and budget == "hold" else budget  # it has none while decoding
+    budget = "share" if method == "ltp-cache" else budget  # which its thresholds were learned for
     own = {"sinks": 2} if kind is StreamingLLM else SMALL
     return kind(**own | BUDGETS[budget] | options)
 

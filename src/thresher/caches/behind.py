@@ -87,10 +87,7 @@ class PromptHooks(CacheHooks):
                 "cache methods such as SnapKV prune each part"
             )
         if compat.brings_drafts(*args, **kwargs):
-            raise ValueError(
-                f"{name} cannot tell a prompt from the draft that comes with it: fill the cache first, by "
-                "model(**inputs, past_key_values=cache), and generate from it"
-            )
+            raise ValueError(f"{name} cannot tell a prompt from the draft that comes with it: generate without drafts")
         return answer
 
     def begin(self, kwargs: dict) -> CacheCall:

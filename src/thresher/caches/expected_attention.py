@@ -28,7 +28,7 @@ class ExpectedAttention(CachePruner):
     | paper | here | why |
     |---|---|---|
     | all queries of the prompt | with ``hold`` the last ``observe`` ones | the others are not remembered |
-    | the rate of a head adapts to it | each head keeps as many | bytes are freed in a rectangle |
+    | the rate of a head adapts to it | with ``heads="adaptive"`` | else bytes are freed in a rectangle |
 
     Args:
         keep, hold, ...: as in ``CachePruner``.
@@ -43,6 +43,7 @@ class ExpectedAttention(CachePruner):
 
     name: ClassVar[str] = "expectedattention"
     serves_latents: ClassVar[bool] = False
+    turns_back: ClassVar[bool] = True
 
     @property
     def window(self) -> int:

@@ -13,26 +13,31 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from ..core import compat
 from ..core.attachment import Attachment
+from ..core.method import pruner_of
 from ..core.pruner import Options
 from ..core.view import AttentionInputs
-from .kvzip import KVzip, RepeatOptions
-from .layer import Coming, PrunedLayer, last_real
+from .checks import check_own_entries, check_places
+from .costs import measured
+from .kvzip import CacheOptions, KVzip
+from .layer import KINDS, Coming, PrunedLayer, last_real, ours, row_of
 from .pruner import CachePruner
-from .rope import Rotation, close_gap, rotation_of
-from .view import CacheView, attention_received
+from .ragged import RaggedLayer
+from .rope import Rotation, close_gap, rotations, two_places
+from .view import CacheView, attention_received, taken
 
-KINDS = ("pruned", "sliding")  # of layers, in the report
 GENERATE = "generate"  # of a model
 FUNCTIONS = ("sdpa", "eager")  # attention functions that take a mask for each layer
 
@@ -41,7 +46,7 @@ FUNCTIONS = ("sdpa", "eager")  # attention functions that take a mask for each l
 class CacheCall:
     """One forward between its layers."""
 
-    options: Any  # RepeatOptions
+    options: Any  # CacheOptions
     dense: bool = False  # whether the model runs as it is
     cache: Any = None
     layers: dict[int, PrunedLayer] = field(default_factory=dict)  # ours, by their number
@@ -61,13 +66,14 @@ class CacheSite:
     call: CacheCall
     asks: Tensor  # (B, q), positions of the tokens that enter the layer; -1: padding
     inputs: AttentionInputs | None = None
+    attend: Callable[[AttentionInputs], Tensor | None] | None = None  # in place of the attention function
 
 
 class CacheHooks(Attachment):
     """The forward of a decoder, and the hooks of its layers, while its cache is pruned."""
 
     tried: ClassVar[bool] = False
-    unasked: ClassVar[Options] = RepeatOptions()
+    unasked: ClassVar[Options] = CacheOptions()
     method: CachePruner
 
     # --- on ----------------------------------------------------------------------------------------------------------
@@ -94,7 +100,7 @@ class CacheHooks(Attachment):
         arch = self.architecture
         if not arch.causal:
             raise ValueError(
-                f"{self.name} prunes the KV cache of a decoder, and {arch.name} has none: TopK, LTP and ToP "
+                f"{self.name} prunes the KV cache of a decoder, which {arch.name} is not: TopK, LTP and ToP "
                 "prune the tokens of an encoder"
             )
         if not (arch.shows_inputs and arch.passes_arguments):
@@ -109,23 +115,12 @@ class CacheHooks(Attachment):
             )
         self.blocks = {self.number_of(layer): layer.get_submodule(arch.block) for layer in arch.layers}
         kinds = DynamicCache(config=arch.base.config).layers
-        self.check_own_entries(len(kinds))
+        check_own_entries(self, len(kinds))
         self.full = [number for number, kind in enumerate(kinds) if type(kind) is DynamicLayer]
         self.latent = compat.expands_latents(next(iter(self.blocks.values())))
         self.rotary = compat.rotary_module(arch.base) is not None
-
-    def check_own_entries(self, layers: int) -> None:
-        """Raise ValueError where layers use the keys and values of others; ``layers``: how many a cache has."""
-        arch = self.architecture
-        numbers = [self.number_of(layer) for layer in arch.layers]
-        shared = {n for n in numbers if n >= layers or numbers.count(n) > 1 or compat.borrows_entries(self.blocks[n])}
-        if shared:
-            first, last = min(shared), max(shared)
-            which = f"layer {first} uses" if first == last else f"layers {first} to {last} use"
-            raise ValueError(
-                f"{self.name} is not possible with {arch.name}: {which} the keys and values of other layers, so "
-                "that what leaves would leave there, too"
-            )
+        self.ragged = self.method is not None and self.method.heads == "adaptive"
+        self.tried_on: tuple[dict[int, Rotation | None], int] | None = None
 
     def number_of(self, layer: nn.Module) -> int:
         """The number of a layer in the cache."""
@@ -134,13 +129,27 @@ class CacheHooks(Attachment):
             raise ValueError(f"{self.name} cannot tell where the layers of {self.architecture.name} lie in a cache")
         return number
 
+    @property
+    def trial(self) -> tuple[dict[int, Rotation | None], int]:
+        """How layers turn their queries and keys, and how many numbers an entry of one layer has; tried on two tokens
+        when it is first asked for."""
+        if self.tried_on is None:
+            before, base = pruner_of(self.model), self.architecture.base
+            with nullcontext() if before is None else before.attached().asking(mode="dense"):
+                cache = two_places(base)
+            blocks = {number: self.blocks[number] for number in self.full if self.rotary}
+            found = rotations(cache, base, blocks, "values" if self.latent else "keys")
+            layer: Any = cache.layers[self.full[0]]
+            self.tried_on = found, (layer.keys[0].numel() + layer.values[0].numel()) // layer.keys.shape[-2]
+        return self.tried_on
+
     def rotation(self, number: int) -> Rotation | None:
         """How a layer turns its queries and keys."""
-        return rotation_of(self.architecture.base, self.blocks[number])
+        return self.trial[0].get(number)
 
     def turns(self, number: int) -> bool:
         """Whether positions count in a layer."""
-        return getattr(self.blocks[number], "use_rope", True) is not False
+        return not self.rotary or number in self.trial[0]
 
     def hook_layers(self) -> None:
         """Put hooks on the layers and their attention blocks."""
@@ -154,17 +163,23 @@ class CacheHooks(Attachment):
         super().attach()
         if hasattr(type(self.model), compat.PREPARE_CACHE):
             setattr(self.model, compat.PREPARE_CACHE, self.prepare_cache)
+            setattr(self.model, compat.START_PAGES, self.refuse_pages)
             self.generates = vars(self.model).get(GENERATE)  # one of the model's own instance
             setattr(self.model, GENERATE, self.generate)
 
     def detach(self) -> None:
         """Take the hooks off: the model is what it was."""
         super().detach()
-        self.model.__dict__.pop(compat.PREPARE_CACHE, None)
+        for name in (compat.PREPARE_CACHE, compat.START_PAGES):
+            self.model.__dict__.pop(name, None)
         if vars(self.model).get(GENERATE) == self.generate:
             delattr(self.model, GENERATE)
             if self.generates is not None:
                 setattr(self.model, GENERATE, self.generates)
+
+    def refuse_pages(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for what begins continuous batching."""
+        raise ValueError(f"{self.method.name} cannot prune the pages of continuous batching: call generate()")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for ``generate``: once it has ended, no draft comes any more to the cache that it leaves behind."""
@@ -208,6 +223,8 @@ class CacheHooks(Attachment):
         given: Any = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         batch, new = given.shape[:2]
         first = next(iter(layers.values()))
+        if options.mode == "pruned":
+            self.check_ready(cache, batch, new == 1 or kwargs.get("input_ids") is not None)
         self.settle(cache, layers, options)
         for layer in layers.values():
             layer.open(batch)
@@ -215,15 +232,27 @@ class CacheHooks(Attachment):
         asks, added = first.next_positions(new, mask)
         asks = asks.to(given.device)
         self.check_range(first, added)
+        check_places(self, kwargs.get("position_ids"), asks, min(added) < new, first)
         draft, prompt = first.record_past, new > 1 and (first.fresh or not first.record_past)
         if draft and prompt and isinstance(self.pruner, KVzip):
             raise ValueError(
-                f"{self.pruner.name} cannot repeat a prompt that comes with a draft: fill the cache first, by "
-                "model(**inputs, past_key_values=cache), and generate from it"
+                f"{self.pruner.name} cannot repeat a prompt that comes with a draft: generate without drafts"
             )
         for layer in layers.values():
             layer.coming, layer.fresh = Coming(layer.places(asks), added, added, new), False
         return CacheCall(options, False, cache, layers, asks, added, min(added) < new, prompt, draft)
+
+    def check_ready(self, cache: Any, rows: int, ids: bool) -> None:
+        """Raise ValueError where a call cannot be pruned, before anything is held; ``ids``: a prompt has them."""
+        method = self.pruner
+        method.ready()
+        if isinstance(method, KVzip) and not ids:
+            raise ValueError(f"{method.name} repeats the prompt and needs its input_ids, the model was called without")
+        if method.target_ms_per_token is not None and rows not in method.costs:
+            method.costs[rows] = measured(self, rows)
+        if method.target_cache_mb is not None or method.target_ms_per_token is not None:
+            size = self.trial[1] * self.architecture.base.dtype.itemsize
+            method.budget([0] * rows, False, (0, len(self.full)), self.room(cache, rows, size))
 
     def adopted(self, cache: Any, kwargs: dict) -> Any:
         """A cache whose full layers are ours: the one given, where it is empty or ours already.
@@ -244,6 +273,8 @@ class CacheHooks(Attachment):
         if ours(cache):
             return cache
         kind = type(cache).__name__
+        if not isinstance(cache, Cache):
+            raise ValueError(f"{name} cannot prune a {kind} as past_key_values: give a DynamicCache")
         if isinstance(cache, EncoderDecoderCache) or compat.is_static(cache):
             raise ValueError(f"{name} cannot prune a {kind}, whose size is fixed: generate with a DynamicCache")
         if compat.is_quantized(cache):
@@ -260,7 +291,8 @@ class CacheHooks(Attachment):
             cache.layers, cache.layer_class_to_replicate = fresh, None
         for number in self.full:
             if type(cache.layers[number]) is DynamicLayer:
-                cache.layers[number] = PrunedLayer(self.layout == "mask")
+                hides = self.layout == "mask"
+                cache.layers[number] = RaggedLayer() if self.ragged and not hides else PrunedLayer(hides)
         if not ours(cache):
             raise ValueError(f"{name} found no layer that it can prune in this {kind}: use a DynamicCache")
         return cache
@@ -328,19 +360,27 @@ class CacheHooks(Attachment):
             return None
         kwargs = {**dict(zip(self.architecture.arguments, args, strict=False)), **kwargs}
         hidden = kwargs.pop(self.architecture.arguments[0])
-        if not pruned.whole:
-            kwargs["attention_mask"] = self.mask(pruned, call, hidden)
         assert pruned.coming is not None
-        kwargs["cache_site"] = CacheSite(self.number_of(layer), pruned, call, pruned.coming.asks)
+        site = kwargs["cache_site"] = CacheSite(self.number_of(layer), pruned, call, pruned.coming.asks)
+        if call.options.attend is not None:
+            site.attend = partial(call.options.attend, site.number, call.asks)
+        if not pruned.whole:
+            sees = self.sees(pruned, call, hidden.device)
+            kwargs["attention_mask"] = sees
+            if isinstance(pruned, RaggedLayer) and pruned.store is not None:
+                kwargs["attention_mask"], site.attend = None, partial(pruned.attend, sees)
+            elif sees is not None and self.eager:
+                kwargs["attention_mask"] = torch.where(sees, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
         return (hidden,), kwargs
 
-    def mask(self, layer: PrunedLayer, call: CacheCall, hidden: Tensor) -> Tensor | None:
-        """Which entries the new tokens see: (B, 1 or H, q, P + q), as a bias for eager attention; None: all of them.
+    def sees(self, layer: PrunedLayer, call: CacheCall, device: torch.device) -> Tensor | None:
+        """(B, 1 or H, q, P + q) bool: which entries the new tokens see; None: all of them. Those of a store, which all
+        see, are left out.
 
         A mask takes sdpa off its quick paths, so that there is none where nothing is dead.
         """
         assert call.asks is not None and layer.position is not None
-        asks, new, window = layer.places(call.asks.to(hidden.device)), call.asks.shape[1], layer.sliding_window
+        asks, new, window = layer.places(call.asks.to(device)), call.asks.shape[1], layer.sliding_window
         if new == 1 and not (layer.dead or call.padded or window):
             return None
         live, place = layer.live, layer.position
@@ -350,16 +390,13 @@ class CacheHooks(Attachment):
         else:
             live, place = live[:, :1], place[:, :1]  # in each head a row keeps as many, and dead slots are the same
         real = (asks >= 0)[:, None]
-        fresh = torch.ones(new, new, dtype=torch.bool, device=hidden.device).tril() & real[..., None, :]
+        fresh = torch.ones(new, new, dtype=torch.bool, device=device).tril() & real[..., None, :]
         old = live[:, :, None].expand(-1, -1, new, -1)
         if window:
             first = asks[:, None, :, None] - window + 1
             old, fresh = old & (place[:, :, None] >= first), fresh & (asks[:, None, None] >= first)
-        fresh = fresh | torch.eye(new, dtype=torch.bool, device=hidden.device)  # padding sees itself, and not nothing
-        sees = torch.cat([old, fresh.expand(-1, old.shape[1], -1, -1)], -1)
-        if self.eager:
-            return torch.where(sees, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
-        return sees
+        fresh = fresh | torch.eye(new, dtype=torch.bool, device=device)  # padding sees itself, and not nothing
+        return torch.cat([old, fresh.expand(-1, old.shape[1], -1, -1)], -1)
 
     def after_block(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Let entries leave, once the layer has used all of them."""
@@ -379,7 +416,8 @@ class CacheHooks(Attachment):
         if isinstance(self.pruner, KVzip):
             site.layer.logits = site.inputs.logits
             if site.call.options.repetition is not None:
-                self.pruner.listen(site.layer, site.inputs, site.asks, site.call.options.repetition)
+                with site.layer.unrolled():
+                    self.pruner.listen(site.layer, self.shown(site), site.asks, site.call.options.repetition)
         elif site.call.draft:
             self.wait(site, site.inputs)
         else:
@@ -410,28 +448,48 @@ class CacheHooks(Attachment):
             assert layer.queries is not None and layer.query_position is not None
             if layer.queries.shape[2] > asks.shape[1]:
                 query, places = layer.queries, layer.query_position
-        if method.sums_attention:
-            view = self.view(site, inputs, inputs.query, asks, None)
-            sums = attention_received(view, inputs.query, asks)
-            layer.received = sums if layer.received is None else layer.received + sums
+        layer.logits = inputs.logits
         place = (self.full.index(site.number), len(self.full))
-        budget = method.budget(layer.arrived, call.prompt, place, self.room(call, layer))
+        room = self.room(call.cache, len(layer.real), layer.entry_bytes)
+        budget = method.budget(layer.arrived, call.prompt, place, room)
         kept = layer.counts if budget is None else budget.kept(layer.counts)
-        if kept != layer.counts:
-            order = self.order(layer)
-            query, places = last_real(query, places, method.window) if method.window else (query, places)
-            view = self.view(site, inputs, query, places, order)
-            slots, dead = method.select(view, kept)
-            layer.evict(slots if order is None else order.gather(2, slots), dead, kept, method.intact(kept))
-            if self.moves and (rotation := self.rotation(site.number)) is not None:
-                close_gap(layer, rotation, method.sinks, "values" if self.latent else "keys")
+        if kept != layer.counts or method.sums_attention:
+            with layer.unrolled():
+                inputs = self.shown(site)
+                if method.sums_attention:
+                    sums = attention_received(self.view(site, inputs, inputs.query, asks, None), inputs.query, asks)
+                    layer.received = sums if layer.received is None else layer.received + sums
+                if kept != layer.counts:
+                    self.choose(site, replace(inputs, query=query), places, kept)
         layer.seconds += time.perf_counter() - begun
+
+    def choose(self, site: CacheSite, inputs: AttentionInputs, places: Tensor, kept: list[int]) -> None:
+        """Let the entries of a layer leave that the method does not choose; the queries stand at ``places`` (B, w)."""
+        layer, method, query = site.layer, self.pruner, inputs.query
+        order = self.order(layer)
+        query, places = last_real(query, places, method.window) if method.window else (query, places)
+        slots, dead = method.select(self.view(site, inputs, query, places, order), kept)
+        if dead is None:
+            kept = [slots.shape[-1]] * len(kept)
+        else:  # what stays may be more than what has to
+            kept = [count // slots.shape[1] for count in (~dead).sum((1, 2)).tolist()]
+        layer.evict(slots if order is None else order.gather(2, slots), dead, kept, method.intact(kept))
+        if self.moves and (rotation := self.rotation(site.number)) is not None:
+            close_gap(layer, rotation, method.sinks, "values" if self.latent else "keys")
+
+    def shown(self, site: CacheSite) -> AttentionInputs:
+        """What attention was given, with all keys and values of a layer that is a rectangle now."""
+        assert site.inputs is not None
+        if site.inputs.key.shape[2] == site.layer.held:
+            return site.inputs
+        return self.inputs_of(site.number, site.layer, site.inputs.query)
 
     def order(self, layer: PrunedLayer) -> Tensor | None:
         """(B, KV, P) slots of the live entries in the order of their tokens, dead ones in front; None: as they lie."""
         if not layer.dead:
             return None
-        return layer.live.int().argsort(dim=-1, stable=True)[..., -max(layer.counts) :]
+        live = layer.live
+        return live.int().argsort(dim=-1, stable=True)[..., -int(live.sum(-1).max()) :]
 
     def view(
         self, site: CacheSite, inputs: AttentionInputs, query: Tensor, places: Tensor, order: Tensor | None
@@ -460,19 +518,21 @@ class CacheHooks(Attachment):
             logits=logits,
             received=received,
             block=self.blocks[site.number],
-            rotation=self.rotation(site.number),
+            rotation=self.rotation(site.number) if method.turns_back else None,
         )
 
-    def room(self, call: CacheCall, layer: PrunedLayer) -> int:
-        """Entries of a row and layer for which ``target_cache_mb`` has room; layers share it equally."""
-        if self.method.target_cache_mb is None:
+    def room(self, cache: Any, rows: int, size: int) -> int:
+        """Entries of a row and layer for which a target has room; layers share it equally.
+
+        ``size``: bytes of one. Raises ValueError where ``target_ms_per_token`` has none.
+        """
+        method, target = self.pruner, self.method.target_ms_per_token
+        if target is not None:
+            return method.costs[rows].room(target, method.floor + method.every - 1, rows)
+        if method.target_cache_mb is None:
             return 0
-        entry = layer.entry_bytes
-        sliding = (
-            sum(getattr(other, "sliding_window", 0) for other in call.cache.layers) if call.cache is not None else 0
-        )
-        total = self.method.target_cache_mb * 1e6 / (len(layer.real) * entry) - sliding
-        return int(total / len(self.full))
+        sliding = sum(getattr(other, "sliding_window", 0) for other in getattr(cache, "layers", ()))
+        return max(0, int((method.target_cache_mb * 1e6 / (rows * size) - sliding) / len(self.full)))
 
     # --- the end of a forward ----------------------------------------------------------------------------------------
     def end(self, call: CacheCall, kwargs: dict, output: Any) -> Any:
@@ -523,36 +583,3 @@ class CacheHooks(Attachment):
             nobody = layer.keys.new_empty(len(ids), heads, 0, layer.keys.shape[-1])
             one = CacheCall(call.options, False, call.cache, call.layers, prompt=True)
             self.decide(CacheSite(number, layer, one, call.asks[:, :0], self.inputs_of(number, layer, nobody)))
-
-
-def row_of(number: int, layer: Any) -> dict:
-    """What the report says of one layer."""
-    if not isinstance(layer, PrunedLayer):
-        size = sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values) if x is not None)
-        seen = layer.get_seq_length()
-        held = layer.keys.shape[-2] if layer.keys.dim() == 4 else seen
-        row = {"kind": "sliding", "seen": seen, "held": held, "bytes": size, "extra_bytes": 0, "dense_bytes": size}
-        return {"layer": number, **row, "evictions": 0, "seconds": 0.0}
-    return {
-        "layer": number,
-        "kind": "pruned",
-        "seen": sum(layer.real),
-        "held": sum(layer.counts),
-        "bytes": layer.nbytes,
-        "extra_bytes": layer.extra_bytes,
-        "dense_bytes": len(layer.real) * layer.seen * layer.entry_bytes,
-        "evictions": layer.evictions,
-        "seconds": layer.seconds,
-    }
-
-
-def ours(cache: Any) -> dict[int, PrunedLayer]:
-    """The layers of a cache that are ours, by their number."""
-    layers = getattr(cache, "layers", None) or ()
-    return {number: layer for number, layer in enumerate(layers) if isinstance(layer, PrunedLayer)}
-
-
-def taken(x: Tensor, order: Tensor) -> Tensor:
-    """``x`` (B, h, P, d) at the slots ``order`` (B, KV, K)."""
-    index = order.repeat_interleave(x.shape[1] // order.shape[1], 1)[..., None]
-    return x.gather(2, index.expand(-1, -1, -1, x.shape[-1]))

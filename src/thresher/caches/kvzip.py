@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -31,10 +32,11 @@ class Repetition:
 
 
 @dataclass(frozen=True, eq=False)
-class RepeatOptions(Options):
-    """``Options`` with a part of a text that is repeated."""
+class CacheOptions(Options):
+    """``Options`` with a part of a text that is repeated, and with what is shown what attention is given."""
 
     repetition: Repetition | None = None
+    attend: Callable[..., Tensor | None] | None = None
 
 
 class KVzip(CachePruner):
@@ -44,7 +46,7 @@ class KVzip(CachePruner):
 
     | paper | here | why |
     |---|---|---|
-    | ranked over all heads and layers | over the entries of a head | bytes are freed in a rectangle |
+    | ranked over all heads and layers | of a head; with ``heads="adaptive"`` of a layer | layers hold their budget |
     | a sentence asks for the repetition | ``request``, ids of such a sentence | a method has no tokenizer |
 
     Args:

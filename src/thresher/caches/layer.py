@@ -10,6 +10,7 @@ Shapes: B rows, KV key heads of the cache, P entries held, d channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..core.scoring import Logits
 
+KINDS = ("pruned", "sliding")  # of layers, in the report
 SPARE = (
     64  # slots beyond its window that a layer may hold for tokens that are taken back, and twice that before it slides
 )
@@ -299,6 +301,10 @@ class PrunedLayer(DynamicLayer):
         self.evict(slots, ~stays.gather(2, slots), counts, min(counts))
 
     # --- eviction ------------------------------------------------------------------------------------------------
+    def unrolled(self) -> AbstractContextManager[None]:
+        """Within the context it is a rectangle; here it always is."""
+        return nullcontext()
+
     def evict(self, slots: Tensor, dead: Tensor | None, counts: list[int], newest: int) -> None:
         """Keep the entries in ``slots`` (B, KV, K), which rise, and free the bytes of the others.
 
@@ -333,3 +339,30 @@ def last_real(query: Tensor, asks: Tensor, count: int) -> tuple[Tensor, Tensor]:
     order = (asks >= 0).int().argsort(dim=1, stable=True)[:, -count:]
     index = order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
     return query.gather(2, index), asks.gather(1, order)
+
+
+def row_of(number: int, layer: Any) -> dict:
+    """What the report says of one layer."""
+    if not isinstance(layer, PrunedLayer):
+        size = sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values) if x is not None)
+        seen = layer.get_seq_length()
+        held = layer.keys.shape[-2] if layer.keys.dim() == 4 else seen
+        row = {"kind": "sliding", "seen": seen, "held": held, "bytes": size, "extra_bytes": 0, "dense_bytes": size}
+        return {"layer": number, **row, "evictions": 0, "seconds": 0.0}
+    return {
+        "layer": number,
+        "kind": "pruned",
+        "seen": sum(layer.real),
+        "held": sum(layer.counts),
+        "bytes": layer.nbytes,
+        "extra_bytes": layer.extra_bytes,
+        "dense_bytes": len(layer.real) * layer.seen * layer.entry_bytes,
+        "evictions": layer.evictions,
+        "seconds": layer.seconds,
+    }
+
+
+def ours(cache: Any) -> dict[int, PrunedLayer]:
+    """The layers of a cache that are ours, by their number."""
+    layers = getattr(cache, "layers", None) or ()
+    return {number: layer for number, layer in enumerate(layers) if isinstance(layer, PrunedLayer)}

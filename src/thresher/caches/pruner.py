@@ -3,7 +3,8 @@
     entries stay = the best of score(view), for each row and key head; the first and the last tokens in any case
 
 A method is a dataclass in a file of its own, and overrides ``score``. How many entries stay is the same for all: a
-share or a number of the prompt (``keep``), a number while decoding (``hold``), or megabytes (``target_cache_mb``).
+share or a number of the prompt (``keep``), a number while decoding (``hold``), megabytes (``target_cache_mb``), or time
+(``target_ms_per_token``).
 
 Shapes: B rows, KV key heads of the cache, P entries.
 """
@@ -20,16 +21,19 @@ import torch
 from torch import Tensor
 
 from ..core.method import Pruner
+from .adaptive import shares
 from .values import VALUES, weighted
 from .view import CacheView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .costs import StepCosts
     from .hooks import CacheHooks
 
-HEADS = ("own", "shared")
+HEADS = ("own", "shared", "adaptive")
 LAYERS = ("equal", "pyramid")
+BUDGETS = ("keep", "hold", "target_cache_mb", "target_ms_per_token")
 STEEPNESS = 20  # of the pyramid: its last layer keeps a twentieth of the mean
 EVERY = 64  # steps between evictions while decoding
 _LAST = threading.local()  # .reports: the report of the last forward of each method, for the thread that ran it
@@ -56,7 +60,7 @@ class Budget:
 class CachePruner(Pruner):
     """Base class of the methods that prune a KV cache; each subclass is a dataclass.
 
-    One of ``keep``, ``hold`` and ``target_cache_mb`` says how much stays; first and last tokens are counted.
+    One of ``keep``, ``hold`` and the two targets says how much stays; first and last tokens are counted.
 
     Args:
         keep: of the prompt, a share in (0, 1] or a number of entries. What is generated is kept. A prompt in several
@@ -66,10 +70,15 @@ class CachePruner(Pruner):
             more.
         target_cache_mb: megabytes (10^6 bytes) of keys and values, of all rows and layers together, never exceeded
             after a step; ``hold`` follows from it.
+        target_ms_per_token: milliseconds of a step of decoding, without the time for scores and choices; ``hold``
+            follows from it. The first call with a number of rows measures steps on this machine, a second or so; what
+            was measured is in ``costs`` and is not saved.
         every: steps between evictions while decoding. 1 scores and moves entries at every step.
         sinks: first tokens of each row that never leave: without them a model loses its thread at once.
         recent: last tokens that never leave.
-        heads: "own": each key head chooses. "shared": one choice for a layer.
+        heads: "own": each key head chooses. "shared": one choice for a layer. "adaptive": each head chooses, and the
+            heads of a layer share its budget (AdaKV); no byte is held for what a head lacks, but a step of decoding
+            goes through the heads one after the other.
         layers: "equal": each layer holds as much. "pyramid": the first ones more (Cai et al., "PyramidKV", 2024).
         value: "vatp" multiplies the score by the value's norm (Guo et al., 2024). "critical" fills half of the budget
             by the score, the rest by the score times what the value adds to the state (Feng et al., 2025).
@@ -78,6 +87,7 @@ class CachePruner(Pruner):
     keep: float | int | None = None
     hold: int | None = field(default=None, kw_only=True)
     target_cache_mb: float | None = field(default=None, kw_only=True)
+    target_ms_per_token: float | None = field(default=None, kw_only=True)
     every: int = field(default=EVERY, kw_only=True)
     sinks: int = field(default=4, kw_only=True)
     recent: int = field(default=32, kw_only=True)
@@ -89,15 +99,16 @@ class CachePruner(Pruner):
     sums_attention: ClassVar[bool] = False  # whether the attention received is summed over all steps
     weighs_values: ClassVar[bool] = False  # whether its score is attention, which ``value`` can weigh
     serves_latents: ClassVar[bool] = True  # whether it can serve a cache of latents (MLA)
+    needs_places: ClassVar[bool] = False  # whether it takes positions for what rotation made of them
+    turns_back: ClassVar[bool] = False  # whether its score takes queries or keys before rotation
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in ("keep", "hold", "target_cache_mb") if getattr(self, name) is not None]
+        self.costs: dict[int, StepCosts] = {}  # of a step of decoding, by the number of rows
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         kind = type(self).__name__
         if len(given) != 1:
-            raise ValueError(
-                f"{kind} got {' and '.join(given) or 'no budget'}: give one of keep, hold, target_cache_mb"
-            )
+            raise ValueError(f"{kind} got {' and '.join(given) or 'no budget'}: give one of {', '.join(BUDGETS)}")
         for name, least in (("every", 1), ("sinks", 0), ("recent", 1)):
             if not _whole(getattr(self, name)) or getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a whole number, {least} or more")
@@ -119,6 +130,7 @@ class CachePruner(Pruner):
                 "keep": "a share of the prompt in (0, 1], as 0.25, or a number of entries, as 512",
                 "hold": "a number of entries, as 1024",
                 "target_cache_mb": "megabytes, as 64",
+                "target_ms_per_token": "milliseconds, as 20",
             }
             raise ValueError(f"{name}={budget!r}: expected {expected[name]}")
         if counted and budget < self.floor:
@@ -146,6 +158,9 @@ class CachePruner(Pruner):
         """(B, h, P): the importance of each entry, higher stays; h is KV, H, or 1 for one choice of a layer."""
         raise NotImplementedError(f"{type(self).__name__} does not say which entries to keep")
 
+    def ready(self) -> None:
+        """Raise ValueError where something has to be learned before anything can leave."""
+
     def check(self, hooks: CacheHooks) -> None:
         """Raise ValueError where the method cannot serve the model of ``hooks``, which are not attached yet."""
         if hooks.latent and (self.value != "none" or not self.serves_latents):
@@ -153,6 +168,12 @@ class CachePruner(Pruner):
             raise ValueError(
                 f"{what} is not possible with {hooks.architecture.name}, whose cache holds latents (MLA) and neither "
                 "keys nor values; KeyDiff, SnapKV, TOVA and H2O need no more than what attention is given"
+            )
+        one = hooks.latent or getattr(hooks.architecture.base.config, "num_key_value_heads", None) == 1
+        if self.heads == "adaptive" and one:
+            raise ValueError(
+                f"heads='adaptive' is not possible with {hooks.architecture.name}, whose layers have one key head, "
+                "with which no other can share: leave heads at 'own'"
             )
 
     # --- what is the same for all ----------------------------------------------------------------------------------
@@ -169,7 +190,7 @@ class CachePruner(Pruner):
             arrived: of each row, the real tokens that came as far as this layer.
             prompt: whether this forward brought a part of a prompt, and not what was generated.
             place: the number of this layer among those that are pruned, and how many these are.
-            room: entries of a row for which ``target_cache_mb`` has room.
+            room: entries of a row for which a target has room.
         """
         if self.keep is not None:
             if not prompt:
@@ -211,20 +232,27 @@ class CachePruner(Pruner):
     def select(self, view: CacheView, kept: list[int]) -> tuple[Tensor, Tensor | None]:
         """The slots (B, KV, K) of the entries that stay, rising, and which of them are dead.
 
-        ``kept``: of each row, how many stay; K is the largest of them.
+        ``kept``: of each row, how many stay, on the average of its heads; K is the largest number of a head.
         """
-        scores = self.score(view).float()
+        return self.best(view, self.score(view).float(), kept)
+
+    def best(self, view: CacheView, scores: Tensor, kept: list[int]) -> tuple[Tensor, Tensor | None]:
+        """The slots of the best ``scores`` (B, h, P), as ``select`` returns them."""
         if scores.shape[1] > 1:
             scores = view.of_cache(scores)
         if self.heads == "shared":
             scores = scores.mean(1, keepdim=True)
-        few = torch.tensor(kept, device=scores.device)[:, None, None]
+        few, most, least = torch.tensor(kept, device=scores.device)[:, None, None], max(kept), min(kept)
+        if self.heads == "adaptive":
+            plain = scores if self.value == "critical" else weighted(self.value, scores, view, few)
+            few = shares(plain, view.protected, view.live, few)
+            most, least = int(few.max()), int(few.min())
         ranked = weighted(self.value, scores, view, few).expand(-1, view.heads, -1)
         ranked = ranked.masked_fill(view.protected, math.inf).masked_fill(~view.live, -math.inf)
-        best = ranked.argsort(dim=-1, descending=True, stable=True)[..., : max(kept)]
-        if min(kept) == max(kept):
+        best = ranked.argsort(dim=-1, descending=True, stable=True)[..., :most]
+        if least == most:
             return best.sort(-1).values, None
-        stays = torch.arange(max(kept), device=scores.device) < few
+        stays = torch.arange(most, device=scores.device) < few
         slots = best.masked_fill(~stays, -1).sort(-1).values
         return slots.clamp(min=0), slots < 0
 

@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ..core import compat
+from ..core.attachment import at_rest
 from .layer import PrunedLayer
+
+SHIFT = 8  # positions between the two places at which a layer is tried
+ROUNDING = 0.05  # of the largest number; the wrong rotation is off by about as much as there is
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +70,48 @@ class Rotation:
 
 
 def rotation_of(base: nn.Module, block: nn.Module) -> Rotation | None:
-    """How the layer of an attention ``block`` turns its queries and keys; None: it does not, or it cannot be told."""
+    """How the layer of an attention ``block`` turns its queries and keys, by its source; None: it cannot be told."""
     module, pairs = compat.rotary_module(base), compat.rotary_pairs(block)
     if module is None or not pairs:
         return None
     kind = getattr(block, "layer_type", None) if compat.rotary_by_layer(module) else None
     return Rotation(module, kind, compat.rotary_scaling(module, kind), pairs == "neighbours")
+
+
+@torch.no_grad()
+def two_places(base: Any) -> DynamicCache:
+    """What a model caches of the same two tokens at two places, a row for each."""
+    ids, places = torch.tensor([[1, 2]] * 2), torch.tensor([[0, 1], [SHIFT, SHIFT + 1]])
+    cache = DynamicCache(config=base.config)
+    given = {"input_ids": ids.to(base.device), "position_ids": places.to(base.device)}
+    with at_rest(base):
+        base(**given, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def rotations(
+    cache: Any, base: nn.Module, blocks: dict[int, nn.Module], turning: str = "keys"
+) -> dict[int, Rotation | None]:
+    """How the layers of ``blocks`` turn what they cache, of those that do; None: in a way that is not known.
+
+    They are tried, since a layer may leave out what its source has (Cohere 2, Exaone 4): what is cached at one of
+    ``two_places`` is to be what is cached at the other, turned by the distance.
+    """
+    found: dict[int, Rotation | None] = {}
+    for number, block in blocks.items():
+        here, there = getattr(cache.layers[number], turning).float()
+        if _alike(here, there):
+            continue
+        rotation = rotation_of(base, block)
+        if rotation is not None and not _alike(rotation.further(here, torch.tensor(SHIFT, device=here.device)), there):
+            rotation = None
+        found[number] = rotation
+    return found
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same but for rounding, also in half precision."""
+    return bool((one - other).abs().max() <= ROUNDING * other.abs().max())
 
 
 def close_gap(layer: PrunedLayer, rotation: Rotation, sinks: int, turning: str = "keys") -> None:

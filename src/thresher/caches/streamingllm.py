@@ -40,6 +40,11 @@ class StreamingLLM(CachePruner):
 
     name: ClassVar[str] = "streamingllm"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads == "adaptive":
+            raise ValueError("heads='adaptive': StreamingLLM goes by places, which are the same in each head")
+
     @property
     def floor(self) -> int:
         return self.sinks + 1

@@ -101,3 +101,9 @@ def attention_received(view: CacheView, query: Tensor, asks: Tensor) -> Tensor:
         ]
         parts.append(sum(sums[1:], sums[0]))
     return view.of_cache(torch.cat(parts, 1))
+
+
+def taken(x: Tensor, order: Tensor) -> Tensor:
+    """``x`` (B, h, P, d) at the slots ``order`` (B, KV, K)."""
+    index = order.repeat_interleave(x.shape[1] // order.shape[1], 1)[..., None]
+    return x.gather(2, index.expand(-1, -1, -1, x.shape[-1]))

@@ -27,6 +27,18 @@ from .pruner import Options, Pruner, pruner_of
 _THREAD = threading.local()
 
 
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Within the context: evaluation mode; each module is in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 class Attachment:
     """The forward of the model that holds the layers, while a method is attached to it.
 

@@ -38,17 +38,21 @@ class PrunedAttention:
         given = AttentionInputs(module, query, key, value, attention_mask, causal, logits)
         if cache_site is not None:
             cache_site.inputs = given
+            states = None if cache_site.attend is None else cache_site.attend(given)
+            if states is not None:
+                return states, None
         if token_site is None:
             return function(module, query, key, value, attention_mask, **kwargs)
         site: Site = token_site
         site.inputs = given
-        statistic = site.statistic if logits.plain and not (dropout and module.training) else None
+        whole = logits.plain and site.voters is None  # where some rows vote these alone are made, beside the attention
+        statistic = site.statistic if whole and not (dropout and module.training) else None
         if isinstance(site.tokens, Packed):
             output, site.scores = self._packed(function, given, site, statistic, kwargs)
             return output, None
         sees = None
         graph, bools = torch.compiler.is_compiling(), attention_mask is not None and attention_mask.dtype == torch.bool
-        if graph and bools and attention_mask.shape[-2] > 1:
+        if graph and bools and attention_mask.shape[-2] > 1 and attention_mask.stride(-2):
             sees = attention_mask.any(-1)[:, 0]  # a query that sees nobody gets zeros, for which runtimes have others
         if statistic is not None and graph:
             bias = given.bias(attention_mask, query.shape[-2])
@@ -75,12 +79,11 @@ class PrunedAttention:
         query, key, value, dtype = given.query, given.key, given.value, given.value.dtype
         tokens: Any = site.tokens
         outputs, scores, fused = [], [], statistic is not None
-        votes = [] if site.voters is None or statistic is None else [tokens.as_state(site.votes)]
         if fused and query.is_cpu:  # products as small are no quicker in bf16, and each new shape costs a new kernel
             query, key, value = query.float(), key.float(), value.float()
         if given.mask is not None:  # a part of it that lets everything through becomes None, which is not causal here
             kwargs = {**kwargs, "is_causal": False}
-        for sequence, length, run in tokens.runs(query, key, value, *votes):
+        for sequence, length, run in tokens.runs(query, key, value):
             count = len(run[0])
             masks: list[Tensor | None] = [None] * count
             if given.mask is not None:
@@ -90,14 +93,13 @@ class PrunedAttention:
             else:
                 step = max(1, CHUNK // (query.shape[1] * length * length)) if fused else count
             for i in range(0, count, step):
-                (q, k, v, *vote), mask = (x[i : i + step] for x in run), masks[i]
+                (q, k, v), mask = (x[i : i + step] for x in run), masks[i]
                 if fused or tokens.log_size is not None:
                     bias = None if mask is None and given.mask is not None else given.bias(mask, length)
                     bias = tokens.biased(bias, sequence + i, len(q), length)
                     mask = bias if tokens.log_size is not None else mask
                 if statistic is not None:
-                    heard = vote[0][:, 0, :, 0] if vote else None
-                    output, score = attend_and_score(q, k, v, bias, given.logits.scaling, heard, statistic)
+                    output, score = attend_and_score(q, k, v, bias, given.logits.scaling, reduce=statistic)
                     scores.append(score.flatten())
                 else:
                     mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)

@@ -118,6 +118,7 @@ def wants_cache(model: PreTrainedModel, given: bool | None) -> bool:
 
 
 PREPARE_CACHE = "_prepare_cache_for_generation"  # of a model: makes the cache of ``generate``, or takes the one given
+START_PAGES = "init_continuous_batching"  # of a model
 
 
 def brings_drafts(generation_mode: Any, *args: Any, **kwargs: Any) -> bool:

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from . import compat
 from .attachment import Attachment
 from .cost import LayerCount
 from .pictures import ALL, Deep, Prompt, newlines, numbered
-from .possible import check_possible
+from .possible import check_kind, check_possible
 from .pruner import EARLY, PROTECTED, SURVIVORS, Options, Record, TokenPruner
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
 from .tower import Watch
-from .view import Site
+from .view import Panel, Site
 
 CACHES = ("past_key_values", "layer_past")  # names of the cache among the arguments of layers
 # The per-token arguments of layers, besides the mask, and their token dimensions; all else is passed on as it is.
@@ -61,6 +61,7 @@ class CallState:
     states: Tensor | None = None  # what entered the current layer
     site: Site | None = None  # of the current layer, where tokens may leave or a packed row runs
     previous: Site | None = None  # the last site where something was decided
+    panel: Panel | None = None  # of the last site where some tokens alone vote
     sites: list[Site] = field(default_factory=list)  # of the layers so far
     counts: list[LayerCount] = field(default_factory=list)  # of the layers so far
     # of each layer, where they are wanted: the hidden states that entered it, put back, and its tokens
@@ -144,7 +145,7 @@ class Hooks(Attachment):
                 "that nobody can tell which tokens are pictures: call that model, or run within dense(model)"
             )
         if cache is not None and prompt is not None:
-            self.check_kind(cache)
+            check_kind(cache, self.pruner.name, self.unserved if self.companion is None else "")
         if filled:  # a decoding step
             self.check_step(prompt)
             return CallState(replace(options, mode="dense"), self.method)
@@ -208,17 +209,6 @@ class Hooks(Attachment):
         mask = kwargs.get("attention_mask")
         if verdict.dropped and mask is not None and not bool(mask.all()):
             raise ValueError("this cache cannot be decoded from: its rows have padding; generate one prompt at a time")
-
-    def check_kind(self, cache: Any) -> None:
-        """Refuse a cache whose layers cannot tell which tokens of a picture they hold."""
-        if self.companion is None:
-            raise ValueError(f"{self.pruner.name} needs use_cache=False here: {self.unserved}")
-        if type(cache) is not DynamicCache or cache.offloading:
-            kind = "offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
-            raise ValueError(
-                f"a {kind} cannot tell which tokens of a picture it holds: generate with a DynamicCache, or within "
-                "dense(model)"
-            )
 
     def check_step(self, prompt: Prompt | None) -> None:
         """Refuse pictures that come onto a filled cache, of which nothing would leave."""
@@ -388,8 +378,21 @@ class Hooks(Attachment):
                     site.tower = self.scored_by(self.watch, call).gather(1, tokens.index)
             if pruner.needs_attention and pruner.scores_all and not site.passed and not call.options.gates:
                 site.statistic = pruner.statistic
-            site.voters = protected if pruner.votes == PROTECTED else None
+            site.anchored = pruner.protects_some and call.options.protect is None
+            if pruner.votes == PROTECTED and not site.passed:
+                self.seat(call, site)
         return site
+
+    def seat(self, call: CallState, site: Site) -> None:
+        """Let the protected tokens alone vote at a site; a row without votes as a whole."""
+        pruner, voters = call.pruner, site.protected
+        if call.options.protect is None and pruner.protected_positions == ():
+            return
+        if not site.anchored:
+            voters = voters | site.alive & ~voters.any(1, keepdim=True)
+        if call.panel is None or not site.anchored:  # who is protected stays: their number is the same at all sites
+            call.panel = Panel.of(voters, 1 if site.anchored and pruner.protects_one else None)
+        site.voters, site.panel = voters, call.panel
 
     def passes_by(self, pruner: TokenPruner, number: int) -> bool:
         """Whether a site is passed by; what is known beforehand while a graph is traced, which cannot look."""

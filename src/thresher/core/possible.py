@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from transformers import DynamicCache
+
 from . import compat
 from .architecture import Architecture
 from .pruner import TokenPruner
@@ -49,4 +53,17 @@ def check_possible(model: Architecture, pruner: TokenPruner, layout: str) -> Non
             f"{pruner.name} is not possible with {name}: keys weigh by the number of "
             "tokens that they stand for, and its attention takes position biases or a mask of 0 and 1; topk, ltp "
             "and top let tokens leave"
+        )
+
+
+def check_kind(cache: Any, name: str, unserved: str) -> None:
+    """Raise ValueError where the layers of a cache cannot tell which tokens of a picture they hold; ``unserved``: why
+    those of no cache can."""
+    if unserved:
+        raise ValueError(f"{name} needs use_cache=False here: {unserved}")
+    if type(cache) is not DynamicCache or cache.offloading:
+        kind = "offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
+        raise ValueError(
+            f"a {kind} cannot tell which tokens of a picture it holds: generate with a DynamicCache, or within "
+            "dense(model)"
         )

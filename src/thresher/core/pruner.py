@@ -374,6 +374,17 @@ class TokenPruner(Pruner):
         protect = self.architecture.protected if self.protect is None else self.protect
         return tuple(protect) if isinstance(protect, (tuple, list)) else None
 
+    @property
+    def protects_some(self) -> bool:
+        """Whether a token of each row is protected, whatever the batch."""
+        queried = isinstance(self.protect, Mapping) and "until" in self.protect
+        return queried or bool({0, -1} & {*(self.protected_positions or ())})
+
+    @property
+    def protects_one(self) -> bool:
+        """Whether that is one token."""
+        return self.protected_positions in ((0,), (-1,)) and self.min_tokens < 2
+
     def protection(self, alive: Tensor, ids: Tensor | None, protect: Tensor | None = None) -> Tensor:
         """(B, N) bool: the protected tokens among those ``alive`` (B, N); ``protect`` (B, N): this batch's own."""
         if protect is not None and protect.shape != alive.shape:
@@ -431,7 +442,7 @@ class TokenPruner(Pruner):
         keep = choice.keep & view.alive | view.protected
         if self.min_keep > 1:
             keep = keep | self.best(site.score, view.protected, view.alive) & view.alive
-        elif not {0, -1} & set(self.protected_positions or ()):  # else every row has one
+        elif not site.anchored:
             best = site.score.masked_fill(~view.alive, float("-inf")).argmax(1, keepdim=True)
             only = torch.zeros_like(keep).scatter(1, best, True) & view.alive
             keep = keep | only & ~keep.any(1, keepdim=True)

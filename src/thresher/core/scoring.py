@@ -1,8 +1,8 @@
 """Attention probabilities and what scores take of them: pure functions of queries, keys and masks.
 
-Shapes: B batch, H heads, N tokens, d channels of a head. A *statistic* is a function ``reduce(weights, votes)`` of the
-probabilities (B, h, N, N) of some heads before dropout and of the votes of the query rows (B, N); it returns (B, N),
-summed over these heads.
+Shapes: B batch, H heads, N tokens, d channels of a head. A *statistic* is a function ``reduce(weights, votes, rows)``
+of the probabilities (B, h, m, N) of some heads before dropout, of the votes (B, m) of their query rows and of the slots
+(B, m) of these, None where they are all N in their order; it returns (B, N), summed over these heads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 CHUNK = 4_000_000  # attention probabilities held at once while scoring
 CACHED = 300_000  # and while attending as well, so that they do not leave a core's cache
-Statistic = Callable[[Tensor, Tensor], Tensor]
+Statistic = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Logits:
         return torch.cat([logits, sinks], -1).softmax(-1, dtype=torch.float32)[..., :-1]
 
 
-def columns(weights: Tensor, votes: Tensor) -> Tensor:
+def columns(weights: Tensor, votes: Tensor, rows: Tensor | None = None) -> Tensor:
     """(B, N): the attention each token receives. A product is quicker than a sum over rows."""
     return (votes[:, None, None].float() @ weights).sum(1)[:, 0]
 
@@ -70,9 +70,16 @@ def of_heads(bias: Tensor, heads: slice) -> Tensor:
 
 
 def reduce_over_heads(
-    query: Tensor, key: Tensor, bias: Tensor | None, votes: Tensor, logits: Logits, reduce: Statistic
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    votes: Tensor,
+    logits: Logits,
+    reduce: Statistic,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """(B, N) fp32: a statistic of the attention probabilities, the mean over heads.
+    """(B, N) fp32: a statistic of the attention probabilities, the mean over heads; of the query ``rows`` (B, m) alone
+    where these are given, with their queries (B, H, m, d) and votes (B, m).
 
     One chunk of heads at a time: the probabilities of all heads at once cost several times as much from N = 256 up.
     """
@@ -87,7 +94,7 @@ def reduce_over_heads(
             product = (query[:, some].float() * logits.scaling) @ key[:, some].float().transpose(-1, -2)
             product = logits.cap(product)
             product = product if bias is None else product + of_heads(bias, some)
-            total = total + reduce(logits.softmax(product, some), votes)
+            total = total + reduce(logits.softmax(product, some), votes, rows)
     return total / heads
 
 
@@ -121,7 +128,7 @@ def attend_and_score(
             product = product if bias is None else product + of_heads(bias, some)
             weights = product.softmax(-1, dtype=torch.float32)
             outputs.append(weights.to(value.dtype) @ value[:, some])
-            total = total + reduce(weights, votes)
+            total = total + reduce(weights, votes, None)
     return joined(outputs, 1).transpose(1, 2), total / heads
 
 

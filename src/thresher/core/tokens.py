@@ -57,6 +57,24 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x.gather(dim, index.view(shape).expand(whole))
 
 
+def most(some: Tensor) -> Any:
+    """How many are set in the row of ``some`` (B, N) bool that has the most; in a graph a symbol: 2 at least, since 0
+    and 1 would be specialised."""
+    if not torch.compiler.is_compiling():
+        return int(some.sum(1).max())
+    slots = some.shape[1]
+    count = some.sum(1).max().clamp(min=min(2, slots)).item()
+    compat.check(count >= 2)
+    compat.check(count <= slots)
+    return count
+
+
+def slots_of(some: Tensor, count: int) -> Tensor:
+    """(B, ``count``) slots of what is set in ``some`` (B, N) bool, in their order, then any of the rest."""
+    order = torch.arange(some.shape[1], 0, -1, device=some.device)
+    return (some * order).topk(count, dim=1).indices
+
+
 class Tokens:
     """Tokens of a batch in one of the three layouts; immutable, each ``drop`` gives a new one."""
 
@@ -208,6 +226,10 @@ class Tokens:
         """Bring ``x``, in the layout before the drop that made these tokens, into this layout."""
         return x
 
+    def at(self, x: Tensor, slots: Tensor) -> Tensor:
+        """(B, K, ...): what a tensor in this layout has at some ``slots`` (B, K); anything at dead ones."""
+        return take(x, slots, 1)
+
     def _follow(self, before: Tokens, x: Tensor) -> Tensor:
         """Numbers (B, N) of the slots of ``before``, where they are now."""
         return x
@@ -310,21 +332,17 @@ class Padded(Tokens):
     def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
         if self.unchanged(keep):
             return self
-        slots = keep.shape[1]
         even = False
         widest: Any = width  # in a graph a symbol
         if not torch.compiler.is_compiling():
             fewest, widest = (int(count) for count in keep.sum(1).aminmax())
             even = fewest == widest
         elif width is None or torch.compiler.is_exporting():
-            # data-dependent, 2 at least, since 0 and 1 would be specialised; and so in a graph for good, where widths
-            # that follow from the shape make formulas of formulas
-            widest = keep.sum(1).max().clamp(min=min(2, slots)).item()
-            compat.check(widest >= 2)
-            compat.check(widest <= slots)
-        order = torch.arange(slots, 0, -1, device=keep.device)
+            # data-dependent; and so in a graph for good, where widths that follow from the shape make formulas of
+            # formulas
+            widest = most(keep)
         new = self._copy()
-        new.source = (keep * order).topk(widest, dim=1).indices  # survivors in their order, then any of the rest
+        new.source = slots_of(keep, widest)
         new.alive, new.index = keep.gather(1, new.source), self.index.gather(1, new.source)
         new.touched, new.even = True, even
         new._biases(self)
@@ -407,6 +425,10 @@ class Packed(Tokens):
             return x[:, : len(self.rows)].reshape(*self.alive.shape, *x.shape[2:])
         flat = x.new_zeros(self.alive.numel(), *x.shape[2:]).index_copy(0, self.slots, x[0, : len(self.rows)])
         return flat.view(*self.alive.shape, *x.shape[2:])
+
+    def at(self, x: Tensor, slots: Tensor) -> Tensor:
+        live = self.alive.sum(1, keepdim=True)
+        return x[0][slots.minimum(live - 1) + live.cumsum(0) - live]
 
     def drop(self, keep: Tensor, width: int | None = None) -> Tokens:
         if self.unchanged(keep):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .compat import check
 from .scoring import CHUNK, Logits, Statistic, additive, columns, reduce_over_heads, repeat_heads
-from .tokens import CLOSED_LOG, Packed, Tokens, take
+from .tokens import CLOSED_LOG, Packed, Tokens, most, slots_of, take
 
 if TYPE_CHECKING:
     from .pruner import Choice
@@ -36,6 +37,28 @@ class AttentionInputs:
         return additive(mask, length, self.causal, self.query.device)
 
 
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """The query rows that make a score where some tokens alone vote: as many of each sequence as the one with the most
+    voters has, so that others have rows without a vote behind theirs."""
+
+    count: Any  # m; in a graph a symbol
+    share: Tensor  # (B, m) fp32, of each row in the votes of its sequence
+
+    @classmethod
+    def of(cls, voters: Tensor, count: int | None = None) -> Panel:
+        """The panel of ``voters`` (B, N) bool, at least one in each row; ``count``: the most, where it is known."""
+        most_votes = most(voters) if count is None else count
+        voting = voters.sum(1, keepdim=True)
+        return cls(most_votes, (torch.arange(most_votes, device=voters.device) < voting) / voting)
+
+    def slots(self, voters: Tensor) -> Tensor:
+        """(B, m) slots of the ``voters`` (B, N) at one site, then any."""
+        if torch.compiler.is_compiling():
+            check(self.count <= voters.shape[1])
+        return slots_of(voters, self.count)
+
+
 @dataclass(eq=False, repr=False)
 class Site:
     """One layer of one forward at which tokens may leave: what the layer shows, and what is decided."""
@@ -55,10 +78,12 @@ class Site:
     previous: Site | None = None  # the site before this one
     passed: bool = False  # whether nothing can leave here, so that the layer need show nothing
     counts: Tensor | None = None  # (B, S), how many tokens each row keeps, where the caller says so
+    anchored: bool = False  # whether a token of each row is known to be protected
     voters: Tensor | None = None  # (B, N) bool, the tokens whose attention makes the scores; None: all
     pictures: Tensor | None = None  # (B, N) long, see ``View.pictures``
     places: Tensor | None = None  # (3, B, N), see ``View.places``
     tower: Tensor | None = None  # (B, N), see ``View.tower``
+    panel: Panel | None = None  # the rows that these are
 
     @property
     def acts(self) -> bool:
@@ -78,13 +103,12 @@ class Site:
     @property
     def votes(self) -> Tensor:
         """(B, N) fp32: what the attention of each token counts in a score; a row's sum is that of its live tokens, also
-        where some ``voters`` alone have a vote. A row without voters votes as a whole."""
+        where some ``voters`` alone have a vote."""
         votes = self.tokens.votes
         if self.voters is None:
             return votes
-        some, total = votes * self.voters, votes.sum(1, keepdim=True)
-        voting = some.sum(1, keepdim=True)
-        return torch.where(voting > 0, some * (total / voting.clamp(min=1e-9)), votes)
+        some = votes * self.voters
+        return some * (votes.sum(1, keepdim=True) / some.sum(1, keepdim=True))
 
     @property
     def view(self) -> View:
@@ -217,7 +241,9 @@ class View:
             scores = shown.scores
         elif shown.weights is not None:
             with torch.autocast(shown.weights.device.type, enabled=False):
-                scores = reduce(shown.weights.float(), shown.votes) / shown.weights.shape[1]
+                scores = reduce(shown.weights.float(), shown.votes, None) / shown.weights.shape[1]
+        elif shown.panel is not None:
+            scores = self._reduce_voters(shown.panel, reduce)
         elif isinstance(self.tokens, Packed):
             scores = self._reduce_packed(self.tokens, reduce)
         else:
@@ -240,28 +266,52 @@ class View:
                 parts.append(reduce_over_heads(some, k[i : i + step], bias, vote, given.logits, reduce).flatten())
         return tokens.pad(torch.cat(parts)[None])
 
+    def _reduce_voters(self, panel: Panel, reduce: Statistic) -> Tensor:
+        """``reduce_attention`` of the voters' rows alone."""
+        assert self._shown.voters is not None, "a panel is made of voters"
+        slots, given = panel.slots(self._shown.voters), self._inputs("queries")
+        query, bias, votes = (
+            self._queries(slots),
+            self._bias(slots),
+            panel.share * self.tokens.votes.sum(1, keepdim=True),
+        )
+        return reduce_over_heads(query, self.key, bias, votes, given.logits, reduce, slots)
+
+    def _queries(self, slots: Tensor) -> Tensor:
+        """(B, H, m, d): the queries at ``slots`` (B, m)."""
+        return self.tokens.at(self._inputs("queries").query.transpose(1, 2), slots).transpose(1, 2)
+
+    def _bias(self, slots: Tensor) -> Tensor | None:
+        """(B, 1 or H, m or 1, N) fp32 or None: what hides keys from the rows at ``slots`` (B, m), with the soft gates
+        and sizes, where there are any."""
+        given, tokens, packed = self._inputs("queries"), self.tokens, isinstance(self.tokens, Packed)
+        mask = given.mask
+        if mask is None and given.causal:
+            mask = (torch.arange(self.alive.shape[1], device=slots.device) <= slots[..., None])[:, None]
+        elif mask is not None:  # in packed rows of original size
+            if mask.shape[-2] == 1 or mask.stride(-2) == 0:  # the same for every query
+                mask = mask[..., :1, :]
+            else:
+                mask = take(mask, tokens.index.gather(1, slots) if packed else slots, -2)
+            mask = take(mask, tokens.index, -1) if packed else mask
+        bias = additive(mask, 1, False, slots.device)
+        if not packed:
+            return bias
+        own = torch.zeros_like(tokens.alive, dtype=torch.float32) if tokens.log_size is None else tokens.log_size
+        own = own.masked_fill(~tokens.alive, float("-inf"))[:, None, None]
+        return own if bias is None else bias + own
+
     def attention_from(self, slot: Tensor) -> Tensor:
         """(B, H, N) fp32: attention probabilities of one query row per sequence, at ``slot`` (B,)."""
-        weights = self._shown.weights
+        weights, slots = self._shown.weights, slot[:, None]
         if weights is not None:
             at = slot.view(-1, 1, 1, 1).expand(-1, weights.shape[1], 1, weights.shape[-1])
             return weights.gather(2, at)[:, :, 0].float()
-        given, row, packed = self._inputs("queries"), slot[:, None], isinstance(self.tokens, Packed)
-        query, mask = self._padded(given.query), given.mask
-        at = slot.view(-1, 1, 1, 1).expand(-1, query.shape[1], 1, query.shape[-1])
+        given, query = self._inputs("queries"), self._queries(slots)
         with torch.autocast(query.device.type, enabled=False):
             key = repeat_heads(self.key, query).float().transpose(-1, -2)
-            logits = given.logits.cap(query.gather(2, at).float() @ key * given.logits.scaling)
-        if mask is None and given.causal:
-            mask = (torch.arange(query.shape[2], device=query.device) <= row)[:, None, None]
-        elif mask is not None:  # in packed rows of original size
-            if mask.shape[-2] > 1:
-                mask = take(mask, self.tokens.index.gather(1, row) if packed else row, -2)
-            mask = take(mask, self.tokens.index, -1) if packed else mask
-        bias = additive(mask, 1, False, query.device)  # with the soft gates and sizes, where there are any
-        if packed and self.tokens.log_size is not None:
-            logits = logits + self.tokens.log_size[:, None, None]
-        logits = logits[:, :, 0] if bias is None else (logits + bias)[:, :, 0]
+            logits, bias = given.logits.cap(query.float() @ key * given.logits.scaling), self._bias(slots)
+            logits = (logits if bias is None else logits + bias)[:, :, 0]
         return given.logits.softmax(logits.masked_fill(~self.alive[:, None], float("-inf")))
 
 

@@ -77,8 +77,7 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     rows = [*search.rows.values()]
     method, options = scores[chosen["method"]]
     reached = {name: chosen[name] for name in ("flops_fraction", "divergence", "disagreement", "overlap", "bound")}
-    reached |= _pooled(search, chosen) if isinstance(net, Embedder) else {}
-    reached |= timed
+    reached |= timed | (_pooled(search, chosen) if isinstance(net, Embedder) else {})
     asked = {name: getattr(spec, name) for name in ("model", "data", "seed", "min_length", *COLUMNS)}
     served = vars(service) if budget.of_time else {}
     summary = {

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..core.architecture import Architecture
-from ..core.scoring import columns
+from ..core.scoring import Statistic, columns
 from ..core.view import View
 from .topk import TopK
 
 CRITERIA = ("row", "column")
 
 
-def row_entropy(weights: Tensor, votes: Tensor) -> Tensor:
+def row_entropy(weights: Tensor, votes: Tensor, rows: Tensor | None = None) -> Tensor:
     """Compute (B, N), the Shannon entropy of each query row, summed over heads: a statistic, see ``core.scoring``."""
     return torch.special.entr(weights).sum((1, 3))
 
 
-def column_power(weights: Tensor, votes: Tensor) -> Tensor:
+def column_power(weights: Tensor, votes: Tensor, rows: Tensor | None = None) -> Tensor:
     """Sum (B, N), the squared probabilities of each key, over query rows and heads."""
     return columns(weights.square(), votes)
 
@@ -74,7 +73,7 @@ class Entropy(TopK):
         return self.criterion == "column"
 
     @property
-    def statistic(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def statistic(self) -> Statistic:
         return row_entropy if self.criterion == "row" else column_power
 
     def score(self, view: View) -> Tensor:

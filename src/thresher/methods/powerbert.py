@@ -18,8 +18,11 @@ from .parts.selection import all_but_last, ranks
 from .topk import TopK
 
 
-def others(weights: Tensor, votes: Tensor) -> Tensor:
+def others(weights: Tensor, votes: Tensor, rows: Tensor | None = None) -> Tensor:
     """Sum (B, N), the attention that each token receives from others: a statistic, see ``core.scoring``."""
+    if rows is not None:
+        itself = rows[:, None, :, None] == torch.arange(weights.shape[-1], device=rows.device)
+        return columns(weights.masked_fill(itself, 0.0), votes)
     return columns(weights, votes) - (weights.diagonal(dim1=-2, dim2=-1) * votes[:, None]).sum(1)
 
 
