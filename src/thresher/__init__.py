@@ -23,14 +23,21 @@ if TYPE_CHECKING:
     from .methods.adapler import AdapLeR
     from .methods.ats import ATS
     from .methods.baselines import Cut, FirstK, Random
+    from .methods.cdpruner import CDPruner
+    from .methods.dart import DART
+    from .methods.divprune import DivPrune
     from .methods.dynamicvit import DynamicViT
     from .methods.entropy import Entropy
     from .methods.evit import EViT
+    from .methods.evs import EVS
+    from .methods.fastv import FastV
     from .methods.lat import LAT
     from .methods.lazyllm import LazyLLM
     from .methods.ltmp import LTMP
     from .methods.ltp import LTP
     from .methods.powerbert import PoWERBERT
+    from .methods.pyramiddrop import PyramidDrop
+    from .methods.spatial import Grid, Pool
     from .methods.spatten import SpAtten
     from .methods.threshold import Threshold
     from .methods.tome import ToFu, ToMe
@@ -39,6 +46,8 @@ if TYPE_CHECKING:
     from .methods.transkimmer import Transkimmer
     from .methods.trbert import TRBERT
     from .methods.vatp import VATP
+    from .methods.visionzip import VisionZip
+    from .methods.vispruner import VisPruner
     from .prompts.compress import Compressed, compress
     from .prompts.gemfilter import GemFilter
     from .training.trainer import PruningTrainer
@@ -46,6 +55,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ATS",
+    "DART",
+    "EVS",
     "H2O",
     "LAT",
     "LTMP",
@@ -54,22 +65,28 @@ __all__ = [
     "TRBERT",
     "VATP",
     "AdapLeR",
+    "CDPruner",
     "CachePruner",
     "Compressed",
     "Cut",
+    "DivPrune",
     "DynamicViT",
     "EViT",
     "Entropy",
     "ExpectedAttention",
+    "FastV",
     "FirstK",
     "GemFilter",
+    "Grid",
     "KVzip",
     "KeyDiff",
     "Knorm",
     "LTPCache",
     "LazyLLM",
     "PoWERBERT",
+    "Pool",
     "PruningTrainer",
+    "PyramidDrop",
     "Random",
     "RandomCache",
     "SnapKV",
@@ -83,6 +100,8 @@ __all__ = [
     "TopK",
     "Transkimmer",
     "TriAttention",
+    "VisPruner",
+    "VisionZip",
     "calling",
     "compress",
     "dense",
@@ -107,6 +126,15 @@ _HOMES = {
     "caches.triattention": ("TriAttention",),
     "exporting.export": ("export",),
     "methods.dynamicvit": ("DynamicViT",),
+    "methods.evs": ("EVS",),
+    "methods.dart": ("DART",),
+    "methods.vispruner": ("VisPruner",),
+    "methods.visionzip": ("VisionZip",),
+    "methods.pyramiddrop": ("PyramidDrop",),
+    "methods.spatial": ("Grid", "Pool"),
+    "methods.fastv": ("FastV",),
+    "methods.divprune": ("DivPrune",),
+    "methods.cdpruner": ("CDPruner",),
     "methods.adapler": ("AdapLeR",),
     "methods.ats": ("ATS",),
     "methods.baselines": ("Cut", "FirstK", "Random"),

@@ -77,6 +77,7 @@ def test_the_configuration_says_what_prunes(saved):
         "protect": None,
         "min_tokens": 0,
         "pooling": "put-back",
+        "modality": None,
         "target_flops": 0.4,
         "weight": None,
         "temperature": 0.1,

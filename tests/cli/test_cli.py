@@ -310,6 +310,7 @@ def test_info_of_pruned_models(models):
         "protect": None,
         "min_tokens": 0,
         "pooling": "put-back",
+        "modality": None,
         "keep": 0.6,
         "target_flops": None,
     }

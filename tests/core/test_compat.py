@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from support import decoders
 from support.families import FAMILIES
+from support.visual import tiny
 from thresher.core import compat
 from thresher.core.architecture import find_architecture
 from thresher.core.attention import register
@@ -214,3 +215,10 @@ def test_output_maps_have_the_names_that_are_known():
         block = arch.layers[1].get_submodule(arch.block)
         named = [name for name in compat.OUTPUT_MAPS if hasattr(block, name)]
         assert len(named) == 1 and getattr(block, named[0]).weight.shape[0] in (32, 64)
+
+
+def test_windows_of_a_tower_have_an_order():
+    windows, grid = tiny("qwen2.5-vl").model.visual, torch.tensor([[1, 8, 12], [1, 4, 6]])
+    order = compat.window_order(windows, grid)
+    assert order.sort().values.tolist() == list(range(30)) and order.tolist() != list(range(30))
+    assert compat.window_order(tiny("qwen2-vl").model.visual, grid) is None

@@ -107,7 +107,7 @@ class PromptHooks(CacheHooks):
         batch, new = given.shape[:2]
         blank = PrunedLayer()
         blank.open(batch)
-        asks, added = blank.next_positions(new, self.new_columns(kwargs.get("attention_mask"), 0, new))
+        asks, added = blank.next_positions(new, self.new_columns(self.given_mask(kwargs), 0, new))
         asks = asks.to(given.device)
         return CacheCall(call.options, False, cache, {}, asks, added, min(added) < new, prompt=True)
 

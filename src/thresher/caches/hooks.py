@@ -228,7 +228,7 @@ class CacheHooks(Attachment):
         self.settle(cache, layers, options)
         for layer in layers.values():
             layer.open(batch)
-        mask = self.new_columns(kwargs.get("attention_mask"), first.seen, new)
+        mask = self.new_columns(self.given_mask(kwargs), first.seen, new)
         asks, added = first.next_positions(new, mask)
         asks = asks.to(given.device)
         self.check_range(first, added)

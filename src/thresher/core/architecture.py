@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from . import compat
 from .cost import LayerCost
+from .pictures import find_reader, placeholders
 
 PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
@@ -42,6 +43,8 @@ class Architecture:
     protected: tuple[int, ...]  # the model's own special tokens, as positions among the live tokens
     max_tokens: int | None  # positions that the model has; None: it does not say
     hidden: int  # channels C of a state
+    reader: PreTrainedModel | None = None  # the model that puts pictures or sounds into the input of ``base``
+    placeholders: dict[str, int] = field(default_factory=dict)  # the token id of each kind of them
 
     @classmethod
     def sketch(cls, name: str, depth: int) -> Architecture:
@@ -59,7 +62,7 @@ class Architecture:
     @property
     def packable(self) -> bool:
         """Whether packed rows fit the layers."""
-        return self.shows_inputs and self.passes_arguments and not self.relative
+        return self.shows_inputs and self.passes_arguments and not self.relative and self.reader is None
 
     def fits(self, other: Architecture) -> bool:
         """Whether what a method learned for one model fits the other."""
@@ -73,12 +76,14 @@ class Architecture:
 
 
 def find_architecture(model: PreTrainedModel) -> Architecture:
-    """Find the layers of ``model``; of an encoder-decoder, the encoder's.
+    """Find the layers of ``model``; of an encoder-decoder, the encoder's; of a model that reads pictures or sounds, the
+    language model's.
 
     Raises:
         ValueError: no layers, no attention block in them, or more than one stack was found.
     """
-    base, layers = find_layers(model)
+    reader, language = find_reader(model) or (None, model)
+    base, layers = find_layers(language)
     layer, arguments = layers[0], list(inspect.signature(layers[0].forward).parameters)
     name = attention_block(layer)
     block = layer.get_submodule(name)
@@ -87,7 +92,8 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
     cores = [m for m in block.modules() if compat.calls_attention_interface(m)]
     check_alike(layers, name, bool(cores))
     inside = returns_residual_state(layer, block)
-    causal = any(getattr(m, "is_causal", False) is True for m in block.modules())
+    decodes = reader is not None and not getattr(language.config, "is_encoder_decoder", False)
+    causal = decodes or any(getattr(m, "is_causal", False) is True for m in block.modules())
     text, head = base.main_input_name == "input_ids", type(model).__name__
     mixes = any(getattr(m, "conv", None) is not None for m in (base, getattr(base, "encoder", None)))
     return Architecture(
@@ -111,6 +117,8 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
         protected=special_positions(base, text, causal),
         max_tokens=getattr(base.config, "max_position_embeddings", None),
         hidden=base.config.hidden_size,
+        reader=reader,
+        placeholders={} if reader is None else placeholders(reader.config),
     )
 
 
@@ -170,8 +178,13 @@ def special_positions(base: PreTrainedModel, text: bool, causal: bool) -> tuple[
     """The model's own special tokens, as positions among the live tokens."""
     if text:
         return (-1,) if causal else (0,)
-    prefix = [p for n, p in base.named_parameters() if n.rpartition(".")[2] in PREFIX_TOKENS]
-    return tuple(range(sum(p.shape[1] if p.dim() == 3 else 1 for p in prefix)))
+    return tuple(range(prefix_length(base)))
+
+
+def prefix_length(tower: nn.Module) -> int:
+    """How many class, distillation and register tokens come before the patches."""
+    prefix = [p for n, p in tower.named_parameters() if n.rpartition(".")[2] in PREFIX_TOKENS]
+    return sum(p.shape[1] if p.dim() == 3 else 1 for p in prefix)
 
 
 def layers_of(holder: PreTrainedModel) -> list[nn.Module]:

@@ -20,9 +20,11 @@ from transformers import PreTrainedModel
 from . import compat
 from .architecture import find_architecture
 from .attention import PREFIX, register
+from .pictures import Prompt
 from .pruner import Options, Pruner, pruner_of
 
-_THREAD = threading.local()  # .calls and .options: {Attachment: state} and {Attachment: Options} of the running thread
+# .calls, .options, .prompts: {Attachment: state}, {Attachment: Options} and {Attachment: Prompt} of the running thread
+_THREAD = threading.local()
 
 
 @contextmanager
@@ -96,6 +98,9 @@ class Attachment:
             self.implementation = compat.attention_implementation(arch.base)
         self.inner = arch.base.__dict__.get("forward")
         arch.base.forward = self
+        for module in {arch.reader, self.model} if arch.reader is not None else ():
+            self.handles.append(module.register_forward_pre_hook(self.before_reader, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self.after_reader, always_call=True))
         self.hook_layers()
         if self.companion is not None:
             self.companion.attach()
@@ -146,6 +151,32 @@ class Attachment:
     def call(self) -> Any:
         """The state of the forward under way in this thread; None: there is none."""
         return getattr(_THREAD, "calls", {}).get(self)
+
+    # --- what the model around it is given ---------------------------------------------------------------------------
+    def before_reader(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Look at the arguments of the model that reads pictures, and at the labels of the one around it."""
+        prompts, reader = _THREAD.__dict__.setdefault("prompts", {}), self.architecture.reader
+        before = prompts.get(self)
+        if module is reader:
+            names = list(inspect.signature(module.forward).parameters)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            prompts[self] = Prompt(reader, given, None if before is None else before.labels)
+        else:
+            prompts[self] = Prompt(None, {}, kwargs.get("labels"))
+
+    def after_reader(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forget them, also where a forward raised."""
+        getattr(_THREAD, "prompts", {}).pop(self, None)
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """What the model that reads pictures was given; None: there is none, or it was not called."""
+        prompt = getattr(_THREAD, "prompts", {}).get(self)
+        return prompt if prompt is not None and prompt.reader is not None else None
+
+    def given_mask(self, kwargs: dict) -> Any:
+        """The attention mask that a user gave, of the arguments of a forward."""
+        return kwargs.get("attention_mask") if self.prompt is None else self.prompt.given.get("attention_mask")
 
     # --- one forward -------------------------------------------------------------------------------------------------
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

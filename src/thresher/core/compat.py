@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirection
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # 5.23
 from transformers.pytorch_utils import Conv1D  # 5.23
 from transformers.utils.import_utils import is_tracing  # 5.23
+from transformers.vision_utils import get_vision_window_index  # 5.23
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -98,6 +99,16 @@ def frames_mask(model: PreTrainedModel, frames: int, mask: Tensor) -> Tensor | N
     """(B, ``frames``): the mask of samples (B, samples) for the frames that the layers see; None: there is no rule."""
     rule = getattr(model, "_get_feature_vector_attention_mask", None)
     return None if rule is None else rule(frames, mask)
+
+
+def window_order(tower: Any, grid: Tensor) -> Tensor | None:
+    """(T,) long: the order in which a tower has the tokens of its windows (Qwen2.5-VL); None: it has none."""
+    size = getattr(tower, "window_size", None)
+    if size is None or not hasattr(tower, "spatial_merge_size"):
+        return None
+    return get_vision_window_index(
+        grid, spatial_merge_size=tower.spatial_merge_size, window_size=size, patch_size=tower.patch_size, kwargs={}
+    )[0]
 
 
 # --- the cache of a decoder: 5.23 -------------------------------------------------------------------------------------

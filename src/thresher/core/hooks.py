@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import compat
-from .architecture import Architecture
 from .attachment import Attachment
 from .cost import LayerCount
-from .pruner import PROTECTED, SURVIVORS, Options, Record, TokenPruner
+from .pictures import ALL, Deep, Prompt, newlines, numbered
+from .possible import check_kind, check_possible
+from .pruner import EARLY, PROTECTED, SURVIVORS, Options, Record, TokenPruner
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
+from .tower import Watch
 from .view import Panel, Site
 
 CACHES = ("past_key_values", "layer_past")  # names of the cache among the arguments of layers
@@ -65,6 +67,13 @@ class CallState:
     # of each layer, where they are wanted: the hidden states that entered it, put back, and its tokens
     seen: list[tuple[Tensor | None, Tokens]] = field(default_factory=list)
     last: Tensor | None = None  # the states after the last layer, put back
+    prompt: Prompt | None = None  # what the reader of pictures was given; None: the model reads none
+    pictures: Tensor | None = None  # (B, N0) long, the picture of each token, see ``View.pictures``
+    places: Tensor | None = None  # (3, B, N0), see ``View.places``
+    deep: Deep | None = None  # what is added after the first layers
+    entered: Tensor | None = None  # (B,) tokens that entered, where some left before the first layer
+    tower: Tensor | None = None  # (B, N0), see ``View.tower``
+    spent: Any = 0  # MACs of the choice that was made there
 
     @property
     def dense(self) -> bool:
@@ -83,6 +92,9 @@ class Hooks(Attachment):
         super().__init__(model, pruner, layout, original)
         self.passed: frozenset[int] = frozenset()  # sites that a graph under construction passes by
         self.unserved = ""  # why no companion keeps the caches of a decoder
+        arch = self.architecture
+        seen = arch.reader is not None and pruner.needs_tower
+        self.watch = Watch(arch.reader, arch.base) if seen else None  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Raise ValueError where the method or the layout does not fit the model."""
@@ -94,6 +106,18 @@ class Hooks(Attachment):
                 f"they are put back; prune a SentenceTransformer, or the {type(base).__name__} alone and pool "
                 "output.token_mask yourself"
             )
+
+    def attach(self) -> None:
+        """Put the hooks on."""
+        super().attach()
+        if self.watch is not None:
+            self.watch.attach()
+
+    def detach(self) -> None:
+        """Take the hooks off: the model is what it was."""
+        if self.watch is not None:
+            self.watch.detach()
+        super().detach()
 
     def hook_layers(self) -> None:
         """Put the hooks on the layers."""
@@ -112,7 +136,18 @@ class Hooks(Attachment):
         filled = cache is not None and cache.get_seq_length() > 0
         if filled:
             self.check_cache(cache, kwargs)
-        if options.mode == "dense" or filled:  # a decoding step
+        if options.mode == "dense":
+            return CallState(options, self.method)
+        prompt = self.prompt
+        if prompt is None and self.architecture.reader is not None:
+            raise RuntimeError(
+                f"{type(base).__name__} was called without {type(self.architecture.reader).__name__} around it, so "
+                "that nobody can tell which tokens are pictures: call that model, or run within dense(model)"
+            )
+        if cache is not None and prompt is not None:
+            check_kind(cache, self.pruner.name, self.unserved if self.companion is None else "")
+        if filled:  # a decoding step
+            self.check_step(prompt)
             return CallState(replace(options, mode="dense"), self.method)
         if compat.is_static(cache):
             raise ValueError(
@@ -126,21 +161,26 @@ class Hooks(Attachment):
                 "torch.jit.trace would freeze how many tokens stay: use thresher.export, torch.export or torch.compile"
             )
         self.check_implementation()
-        mask, whole = kwargs.get("attention_mask"), False
+        mask, whole = self.given_mask(kwargs), False
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             kind = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"a pruned model takes the 2-D attention mask (B, N) of real tokens, got a {kind} one")
         if mask is not None:
             whole = not torch.compiler.is_compiling() and bool(mask.all())
-            mask = kwargs["attention_mask"] = mask if whole else with_a_token(mask)
+            given, mask = mask, mask if whole else with_a_token(mask)
+            if kwargs.get("attention_mask") is given:  # a reader may have made those of the layers of it
+                kwargs["attention_mask"] = mask
         wants = frozenset(
             name
             for name in ("hidden_states", "attentions")
             if kwargs.get(f"output_{name}", getattr(base.config, f"output_{name}", False))
         )
         soft = options.gates is not None or (options.mode == "pruned" and pruner.soft)
-        ids = kwargs.get("input_ids")
-        call = CallState(options, pruner, soft=soft, mask=mask, whole=whole, ids=ids, wants=wants)
+        ids = kwargs.get("input_ids") if prompt is None else prompt.ids
+        call = CallState(options, pruner, soft=soft, mask=mask, whole=whole, ids=ids, wants=wants, prompt=prompt)
+        call.deep = Deep.taken(kwargs)
+        if prompt is not None and (places := kwargs.get("position_ids")) is not None and places.dim() == 3:
+            call.places = places[-3:].expand(-1, len(prompt.ids), -1)
         if not torch.compiler.is_compiling():
             pruner.record = None  # it would live on beside this forward's own
         return call
@@ -169,6 +209,17 @@ class Hooks(Attachment):
         mask = kwargs.get("attention_mask")
         if verdict.dropped and mask is not None and not bool(mask.all()):
             raise ValueError("this cache cannot be decoded from: its rows have padding; generate one prompt at a time")
+
+    def check_step(self, prompt: Prompt | None) -> None:
+        """Refuse pictures that come onto a filled cache, of which nothing would leave."""
+        kinds = self.architecture.placeholders
+        if prompt is None or prompt.ids.shape[1] == 1:
+            return
+        if bool(prompt.tokens(kinds, self.pruner.modality or ALL).any()):
+            raise ValueError(
+                "pictures or sounds that are added to a filled cache (a later turn, or prefill_chunk_size) are not "
+                "pruned: fill the cache with the whole prompt at once, or run within dense(model)"
+            )
 
     def layout_for(self, *, soft: bool, cached: bool, batch: int = 2, whole: bool = False) -> type[Tokens]:
         """The layout of a forward of ``batch`` rows; ``whole``: without padding."""
@@ -206,7 +257,56 @@ class Hooks(Attachment):
             layout = Padded  # which has the probabilities of a batch in one tensor
         call.tokens = layout.start(hidden, mask, call.whole)
         call.protected = self.pruner.protection(call.tokens.alive, call.ids, call.options.protect)
-        return call.tokens.enter(hidden)
+        if call.prompt is not None:
+            self.find_pictures(call, call.prompt, hidden)
+        return self.leave_early(call, call.tokens.enter(hidden))
+
+    def find_pictures(self, call: CallState, prompt: Prompt, hidden: Tensor) -> None:
+        """Say which tokens are of pictures, and protect all others."""
+        arch = self.architecture
+        if prompt.ids.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"the prompt has {tuple(prompt.ids.shape)} ids and the layers of {arch.name} see "
+                f"{tuple(hidden.shape[:2])} tokens: give it one placeholder for each token, as its processor does"
+            )
+        tokens = prompt.tokens(arch.placeholders, self.pruner.modality or ALL)
+        ends = newlines(arch.reader, hidden)  # type: ignore[arg-type]
+        visual = tokens if ends is None else tokens & ~ends
+        asked = prompt.asked()
+        free = visual if asked is None else visual & ~asked
+        assert call.protected is not None and call.tokens is not None, "start() sets them"
+        call.pictures = numbered(prompt.ids, tokens, visual)
+        call.protected = call.protected | ~free.to(hidden.device) & call.tokens.alive
+
+    def scored_by(self, watch: Watch, call: CallState) -> Tensor:
+        """(B, N0): what the tower says of the tokens of a prompt; looked up once in a forward."""
+        if call.tower is None:
+            assert call.prompt is not None
+            call.tower = watch.scores(call.prompt, self.architecture.placeholders)
+        return call.tower
+
+    def leave_early(self, call: CallState, hidden: Tensor) -> Tensor:
+        """Let tokens leave before the first layer, where the method says so; returns the states that enter it."""
+        tokens = call.tokens
+        site = self.open(call, tokens, hidden, EARLY) if EARLY in call.pruner.sites else None  # type: ignore[arg-type]
+        if site is None:
+            return hidden
+        assert tokens is not None
+        call.sites.append(site)
+        site.after = None if site.acts else tokens
+        if not site.acts:
+            return hidden
+        if call.soft:
+            raise ValueError(f"tokens fade within the layers and not before them: at={EARLY} has no soft stage")
+        call.previous, call.entered = site, tokens.live
+        after = self.drop(site)
+        call.spent = 0 if site.choice is None else site.choice.macs
+        if after is tokens:
+            return hidden
+        left = after.take(hidden)
+        after.leave(tokens, hidden)
+        call.tokens = after
+        return left
 
     # --- hooks, in the order in which they run -----------------------------------------------------------------------
     def before_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
@@ -230,7 +330,7 @@ class Hooks(Attachment):
         tokens = call.tokens
         assert tokens is not None, "start() lays them out"
         call.states = hidden
-        site = call.site = self.open(call, tokens)
+        site = call.site = self.open(call, tokens, hidden, call.layer)
         if call.wants:
             states = tokens.put_back(hidden) if "hidden_states" in call.wants else None
             call.seen.append((states, tokens))
@@ -253,20 +353,29 @@ class Hooks(Attachment):
             kwargs["attention_mask"] = mask
         return (hidden,), kwargs
 
-    def open(self, call: CallState, tokens: Tokens) -> Site | None:
-        """The site of the next layer; None: it has none, and nothing of it is needed."""
+    def open(self, call: CallState, tokens: Tokens, hidden: Tensor, layer: int) -> Site | None:
+        """The site of a layer, which is next; None: it has none, and nothing of it is needed."""
         pruner, number = call.pruner, -1
         if call.options.mode == "pruned":
-            number = pruner.sites.index(call.layer) if call.layer in pruner.sites else -1
+            number = pruner.sites.index(layer) if layer in pruner.sites else -1
         if number < 0 and not isinstance(tokens, Packed):
             return None
         protected = call.protected
         assert protected is not None, "start() says which"
         if number >= 0:
             protected = protected.gather(1, tokens.index) & tokens.alive
-        site = Site(call.layer, number, tokens, protected, call.states)
+        site = Site(layer, number, tokens, protected, hidden)
         if number >= 0:
             site.previous, site.counts, site.passed = call.previous, call.options.counts, self.passes_by(pruner, number)
+            if call.pictures is not None:
+                site.pictures = call.pictures.to(tokens.index.device).gather(1, tokens.index)
+                site.pictures = site.pictures.masked_fill(~tokens.alive, -1)
+                site.passed = site.passed or not bool((tokens.alive & ~protected).any())
+                if call.places is not None:
+                    index = tokens.index.expand(3, -1, -1)
+                    site.places = call.places.to(index.device).gather(2, index)
+                if self.watch is not None and not site.passed:
+                    site.tower = self.scored_by(self.watch, call).gather(1, tokens.index)
             if pruner.needs_attention and pruner.scores_all and not site.passed and not call.options.gates:
                 site.statistic = pruner.statistic
             site.anchored = pruner.protects_some and call.options.protect is None
@@ -355,19 +464,21 @@ class Hooks(Attachment):
         call = self.call
         if call is None or call.dense:
             return None
-        given = output[0] if isinstance(output, tuple) else output
+        given = returned = output[0] if isinstance(output, tuple) else output
         site, tokens, inside = call.site, call.tokens, self.architecture.drops_inside
         entered = call.states
         assert tokens is not None and entered is not None, "before_layer() sets them"
+        if call.deep is not None:
+            given = call.deep.add(call.layer, given, tokens.index)
         if site is None or not site.acts:
             hidden, after = self.faded(tokens, entered, given), tokens
-            call.counts.append(LayerCount(tokens.live, tokens.live))
+            call.counts.append(LayerCount(tokens.live, tokens.live, spent=call.spent))
         else:
             if call.soft:
                 hidden, after = self.fade(call, site, kwargs, entered, given)
             else:
                 hidden, after = self.leave(site, entered, given)
-            spent: Any = 0 if site.choice is None else site.choice.macs
+            spent: Any = call.spent + (0 if site.choice is None else site.choice.macs)
             if call.pruner.scores_row:
                 spent = spent + tokens.live * self.architecture.costs[call.layer].width
             count = after.live if inside else tokens.live, site.statistic is not None, call.pruner.predictor_macs, spent
@@ -377,11 +488,11 @@ class Hooks(Attachment):
             call.sites.append(site)
             if not site.acts:
                 site.after = tokens
-        call.layer, call.tokens = call.layer + 1, after
+        call.layer, call.tokens, call.spent = call.layer + 1, after, 0
         call.states = call.site = None
         if call.layer == self.architecture.depth:
             hidden = call.last = after.unmerge(after.restore(hidden))
-        if hidden is given:
+        if hidden is returned:
             return None
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -436,7 +547,10 @@ class Hooks(Attachment):
             return output
         for site in call.sites if not torch.is_grad_enabled() else ():
             site.release()
-        self.pruner.record = Record(call.sites, call.counts, self.architecture.costs, survivors, left=call.tokens)
+        self.pruner.record = Record(
+            call.sites, call.counts, self.architecture.costs, survivors, left=call.tokens, entered=call.entered
+        )
+        self.pruner.record.pictures = call.pictures
         if call.options.calls is not None:
             call.options.calls.append((self.pruner.record, kwargs))
         self.judge(call, kwargs, output)
@@ -477,35 +591,3 @@ def reshaped(call: CallState, output: Any) -> Any:
         spread = [None if w is None else tokens.spread(w) for w, (_, tokens) in zip(weights, call.seen, strict=True)]
         output["attentions"] = tuple(spread)
     return output
-
-
-def check_possible(model: Architecture, pruner: TokenPruner, layout: str) -> None:
-    """Raise ValueError where a method or a layout does not fit a model."""
-    name = type(model.base).__name__
-    if not model.passes_arguments and "attention_mask" not in model.arguments:
-        raise ValueError(
-            f"{name} cannot be pruned: its layers take no attention mask and hand their attention block no arguments, "
-            "so that no tokens can be hidden from it"
-        )
-    if layout == "packed" and not model.packable:
-        raise ValueError(
-            f"layout='packed' is not possible with {name}: its attention takes position biases "
-            "or does not hand its arguments to transformers' attention interface; use layout='padded' or 'auto'"
-        )
-    if pruner.needs_values and not model.shows_inputs:
-        raise ValueError(
-            f"{pruner.name} is not possible with {name}: it needs the keys or values of "
-            "a layer, and this model's layers show their attention probabilities alone; topk, spatten, entropy, "
-            "ltp and top need no more than these"
-        )
-    if pruner.merges and model.causal:
-        raise ValueError(
-            f"{pruner.name} is not possible with {name}, a decoder: a merged token would "
-            "show later tokens to earlier ones; topk, spatten and ltp let tokens leave instead"
-        )
-    if pruner.merges and pruner.sized and (model.relative or model.binary_mask):
-        raise ValueError(
-            f"{pruner.name} is not possible with {name}: keys weigh by the number of "
-            "tokens that they stand for, and its attention takes position biases or a mask of 0 and 1; topk, ltp "
-            "and top let tokens leave"
-        )

@@ -31,6 +31,7 @@ from .method import Pruner as Pruner
 from .method import pruner_in as pruner_in
 from .method import pruner_of as pruner_of
 from .method import read_state as read_state
+from .pictures import ALL, KINDS
 from .scoring import Statistic, columns
 from .tokens import Tokens
 from .view import Site, View
@@ -45,7 +46,8 @@ RunAgain = Callable[..., Any]  # (**override): the model's output on the batch o
 RunBatch = Callable[[Batch], "Record"]  # the record of the model's forward on another batch
 PUT_BACK, SURVIVORS = POOLINGS = ("put-back", "survivors")
 QUERY = "query"  # of ``protect``
-ALL, PROTECTED = "all", "protected"  # of ``votes``
+PROTECTED = "protected"  # of ``votes``, besides "all"
+EARLY = -1  # of ``at``: before the first layer
 _LAST = threading.local()  # .records: the record of the last forward of each method, for the thread that ran it
 
 
@@ -78,6 +80,13 @@ class Record:
     token_mask: Tensor | None = None  # (B, N0), 1 for the tokens that are left at the end, where these are pooled
     answers: Any = None  # the model's output, where a trainer looks at a calibration set
     left: Tokens | None = None  # the tokens that are left at the end
+    entered: Tensor | None = None  # (B,) tokens that entered, where some left before the first layer
+    pictures: Tensor | None = None  # (B, N0) long, the picture of each token, see ``View.pictures``
+
+    @property
+    def started(self) -> Tensor:
+        """(B,) tokens that the dense model would run on."""
+        return self.counts[0].n_attention if self.entered is None else self.entered
 
     @property
     def used(self) -> Tensor:
@@ -87,7 +96,7 @@ class Record:
     @property
     def dense(self) -> Tensor:
         """Scalar: MACs of the dense model on the same tokens without padding."""
-        return dense_macs(self.costs, self.counts[0].n_attention).sum()
+        return dense_macs(self.costs, self.started).sum()
 
     def flops_fraction(self) -> Tensor:
         """Scalar: ``used / dense``."""
@@ -129,7 +138,8 @@ class TokenPruner(Pruner):
 
     Args:
         at: 0-based layers after whose attention tokens leave; the score of layer i decides what goes on from i.
-            Default: a quarter, a half and three quarters of the depth.
+            Default: a quarter, a half and three quarters of the depth. -1 is before the first layer of a language model
+            that reads pictures or sounds.
         protect: tokens that never leave: positions among the live tokens (negative ones from the end);
             ``{"ids": [...]}`` for token ids; ``{"until": [...]}`` for all up to the first of these ids behind the first
             token, the query of a pair; "query" for that with the separator of the model's configuration, or of a
@@ -140,6 +150,8 @@ class TokenPruner(Pruner):
             where the method protects a query the protected ones, so that a text keeps what the query looks at; in a
             decoder all.
         min_tokens: rows with fewer tokens are left alone.
+        modality: what may leave of the prompt of a model that reads pictures or sounds: "image", "video", "audio" or
+            "all" of them, which is the default. The text never leaves.
         pooling: what pools the states of an embedder: "put-back", all tokens, those that left with their last states;
             "survivors", those in ``output.token_mask`` (B, N) alone, which a SentenceTransformer, pruned as a whole,
             then pools.
@@ -150,6 +162,7 @@ class TokenPruner(Pruner):
     protect: Any = field(default=None, kw_only=True)
     min_tokens: int = field(default=0, kw_only=True)
     pooling: str = field(default=PUT_BACK, kw_only=True)
+    modality: str | None = field(default=None, kw_only=True)
 
     layouts: ClassVar[tuple[str, ...]] = ("mask", "padded", "packed")
     lr: ClassVar[float] = 2e-2  # learning rate of its own parameters, where no other is given
@@ -162,7 +175,9 @@ class TokenPruner(Pruner):
     scores_all: ClassVar[bool] = True  # whether the score takes all attention probabilities, which are then charged
     scores_row: ClassVar[bool] = False  # whether it takes one row of them, which is charged instead
     merges = False  # whether tokens are merged into others
+    at_entry: ClassVar[bool] = False  # whether tokens leave before the first layer of a language model, at -1, alone
     sized: ClassVar[bool] = False  # whether keys then weigh by the number of tokens that they stand for
+    needs_tower: ClassVar[bool] = False  # whether the score takes what the tower of pictures attends to
     predictor_macs = 0  # of a predictor, for each token at a site
 
     def __post_init__(self) -> None:
@@ -176,6 +191,8 @@ class TokenPruner(Pruner):
         if self.votes not in (None, ALL, PROTECTED if self.votable else ALL):
             what = f"{ALL} or {PROTECTED}" if self.votable else f"nothing: {self.name} takes no score of all rows"
             raise ValueError(f"votes={self.votes!r}: expected {what}")
+        if self.modality not in (None, *KINDS, ALL):
+            raise ValueError(f"modality={self.modality!r}: expected {', '.join(KINDS)} or {ALL}")
         check_protect(self.protect)
         self.cache: Pruner | None = None  # what prunes the cache of the tokens that are left, where something does
         self.at = None if self.at is None else tuple(int(i) for i in self.at)
@@ -301,9 +318,13 @@ class TokenPruner(Pruner):
             ValueError: a layer in ``at`` does not exist or can save nothing.
         """
         super().bind(model)
-        at = self.default_at(model) if self.at is None else self.at
+        at = self.at
+        if at is None:
+            at = (EARLY,) if self.at_entry else self.default_at(model)
+        self.check_modality(model, at)
         for layer in at:
-            if not model.first_site <= layer <= model.last_site:
+            entry = layer == EARLY and bool(model.placeholders)
+            if not entry and not model.first_site <= layer <= model.last_site:
                 raise ValueError(
                     f"at={list(at)}: layer {layer} is not possible in {model.name}; its {model.depth} layers can be "
                     f"pruned at {model.first_site}..{model.last_site} (0-based)"
@@ -316,6 +337,25 @@ class TokenPruner(Pruner):
         self.sites = tuple(at)
         self.build(model)
 
+    def check_modality(self, model: Architecture, at: tuple[int, ...]) -> None:
+        """Raise ValueError where a model reads nothing that may leave, or the method cannot act before its layers."""
+        known = model.placeholders
+        if self.modality not in (None, ALL, *known):
+            reads = f"reads {', '.join(known)} and text" if known else "reads text alone, or is a tower"
+            raise ValueError(f"modality={self.modality!r}: {model.name} {reads}")
+        if self.at_entry and (not known or at != (EARLY,)):
+            what = "the layers of a language model that reads pictures or sounds"
+            raise ValueError(f"{self.name} acts before {what}, at={EARLY}; got at={list(at)} in {model.name}")
+        if EARLY not in at or not known:
+            return
+        if self.soft_until > 0:
+            raise ValueError(f"at={list(at)}: tokens fade within the layers and not before them; give soft_until=0")
+        if self.needs_attention or self.needs_values:
+            raise ValueError(
+                f"at={list(at)}: before layer 0 there is no attention to go by, which {self.name} needs; choose "
+                "at=(1,), or divprune, cdpruner, visionzip, grid or random"
+            )
+
     def settle_votes(self, model: Architecture) -> None:
         """Decide whose attention makes the score, where nobody has."""
         queried = isinstance(self.protect, dict) and "until" in self.protect
@@ -327,6 +367,10 @@ class TokenPruner(Pruner):
     @property
     def protected_positions(self) -> tuple[int, ...] | None:
         """Positions among the live tokens that never leave; None where the tokens of a batch say so."""
+        return None if self.architecture.reader is not None else self._positions
+
+    @property
+    def _positions(self) -> tuple[int, ...] | None:
         protect = self.architecture.protected if self.protect is None else self.protect
         return tuple(protect) if isinstance(protect, (tuple, list)) else None
 
@@ -346,7 +390,7 @@ class TokenPruner(Pruner):
         if protect is not None and protect.shape != alive.shape:
             raise ValueError(f"protect has shape {tuple(protect.shape)}, the batch has {tuple(alive.shape)}")
         rank, live = alive.cumsum(1) - 1, alive.sum(1, keepdim=True)
-        positions = self.protected_positions
+        positions = self._positions
         if protect is not None:
             protected = protect.to(alive.device).bool()
         elif positions is None:
@@ -451,13 +495,44 @@ class TokenPruner(Pruner):
         return self.record
 
     @property
+    def picture_report(self) -> dict:
+        """What this thread's last forward left of pictures and sounds; empty where the model reads none.
+
+        ``pictures``, ``kept``: for each row the tokens of each picture, and how many are left at the end. ``by_layer``:
+        tokens of pictures that enter each layer, all rows together; ``mean``: their mean, which papers call the number
+        of visual tokens. ``flops_fraction``: of the MACs of the language model's layers. ``cache_fraction``: of the
+        entries that its cache would hold. A tower costs what it cost.
+        """
+        record = self.last_record()
+        if record.pictures is None or record.left is None:
+            return {}
+        pictures, left = record.pictures, record.left.spread_votes() > 0
+        many = int(pictures.max()) + 1
+        whole = torch.stack([(pictures == number).sum(1) for number in range(many)], 1) if many else pictures[:, :0]
+        kept = torch.stack([(left & (pictures == number)).sum(1) for number in range(many)], 1) if many else whole
+        text = record.started - whole.sum(1)
+        entering = [count.n_attention for count in record.counts]
+        by_layer = [int((tokens - text).sum()) for tokens in entering]
+        return {
+            "pictures": [[n for n in row if n] for row in whole.tolist()],
+            "kept": [
+                [n for n, size in zip(*rows, strict=True) if size]
+                for rows in zip(kept.tolist(), whole.tolist(), strict=True)
+            ],
+            "by_layer": by_layer,
+            "mean": sum(by_layer) / len(by_layer),
+            "flops_fraction": float(record.flops_fraction()),
+            "cache_fraction": float(sum(entering).sum() / (record.started.sum() * len(entering))),  # type: ignore[union-attr]
+        }
+
+    @property
     def report(self) -> list[dict]:
         """This thread's last forward, layer by layer: tokens entering, tokens kept, MACs, and the dense MACs.
 
         Sums over the batch; padding is not counted.
         """
         record = self.last_record()
-        start = record.counts[0].n_attention.float()
+        start = record.started.float()
         return [
             {
                 "layer": layer,

@@ -80,6 +80,9 @@ class Site:
     counts: Tensor | None = None  # (B, S), how many tokens each row keeps, where the caller says so
     anchored: bool = False  # whether a token of each row is known to be protected
     voters: Tensor | None = None  # (B, N) bool, the tokens whose attention makes the scores; None: all
+    pictures: Tensor | None = None  # (B, N) long, see ``View.pictures``
+    places: Tensor | None = None  # (3, B, N), see ``View.places``
+    tower: Tensor | None = None  # (B, N), see ``View.tower``
     panel: Panel | None = None  # the rows that these are
 
     @property
@@ -156,6 +159,26 @@ class View:
         return self._shown.counts
 
     @property
+    def pictures(self) -> Tensor | None:
+        """(B, N) long: the number, within its row, of the picture, clip or sound that each token belongs to; -1: to
+        none that may leave. None: the model reads none."""
+        return self._shown.pictures
+
+    @property
+    def places(self) -> Tensor | None:
+        """(3, B, N) long: frame, row and column of each token, counted from wherever its picture begins, by the
+        positions that the model gives them (M-RoPE). None: these do not say."""
+        return self._shown.places
+
+    @property
+    def tower(self) -> Tensor:
+        """(B, N) fp32: the attention that the patches behind each token receive in the last but one layer of the tower,
+        from its class token or, where it has none, from all patches; 0 for text."""
+        tower = self._shown.tower
+        assert tower is not None, "a method that asks for it says needs_tower"
+        return tower
+
+    @property
     def previous(self) -> Site | None:
         """The site before this one in the same forward, with its tokens and its score; None at the first."""
         return self._shown.previous
@@ -194,7 +217,10 @@ class View:
 
     @property
     def readout(self) -> Tensor:
-        """(B,) slot of the token that the head reads: the first protected one, else the first live one."""
+        """(B,) slot of the token that the head reads: the first protected one, else the first live one; of a model that
+        reads pictures, the last live one."""
+        if self.pictures is not None:
+            return (self.alive * torch.arange(1, self.alive.shape[1] + 1, device=self.alive.device)).argmax(1)
         some = self.protected.any(1, keepdim=True)
         return (self.protected | self.alive & ~some).long().argmax(1)
 

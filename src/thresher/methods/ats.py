@@ -67,6 +67,8 @@ class ATS(TopK):
         if isinstance(share, float) and share == 1.0:
             return Choice(view.alive)
         points = (kept_count(share, live) - view.protected.sum(1)).clamp(min=0)[:, None]
+        if view.pictures is not None:  # a share of what may leave
+            points = kept_count(share, view.free.sum(1))[:, None]
         sums = score.double().masked_fill(view.protected, 0.0).cumsum(1)  # in order: padding adds nothing
         below = (points * sums / sums[:, -1:].clamp(min=torch.finfo(score.dtype).tiny) + 0.5).floor()
         return Choice(below.diff(dim=1, prepend=torch.zeros_like(below[:, :1])) > 0)

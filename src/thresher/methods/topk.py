@@ -13,6 +13,7 @@ from ..core.architecture import Architecture
 from ..core.pruner import Choice
 from ..core.view import View
 from .parts.budget import Budgeted
+from .parts.pictures import best_of_pictures
 from .parts.selection import check_keep, kept_count, per_site, top_k
 
 REPLAY = "replay"
@@ -28,7 +29,8 @@ class TopK(Budgeted):
     one factor of all shares is searched for on held-out inputs.
 
     Args:
-        keep: a fraction of the row's survivors (sites compound) or a count of tokens, for all sites or one per site.
+        keep: a fraction of the row's survivors (sites compound) or a count of tokens, for all sites or one per site; in
+            a model that reads pictures or sounds, of each of these.
             "replay" keeps as many as the caller says: ``with calling(model, counts=...)``, (B, S). Baselines replay the
             counts of the method that they are compared with.
         target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. ``keep`` must
@@ -75,6 +77,8 @@ class TopK(Budgeted):
         return None if self.keep == REPLAY else self.turn_shares("keep", -1)
 
     def choose(self, score: Tensor, view: View) -> Choice:
+        if view.pictures is not None and self.keep != REPLAY:
+            return Choice(best_of_pictures(score, view, self.shares[view.site]))
         live, protected = view.alive.sum(1), view.protected.sum(1)
         if self.keep == REPLAY:
             if view.counts is None or len(view.counts) != len(live):
