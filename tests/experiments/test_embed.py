@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertModel
+from transformers import AutoTokenizer, BertModel
 from typer.testing import CliRunner
 
 from support.families import FAMILIES
@@ -16,7 +16,7 @@ from support.tiny import tiny_tokenizer
 from support.toy import OPTIONS, write
 from thresher.cli import app as cli
 from thresher.data.embedder import Embedder, Pooling, is_embedder, load_embedder
-from thresher.data.models import load
+from thresher.data.models import open_model
 from thresher.data.spec import DataSpec
 from thresher.data.task import DataError
 from thresher.data.texts import load_texts
@@ -101,9 +101,8 @@ def test_what_cannot_be_embedded_is_told(embedded, tmp_path):
     options = {"out": str(tmp_path / "out"), "task": "embed", "progress": False}
     with pytest.raises(DataError, match="'accuracy' is no metric of texts without labels"):
         jobs.train(embedded.model, embedded.data, metric="accuracy", **options)
-    plain, tokenizer = load(str(FAMILIES["bert"].build(0).config._name_or_path or embedded.model), num_labels=2)
-    plain.save_pretrained(tmp_path / "plain")
-    tokenizer.save_pretrained(tmp_path / "plain")
+    open_model(embedded.model, num_labels=2).save_pretrained(tmp_path / "plain")
+    AutoTokenizer.from_pretrained(embedded.model).save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="does not say how its states are pooled"):
         jobs.train(str(tmp_path / "plain"), embedded.data, **options)
     with pytest.raises(ValueError, match="is pruned already"):

@@ -210,6 +210,7 @@ def test_a_budget_of_time_is_priced_by_the_table(farm, tmp_path, monkeypatch):
     whole = ((1.0, 100.0), (0.61, 60.01))  # of three layers
     table = LatencyTable(line, line, line, ((1.0, 100.0), (0.01, 0.01)), whole, batch_size=1, threads=1)
     monkeypatch.setattr(service, "latency_table", lambda model: table)
+    monkeypatch.setattr(module, "CORRECTED", 0)
     dense = 0.01 + 6 * 0.1 * 10.5  # about so many tokens
     rows = tune(farm.model, farm.plain, str(tmp_path / "out"), target_latency_ms=0.6 * dense, **QUICK)
     ran = json.loads((tmp_path / "out" / SUMMARY).read_text())["schedules"]
