@@ -30,10 +30,14 @@ from weights import pretrained  # noqa: E402
 RUNS = HERE.parent / "runs" / "benchmarks" / "embedding"
 DATA = Path(os.environ.get("THRESHER_DATA", "data"))
 TARGETS = {"2x": 0.5, "3x": 0.333}
-MERGED = {"1.5x": 0.13, "2x": 0.22}  # share of the tokens in each layer
+MERGED = {  # by what tokens are compared: share of the tokens in each layer
+    "tome": {"1.5x": 0.13, "2x": 0.22},
+    "tome-states": {"2x": 0.222, "3x": 0.37},
+}
+BY_STATES = {"metric": "states", "rounds": 2}
 LONGEST, TEXTS, POSTS, SAME = 256, 6000, 2000, 10  # tokens; to train on; to judge; neighbours that are judged
 TIMED, REPEATS = 300, 5
-WAYS = ("tuned", "topk", "top", "tome")
+WAYS = ("tuned", "topk", "top", *MERGED, "tome-trained")
 
 
 def folder(way: str, budget: str) -> Path:
@@ -43,7 +47,7 @@ def folder(way: str, budget: str) -> Path:
 
 def models() -> dict[tuple[str, str], Path]:
     """The folders of what is there, by way and budget."""
-    named = {(way, budget): folder(way, budget) for way in WAYS for budget in (*MERGED, "3x")}
+    named = {(way, budget): folder(way, budget) for way in WAYS for budget in ("1.5x", *TARGETS)}
     return {name: place for name, place in named.items() if (place / "config.json").exists()}
 
 
@@ -63,11 +67,12 @@ def merge() -> None:
     from thresher.data.embedder import load_embedder
     from thresher.evaluation.rows import folder_written_whole
 
-    for budget, share in MERGED.items():
-        if not folder("tome", budget).exists():
+    for way, budget, share in ((way, *own) for way, shares in MERGED.items() for own in shares.items()):
+        if not folder(way, budget).exists():
             net, tokenizer = load_embedder(pretrained("minilm-l6"))
-            with folder_written_whole(folder("tome", budget)) as aside:
-                prune(net, ToMe(r=share)).save_pretrained(aside, tokenizer)
+            with folder_written_whole(folder(way, budget)) as aside:
+                method = ToMe(r=share, **(BY_STATES if way == "tome-states" else {}))
+                prune(net, method).save_pretrained(aside, tokenizer)
 
 
 def train() -> None:
@@ -117,14 +122,28 @@ def judged(task: str, name: tuple[str, str], answers: Any, gains: tuple[Any, Any
     )
 
 
+def answers(name: tuple[str, str], net: Any, part: str, rows: Any) -> Any:
+    """What a model says of a part, asked once."""
+    import torch
+
+    from thresher.evaluation.predict import predict
+    from thresher.evaluation.rows import whole
+
+    place = RUNS / "answers" / f"{'-'.join(filter(None, name))}-{part}.pt"
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with whole(place) as aside:
+            torch.save(predict(net, rows), aside)
+    return torch.load(place, weights_only=False)
+
+
 def measure() -> None:
-    """Judge all models on what they have not seen."""
+    """Judge all models on what they have not seen. Rows of models that are not here stay."""
     import numpy as np
 
     from thresher.data.embedder import load_embedder
     from thresher.data.load import load_task
     from thresher.data.retrieval import load_retrieval
-    from thresher.evaluation.predict import predict
     from thresher.evaluation.retrieval import compare_embeddings, nearest, retrieval_gains
     from thresher.stats.bootstrap import bootstrap_interval
     from thresher.stats.ranking import gain
@@ -136,7 +155,7 @@ def measure() -> None:
     nets = {("dense", ""): dense} | {name: load_embedder(str(place))[0] for name, place in models().items()}
     texts = {"documents": cranfield.documents, "queries": cranfield.queries, "posts": list(posts["text"])}
     parts = {name: tokens_of(own, tokenizer) for name, own in texts.items()}
-    said = {name: {part: predict(net, rows) for part, rows in parts.items()} for name, net in nets.items()}
+    said = {name: {part: answers(name, net, part, rows) for part, rows in parts.items()} for name, net in nets.items()}
 
     def same(vectors: Any) -> np.ndarray:
         found = nearest(vectors, vectors, SAME + 1)
@@ -252,6 +271,9 @@ def land(name: str, rows: list[dict]) -> None:
 
     rows = [{**row, "command": f"python benchmarks/embedding.py {name.replace('quality', 'measure')}"} for row in rows]
     place = RESULTS / "embedding" / f"minilm-l6-{name}.json"
+    if name == "quality" and place.exists():
+        new = {(row["task"], row["method"]) for row in rows}
+        rows = [row for row in json.loads(place.read_text())["rows"] if (row["task"], row["method"]) not in new] + rows
     place.parent.mkdir(parents=True, exist_ok=True)
     with whole(place) as aside:
         aside.write_text(as_json({"rows": rows}))

@@ -15,15 +15,21 @@ from thresher.core.tokens import LAYOUTS
 VIT, BERT = FAMILIES["vit"], FAMILIES["bert"]
 
 
-def matched(key, free: list[int], r: int) -> dict[int, int]:
-    """Which token goes into which, of keys (H, n, d), by two loops."""
-    first, second, near = free[::2], free[1::2], key.mean(0)
-    alike = {(i, j): torch.cosine_similarity(near[i], near[j], dim=0).item() for i in first for j in second}
+def matched(alike, free: list[int], r: int) -> dict[int, int]:
+    """Which token goes into which, by how much ``alike`` (n, n) they are, in two loops."""
+    first, second = free[::2], free[1::2]
     best = {i: max(second, key=lambda j: alike[i, j]) for i in first}
     return {i: best[i] for i in sorted(first, key=lambda i: -alike[i, best[i]])[:r]}
 
 
-def by_hand(model, pixels, r: int, sites, mlerp=()) -> torch.Tensor:
+def likeness(key, x, metric: str) -> torch.Tensor:
+    """(n, n): the cosine of keys (n, d), or how near states (n, C) are."""
+    if metric == "states":
+        return -torch.cdist(x[None].double(), x[None].double())[0]
+    return torch.cosine_similarity(key[:, None], key[None], dim=-1)
+
+
+def by_hand(model, pixels, rounds, sites, mlerp=(), metric="keys") -> torch.Tensor:
     """(n, C) states behind the last layer of a ViT for one picture, its layers run one by one."""
     base = model.vit
     x = base.embeddings(pixels)[0]
@@ -38,8 +44,10 @@ def by_hand(model, pixels, r: int, sites, mlerp=()) -> torch.Tensor:
         weights = (query @ key.transpose(1, 2) * block.scaling + size.log()).softmax(-1)
         x = x + block.o_proj((weights @ value).transpose(0, 1).flatten(1))
         x = x + layer.mlp(layer.layernorm_after(x))
-        if number in sites:
-            into, rows, groups = matched(key, list(range(1, len(x))), r), [], []
+        near = key.mean(0)
+        for count in rounds if number in sites else ():
+            into, rows, keys, groups = matched(likeness(near, x, metric), list(range(1, len(x))), count), [], [], []
+            size = torch.tensor([float(len(m)) for m in members])
             for j in range(len(x)):
                 if j in into:
                     continue
@@ -48,8 +56,9 @@ def by_hand(model, pixels, r: int, sites, mlerp=()) -> torch.Tensor:
                 if number in mlerp:
                     mean = mean / mean.norm() * max(x[i].norm() for i in group)
                 rows.append(mean)
+                keys.append(sum(size[i] * near[i] for i in group) / sum(size[i] for i in group))
                 groups.append([m for i in group for m in members[i]])
-            x, members = torch.stack(rows), groups
+            x, near, members = torch.stack(rows), torch.stack(keys), groups
     out = x.new_zeros(sum(map(len, members)), x.shape[1])
     for row, group in zip(x, members, strict=True):
         out[group] = row
@@ -57,11 +66,20 @@ def by_hand(model, pixels, r: int, sites, mlerp=()) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ["mask", "padded"])
-@pytest.mark.parametrize(("method", "mlerp"), [(ToMe(r=3), ()), (ToFu(r=3, prunes=0.0), (0, 1, 2))])
+@pytest.mark.parametrize(
+    ("method", "mlerp"),
+    [
+        (ToMe(r=3), ()),
+        (ToMe(r=3, rounds=2), ()),
+        (ToMe(r=3, metric="states"), ()),
+        (ToMe(r=3, metric="states", rounds=2), ()),
+        (ToFu(r=3, prunes=0.0), (0, 1, 2)),
+    ],
+)
 def test_merging_is_the_papers(layout, method, mlerp):
     model, pixels = VIT.build(), VIT.batch((1,))["pixel_values"]
     with torch.no_grad():
-        wanted = by_hand(model, pixels, 3, (0, 1, 2), mlerp)
+        wanted = by_hand(model, pixels, (3,) if method.rounds == 1 else (1, 2), (0, 1, 2), mlerp, method.metric)
         prune(model, copy.deepcopy(method), layout=layout)
         found = model.vit(pixels).last_hidden_state[0]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
@@ -166,7 +184,10 @@ def test_ltmp_merges_what_is_alike_and_drops_what_is_not():
         method.threshold.fill_(0.9)
         model(**batch)
     (view,) = method.record.sites
-    into, near = matched(key, list(range(1, 16)), 8), torch.nn.functional.normalize(key.mean(0), dim=-1)
+    into, near = (
+        matched(likeness(key.mean(0), None, "keys"), list(range(1, 16)), 8),
+        torch.nn.functional.normalize(key.mean(0), dim=-1),
+    )
     merged = {i: j for i, j in into.items() if near[i] @ near[j] >= 0.8}
     kept = [j for j in range(16) if j == 0 or (j not in merged and received[j] >= 0.9)]
     assert view.keep[0].nonzero()[:, 0].tolist() == kept

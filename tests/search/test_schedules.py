@@ -180,7 +180,7 @@ MERGING = [(2, 5, 5, 12), (0, 0, 0, 10), (10, 15, 17, 18), (0, 0, 0, 0), (1, 2, 
 
 def merging(**options) -> tuple[Space, torch.nn.Module]:
     dropping, model = space(**options)
-    return replace(dropping, merges=True, charged=False), model
+    return replace(dropping, merges=ToMe(r=0.1), charged=False), model
 
 
 @pytest.mark.parametrize("left", MERGING)

@@ -73,6 +73,7 @@ METHODS = {
     ),
     "evit": (lambda: EViT(keep=1.0), lambda: EViT(keep=0.6)),
     "tome": (lambda: ToMe(r=0.0), lambda: ToMe(r=0.2)),
+    "tome-states": (lambda: ToMe(r=0.0, metric="states", rounds=2), lambda: ToMe(r=0.2, metric="states", rounds=2)),
     "tofu": (lambda: ToFu(r=0), lambda: ToFu(r=3)),
     "lat": (lambda: LAT(), lambda: LAT(keep=0.6)),
     "ltmp": (lambda: LTMP(merge_init=2.0), lambda: LTMP(init=0.8, merge_init=0.5)),

@@ -437,16 +437,19 @@ class Hooks(Attachment):
         call = self.call
         if not arch.drops_inside or (call is not None and call.soft) or (site.choice is None and call is None):
             return None
-        after = self.drop(site)
+        states = output[0] if isinstance(output, tuple) else output
+        after = self.drop(site, states)
         if after is site.tokens:
             return None
-        hidden = after.take(output[0] if isinstance(output, tuple) else output)
+        hidden = after.take(states)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def drop(self, site: Site) -> Tokens:
-        """The tokens that go on. The method chooses once: a block that runs again repeats what was decided."""
+    def drop(self, site: Site, states: Tensor) -> Tokens:
+        """The tokens that go on, of those with ``states``. The method chooses once: a block that runs again repeats
+        what was decided."""
         if site.after is None:
             self.check_shown(site)
+            site.states = states
             with torch.no_grad():
                 self.pruner.select(site)
             site.after = self.pruner.reduce(site)
@@ -499,7 +502,7 @@ class Hooks(Attachment):
     def leave(self, site: Site, entered: Tensor, hidden: Tensor) -> tuple[Tensor, Tokens]:
         """Let tokens leave, after the layer or, as is known by now, within it; their last complete states are kept.
         Returns the states and the tokens that go on."""
-        after, complete = self.drop(site), entered
+        after, complete = self.drop(site, hidden), entered
         if after is not site.tokens:
             if not self.architecture.drops_inside:
                 complete, hidden = hidden, after.take(hidden)

@@ -79,6 +79,7 @@ class Site:
     passed: bool = False  # whether nothing can leave here, so that the layer need show nothing
     counts: Tensor | None = None  # (B, S), how many tokens each row keeps, where the caller says so
     anchored: bool = False  # whether a token of each row is known to be protected
+    states: Tensor | None = None  # of which some go on or are merged, in the layout of ``tokens``
     voters: Tensor | None = None  # (B, N) bool, the tokens whose attention makes the scores; None: all
     pictures: Tensor | None = None  # (B, N) long, see ``View.pictures``
     places: Tensor | None = None  # (3, B, N), see ``View.places``
@@ -117,7 +118,7 @@ class Site:
 
     def release(self) -> None:
         """Let go of the layer's tensors; the decision and the score stay."""
-        self.inputs = self.weights = self.hidden = self.scores = self.previous = None
+        self.inputs = self.weights = self.hidden = self.states = self.scores = self.previous = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +190,14 @@ class View:
         hidden = self._shown.hidden
         assert hidden is not None, "a site shows its states until its forward is over"
         return self.tokens.pad(hidden)
+
+    @property
+    def states(self) -> Tensor:
+        """(B, N, C), the states of which some go on or are merged: behind the attention block where tokens leave inside
+        the layer, as in BERT, else behind the layer."""
+        states = self._shown.states
+        assert states is not None, "states are shown where tokens leave, and not in a soft stage"
+        return self.tokens.pad(states)
 
     @property
     def key(self) -> Tensor:

@@ -13,7 +13,7 @@ from ..core.pruner import Choice
 from ..core.view import View
 from .ltp import LTP
 from .parts.gates import log_gate
-from .tome import STAYS, bipartite_matching
+from .tome import KEYS, STAYS, bipartite_matching, features, matching_macs
 
 
 class LTMP(LTP):
@@ -59,14 +59,14 @@ class LTMP(LTP):
         self.merge_threshold = nn.Parameter(torch.full((len(self.sites),), float(self.merge_init)))
 
     def score_and_choose(self, view: View) -> tuple[Tensor, Choice]:
-        similarity, partner, macs = bipartite_matching(view)
-        score = view.attention_received()
+        similarity, partner = matched(view)
+        score, macs = view.attention_received(), matching_macs(view.alive, view.key.shape[-1])
         merged = (similarity > -STAYS) & (similarity >= self.merge_threshold[view.site])
         into = torch.where(merged, partner, torch.arange(merged.shape[1], device=merged.device))
         return score, Choice((score >= self.threshold[view.site]) & ~merged, into=into, macs=macs)
 
     def gates(self, score: Tensor, view: View) -> Tensor:
-        apart = self.merge_threshold[view.site] - bipartite_matching(view)[0]
+        apart = self.merge_threshold[view.site] - matched(view)[0]
         return super().gates(score, view) + log_gate(apart / self.temperature)
 
     def knob(self) -> Callable[[float], None]:
@@ -79,3 +79,8 @@ class LTMP(LTP):
                 self.merge_threshold.copy_(start - by)
 
         return both
+
+
+def matched(view: View) -> tuple[Tensor, Tensor]:
+    """Match the tokens that may leave by their keys, as ``bipartite_matching`` says."""
+    return bipartite_matching(features(view, KEYS), view.alive & ~view.protected)

@@ -17,6 +17,7 @@ from .parts.budget import Budgeted
 from .parts.selection import check_keep, per_site, top_k
 
 STAYS = 2.0  # a score above that of any token that may be merged
+KEYS, STATES = METRICS = ("keys", "states")  # what the similarity of two tokens is taken of
 
 
 class ToMe(Budgeted):
@@ -31,15 +32,22 @@ class ToMe(Budgeted):
 
     Args:
         r: tokens merged in each layer: a share of the row's tokens or a count, for all sites or one per site. No more
-            than those of the first set, half of what is not protected, are ever merged; 0 merges nothing.
+            than those of the first set, half of what is not protected, are merged in a round; 0 merges nothing.
         target_flops: as in ``TopK``, by one factor of ``r``.
         at: default: every layer.
+        metric: "keys", by the cosine of the layer's keys as in the paper; or "states", by the distance of the states
+            that are merged, whose mean moves least then: for embedders, which average the states of a text.
+        rounds: times that the tokens are dealt and matched in a layer, each for its part of ``r``; the sets of the next
+            one mix what the sets of one kept apart, and more than half of the tokens can go.
 
     ============================  ==========================  ====================================================
     paper                         here                        why
     ============================  ==========================  ====================================================
     the class token is in the     protected tokens are in     the same: neither is ever merged
     first set and never merged    neither set
+    keys; states are worse        ``metric`` says which       of texts whose states are averaged the vector stays
+                                                              much nearer to the dense one by states
+    matches once in a layer       ``rounds``                  the nearest token may be of the same set
     images have no padding        padding is in neither set   texts of a batch do not meet
     kept and merged tokens are    tokens stay in their order  the layouts agree on it
     concatenated
@@ -49,6 +57,8 @@ class ToMe(Budgeted):
 
     r: float | int | tuple = 0.1
     target_flops: float | None = field(default=None, kw_only=True)
+    metric: str = field(default=KEYS, kw_only=True)
+    rounds: int = field(default=1, kw_only=True)
 
     name: ClassVar[str] = "tome"
     merges = True
@@ -56,6 +66,13 @@ class ToMe(Budgeted):
     needs_values: ClassVar[bool] = True
     scores_all: ClassVar[bool] = False
     learned: ClassVar[tuple[str, ...]] = ("r",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.metric not in METRICS:
+            raise ValueError(f"metric={self.metric!r}: expected {' or '.join(METRICS)}")
+        if not isinstance(self.rounds, int) or isinstance(self.rounds, bool) or self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds!r}: expected a number of rounds, from 1 up")
 
     @property
     def shares(self) -> tuple[float | int, ...]:
@@ -79,18 +96,30 @@ class ToMe(Budgeted):
         return self.turn_shares("r", 1)
 
     def score_and_choose(self, view: View) -> tuple[Tensor, Choice]:
-        similarity, partner, macs = bipartite_matching(view)
-        score = torch.where(similarity > -STAYS, -similarity, STAYS).masked_fill(~view.alive, 0.0)
-        live = view.alive.sum(1)
-        merged = merged_count(self.shares[view.site], live)
-        keep = top_k(score, torch.maximum(live - merged, (score == STAYS).sum(1)), view.alive)
-        return score, Choice(keep, into=partner, macs=macs)
+        x, sizes, keep = features(view, self.metric), view.tokens.sizes, view.alive
+        itself = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+        wanted, macs = merged_count(self.shares[view.site], keep.sum(1)), torch.zeros_like(sizes[:, 0])
+        into, score = itself, torch.zeros_like(sizes)
+        for turn in range(self.rounds):
+            similarity, partner = bipartite_matching(x, keep & ~view.protected, self.metric)
+            own = torch.where(similarity > -STAYS, -similarity, STAYS).masked_fill(~keep, 0.0)
+            most = keep.sum(1) - in_round(wanted, turn, self.rounds)
+            stays = top_k(own, torch.maximum(most, (own == STAYS).sum(1)), keep)
+            goes, macs = torch.where(keep & ~stays, partner, itself), macs + matching_macs(keep, x.shape[-1])
+            into, score, keep = goes.gather(1, into), torch.where(keep, own, score), stays
+            if turn + 1 < self.rounds:
+                x, sizes = means(x, sizes, goes)
+        return score, Choice(keep, into=into, macs=macs)
 
     def width(self, slots: int, site: int) -> int | None:
         protect = self.protected_positions
         if protect is None:
             return None
-        return slots - min(merged_count(self.shares[site], slots), max(0, slots - len(protect) + 1) // 2)
+        return slots - merged_in_rounds(self.shares[site], slots, max(0, slots - len(protect)), self.rounds)
+
+    def channels(self, model: Architecture) -> int:
+        """Count the numbers of a token that are compared."""
+        return model.hidden if self.metric == STATES else model.costs[0].width // model.base.config.num_attention_heads
 
     def keeps_all(self, site: int) -> bool:
         return self.shares[site] == 0
@@ -104,18 +133,53 @@ def merged_count(share: float | int, live):
     return (thousandths - thousandths % 1000) // 1000  # even: OpenVINO rounds
 
 
-def bipartite_matching(view: View) -> tuple[Tensor, Tensor, Tensor]:
-    """Match each token of the first set to the nearest of the second, by the cosine of their keys.
+def in_round(count, turn: int, rounds: int):
+    """Share a count of tokens to be merged, a number or (B,), among rounds: how many are of this one."""
+    return count * (turn + 1) // rounds - count * turn // rounds
 
-    Returns (B, N) the similarity, -2 for tokens that are not in the first set; (B, N) long the slot of the partner;
-    (B,) the MACs that it took.
+
+def merged_in_rounds(share: float | int, live, free, rounds: int):
+    """Count what is merged of ``live`` tokens, of which ``free`` may be: numbers, or both (B,)."""
+    wanted, left = merged_count(share, live), free
+    for turn in range(rounds):
+        count, most = in_round(wanted, turn, rounds), (left + 1) // 2
+        left = left - (torch.minimum(count, most) if isinstance(most, Tensor) else min(count, most))
+    return free - left
+
+
+def features(view: View, metric: str) -> Tensor:
+    """Return (B, N, C), what tokens are compared by."""
+    return view.key.float().mean(1) if metric == KEYS else view.states.float()
+
+
+def means(x: Tensor, sizes: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means by size of the tokens ``x`` (B, N, C) that go into each slot, and their sizes (B, N)."""
+    sums = torch.zeros_like(x).scatter_add(1, into[..., None].expand_as(x), x * sizes[..., None])
+    sizes = torch.zeros_like(sizes).scatter_add(1, into, sizes)
+    return sums / sizes.clamp(min=1)[..., None], sizes
+
+
+def matching_macs(alive: Tensor, channels: int) -> Tensor:
+    """Count the MACs (B,) of the products of two sets of the tokens ``alive`` (B, N)."""
+    return alive.sum(1) ** 2 * channels / 4
+
+
+def bipartite_matching(x: Tensor, free: Tensor, metric: str = KEYS) -> tuple[Tensor, Tensor]:
+    """Match each token of the first set to the nearest of the second: of the ``features`` x (B, N, C), by the cosine of
+    keys, or exp(-the mean squared difference) of states.
+
+    ``free`` (B, N): the tokens that are dealt into the sets. Returns (B, N) the similarity, -2 for tokens that are not
+    in the first set; (B, N) long the slot of the partner.
     """
-    free = view.alive & ~view.protected
-    turn, key, live = free.cumsum(1) % 2, view.key, view.alive.sum(1)
+    turn = free.cumsum(1) % 2
     first, second = free & (turn == 1), free & (turn == 0)
-    direction = F.normalize(key.float().mean(1), dim=-1)
-    similarity, partner = (direction @ direction.transpose(1, 2)).masked_fill(~second[:, None], -STAYS).max(2)
-    return similarity.masked_fill(~first, -STAYS), partner, live * live * key.shape[-1] / 4
+    x = F.normalize(x, dim=-1) if metric == KEYS else x
+    alike = x @ x.transpose(1, 2)
+    if metric == STATES:
+        square = x.square().sum(-1)
+        alike = ((2 * alike - square[:, None] - square[:, :, None]) / x.shape[-1]).exp()
+    similarity, partner = alike.masked_fill(~second[:, None], -STAYS).max(2)
+    return similarity.masked_fill(~first, -STAYS), partner
 
 
 class ToFu(ToMe):

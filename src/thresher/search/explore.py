@@ -243,7 +243,7 @@ class ScheduleSearch:
             info, charged = pruner.architecture, pruner.needs_attention and pruner.scores_all
             protected = protected_by(pruner, samples.search.rows["input_ids"])
             unprune(net)
-            self.spaces[kind] = Space(info, lengths, charged and not kind, table, protected, merges=kind)
+            self.spaces[kind] = Space(info, lengths, charged and not kind, table, protected, pruner if kind else None)
         self.score = next(iter(self.scores))
         if not self.space.layers:
             raise ValueError(f"{self.space.info.name} has no layer after which tokens could leave")

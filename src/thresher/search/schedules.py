@@ -22,7 +22,7 @@ from ..core.cost import LatencyTable, LayerCount, between, dense_macs, macs, tok
 from ..core.pruner import TokenPruner
 from ..methods.parts.budget import bisect_to_budget
 from ..methods.parts.selection import kept_count
-from ..methods.tome import merged_count
+from ..methods.tome import ToMe, merged_in_rounds
 
 STEPS = 20
 LEVELS = (
@@ -46,7 +46,7 @@ class Space:
         charged: whether the method takes all attention probabilities of a site, whose MACs then count.
         table: measured times, one text at a time.
         protected: (N,) tokens of each text that never leave; default: those that the model protects.
-        merges: whether tokens are merged as ``ToMe`` does, in one layer no more than half of those that may leave.
+        merges: the method where tokens are merged, in a round no more than half of those that may leave.
     """
 
     info: Architecture
@@ -54,7 +54,7 @@ class Space:
     charged: bool = True
     table: LatencyTable | None = None
     protected: Tensor | None = None
-    merges: bool = False
+    merges: ToMe | None = None
 
     @property
     def layers(self) -> range:
@@ -74,7 +74,9 @@ class Space:
         """The options of the method: ``fields``, where tokens are merged ``r`` in the place of ``keep``."""
         fields = self.fields(left)
         keep = fields.pop("keep")
-        return fields | ({"r": tuple(round(1 - share, 3) for share in keep)} if self.merges else {"keep": keep})
+        return fields | (
+            {"r": tuple(round(1 - share, 3) for share in keep)} if self.merges is not None else {"keep": keep}
+        )
 
     def reachable(self, left: Left) -> Left:
         """The schedule nearest to ``left`` that is possible: where tokens are merged, half of them go in a layer."""
@@ -190,31 +192,35 @@ class Space:
         free = self.table is None and not self.charged  # in MACs; the table has the time of every site
         unscored = layers if free else ()
         counts = tokens_by_layer(tokens, after, layers, inside=self.info.drops_inside, unscored=unscored)
-        if not self.merges:
+        if self.merges is None:
             return counts
-        size = self.info.costs[0].width // self.info.base.config.num_attention_heads
-        pairs = [count.n_attention**2 * size / 4 for count in counts]  # that are compared, of the two sets
+        # that are compared, of the two sets; in later rounds a little less
+        size = self.merges.channels(self.info) * self.merges.rounds
+        pairs = [count.n_attention**2 * size / 4 for count in counts]
         each = zip(layers, counts, pairs, strict=True)
         return [replace(count, spent=own) if layer in after else count for layer, count, own in each]
 
     def _after(self, share: float | int) -> Callable[[Tensor], Tensor]:
         """The function from the tokens (N,) that enter a site to those that go on."""
-        if not self.merges:
+        if (method := self.merges) is None:
             return partial(kept_count, share, protected=self._protected)
         part = round(1 - share, 3)
 
         def merged(tokens: Tensor) -> Tensor:
             free = (tokens - self._protected).clamp(min=0)
-            return tokens - torch.minimum(merged_count(part, tokens), (free + 1) // 2)
+            return tokens - merged_in_rounds(part, tokens, free, method.rounds)
 
         return merged
 
     @cached_property
     def _furthest(self) -> list[int]:
         """Of each level the last one that a layer can go to."""
-        if not self.merges:
+        if self.merges is None:
             return [len(LEVELS) - 1] * len(LEVELS)
-        return [max(b for b, share in enumerate(LEVELS) if share and share >= a / 2) if a else 0 for a in LEVELS]
+        return [
+            max(b for b, share in enumerate(LEVELS) if share and share >= a / 2**self.merges.rounds) if a else 0
+            for a in LEVELS
+        ]
 
     def _price(self, counts: list[LayerCount], first: int = 0) -> float:
         """Mean cost of some layers, from ``first`` on."""
