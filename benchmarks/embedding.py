@@ -76,14 +76,15 @@ def merge() -> None:
 
 
 def train() -> None:
-    """Train to the budgets: TopK by the schedule that held-out texts choose, and ToP."""
+    """Train to the budgets: as the command does by itself, TopK by the schedule that held-out texts choose, and ToP."""
     from thresher.experiments.train import train as job
 
     for budget, target in TARGETS.items():
-        for method in ("topk", "top"):
+        for way, method in (("tome-trained", None), ("topk", "topk"), ("top", "top")):
             given = {"data": str(DATA / "20newsgroups"), "text": ("text",), "max_length": LONGEST, "limit": TEXTS}
             own = {"task": "embed", "method": method, "target_flops": target, "threads": 1}
-            job(model=pretrained("minilm-l6"), out=folder(method, budget), progress=False, **given, **own)
+            own |= {"batch_size": 16, "prune_epochs": 1, "prune_lr": 1e-4, "freeze_embeddings": True} if not method else {}
+            job(model=pretrained("minilm-l6"), out=folder(way, budget), progress=False, **given, **own)
 
 
 def tokens_of(texts: list[str], tokenizer: Any) -> Any:

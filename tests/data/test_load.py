@@ -261,6 +261,9 @@ def test_20newsgroups_is_stripped_unless_raw(tmp_path):
     ]
     assert (task.name, raw.name) == ("20newsgroups", "20newsgroups-raw")
     assert (task.removed, raw.removed) == ({"empty": 1}, {})
+    with pytest.warns(UserWarning, match="empty"):
+        texts = load_texts(DataSpec(data=str(folder), text=("text",)))
+    assert {*texts.train["text"]} <= {*task.train["text"], *task.validation["text"]}
     assert len(task.train) + len(task.validation) == 19 and len(task.test) == 20 and task.test["text"][4] == ""
     assert not any("jane" in row.lower() for row in task.train["text"]) and all(
         "From: " in row for row in raw.train["text"]

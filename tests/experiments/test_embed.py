@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from support.families import FAMILIES
 from support.tiny import tiny_tokenizer
 from support.toy import OPTIONS, write
+from thresher.api import inner_model
 from thresher.cli import app as cli
 from thresher.data.embedder import Embedder, Pooling, is_embedder, load_embedder
 from thresher.data.models import open_model
@@ -87,6 +88,27 @@ def test_the_pooling_is_chosen_before_a_training_or_by_short_ones(embedded, tmp_
         jobs.train(embedded.model, embedded.data, str(tmp_path / "out"), **open_)
     said = json.loads((tmp_path / "out" / jobs.SUMMARY).read_text())
     assert said["schedule"].get("pooling") == "survivors" == said["pooling"]["chosen"]
+
+
+def test_averages_are_merged_by_states_unless_the_model_cannot(embedded, tmp_path):
+    def usual(model: str, **given):
+        spec = TrainSpec(model=model, data=embedded.data, out=tmp_path, task="embed", target_flops=0.5, **given)
+        spec = spec.completed()
+        return spec.method, {**spec.method_options}, spec.dropout
+
+    options = {"metric": "states", "rounds": 2, "target_flops": 0.5}
+    assert usual(embedded.model) == ("tome", options, 0.0)
+    assert usual(embedded.model, method="topk", dropout=0.1) == ("topk", {"target_flops": 0.5}, 0.1)
+    tokenizer, topk = tiny_tokenizer(), ("topk", {"target_flops": 0.5}, 0.0)
+    for name, family, mode in (("cls", "bert", "cls"), ("mpnet", "mpnet", "mean")):
+        net = inner_model(FAMILIES[family].build(0)).base_model
+        Embedder(net, Pooling(mode)).save_pretrained(tmp_path / name, tokenizer)
+        assert usual(str(tmp_path / name)) == topk
+    given = {**EMBED, "method": None, "prune_epochs": 1}
+    rows = jobs.train(embedded.model, embedded.data, str(tmp_path / "out"), **given)
+    net, _ = load_embedder(str(tmp_path / "out"))
+    assert (net.token_pruner.name, net.token_pruner.metric, net.token_pruner.rounds) == ("tome", "states", 2)
+    assert rows[1]["flops_ratio"] == pytest.approx(2, rel=0.15)
 
 
 def test_the_command_embeds(embedded, tmp_path):

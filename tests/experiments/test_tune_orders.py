@@ -160,6 +160,7 @@ def test_an_embedder_that_merging_suits_is_merged(tmp_path):
     assert by_method["auto"]["divergence"] <= by_method["tome"]["divergence"]
     assert by_method["auto"]["method"].split(",")[0] in ("tome", "tofu") and by_method["auto"]["flops_fraction"] <= 0.6
     net, tokenizer = load_embedder(str(tmp_path / "auto"))
+    assert (net.token_pruner.metric, net.token_pruner.rounds) == ("states", 2)
     texts = Dataset.from_dict(dict(tokenizer(["wheat and grain the farmer and the script", "thresh the grain"])))
     outcome = Sample(load_embedder(model)[0], texts, 2).compare(net)
     assert 0 < outcome.divergence < 1 and outcome.flops_fraction < 0.8

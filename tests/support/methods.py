@@ -92,11 +92,11 @@ METHODS = {
 # What a method says (a regular expression) on families that it cannot serve: {"mine": {"siglip": "shows no keys"}}
 REFUSES: dict[str, dict[str, str]] = {
     method: dict.fromkeys(("mpnet", "deberta-v2", "roformer", "siglip-vision"), "needs the keys or values")
-    for method in ("ats", "vatp", "tome", "tofu", "ltmp")
+    for method in ("ats", "vatp", "tome", "tome-states", "tofu", "ltmp")
 }
 REFUSES["ats"]["whisper-encoder"] = "which has no class token"
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
-for method in ("tome", "tofu", "ltmp", "top-fused", "ltp-fused"):
+for method in ("tome", "tome-states", "tofu", "ltmp", "top-fused", "ltp-fused"):
     REFUSES.setdefault(method, {}).update(dict.fromkeys(DECODERS, "a decoder: a merged token"))
 REFUSES["evit"] = dict.fromkeys(DECODERS, "a decoder: a merged token") | dict.fromkeys(
     ("whisper-encoder", "siglip-vision"), "no class token"

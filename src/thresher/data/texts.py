@@ -8,6 +8,7 @@ import numpy as np
 
 from .checks import Flaws, without_empty, without_tested
 from .labels import check, find_columns
+from .newsgroups import strip_post
 from .read import read
 from .retrieval import is_retrieval, load_retrieval
 from .spec import DataSpec
@@ -26,8 +27,8 @@ def load_texts(spec: DataSpec, *, seed: int = 0, pairs: bool = False) -> Task:
     """Return the texts of a data set as a task of the kind "embedding", in train, validation and test.
 
     Both texts of a pair, and documents and queries of a folder in BEIR's form, are texts of their own. Copies are left
-    out, and train loses what test has as well. Parts are those of ``load_task``. The metric is "cosine", in points: how
-    near an embedder's vectors are to another one's.
+    out, and train loses what test has as well. 20newsgroups is stripped, and parts are, as by ``load_task``. The metric
+    is "cosine", in points: how near an embedder's vectors are to another one's.
 
     Args:
         seed: of the order of train, which has at most ``limit`` texts.
@@ -60,6 +61,8 @@ def load_texts(spec: DataSpec, *, seed: int = 0, pairs: bool = False) -> Task:
             table = parts["train"]
             check("train", table, columns[:2], label)
         parts = {where: _frame([part[column] for column in columns]) for where, part in parts.items()}
+        if name == "20newsgroups":
+            parts = {where: _frame([part[TEXT].map(strip_post)]) for where, part in parts.items()}
     parts = without_empty(parts, (TEXT,), flaws)
     train, test = parts.get("train"), parts.get("test")
     if test is None:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from typing_extensions import Self
 
@@ -393,6 +393,8 @@ class TrainSpec(MethodSpec, ServedSpec, TrainingSpec):
     task: what the model is to do. "rerank": give a query and a candidate one number, which orders a query's candidates.
         "embed": give a text the vector that the model gives it now; no label is read. Default: what the data say.
     max_drop: the strongest budget is searched for whose drop on the validation part keeps it, see ``strongest``.
+    method: default: "topk"; of an embedder that averages states, where tokens can be merged, "tome" by states.
+    dropout: default: the model's own; 0 where vectors are learned.
     recipe: a method and a task, "top-mrpc" (see ``recipes``), whose settings stand where none is given.
     distill_states: weight of the dense model's states, layer by layer (``training.trainer.Distill``), in every step.
     dense_model: a folder to take the dense fine-tuned model from.
@@ -423,7 +425,10 @@ class TrainSpec(MethodSpec, ServedSpec, TrainingSpec):
             ValueError: two budgets, or a bound on the drop for a method that meets no budget of MACs.
         """
         preset: dict[str, Any] = {"method": "topk", "method_options": {}}
-        preset = preset if self.recipe is None else recipe(self.recipe)
+        if self.recipe is not None:
+            preset = recipe(self.recipe)
+        elif self.task == "embed":
+            preset = {"dropout": 0.0} | (of_averages(str(self.model)) or preset)
         usual, method = preset.pop("method_options"), self.method or preset["method"]
         given, drop = self.options, self.max_drop
         named, able = sorted({*given} & {*AMOUNTS}), has_budget(method)
@@ -559,6 +564,24 @@ def remembered(model: str | None) -> dict[str, Any]:
 def located(data: str) -> str:
     """The data as another working directory would name them."""
     return str(Path(data).expanduser().absolute()) if Path(data).expanduser().exists() else data
+
+
+def of_averages(model: str) -> dict[str, Any] | None:
+    """The method, and its options, of an embedder that averages the states of a text: tokens are merged by these. None
+    for any other, and where the model cannot merge."""
+    from ..data.embedder import is_embedder, load_embedder
+    from ..search.explore import AVERAGES, served
+
+    if not is_embedder(model):
+        return None
+    net = load_embedder(model)[0]
+    if net.pooling.mode != "mean" or net.token_pruner is not None:
+        return None
+    try:
+        method, options = served(cast("Any", net), AVERAGES)["tome"]
+    except ValueError:
+        return None
+    return {"method": method, "method_options": options}
 
 
 def is_known(method: str) -> bool:

@@ -27,7 +27,7 @@ from ..data.task import Task
 from ..evaluation.hardware import environment
 from ..evaluation.rows import folder_written_whole
 from ..reports import plots
-from ..search.explore import PROFILING, Budget, Samples, ScheduleSearch, scores_of, with_survivors
+from ..search.explore import PROFILING, Budget, Samples, ScheduleSearch, scores_of, scores_of_averages, with_survivors
 from ..search.reference import Sample, texts_of, tokenized
 from .service import Service
 from .spec import COLUMNS, SUMMARY, TuneSpec, job, task_entry
@@ -67,6 +67,8 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     service = Service.of(spec, budget.of_time)
     _check_places(out, spec.plot)
     net, tokenizer = finished(spec.model)
+    if isinstance(net, Embedder) and net.pooling.mode == "mean" and spec.method == "auto" and not budget.of_time:
+        scores = scores_of_averages(net, scores)
     tell = progress or (lambda what, done, total: None)
     texts = read_texts(spec, budget, net, tokenizer, tell)
     scores = {name: (one, kept_query(texts.task, tokenizer, own) | own) for name, (one, own) in scores.items()}

@@ -35,6 +35,8 @@ SCORES = {  # that "auto" compares: name -> method and its options
     "entropy, column": ("entropy", {"criterion": "column"}),
     **{name: (name, {}) for name in ("tome", "tofu")},
 }
+BY_STATES = {"metric": "states", "rounds": 2}
+AVERAGES = {name: (name, BY_STATES) for name in ("tome", "tofu")}  # of an embedder that averages the states of a text
 LIMITS = {"max_disagreement": "disagreement", "max_drop": "drop of accuracy"}
 SEARCHED, PROFILING, FEWEST = 256, 96, 32  # texts to search on, to try single layers on, and the fewest
 TESTED = 8  # texts to test on, in multiples of the fewest that the bound needs
@@ -123,6 +125,17 @@ def scores_of(method: str, options: dict[str, Any] | None) -> Scores:
     if decided := {"at", "keep", "r"} & {*options}:
         raise ValueError(f"{', '.join(sorted(decided))} is what is searched for: leave it out of method_options")
     return SCORES if method == "auto" else {method: (method, options)}
+
+
+def scores_of_averages(net: PreTrainedModel, scores: Scores) -> Scores:
+    """What "auto" compares for an embedder that averages states: merging, by states; ``scores`` where it cannot merge.
+
+    Tokens that are dropped move the average several times as far.
+    """
+    try:
+        return served(net, AVERAGES)
+    except ValueError:
+        return scores
 
 
 def with_survivors(scores: Scores) -> Scores:
