@@ -34,7 +34,7 @@ MERGED = {  # by what tokens are compared: share of the tokens in each layer
     "tome": {"1.5x": 0.13, "2x": 0.22},
     "tome-states": {"2x": 0.222, "3x": 0.37},
 }
-BY_STATES = {"metric": "states", "rounds": 2}
+BY_STATES = {"metric": "states", "rounds": 2, "min_tokens": 64}
 LONGEST, TEXTS, POSTS, SAME = 256, 6000, 2000, 10  # tokens; to train on; to judge; neighbours that are judged
 TIMED, REPEATS = 300, 5
 WAYS = ("tuned", "topk", "top", *MERGED, "tome-trained")
@@ -83,7 +83,9 @@ def train() -> None:
         for way, method in (("tome-trained", None), ("topk", "topk"), ("top", "top")):
             given = {"data": str(DATA / "20newsgroups"), "text": ("text",), "max_length": LONGEST, "limit": TEXTS}
             own = {"task": "embed", "method": method, "target_flops": target, "threads": 1}
-            own |= {"batch_size": 16, "prune_epochs": 1, "prune_lr": 1e-4, "freeze_embeddings": True} if not method else {}
+            own |= (
+                {"batch_size": 16, "prune_epochs": 1, "prune_lr": 1e-4, "freeze_embeddings": True} if not method else {}
+            )
             job(model=pretrained("minilm-l6"), out=folder(way, budget), progress=False, **given, **own)
 
 
@@ -101,6 +103,8 @@ def judged(task: str, name: tuple[str, str], answers: Any, gains: tuple[Any, Any
     from thresher.evaluation.rows import row
 
     before, values = gains
+    summary = folder(*name) / "thresher.json" if name[1] else Path()
+    steps = json.loads(summary.read_text()).get("steps", {}) if summary.is_file() else {}
     return row(
         task=task,
         model="minilm-l6",
@@ -119,6 +123,7 @@ def judged(task: str, name: tuple[str, str], answers: Any, gains: tuple[Any, Any
         max_length=LONGEST,
         n_examples=len(values),
         tokens_mean=answers.tokens_mean,
+        trained_steps=steps.get("prune"),
         **environment(),
     )
 

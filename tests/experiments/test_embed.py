@@ -108,6 +108,7 @@ def test_averages_are_merged_by_states_unless_the_model_cannot(embedded, tmp_pat
     rows = jobs.train(embedded.model, embedded.data, str(tmp_path / "out"), **given)
     net, _ = load_embedder(str(tmp_path / "out"))
     assert (net.token_pruner.name, net.token_pruner.metric, net.token_pruner.rounds) == ("tome", "states", 2)
+    assert 0 < net.token_pruner.min_tokens < 16, "half of the mean"
     assert rows[1]["flops_ratio"] == pytest.approx(2, rel=0.15)
 
 

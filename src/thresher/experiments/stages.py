@@ -32,7 +32,9 @@ from ..evaluation.hardware import has_bf16
 from ..evaluation.predict import Predictions, Text, predict, quality
 from ..evaluation.rows import folder_written_whole, whole, writing
 from ..methods.parts.budget import OutOfReach
+from ..methods.tome import ToMe
 from ..methods.topk import REPLAY, TopK
+from ..search.explore import left_alone
 from ..search.halving import successive_halving
 from ..search.schedules import WIDTHS, Space, protected_by
 from ..training.checkpoints import last_checkpoint, step_of
@@ -111,10 +113,13 @@ class Run:
         return cast("Any", load_embedder(str(folder))[0]) if self.embeds else load(str(folder))[0]
 
     def options(self, options: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Options of a method; of a pair whose candidate is ranked the query stays, unless they say otherwise."""
+        """Options of a method; unless they say otherwise the query stays of a pair whose candidate is ranked, and where
+        an embedder merges short texts are left alone."""
         options = (self.spec.method_options if options is None else options) or {}
-        query = query_of(self.data.tokenizer.sep_token_id, options.get("protect")) if self.ranks else {}
-        return query | options
+        usual = query_of(self.data.tokenizer.sep_token_id, options.get("protect")) if self.ranks else {}
+        if self.embeds and issubclass(METHODS.get(self.spec.method or "", object), ToMe):
+            usual = {"min_tokens": left_alone(map(len, self.data.validation["input_ids"]))}
+        return usual | options
 
     def pools(self, net: Any) -> bool:
         """Whether it is open which states of a text an embedder pools: all, or those of the tokens that are left."""

@@ -27,7 +27,16 @@ from ..data.task import Task
 from ..evaluation.hardware import environment
 from ..evaluation.rows import folder_written_whole
 from ..reports import plots
-from ..search.explore import PROFILING, Budget, Samples, ScheduleSearch, scores_of, scores_of_averages, with_survivors
+from ..search.explore import (
+    PROFILING,
+    Budget,
+    Samples,
+    ScheduleSearch,
+    left_alone,
+    scores_of,
+    scores_of_averages,
+    with_survivors,
+)
 from ..search.reference import Sample, texts_of, tokenized
 from .service import Service
 from .spec import COLUMNS, SUMMARY, TuneSpec, job, task_entry
@@ -67,11 +76,15 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     service = Service.of(spec, budget.of_time)
     _check_places(out, spec.plot)
     net, tokenizer = finished(spec.model)
+    merged = False
     if isinstance(net, Embedder) and net.pooling.mode == "mean" and spec.method == "auto" and not budget.of_time:
-        scores = scores_of_averages(net, scores)
+        scores, merged = scores_of_averages(net, scores), True
     tell = progress or (lambda what, done, total: None)
     texts = read_texts(spec, budget, net, tokenizer, tell)
     scores = {name: (one, kept_query(texts.task, tokenizer, own) | own) for name, (one, own) in scores.items()}
+    if merged:
+        alone = left_alone(map(len, texts.samples.search.rows["input_ids"]))
+        scores = {name: (one, {"min_tokens": alone} | own) for name, (one, own) in scores.items()}
     scores = with_survivors(scores) if isinstance(net, Embedder) and net.pools_all else scores
     clock = Clock(service, tokenizer, texts.samples.search.rows, tell) if budget.of_time else None
     search = ScheduleSearch(net, scores, texts.samples, clock.table(net) if clock else None, tell)

@@ -35,7 +35,8 @@ SCORES = {  # that "auto" compares: name -> method and its options
     "entropy, column": ("entropy", {"criterion": "column"}),
     **{name: (name, {}) for name in ("tome", "tofu")},
 }
-BY_STATES = {"metric": "states", "rounds": 2}
+BY_STATES: dict[str, Any] = {"metric": "states", "rounds": 2}
+SHORT = 64  # tokens below which a text is left alone where an embedder merges, or half of the mean where that is less
 AVERAGES = {name: (name, BY_STATES) for name in ("tome", "tofu")}  # of an embedder that averages the states of a text
 LIMITS = {"max_disagreement": "disagreement", "max_drop": "drop of accuracy"}
 SEARCHED, PROFILING, FEWEST = 256, 96, 32  # texts to search on, to try single layers on, and the fewest
@@ -136,6 +137,12 @@ def scores_of_averages(net: PreTrainedModel, scores: Scores) -> Scores:
         return served(net, AVERAGES)
     except ValueError:
         return scores
+
+
+def left_alone(lengths: Iterable[int]) -> int:
+    """Choose ``min_tokens`` for texts of some lengths: a query is short, gains no time and loses its place first."""
+    counts = [*lengths]
+    return min(SHORT, sum(counts) // (2 * max(1, len(counts))))
 
 
 def with_survivors(scores: Scores) -> Scores:
