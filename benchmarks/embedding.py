@@ -32,7 +32,7 @@ DATA = Path(os.environ.get("THRESHER_DATA", "data"))
 TARGETS = {"2x": 0.5, "3x": 0.333}
 MERGED = {  # by what tokens are compared: share of the tokens in each layer
     "tome": {"1.5x": 0.13, "2x": 0.22},
-    "tome-states": {"2x": 0.222, "3x": 0.37},
+    "tome-states": {"1.9x": 0.222, "2x": 0.245, "3x": 0.4},
 }
 BY_STATES = {"metric": "states", "rounds": 2, "min_tokens": 64}
 LONGEST, TEXTS, POSTS, SAME = 256, 6000, 2000, 10  # tokens; to train on; to judge; neighbours that are judged
@@ -47,7 +47,7 @@ def folder(way: str, budget: str) -> Path:
 
 def models() -> dict[tuple[str, str], Path]:
     """The folders of what is there, by way and budget."""
-    named = {(way, budget): folder(way, budget) for way in WAYS for budget in ("1.5x", *TARGETS)}
+    named = {(way, budget): folder(way, budget) for way in WAYS for budget in ("1.5x", "1.9x", *TARGETS)}
     return {name: place for name, place in named.items() if (place / "config.json").exists()}
 
 

@@ -8,7 +8,7 @@ small encoder stops gaining; what the user gives takes precedence.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 METHODS = ("ltp", "top")
 _SHORT = {"max_length": 128, "batch_size": 32, "epochs": 4, "prune_epochs": 4, "lr": 5e-5, "prune_lr": 1e-4}
@@ -46,3 +46,21 @@ def recipe(name: str) -> dict[str, Any]:
             f"({', '.join(TASKS)}), as in top-mrpc"
         )
     return {"method": method, "method_options": dict(OPTIONS.get(method, {}).get(task, {})), **TASKS[task]}
+
+
+def of_averages(model: str) -> dict[str, Any] | None:
+    """The method, and its options, of an embedder that averages the states of a text: tokens are merged by these. None
+    for any other, and where the model cannot merge."""
+    from ..data.embedder import is_embedder, load_embedder
+    from ..search.explore import AVERAGES, served
+
+    if not is_embedder(model):
+        return None
+    net = load_embedder(model)[0]
+    if net.pooling.mode != "mean" or net.token_pruner is not None:
+        return None
+    try:
+        method, options = served(cast("Any", net), AVERAGES)["tome"]
+    except ValueError:
+        return None
+    return {"method": method, "method_options": options}

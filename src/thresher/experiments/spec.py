@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from typing_extensions import Self
 
 from ..data.spec import PAIR, DataSpec, option
-from .recipes import recipe
+from .recipes import of_averages, recipe
 
 SUMMARY = "thresher.json"  # what a trained, tuned or exported folder says of itself
 COLUMNS = ("config", "text", "label", "train_split", "test_split")  # how a data set is read
@@ -564,24 +564,6 @@ def remembered(model: str | None) -> dict[str, Any]:
 def located(data: str) -> str:
     """The data as another working directory would name them."""
     return str(Path(data).expanduser().absolute()) if Path(data).expanduser().exists() else data
-
-
-def of_averages(model: str) -> dict[str, Any] | None:
-    """The method, and its options, of an embedder that averages the states of a text: tokens are merged by these. None
-    for any other, and where the model cannot merge."""
-    from ..data.embedder import is_embedder, load_embedder
-    from ..search.explore import AVERAGES, served
-
-    if not is_embedder(model):
-        return None
-    net = load_embedder(model)[0]
-    if net.pooling.mode != "mean" or net.token_pruner is not None:
-        return None
-    try:
-        method, options = served(cast("Any", net), AVERAGES)["tome"]
-    except ValueError:
-        return None
-    return {"method": method, "method_options": options}
 
 
 def is_known(method: str) -> bool:

@@ -32,7 +32,6 @@ from ..evaluation.hardware import has_bf16
 from ..evaluation.predict import Predictions, Text, predict, quality
 from ..evaluation.rows import folder_written_whole, whole, writing
 from ..methods.parts.budget import OutOfReach
-from ..methods.tome import ToMe
 from ..methods.topk import REPLAY, TopK
 from ..search.explore import left_alone
 from ..search.halving import successive_halving
@@ -113,13 +112,10 @@ class Run:
         return cast("Any", load_embedder(str(folder))[0]) if self.embeds else load(str(folder))[0]
 
     def options(self, options: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Options of a method; unless they say otherwise the query stays of a pair whose candidate is ranked, and where
-        an embedder merges short texts are left alone."""
+        """Options of a method; unless they say otherwise ranked pairs keep the query, merging leaves short texts."""
         options = (self.spec.method_options if options is None else options) or {}
-        usual = query_of(self.data.tokenizer.sep_token_id, options.get("protect")) if self.ranks else {}
-        if self.embeds and issubclass(METHODS.get(self.spec.method or "", object), ToMe):
-            usual = {"min_tokens": left_alone(map(len, self.data.validation["input_ids"]))}
-        return usual | options
+        own = query_of(self.data.tokenizer.sep_token_id, options.get("protect")) if self.ranks else {}
+        return own | (left_alone(self.spec.method, self.data.validation["input_ids"]) if self.embeds else {}) | options
 
     def pools(self, net: Any) -> bool:
         """Whether it is open which states of a text an embedder pools: all, or those of the tokens that are left."""

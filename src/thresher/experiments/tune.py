@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -78,13 +78,13 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     net, tokenizer = finished(spec.model)
     merged = False
     if isinstance(net, Embedder) and net.pooling.mode == "mean" and spec.method == "auto" and not budget.of_time:
-        scores, merged = scores_of_averages(net, scores), True
+        scores, merged = scores_of_averages(cast("Any", net), scores), True
     tell = progress or (lambda what, done, total: None)
     texts = read_texts(spec, budget, net, tokenizer, tell)
     scores = {name: (one, kept_query(texts.task, tokenizer, own) | own) for name, (one, own) in scores.items()}
     if merged:
-        alone = left_alone(map(len, texts.samples.search.rows["input_ids"]))
-        scores = {name: (one, {"min_tokens": alone} | own) for name, (one, own) in scores.items()}
+        ids = texts.samples.search.rows["input_ids"]
+        scores = {name: (one, left_alone(one, ids) | own) for name, (one, own) in scores.items()}
     scores = with_survivors(scores) if isinstance(net, Embedder) and net.pools_all else scores
     clock = Clock(service, tokenizer, texts.samples.search.rows, tell) if budget.of_time else None
     search = ScheduleSearch(net, scores, texts.samples, clock.table(net) if clock else None, tell)

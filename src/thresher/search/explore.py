@@ -5,7 +5,7 @@ No label is needed: what is measured is how far the pruned model's answers are f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,10 +139,12 @@ def scores_of_averages(net: PreTrainedModel, scores: Scores) -> Scores:
         return scores
 
 
-def left_alone(lengths: Iterable[int]) -> int:
-    """Choose ``min_tokens`` for texts of some lengths: a query is short, gains no time and loses its place first."""
-    counts = [*lengths]
-    return min(SHORT, sum(counts) // (2 * max(1, len(counts))))
+def left_alone(method: str | None, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Choose ``min_tokens`` for an embedder of texts, given as ids, where a method merges: a query is short, gains no
+    time and loses its place first."""
+    if method not in METHODS or not merges(method):
+        return {}
+    return {"min_tokens": min(SHORT, sum(map(len, texts)) // (2 * max(1, len(texts))))}
 
 
 def with_survivors(scores: Scores) -> Scores:
