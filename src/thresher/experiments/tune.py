@@ -32,6 +32,7 @@ from ..search.explore import (
     Budget,
     Samples,
     ScheduleSearch,
+    Scores,
     left_alone,
     scores_of,
     scores_of_averages,
@@ -76,16 +77,10 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
     service = Service.of(spec, budget.of_time)
     _check_places(out, spec.plot)
     net, tokenizer = finished(spec.model)
-    merged = False
-    if isinstance(net, Embedder) and net.pooling.mode == "mean" and spec.method == "auto" and not budget.of_time:
-        scores, merged = scores_of_averages(cast("Any", net), scores), True
     tell = progress or (lambda what, done, total: None)
     texts = read_texts(spec, budget, net, tokenizer, tell)
     scores = {name: (one, kept_query(texts.task, tokenizer, own) | own) for name, (one, own) in scores.items()}
-    if merged:
-        ids = texts.samples.search.rows["input_ids"]
-        scores = {name: (one, left_alone(one, ids) | own) for name, (one, own) in scores.items()}
-    scores = with_survivors(scores) if isinstance(net, Embedder) and net.pools_all else scores
+    scores = of_embedder(net, scores, texts.samples.search, spec.method == "auto" and not budget.of_time)
     clock = Clock(service, tokenizer, texts.samples.search.rows, tell) if budget.of_time else None
     search = ScheduleSearch(net, scores, texts.samples, clock.table(net) if clock else None, tell)
     chosen, timed = (search.find(budget), {}) if clock is None else clock.meet(search, budget)
@@ -173,6 +168,18 @@ def read_texts(spec: TuneSpec, budget: Budget, net: Any, tokenizer: Any, tell: C
     few = min(PROFILING, searched)
     samples = Samples(sample(tested, searched), sample(tested, few), sample(0, tested) if tested else None)
     return Texts(task, max_length, samples, searched, tested)
+
+
+def of_embedder(net: Any, scores: Scores, sample: Sample, auto: bool) -> Scores:
+    """The scores of a model, as they are but for an embedder: ``auto`` merges where it averages states, and either
+    pooling is tried where it pools all of them."""
+    if not isinstance(net, Embedder):
+        return scores
+    if auto and net.pooling.mode == "mean":
+        alone = sample.rows["input_ids"]
+        merged = scores_of_averages(cast("Any", net), scores)
+        scores = {name: (one, left_alone(one, alone) | own) for name, (one, own) in merged.items()}
+    return with_survivors(scores) if net.pools_all else scores
 
 
 def kept_query(task: Task, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
