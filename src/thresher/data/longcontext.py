@@ -18,7 +18,7 @@ DEPTHS = 10  # at which a pass key stands, from the beginning to the end
 COLOURS = ("red", "blue", "green", "yellow", "orange", "purple", "brown", "black", "white", "pink", "grey", "golden")
 WORDS = ("river", "stone", "apple", "window", "garden", "bridge", "candle", "mirror", "basket", "ladder", "bottle")
 OFTEN, RARE, RARELY = 3, 8, 2  # times that the common word comes for each time of a rare one; rare words; times of each
-QUESTION = "Answer with a few words of the text. {}"
+QUESTION, LEAD = "Question: {} Give a short answer.", "Short answer:"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ Planted = list[tuple[float, str]]
 def needle(rng: np.random.Generator, number: int, keys: int) -> tuple[Planted, Case]:
     """A pass key of five digits, once in the text."""
     depth, key = (number % DEPTHS + 0.5) / DEPTHS, str(rng.integers(10_000, 100_000))
-    case = Case("needle", "What is the pass key?", "The pass key is", (f" {key}",), depth=depth)
+    case = Case("needle", "What is the pass key in the text above?", "The pass key is", (f" {key}",), depth=depth)
     return [(depth, f"The pass key is {key}.")], case
 
 
@@ -117,14 +117,14 @@ def multikey(rng: np.random.Generator, number: int, keys: int) -> tuple[Planted,
         for depth, colour, code in zip(depths, colours, codes, strict=True)
     ]
     asked = f"the code of the {colours[0]} door"
-    return planted, Case("multikey", f"What is {asked}?", f"T{asked[1:]} is", (f" {codes[0]}",), depth=planted[0][0])
+    return planted, Case("multikey", f"What is {asked} in the text above?", f"T{asked[1:]} is", (f" {codes[0]}",), depth=planted[0][0])
 
 
 def tracking(rng: np.random.Generator, number: int, keys: int) -> tuple[Planted, Case]:
     """A variable that takes its value from another one, which takes it from a third."""
     value = str(rng.integers(10_000, 100_000))
     planted = [(1 / 6, f"Set X1 = {value}."), (3 / 6, "Set X2 = X1."), (5 / 6, "Set X3 = X2.")]
-    return planted, Case("tracking", "What is the value of X3?", "The value of X3 is", (f" {value}",))
+    return planted, Case("tracking", "What is the value of X3 in the text above?", "The value of X3 is", (f" {value}",))
 
 
 TASKS: dict[str, Callable[[np.random.Generator, int, int], tuple[Planted, Case]]] = {
@@ -170,7 +170,7 @@ def mixed(book: Book, rng: np.random.Generator, tasks: Sequence[str], length: in
         if task == "squad":
             asked = book.questions[int(rng.integers(len(book.questions)))]
             answers = tuple(f" {answer}" for answer in asked.answers)
-            cases.append(Case("squad", QUESTION.format(asked.text), "Answer:", answers, exact=False))
+            cases.append(Case("squad", QUESTION.format(asked.text), LEAD, answers, exact=False))
             first.append(asked.passage)
         else:
             more, case = TASKS[task](rng, number, keys)
