@@ -60,27 +60,33 @@ def opened(options: argparse.Namespace) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def methods_of(tokenizer: Any, keeps: tuple[float, ...] = KEEPS) -> dict[str, Any]:
-    """All methods at these shares; KVzip at one more."""
+def methods_of(tokenizer: Any, kvzip: bool) -> dict[str, Any]:
+    """All methods at all shares; KVzip, which takes as long as all others, alone."""
     from thresher.evaluation.longcontext import repeat_request
 
-    made: dict[str, Any] = {f"{name}@{keep}": kind(keep=keep) for keep in keeps for name, kind in METHODS.items()}
-    return made | {"kvzip@0.3": KVzip(keep=0.3, request=repeat_request(tokenizer))}
+    if kvzip:
+        return {f"kvzip@{keep}": KVzip(keep=keep, request=repeat_request(tokenizer)) for keep in (0.5, 0.3, 0.2)}
+    return {f"{name}@{keep}": kind(keep=keep) for keep in KEEPS for name, kind in METHODS.items()}
 
 
 def quality(options: argparse.Namespace) -> None:
     """Questions about texts."""
     from thresher.data.load import load_task
     from thresher.data.longcontext import book_of, contexts
-    from thresher.evaluation.longcontext import Judge
+    from thresher.evaluation.longcontext import WHEN, Judge
 
     model, tokenizer = opened(options)
     task = load_task(os.path.join(os.environ["THRESHER_DATA"], "squad"))
     book = book_of(task.test, task.text_columns, lambda text: len(tokenizer(text, verbose=False)["input_ids"]))
-    judge = Judge(model, tokenizer, methods_of(tokenizer))
+    when = ("after",) if options.kvzip else WHEN
+    judge = Judge(model, tokenizer, methods_of(tokenizer, options.kvzip), when)
     tasks = tuple(options.tasks.split(","))
     texts = contexts(book, tasks, options.length, options.count, keys=options.keys)
-    resume(options, f"quality-{'-'.join(tasks)}-{options.length}", ((c.number, lambda c=c: judge(c)) for c in texts))
+    resume(
+        options,
+        f"quality-{'-'.join(tasks)}-{options.length}" + "-kvzip" * options.kvzip,
+        ((c.number, lambda c=c: judge(c)) for c in texts),
+    )
 
 
 def fluency(options: argparse.Namespace) -> None:
@@ -93,9 +99,13 @@ def fluency(options: argparse.Namespace) -> None:
     text = "\n\n".join(dict.fromkeys(task.test["context"]))
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     size = options.length + 64
-    methods = methods_of(tokenizer)
+    methods = methods_of(tokenizer, options.kvzip)
     pieces = ((n, ids[:, n * size : (n + 1) * size]) for n in range(min(options.count, ids.shape[1] // size)))
-    resume(options, f"fluency-{options.length}", ((n, lambda i=i: measured(model, i, 64, methods)) for n, i in pieces))
+    resume(
+        options,
+        f"fluency-{options.length}" + "-kvzip" * options.kvzip,
+        ((n, lambda i=i: measured(model, i, 64, methods)) for n, i in pieces),
+    )
 
 
 def resume(options: argparse.Namespace, name: str, parts: Iterator[tuple[int, Callable[[], list[dict]]]]) -> None:
@@ -135,8 +145,10 @@ def rows(options: argparse.Namespace) -> None:
 
     for kind in ("quality", "fluency"):
         made: list[dict] = []
-        for file in sorted(RUNS.glob(f"{options.model}-{options.precision}-{kind}-*.jsonl")):
-            found = results(file)
+        files = sorted(RUNS.glob(f"{options.model}-{options.precision}-{kind}-*.jsonl"))
+        for file in (file for file in files if not file.stem.endswith("-kvzip")):
+            other = file.with_name(f"{file.stem}-kvzip.jsonl")  # of the same texts
+            found = [*(results(other) if other in files else ()), *results(file)]
             if kind == "fluency":
                 made += means(found)
                 continue
@@ -338,6 +350,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100, help="texts")
     parser.add_argument("--tasks", default="needle,multikey", help="asked about each text")
     parser.add_argument("--keys", type=int, default=4, help="codes in a text of multikey")
+    parser.add_argument("--kvzip", action="store_true", help="KVzip alone, which reads each text twice")
     parser.add_argument("--method", default="full", help="of prefill")
     parser.add_argument("--seconds", type=float, default=420, help="after which endless stops for now")
     options = parser.parse_args()

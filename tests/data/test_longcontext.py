@@ -10,10 +10,12 @@ from datasets import Dataset
 from thresher.data.longcontext import Book, Question, book_of, contexts, plant
 
 PASSAGES = [f"The {n}th farmer sows. He waits. Then he reaps {n} sheaves." for n in range(40)]
-BOOK = Book(PASSAGES, [Question(PASSAGES[7], "How much does the 7th farmer reap?", ("7 sheaves",))], lambda t: len(t.split()))
+ASKED = Question(PASSAGES[7], "How much does the 7th farmer reap?", ("7 sheaves",))
+BOOK = Book(PASSAGES, [ASKED], lambda text: len(text.split()))
+TASKS = [("needle",), ("multikey",), ("tracking",), ("squad",), ("needle", "multikey", "squad")]
 
 
-@pytest.mark.parametrize("tasks", [("needle",), ("multikey",), ("tracking",), ("squad",), ("needle", "multikey", "squad")])
+@pytest.mark.parametrize("tasks", TASKS)
 def test_answers_stand_in_texts_of_about_the_length(tasks):
     made = [*contexts(BOOK, tasks, 200, 12, keys=3)]
     assert made == [*contexts(BOOK, tasks, 200, 12, keys=3)]
@@ -59,7 +61,7 @@ def test_books_have_the_questions_of_their_rows():
         {
             "question": ["Who?", "Why?"],
             "context": ["A farmer.", "A farmer."],
-            "answers": [{"text": ["A farmer", "farmer", "farmer"], "start": [0, 2, 2]}, {"text": [], "start": []}],
+            "answers": [{"text": ["A farmer", "farmer", "farmer"]}, {"text": []}],
         }
     )
     book = book_of(rows, ("question", "context"), len)
@@ -70,7 +72,8 @@ def test_books_have_the_questions_of_their_rows():
 
 
 @pytest.mark.parametrize(
-    ("tasks", "said"), [(["haystack"], "no task 'haystack'"), ([], "expected some"), (["words", "needle"], "of its own")]
+    ("tasks", "said"),
+    [(["haystack"], "no task 'haystack'"), ([], "expected some"), (["words", "needle"], "of its own")],
 )
 def test_unknown_tasks_are_refused(tasks, said):
     with pytest.raises(ValueError, match=said):

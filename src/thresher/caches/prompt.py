@@ -10,16 +10,19 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..api import prune, unprune
 from ..core.method import pruner_of
 from .baselines import RandomCache
-from .hooks import CacheCall, CacheHooks, ours
+from .h2o import H2O
+from .hooks import CacheCall, CacheHooks, CacheSite, ours
 from .kvzip import KVzip
 from .layer import PrunedLayer
 from .pruner import CachePruner
@@ -36,6 +39,7 @@ class ReadPrompt:
         cache: with everything in it. Give a model a copy: ``full()``, ``evicted(method)``.
         queries: of each layer that can be pruned, by its number, (B, H, N, d).
         logits: (B, V), of the token that comes next.
+        before: what had been read before the last piece.
         repeated: what repetitions of the text have attended to, by the options of ``KVzip``.
     """
 
@@ -44,6 +48,7 @@ class ReadPrompt:
     cache: DynamicCache
     queries: dict[int, Tensor]
     logits: Tensor
+    before: ReadPrompt | None = None
     repeated: dict[tuple, dict[int, Tensor]] = field(default_factory=dict)
 
     def full(self) -> DynamicCache:
@@ -58,16 +63,39 @@ class ReadPrompt:
         Raises:
             ValueError: the method cannot serve the model.
         """
-        cache = self.full()
+        cache, known = self.full(), {}
         if isinstance(method, KVzip):
-            for number, attended in self._attended(method).items():
-                ours(cache)[number].received = attended
+            known = self._attended(method)
+        elif method.sums_attention:
+            known = self._received
         with pruned(self.model, method) as hooks:
-            for number, layer in ours(cache).items():
-                layer.queries, layer.query_position = self.queries[number], self._places
-                layer.waiting, layer.waits_prompt = layer.seen, True
-            hooks.settle(cache, ours(cache), hooks.options)
+            self._decide(hooks, cache, known)
         return cache
+
+    def _decide(self, hooks: CacheHooks, cache: DynamicCache, known: dict[int, Tensor], new: int | None = None) -> None:
+        """Let entries leave ``cache``; ``known``: of each layer what its entries have received, of all but the ``new``
+        last queries."""
+        new = (0 if known else self.ids.shape[1]) if new is None else new
+        first = self.ids.shape[1] - new
+        layers = ours(cache)
+        call = CacheCall(hooks.options, False, cache, layers, self._places[:, first:], prompt=True)
+        for number, layer in layers.items():
+            layer.received, layer.queries = known.get(number), self.queries[number]
+            layer.query_position = self._places
+            inputs = hooks.inputs_of(number, layer, self.queries[number][:, :, first:])
+            hooks.decide(CacheSite(number, layer, call, inputs), remembered=True)
+            layer.queries = layer.query_position = None
+
+    @cached_property
+    def _received(self) -> dict[int, Tensor]:
+        """What each entry of each layer has received from all queries so far."""
+        cache, new, known = self.full(), self.ids.shape[1], {}
+        if self.before is not None:
+            new -= self.before.ids.shape[1]
+            known = {number: F.pad(sums, (0, new)) for number, sums in self.before._received.items()}
+        with pruned(self.model, H2O(keep=1.0)) as hooks:
+            self._decide(hooks, cache, known, new)
+        return received_in(cache)
 
     @property
     def _places(self) -> Tensor:
@@ -81,8 +109,7 @@ class ReadPrompt:
             with pruned(self.model, listener) as hooks:
                 call = CacheCall(hooks.options, False, cache, ours(cache), self._places, prompt=True)
                 hooks.repeat(listener, call, {"input_ids": self.ids})
-            found = {number: layer.received for number, layer in ours(cache).items()}
-            self.repeated[key] = {number: attended for number, attended in found.items() if attended is not None}
+            self.repeated[key] = received_in(cache)
         return self.repeated[key]
 
 
@@ -108,7 +135,7 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, before: ReadPrompt | None =
         layer.queries = layer.query_position = None
         layer.waiting, layer.waits_prompt, layer.record_past = 0, False, False
     ids = ids if before is None else torch.cat([before.ids, ids], 1)
-    return ReadPrompt(model, ids, cache, queries, output.logits[:, -1])
+    return ReadPrompt(model, ids, cache, queries, output.logits[:, -1], before)
 
 
 @contextmanager
@@ -119,6 +146,11 @@ def pruned(model: PreTrainedModel, method: CachePruner) -> Iterator[CacheHooks]:
         yield method.attached()
     finally:
         unprune(model)
+
+
+def received_in(cache: DynamicCache) -> dict[int, Tensor]:
+    """What the entries of each layer have received, as far as it was summed."""
+    return {number: layer.received for number, layer in ours(cache).items() if layer.received is not None}
 
 
 def copied(cache: DynamicCache) -> DynamicCache:

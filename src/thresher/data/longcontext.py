@@ -117,7 +117,9 @@ def multikey(rng: np.random.Generator, number: int, keys: int) -> tuple[Planted,
         for depth, colour, code in zip(depths, colours, codes, strict=True)
     ]
     asked = f"the code of the {colours[0]} door"
-    return planted, Case("multikey", f"What is {asked} in the text above?", f"T{asked[1:]} is", (f" {codes[0]}",), depth=planted[0][0])
+    answers = (f" {codes[0]}",)
+    question, lead = f"What is {asked} in the text above?", f"T{asked[1:]} is"
+    return planted, Case("multikey", question, lead, answers, depth=planted[0][0])
 
 
 def tracking(rng: np.random.Generator, number: int, keys: int) -> tuple[Planted, Case]:

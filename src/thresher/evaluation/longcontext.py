@@ -99,40 +99,34 @@ class Judge:
     @torch.no_grad()
     def said(self, cache: DynamicCache, asked: Tensor, case: Case) -> list[dict]:
         """What each row answers."""
-        gold = self.ids([self.tokenizer(case.answers[0], add_special_tokens=False)["input_ids"]][0])
-        rows = len(next(iter(ours(cache).values())).counts)
-        first = self.model(input_ids=asked.expand(rows, -1), past_key_values=cache, logits_to_keep=1).logits
-        forced = [first]
-        if gold.shape[1] > 1:
-            given = {"input_ids": gold[:, :-1].expand(rows, -1), "past_key_values": copied(cache)}
-            forced.append(self.model(**given).logits)
-        logits = torch.cat(forced, 1).float()
-        logprob = logits.log_softmax(-1).gather(2, gold.expand(rows, -1)[..., None])[..., 0].sum(1).tolist()
-        best = logits.argmax(-1)
+        gold = self.ids(self.tokenizer(case.answers[0], add_special_tokens=False)["input_ids"])
+        rows, start = len(next(iter(ours(cache).values())).counts), cache if case.exact else copied(cache)
+        forced = torch.cat([asked, gold[:, :-1]], 1).expand(rows, -1)
+        logits = self.model(input_ids=forced, past_key_values=start, logits_to_keep=gold.shape[1]).logits.float()
+        found = logits.log_softmax(-1).gather(2, gold.expand(rows, -1)[..., None])[..., 0].sum(1).tolist()
         if case.exact:  # greedy decoding says the answer where each of its tokens is the most likely one
-            right = (best == gold).all(1).tolist()
-            texts = [self.tokenizer.decode(row) for row in best]
-            return [
-                {"score": float(one), "logprob": p, "said": text}
-                for one, p, text in zip(right, logprob, texts, strict=True)
-            ]
-        texts = self.generated(cache, first[:, -1].argmax(-1))
-        scores = [max(f1(text, answer) for answer in case.answers) for text in texts]
+            best = logits.argmax(-1)
+            said = [self.tokenizer.decode(row) for row in best]
+            scores = (best == gold).all(1).float().tolist()
+        else:
+            said = self.generated(cache, asked.expand(rows, -1))
+            scores = [max(f1(text, answer) for answer in case.answers) for text in said]
         return [
-            {"score": score, "logprob": p, "said": text} for score, p, text in zip(scores, logprob, texts, strict=True)
+            {"score": score, "logprob": logprob, "said": text}
+            for score, logprob, text in zip(scores, found, said, strict=True)
         ]
 
-    def generated(self, cache: DynamicCache, token: Tensor) -> list[str]:
-        """The first line of what each row goes on with, from its first ``token`` (R,)."""
-        tokens = [token]
-        over = torch.zeros_like(token, dtype=torch.bool)
+    def generated(self, cache: DynamicCache, asked: Tensor) -> list[str]:
+        """The first line of what each row answers, greedily."""
         ends = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
-        for _ in range(self.longest - 1):
+        over, tokens = torch.zeros(len(asked), dtype=torch.bool), [asked]
+        for _ in range(self.longest):
+            logits = self.model(input_ids=tokens[-1], past_key_values=cache, logits_to_keep=1).logits
+            tokens.append(logits.argmax(-1))
             over = over | torch.tensor([int(t) in ends or "\n" in self.tokenizer.decode(t) for t in tokens[-1]])
             if bool(over.all()):
                 break
-            tokens.append(self.model(input_ids=tokens[-1][:, None], past_key_values=cache).logits[:, -1].argmax(-1))
-        said = self.tokenizer.batch_decode(torch.stack(tokens, 1), skip_special_tokens=True)
+        said = self.tokenizer.batch_decode(torch.cat(tokens[1:], 1), skip_special_tokens=True)
         return [(text.strip().splitlines() or [""])[0] for text in said]
 
     def parts(self, text: str, case: Case) -> tuple[list[int], list[int], list[int]]:
@@ -203,7 +197,7 @@ def summary(results: Iterable[Mapping], against: Sequence[str] = ()) -> list[dic
     for (task, when), methods in groups.items():
         exact = all(one["score"] in (0.0, 1.0) for own in methods.values() for one in own.values())
         for method, own in methods.items():
-            row = {"task": task, "when": when, "method": method, "n_examples": len(own)}
+            row = {"task": task, "when": when, "method": method, "n_examples": len(own), "exact": exact}
             row["quality"] = POINTS * _mean(own, "score")
             row |= {name: _mean(own, name) for name in ("logprob", "held", "bytes", "tokens")}
             row["drop"], row["interval_low"], row["interval_high"] = _paired(methods[FULL], own, exact)
