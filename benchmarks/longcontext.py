@@ -19,6 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -82,11 +83,11 @@ def quality(options: argparse.Namespace) -> None:
     judge = Judge(model, tokenizer, methods_of(tokenizer, options.kvzip), when)
     tasks = tuple(options.tasks.split(","))
     texts = contexts(book, tasks, options.length, options.count, keys=options.keys)
-    resume(
-        options,
-        f"quality-{'-'.join(tasks)}-{options.length}" + "-kvzip" * options.kvzip,
-        ((c.number, lambda c=c: judge(c)) for c in texts),
-    )
+    if options.ask:
+        texts = (replace(one, cases=tuple(c for c in one.cases if c.task in options.ask)) for one in texts)
+    parts = f"+{options.ask}" * bool(options.ask) + "+kvzip" * options.kvzip
+    name = f"quality-{'-'.join(tasks)}-{options.length}{parts}"
+    resume(options, name, ((c.number, lambda c=c: judge(c)) for c in texts))
 
 
 def fluency(options: argparse.Namespace) -> None:
@@ -101,11 +102,8 @@ def fluency(options: argparse.Namespace) -> None:
     size = options.length + 64
     methods = methods_of(tokenizer, options.kvzip)
     pieces = ((n, ids[:, n * size : (n + 1) * size]) for n in range(min(options.count, ids.shape[1] // size)))
-    resume(
-        options,
-        f"fluency-{options.length}" + "-kvzip" * options.kvzip,
-        ((n, lambda i=i: measured(model, i, 64, methods)) for n, i in pieces),
-    )
+    name = f"fluency-{options.length}" + "+kvzip" * options.kvzip
+    resume(options, name, ((n, lambda i=i: measured(model, i, 64, methods)) for n, i in pieces))
 
 
 def resume(options: argparse.Namespace, name: str, parts: Iterator[tuple[int, Callable[[], list[dict]]]]) -> None:
@@ -145,10 +143,10 @@ def rows(options: argparse.Namespace) -> None:
 
     for kind in ("quality", "fluency"):
         made: list[dict] = []
-        files = sorted(RUNS.glob(f"{options.model}-{options.precision}-{kind}-*.jsonl"))
-        for file in (file for file in files if not file.stem.endswith("-kvzip")):
-            other = file.with_name(f"{file.stem}-kvzip.jsonl")  # of the same texts
-            found = [*(results(other) if other in files else ()), *results(file)]
+        groups: dict[str, list[dict]] = {}  # files of the same texts
+        for file in sorted(RUNS.glob(f"{options.model}-{options.precision}-{kind}-*.jsonl")):
+            groups.setdefault(file.stem.partition("+")[0], []).extend(results(file))
+        for found in groups.values():
             if kind == "fluency":
                 made += means(found)
                 continue
@@ -349,6 +347,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=1000, help="tokens of a text")
     parser.add_argument("--count", type=int, default=100, help="texts")
     parser.add_argument("--tasks", default="needle,multikey", help="asked about each text")
+    parser.add_argument("--ask", help="one of the tasks, whose questions alone are asked")
     parser.add_argument("--keys", type=int, default=4, help="codes in a text of multikey")
     parser.add_argument("--kvzip", action="store_true", help="KVzip alone, which reads each text twice")
     parser.add_argument("--method", default="full", help="of prefill")
