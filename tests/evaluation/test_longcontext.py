@@ -114,7 +114,15 @@ def test_likelihood_and_divergence():
 
 def test_losses_are_paired():
     def result(method, number, score):
-        known = {"task": "needle", "when": "after", "logprob": -1.0, "held": 5, "bytes": 10, "tokens": 20}
+        known = {
+            "task": "needle",
+            "when": "after",
+            "logprob": -1.0,
+            "held": 5,
+            "bytes": 10,
+            "tokens": 20,
+            "exact": True,
+        }
         return known | {"method": method, "number": number, "score": score}
 
     scores = {FULL: [1, 1, 1, 0], "a@0.5": [1, 1, 0, 0], "b@0.5": [1, 0, 0, 0]}

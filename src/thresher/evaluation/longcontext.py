@@ -76,7 +76,7 @@ class Judge:
                     known = {name: one for name, one in self.methods.items() if not isinstance(one, KVzip)}
                     groups, asked = self.groups(read, known), tail
                 about = {"task": case.task, "number": context.number, "depth": case.depth, "when": when}
-                about["tokens"] = read.ids.shape[1]
+                about |= {"tokens": read.ids.shape[1], "exact": case.exact}
                 for group in groups:
                     said = self.said(copied(group.cache), self.ids(asked), case)
                     results += [about | row | one for row, one in zip(group.rows, said, strict=True)]
@@ -195,7 +195,7 @@ def summary(results: Iterable[Mapping], against: Sequence[str] = ()) -> list[dic
         groups[one["task"], one["when"]][one["method"]][one["number"]] = one
     rows = []
     for (task, when), methods in groups.items():
-        exact = all(one["score"] in (0.0, 1.0) for own in methods.values() for one in own.values())
+        exact = all(one["exact"] for own in methods.values() for one in own.values())
         for method, own in methods.items():
             row = {"task": task, "when": when, "method": method, "n_examples": len(own), "exact": exact}
             row["quality"] = POINTS * _mean(own, "score")
