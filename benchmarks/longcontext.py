@@ -5,11 +5,12 @@ Wants ``python benchmarks/weights.py smollm2-135m-dequantised`` first, and THRES
 * ``quality``: pass keys, codes among others and SQuAD's questions in texts of ``--length`` tokens, over the full cache
   and those of every method at equal bytes, with the question before and after what leaves; resumes;
 * ``fluency``: likelihood of what follows, and divergence from the full cache; resumes;
-* ``time``: ms for a token over 1k, 4k and 16k entries against 1k held, time spent on scores, and the peak memory of a
-  prompt in chunks;
+* ``rows``: writes what these two have found so far;
+* ``time``: ms for a token over 1k, 4k and 16k entries against 1k held, and time spent on scores;
+* ``memory``: the peak of memory while 16k tokens are read in pieces;
 * ``endless``: 20,000 tokens of a text in a cache that holds 1,024 entries, against a window that is read anew.
 
-``time`` and ``endless`` want a machine on which nothing else runs. Rows go to ``results/longcontext``.
+``time``, ``memory`` and ``endless`` want a machine on which nothing else runs. Rows go to ``results/longcontext``.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def fluency(options: argparse.Namespace) -> None:
 
 def resume(options: argparse.Namespace, name: str, parts: Iterator[tuple[int, Callable[[], list[dict]]]]) -> None:
     """Run the parts that have not run yet; a line of JSON for each."""
-    file = RUNS / f"{options.model}-{options.precision}-{name}.jsonl"
+    file = RUNS / f"{Path(options.model).name}-{options.precision}-{name}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     done = {json.loads(line)["number"] for line in file.read_text().splitlines()} if file.exists() else set()
     for number, run in parts:
@@ -126,14 +127,18 @@ def results(file: Path) -> list[dict]:
     return [row for line in file.read_text().splitlines() for row in json.loads(line)["rows"]]
 
 
-def land(name: str, rows: list[dict], command: str) -> None:
+def land(options: argparse.Namespace, step: str, rows: list[dict]) -> None:
     """Write rows where they belong, as a whole."""
     from thresher.evaluation.rows import whole
 
-    place = RESULTS / "longcontext" / f"{name}.json"
+    model = Path(options.model).name
+    place = RESULTS / "longcontext" / f"{model}-{step}.json"
     place.parent.mkdir(parents=True, exist_ok=True)
+    command = f"python benchmarks/longcontext.py {step} --model {model}"
     with whole(place) as aside:
         aside.write_text(as_json({"rows": [{**row, "command": command, **environment()} for row in rows]}))
+    for row in rows:
+        print({key: value for key, value in row.items() if key not in ("model", "precision", "threads", "gains")})
     print(f"wrote {place}")
 
 
@@ -144,7 +149,7 @@ def rows(options: argparse.Namespace) -> None:
     for kind in ("quality", "fluency"):
         made: list[dict] = []
         groups: dict[str, list[dict]] = {}  # files of the same texts
-        for file in sorted(RUNS.glob(f"{options.model}-{options.precision}-{kind}-*.jsonl")):
+        for file in sorted(RUNS.glob(f"{Path(options.model).name}-{options.precision}-{kind}-*.jsonl")):
             groups.setdefault(file.stem.partition("+")[0], []).extend(results(file))
         for found in groups.values():
             if kind == "fluency":
@@ -152,10 +157,8 @@ def rows(options: argparse.Namespace) -> None:
                 continue
             against = [f"{name}@{keep}" for keep in KEEPS for name in BASELINES]
             made += [row | split(row["method"]) for row in summary(found, against)]
-        about = {"model": options.model, "precision": options.precision}
         if made:
-            command = f"python benchmarks/longcontext.py {kind} --model {options.model}"
-            land(f"{options.model}-{kind}", [about | row for row in made], command)
+            land(options, kind, [about(options) | row for row in made])
 
 
 def means(found: list[dict]) -> list[dict]:
@@ -178,7 +181,7 @@ def split(method: str) -> dict:
 
 # --- time and memory --------------------------------------------------------------------------------------------------
 ENTRIES, HELD, EVERY = (1024, 4096, 16384), 1024, 64  # of a cache; that a pruned one returns to; steps between
-TURNS, CHUNK = 3, 512  # rounds of EVERY steps; tokens of a piece of a prompt
+TURNS, CHUNK = 2, 512  # rounds of EVERY steps; tokens of a piece of a prompt
 HOLDING = {"streamingllm": StreamingLLM, "keydiff": KeyDiff, "snapkv": SnapKV, "h2o": H2O, "tova": TOVA}
 
 
@@ -212,8 +215,7 @@ def steps(model: Any, cache: Any, count: int) -> list[float]:
 
 
 def time(options: argparse.Namespace) -> None:
-    """Milliseconds of a token, of all ways in turn; then the peak of memory, each in a process of its own."""
-    import subprocess
+    """Milliseconds of a token, of all ways in turn."""
     from statistics import mean, median
 
     from thresher import prune, unprune
@@ -244,18 +246,24 @@ def time(options: argparse.Namespace) -> None:
         row |= {"ms_per_token": 1e3 * median(total), "ms_scoring": 1e3 * median(scored), "weights_bytes": weights}
         row |= {"speedup": dense / median(total), "spread": (max(total) - min(total)) / median(total)}
         made.append(about(options) | row)
+    land(options, "time", made)
+
+
+def memory(options: argparse.Namespace) -> None:
+    """The peak of memory of each way to read a prompt, in a process of its own."""
+    import subprocess
+
+    made = []
     for name in ("full", "keydiff", "streamingllm"):
         command = [sys.executable, __file__, "prefill", "--model", options.model, "--precision", options.precision]
         run = subprocess.run([*command, "--method", name], check=True, capture_output=True, text=True)
         made.append(about(options) | json.loads(run.stdout.splitlines()[-1]))
-    land(f"{options.model}-time", made, f"python benchmarks/longcontext.py time --model {options.model}")
-    for row in made:
-        print({key: value for key, value in row.items() if key not in ("model", "precision", "threads")})
+    land(options, "memory", made)
 
 
 @torch.no_grad()
 def prefill(options: argparse.Namespace) -> None:
-    """Read the longest prompt in pieces, and say how much memory that took; ``time`` starts it."""
+    """Read the longest prompt in pieces, and say how much memory that took; ``memory`` starts it."""
     import resource
 
     from transformers import DynamicCache
@@ -266,7 +274,7 @@ def prefill(options: argparse.Namespace) -> None:
     if options.method != "full":
         prune(model, HOLDING[options.method](hold=HELD, every=EVERY))
     cache, tokens = DynamicCache(config=model.config), max(ENTRIES)
-    ids = torch.randint(100, 40_000, (1, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, perf_counter()
     for first in range(0, tokens, CHUNK):
         model(input_ids=ids[:, first : first + CHUNK], past_key_values=cache, logits_to_keep=1)
@@ -293,7 +301,7 @@ def endless(options: argparse.Namespace) -> None:
     task = load_task(os.path.join(os.environ["THRESHER_DATA"], "squad"))
     text = "\n\n".join(dict.fromkeys(task.test["context"]))
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, : TOKENS + 1]
-    file = RUNS / f"{options.model}-{options.precision}-endless.pt"
+    file = RUNS / f"{Path(options.model).name}-{options.precision}-endless.pt"
     file.parent.mkdir(parents=True, exist_ok=True)
     state = torch.load(file, weights_only=False) if file.exists() else {"cache": None, "nll": [], "ms": [], "bytes": []}
     prune(model, StreamingLLM(hold=HELD, every=EVERY))
@@ -326,15 +334,15 @@ def endless(options: argparse.Namespace) -> None:
     row = {"method": "window read anew", "held": HELD, "ms_per_token": 1e3 * sorted(anew)[WINDOWS // 2][0]}
     row |= {"nll": sum(n for _, n in anew) / WINDOWS, "nll_streamed_there": sum(streamed) / WINDOWS}
     made.append(about(options) | row | {"windows": WINDOWS, "tail": TAIL})
-    land(f"{options.model}-endless", made, f"python benchmarks/longcontext.py endless --model {options.model}")
+    land(options, "endless", made)
 
 
 def about(options: argparse.Namespace) -> dict:
     """What all rows say."""
-    return {"model": options.model, "precision": options.precision, "threads": torch.get_num_threads()}
+    return {"model": Path(options.model).name, "precision": options.precision, "threads": torch.get_num_threads()}
 
 
-STEPS = {one.__name__: one for one in (quality, fluency, rows, time, prefill, endless)}
+STEPS = {one.__name__: one for one in (quality, fluency, rows, time, memory, prefill, endless)}
 
 
 def main() -> int:
