@@ -1,10 +1,11 @@
-"""kvpress and Thresher on the same model, prompts and budget: ``python benchmarks/kvpress.py ENGINE MODEL OUT``.
+"""kvpress and Thresher on the same model and prompts: ``python benchmarks/kvpress.py ENGINE MODEL OUT [--time]``.
 
 To be run twice, ENGINE thresher with this environment's python, and ENGINE kvpress with that of an environment of its
 own, which asks for an older transformers: pip install kvpress "transformers<5.3" "torch==2.13.0". MODEL is a folder,
 OUT a JSON file of rows. Of each method, at half of the cache:
 
-* ``bytes`` that the cache holds after the prompt, and ``bytes_full``; ``prefill_ms`` and ``ms_per_token``, medians;
+* ``bytes`` that the cache holds at the end, and ``bytes_full``; with ``--time``, on a machine on which nothing else
+  runs, ``prefill_ms`` and ``ms_per_token``, medians;
 * ``batch``: a prompt in a batch, padded on the left, against the same prompt alone: the largest difference of the
   logits of the first generated token and of those after it;
 * ``turn``: a second turn, given to ``generate`` as a conversation with its cache, against the same tokens fed by hand
@@ -15,6 +16,7 @@ Differences are counted up to the first token that differs: what follows another
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from contextlib import contextmanager
@@ -41,6 +43,7 @@ class Kvpress:
     """Press each prompt within the context."""
 
     def __init__(self) -> None:
+        sys.path[:] = [place for place in sys.path if Path(place) != Path(__file__).parent]  # this file has its name
         import kvpress
 
         ratio = {"compression_ratio": 1 - KEEP}
@@ -97,7 +100,7 @@ def at_least(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def row(engine: Any, name: str, model: Any, tokenizer: Any) -> dict:
+def row(engine: Any, name: str, model: Any, tokenizer: Any, turns: int) -> dict:
     """What is measured of one method."""
     texts = [TEXTS[0] * 4 + QUESTION, TEXTS[1] * 2 + QUESTION]
     alone, cache = tokenizer(texts[1], return_tensors="pt"), DynamicCache()
@@ -106,13 +109,14 @@ def row(engine: Any, name: str, model: Any, tokenizer: Any) -> dict:
         single = generated(model, dict(alone), cache)[0]
         both = generated(model, dict(batch), DynamicCache())[1]
         turn, conversation = second(model, tokenizer, texts[0])
-        times = [timed(model, tokenizer) for _ in range(TURNS)]
+        times = [timed(model, tokenizer) for _ in range(turns)]
         held, seen = size(cache), alone["input_ids"].shape[1] + NEW - 1
     plain = DynamicCache()
     generated(model, dict(alone), plain)
     found = {"method": name, "bytes": held, "bytes_full": size(plain), "prompt": seen}
     found |= {"batch": at_least(both, single), "turn": at_least(conversation, turn)}
-    return found | {"prefill_ms": 1e3 * median(t for t, _ in times), "ms_per_token": 1e3 * median(t for _, t in times)}
+    medians = [1e3 * median(times) for times in zip(*times, strict=True)]
+    return found | dict(zip(("prefill_ms", "ms_per_token"), medians, strict=False))
 
 
 def second(model: Any, tokenizer: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,18 +159,25 @@ def main() -> int:
     """Write the rows of one engine."""
     import transformers
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=("kvpress", "thresher"))
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--time", action="store_true")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    name, folder, out = sys.argv[1:]
-    engine = {"kvpress": Kvpress, "thresher": Thresher}[name]()
+    name, folder = options.engine, options.model
+    engine = Kvpress() if name == "kvpress" else Thresher()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = []
-    for method in NAMES:
+    for method in options.methods:
         known = {"engine": name, "transformers": transformers.__version__, "keep": KEEP, "model": Path(folder).name}
-        rows.append(known | row(engine, method, model, tokenizer))
+        rows.append(known | row(engine, method, model, tokenizer, TURNS if options.time else 0))
         print(json.dumps(rows[-1]), flush=True)
-    Path(out).write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     return 0
 
 
