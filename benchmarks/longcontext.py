@@ -75,18 +75,18 @@ def quality(options: argparse.Namespace) -> None:
     """Questions about texts."""
     from thresher.data.load import load_task
     from thresher.data.longcontext import book_of, contexts
-    from thresher.evaluation.longcontext import WHEN, Judge
+    from thresher.evaluation.longcontext import Judge
 
     model, tokenizer = opened(options)
     task = load_task(os.path.join(os.environ["THRESHER_DATA"], "squad"))
     book = book_of(task.test, task.text_columns, lambda text: len(tokenizer(text, verbose=False)["input_ids"]))
-    when = ("after",) if options.kvzip else WHEN
+    when = ("after",) if options.kvzip else tuple(options.when.split(","))
     judge = Judge(model, tokenizer, methods_of(tokenizer, options.kvzip), when)
     tasks = tuple(options.tasks.split(","))
     texts = contexts(book, tasks, options.length, options.count, keys=options.keys)
     if options.ask:
         texts = (replace(one, cases=tuple(c for c in one.cases if c.task in options.ask)) for one in texts)
-    parts = f"+{options.ask}" * bool(options.ask) + "+kvzip" * options.kvzip
+    parts = f"+{options.when}" + f"+{options.ask}" * bool(options.ask) + "+kvzip" * options.kvzip
     name = f"quality-{'-'.join(tasks)}-{options.length}{parts}"
     resume(options, name, ((c.number, lambda c=c: judge(c)) for c in texts))
 
@@ -355,6 +355,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=1000, help="tokens of a text")
     parser.add_argument("--count", type=int, default=100, help="texts")
     parser.add_argument("--tasks", default="needle,multikey", help="asked about each text")
+    parser.add_argument("--when", default="after,before", help="when the question is read, see thresher compare")
     parser.add_argument("--ask", help="one of the tasks, whose questions alone are asked")
     parser.add_argument("--keys", type=int, default=4, help="codes in a text of multikey")
     parser.add_argument("--kvzip", action="store_true", help="KVzip alone, which reads each text twice")

@@ -32,7 +32,15 @@ def bench(monkeypatch, tmp_path):
     (tmp_path / "squad" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setenv("THRESHER_DATA", str(tmp_path))
     model = str(save_decoder(tmp_path / "tiny"))
-    common = {"model": model, "precision": "fp32", "length": 300, "count": 2, "tasks": "needle,squad", "keys": 3}
+    common = {
+        "model": model,
+        "precision": "fp32",
+        "length": 300,
+        "count": 2,
+        "tasks": "needle,squad",
+        "keys": 3,
+        "when": "after,before",
+    }
     options = Namespace(**common, ask=None, kvzip=False, method="keydiff", seconds=60.0)
 
     def run(step: str, **more) -> list[dict]:

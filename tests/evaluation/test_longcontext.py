@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -33,17 +34,18 @@ def tokenizer(request):
 
 
 def as_users_do(model, tokenizer, judge, case, when, method):
-    """The log probability of the right answer, and what is generated: with a pruned model, piece by piece."""
+    """The log probability of the first token of the right answer, and what ``generate`` says of a pruned model: to the
+    whole prompt, or to a question that follows on a text."""
     head, question, tail = judge.parts(TEXT, case)
-    read, asked = (head, question + tail) if when == "after" else (head + question, tail)
-    gold = tokenizer(case.answers[0])["input_ids"]
-    cache, ids = DynamicCache(), torch.tensor([read + asked])
+    gold, ids = tokenizer(case.answers[0])["input_ids"], torch.tensor([head + question + tail])
     how = {"max_new_tokens": len(gold), "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    how |= {"attention_mask": torch.ones_like(ids), "past_key_values": DynamicCache()}
     prune(model, SnapKV(keep=1.0) if method is None else method)
     with torch.no_grad():
-        model(input_ids=torch.tensor([read]), past_key_values=cache)
-        with dense(model):
-            answer = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **how)
+        if when == "after":
+            model(input_ids=torch.tensor([head]), past_key_values=how["past_key_values"])
+        with dense(model) if when == "after" else nullcontext():
+            answer = model.generate(ids, **how)
     unprune(model)
     first = answer.logits[0].float().log_softmax(-1)[0, gold[0]]
     return float(first), tokenizer.decode(answer.sequences[0, ids.shape[1] :])
@@ -65,12 +67,13 @@ def test_answers_are_those_of_a_pruned_model(model, tokenizer, when):
         assert row["bytes"] == row["held"] * 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, channels, fp32
 
 
-def test_greedy_answers_are_those_of_generate(model, tokenizer):
-    judge = Judge(model, tokenizer, {"snapkv": make("snapkv", "count")}, ("after",), longest=5)
+@pytest.mark.parametrize("when", ["after", "before"])
+def test_greedy_answers_are_those_of_generate(model, tokenizer, when):
+    judge = Judge(model, tokenizer, {"snapkv": make("snapkv", "count")}, (when,), longest=5)
     free, exact = ({r["method"]: r for r in judge(Context(0, TEXT, (case,)))} for case in (FREE, EXACT))
     gold = tokenizer(FREE.answers[0])["input_ids"]
     for name, method in ((FULL, None), ("snapkv", make("snapkv", "count"))):
-        said = as_users_do(model, tokenizer, judge, FREE, "after", method)[1]
+        said = as_users_do(model, tokenizer, judge, FREE, when, method)[1]
         assert len(gold) == judge.longest
         assert free[name]["said"] == (said.strip().splitlines() or [""])[0]
         assert free[name]["logprob"] == pytest.approx(exact[name]["logprob"], abs=1e-4)

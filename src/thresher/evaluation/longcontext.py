@@ -27,7 +27,7 @@ from ..data.qa import f1
 from ..stats.paired import interval
 
 FULL = "full"  # the cache of which nothing has left
-WHEN = ("after", "before")  # the question is read after the entries have left, or before
+WHEN = ("after", "before")  # the question is read after entries have left, or before, with the text, as by generate()
 REPEAT = "\n\nRepeat the text above, word by word."
 LONGEST = 12  # tokens of an answer that is not exact
 POINTS = 100.0
@@ -68,19 +68,26 @@ class Judge:
             head, question, tail = self.parts(context.text, case)
             text = text or read_prompt(self.model, self.ids(head))
             for when in self.when:
+                about = {"task": case.task, "number": context.number, "depth": case.depth, "when": when}
+                about["exact"] = case.exact
                 if when == "after":  # nothing that leaves depends on the question
                     read, later = text, later or self.groups(text, self.methods)
-                    groups, asked = later, question + tail
+                    results += self.results(later, question + tail, None, case, about)
                 else:
-                    read = read_prompt(self.model, self.ids(question), text)
+                    read = read_prompt(self.model, self.ids(question + tail), text)
                     known = {name: one for name, one in self.methods.items() if not isinstance(one, KVzip)}
-                    groups, asked = self.groups(read, known), tail
-                about = {"task": case.task, "number": context.number, "depth": case.depth, "when": when}
-                about |= {"tokens": read.ids.shape[1], "exact": case.exact}
-                for group in groups:
-                    said = self.said(copied(group.cache), self.ids(asked), case)
-                    results += [about | row | one for row, one in zip(group.rows, said, strict=True)]
+                    results += self.results(self.groups(read, known), [], read.logits, case, about)
         return results
+
+    def results(
+        self, groups: list[Group], asked: list[int], ready: Tensor | None, case: Case, about: dict
+    ) -> list[dict]:
+        """What each cache answers, when it has read what is ``asked``."""
+        return [
+            about | row | one
+            for group in groups
+            for row, one in zip(group.rows, self.said(copied(group.cache), asked, ready, case), strict=True)
+        ]
 
     def groups(self, read: ReadPrompt, methods: Mapping[str, CachePruner]) -> list[Group]:
         """The caches of all methods, and the full one, as batches of equal numbers of entries."""
@@ -91,42 +98,47 @@ class Judge:
         groups = []
         for held, names in equal.items():
             sizes = [sum(layer.nbytes for layer in ours(caches[name]).values()) for name in names]
-            known = {"held": float(np.mean(held))}
+            known = {"held": float(np.mean(held)), "tokens": read.ids.shape[1]}
             rows = [known | {"method": name, "bytes": size} for name, size in zip(names, sizes, strict=True)]
             groups.append(Group(stacked([caches.pop(name) for name in names]), rows))
         return groups
 
     @torch.no_grad()
-    def said(self, cache: DynamicCache, asked: Tensor, case: Case) -> list[dict]:
-        """What each row answers."""
+    def said(self, cache: DynamicCache, asked: list[int], ready: Tensor | None, case: Case) -> list[dict]:
+        """What each row answers, when it has read what is ``asked``; ``ready``: (1, V) logits of the first token of the
+        answer, where nothing is."""
         gold = self.ids(self.tokenizer(case.answers[0], add_special_tokens=False)["input_ids"])
         rows, start = len(next(iter(ours(cache).values())).counts), cache if case.exact else copied(cache)
-        forced = torch.cat([asked, gold[:, :-1]], 1).expand(rows, -1)
-        logits = self.model(input_ids=forced, past_key_values=start, logits_to_keep=gold.shape[1]).logits.float()
-        found = logits.log_softmax(-1).gather(2, gold.expand(rows, -1)[..., None])[..., 0].sum(1).tolist()
+        forced = torch.cat([self.ids(asked), gold[:, :-1]], 1).expand(rows, -1)
+        logits = [] if ready is None else [ready[:, None].expand(rows, -1, -1)]
+        if (more := gold.shape[1] - len(logits)) > 0:
+            logits.append(self.model(input_ids=forced, past_key_values=start, logits_to_keep=more).logits)
+        likely = torch.cat(logits, 1).float().log_softmax(-1)
+        found = likely.gather(2, gold.expand(rows, -1)[..., None])[..., 0].sum(1).tolist()
         if case.exact:  # greedy decoding says the answer where each of its tokens is the most likely one
-            best = logits.argmax(-1)
+            best = likely.argmax(-1)
             said = [self.tokenizer.decode(row) for row in best]
             scores = (best == gold).all(1).float().tolist()
         else:
-            said = self.generated(cache, asked.expand(rows, -1))
+            first = self.ids(asked) if ready is None else ready.argmax(-1)[None]
+            said = self.generated(cache, first.expand(rows, -1), ready is not None)
             scores = [max(f1(text, answer) for answer in case.answers) for text in said]
         return [
             {"score": score, "logprob": logprob, "said": text}
             for score, logprob, text in zip(scores, found, said, strict=True)
         ]
 
-    def generated(self, cache: DynamicCache, asked: Tensor) -> list[str]:
-        """The first line of what each row answers, greedily."""
+    def generated(self, cache: DynamicCache, asked: Tensor, begun: bool) -> list[str]:
+        """The first line of what each row answers, greedily; ``begun``: whether ``asked`` is its first token."""
         ends = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
         over, tokens = torch.zeros(len(asked), dtype=torch.bool), [asked]
-        for _ in range(self.longest):
+        while len(tokens) <= self.longest - begun:
             logits = self.model(input_ids=tokens[-1], past_key_values=cache, logits_to_keep=1).logits
             tokens.append(logits.argmax(-1))
             over = over | torch.tensor([int(t) in ends or "\n" in self.tokenizer.decode(t) for t in tokens[-1]])
             if bool(over.all()):
                 break
-        said = self.tokenizer.batch_decode(torch.cat(tokens[1:], 1), skip_special_tokens=True)
+        said = self.tokenizer.batch_decode(torch.cat(tokens[not begun :], 1), skip_special_tokens=True)
         return [(text.strip().splitlines() or [""])[0] for text in said]
 
     def parts(self, text: str, case: Case) -> tuple[list[int], list[int], list[int]]:
@@ -146,7 +158,7 @@ class Judge:
 
     def ids(self, tokens: list[int]) -> Tensor:
         """(1, n) on the model's device."""
-        return torch.tensor([tokens], device=self.model.device)
+        return torch.tensor([tokens], dtype=torch.long, device=self.model.device)
 
 
 def repeat_request(tokenizer: Any) -> tuple[int, ...]:
