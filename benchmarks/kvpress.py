@@ -102,7 +102,7 @@ def at_least(a: torch.Tensor, b: torch.Tensor) -> float:
 @torch.no_grad()
 def row(engine: Any, name: str, model: Any, tokenizer: Any, turns: int) -> dict:
     """What is measured of one method."""
-    texts = [TEXTS[0] * 4 + QUESTION, TEXTS[1] * 2 + QUESTION]
+    texts = [TEXTS[0] * 4 + QUESTION, TEXTS[1] * 4 + QUESTION]
     alone, cache = tokenizer(texts[1], return_tensors="pt"), DynamicCache()
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     with engine.on(model, name):

@@ -132,10 +132,7 @@ def tracking(rng: np.random.Generator, number: int, keys: int) -> tuple[Planted,
 TASKS: dict[str, Callable[[np.random.Generator, int, int], tuple[Planted, Case]]] = {
     task.__name__: task for task in (needle, multikey, tracking)
 }
-ALONE = (
-    "words",
-    "squad",
-)  # tasks that plant nothing: one is a text of its own, the other needs passages with questions
+ALONE = ("words", "squad")  # tasks that plant nothing: a text of its own, and questions that come with passages
 
 
 def contexts(
@@ -167,7 +164,9 @@ def contexts(
 
 def mixed(book: Book, rng: np.random.Generator, tasks: Sequence[str], length: int, number: int, keys: int) -> Context:
     """Passages with what the tasks plant into them."""
-    planted, cases, first = [], [], []
+    planted: Planted = []
+    cases: list[Case] = []
+    first: list[str] = []
     for task in tasks:
         if task == "squad":
             asked = book.questions[int(rng.integers(len(book.questions)))]
@@ -194,7 +193,10 @@ def common_words(book: Book, rng: np.random.Generator, length: int, number: int)
 def plant(text: str, planted: Planted) -> str:
     """Put sentences between those of a text, each as near as possible to its depth."""
     ends = [0, *(match.end() for match in re.finditer(r"[.!?]\s+", text)), len(text)]
-    places = [(min(ends, key=lambda end, depth=depth: abs(end - depth * len(text))), one) for depth, one in planted]
+    places = []
+    for depth, sentence in planted:
+        far = [abs(end - depth * len(text)) for end in ends]
+        places.append((ends[far.index(min(far))], sentence))
     for place, sentence in sorted(places, key=lambda known: known[0], reverse=True):
         text = f"{text[:place]}{sentence} {text[place:]}" if place < len(text) else f"{text} {sentence}"
     return text
