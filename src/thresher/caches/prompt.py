@@ -61,7 +61,8 @@ class ReadPrompt:
         is.
 
         Raises:
-            ValueError: the method cannot serve the model.
+            ValueError: the method cannot serve the model, or leaves layers or heads unequally full, which needs masks
+                that only a pruned model has.
         """
         cache, known = self.full(), {}
         if isinstance(method, KVzip):
@@ -70,6 +71,12 @@ class ReadPrompt:
             known = self._received
         with pruned(self.model, method) as hooks:
             self._decide(hooks, cache, known)
+        layers = ours(cache).values()
+        if method.heads == "adaptive" or len({layer.held for layer in layers}) > 1 or any(x.dead for x in layers):
+            raise ValueError(
+                f"{method.name} leaves layers or heads unequally full, and the model as it is has no masks for them: "
+                "prune(model, method) and let it read the prompt itself"
+            )
         return cache
 
     def _decide(self, hooks: CacheHooks, cache: DynamicCache, known: dict[int, Tensor], new: int | None = None) -> None:
@@ -176,5 +183,5 @@ def stacked(caches: Sequence[DynamicCache]) -> DynamicCache:
             setattr(layer, name, torch.cat([getattr(one, name) for one in own]))
         layer.real, layer.counts = ([*chain(*(getattr(one, name) for one in own))] for name in ("real", "counts"))
         layer.received = layer.hidden = None
-        layer.newest = min(one.newest for one in own)
+        layer.newest = min(getattr(one, "newest", 0) for one in own)
     return whole

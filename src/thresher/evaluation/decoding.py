@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..caches.hooks import ours
+from ..caches.hooks import ours, row_of
 from ..caches.prompt import pruned
 from ..caches.pruner import CachePruner
 from .hardware import environment
@@ -57,18 +58,19 @@ def run(model: PreTrainedModel, length: int, new: int, seed: int = 0) -> Run:
     ids = torch.randint(int(model.config.get_text_config().vocab_size), (1, length + new), generator=generator)
     ids, cache = ids.to(model.device), DynamicCache(config=model.config)
     with peak_memory(model.device) as peak:
-        prefill = _seconds(lambda: model(input_ids=ids[:, :length], past_key_values=cache, logits_to_keep=1), model)
+        prompt = {"input_ids": ids[:, :length], "past_key_values": cache, "logits_to_keep": 1}
+        prefill = _seconds(partial(model, **prompt), model)
     read = sum(layer.seconds for layer in ours(cache).values())
     steps = []
     for place in range(length, length + new):
-        one = ids[:, place : place + 1]
-        steps.append(_seconds(lambda one=one: model(input_ids=one, past_key_values=cache), model))
-    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    sizes = [sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values)) for layer in layers]
-    held = [layer.keys.shape[-2] for layer in layers]
-    full = [size * layer.get_seq_length() / count for size, layer, count in zip(sizes, layers, held, strict=True)]
-    scoring = sum(layer.seconds for layer in ours(cache).values()) - read
-    return Run(prefill, steps, read, scoring, float(np.mean(held)), sum(sizes), int(sum(full)), peak())
+        steps.append(_seconds(partial(model, input_ids=ids[:, place : place + 1], past_key_values=cache), model))
+    rows = [row_of(n, layer) for n, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
+    scoring = sum(row["seconds"] for row in rows) - read
+    held, (size, full) = (
+        np.mean([row["held"] for row in rows]),
+        (sum(row[name] for row in rows) for name in ("bytes", "dense_bytes")),
+    )
+    return Run(prefill, steps, read, scoring, float(held), size, full, peak())
 
 
 def _seconds(forward: Callable[[], Any], model: PreTrainedModel) -> float:

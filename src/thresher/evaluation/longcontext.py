@@ -152,9 +152,8 @@ class Judge:
         if not self.tokenizer.chat_template:
             pieces = (*pieces[:2], f"\n{case.lead}")
         first = not self.tokenizer.chat_template  # a template has its own first token
-        return tuple(
-            self.tokenizer(piece, add_special_tokens=first and not n)["input_ids"] for n, piece in enumerate(pieces)
-        )  # type: ignore[return-value]
+        head, *rest = (self.tokenizer(x, add_special_tokens=first and not n)["input_ids"] for n, x in enumerate(pieces))
+        return head, rest[0], rest[1]
 
     def ids(self, tokens: list[int]) -> Tensor:
         """(1, n) on the model's device."""

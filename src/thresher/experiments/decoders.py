@@ -74,8 +74,7 @@ def bench_decoder(spec: BenchSpec, *, progress: Tell | None = None) -> list[dict
     if (few := [tokens for tokens in spec.contexts if tokens < 2]) or not spec.contexts:
         raise ValueError(f"contexts={few or '()'}: expected prompts of 2 tokens or more")
     fields = {"model": Path(spec.model).name}
-    told = {"repeats": spec.repeats, "fields": fields, "progress": progress}
-    return measure_decoding(net, methods, spec.contexts, **told)
+    return measure_decoding(net, methods, spec.contexts, repeats=spec.repeats, fields=fields, progress=progress)
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------

@@ -92,7 +92,8 @@ class PromptTrace:
 
     def pieces(self) -> list[tuple[str, float | None]]:
         """The text cut at its tokens, with the share of each; None for what was cut and not read."""
-        made, at = [], 0
+        at = 0
+        made: list[tuple[str, float | None]] = []
         for (start, end), share in zip(self.spans, self.shares, strict=True):
             if end > at:
                 made.append((self.text[min(at, start) if start < at else at : end], share))
