@@ -83,11 +83,11 @@ def quality(options: argparse.Namespace) -> None:
     when = ("after",) if options.kvzip else tuple(options.when.split(","))
     judge = Judge(model, tokenizer, methods_of(tokenizer, options.kvzip), when)
     tasks = tuple(options.tasks.split(","))
-    texts = contexts(book, tasks, options.length, options.count, keys=options.keys)
+    texts = contexts(book, tasks, options.length, options.count, keys=options.keys, digits=options.digits)
     if options.ask:
         texts = (replace(one, cases=tuple(c for c in one.cases if c.task in options.ask)) for one in texts)
     parts = f"+{options.when}" + f"+{options.ask}" * bool(options.ask) + "+kvzip" * options.kvzip
-    name = f"quality-{'-'.join(tasks)}-{options.length}{parts}"
+    name = f"quality-{'-'.join(tasks)}-{options.length}-{options.digits}{parts}"
     resume(options, name, ((c.number, lambda c=c: judge(c)) for c in texts))
 
 
@@ -151,12 +151,13 @@ def rows(options: argparse.Namespace) -> None:
         groups: dict[str, list[dict]] = {}  # files of the same texts
         for file in sorted(RUNS.glob(f"{Path(options.model).name}-{options.precision}-{kind}-*.jsonl")):
             groups.setdefault(file.stem.partition("+")[0], []).extend(results(file))
-        for found in groups.values():
+        for name, found in groups.items():
             if kind == "fluency":
                 made += means(found)
                 continue
             against = [f"{name}@{keep}" for keep in KEEPS for name in BASELINES]
-            made += [row | split(row["method"]) for row in summary(found, against)]
+            digits = {"digits": int(name.rpartition("-")[2])}
+            made += [digits | row | split(row["method"]) for row in summary(found, against)]
         if made:
             land(options, kind, [about(options) | row for row in made])
 
@@ -359,6 +360,7 @@ def main() -> int:
     parser.add_argument("--ask", help="one of the tasks, whose questions alone are asked")
     parser.add_argument("--keys", type=int, default=4, help="codes in a text of multikey")
     parser.add_argument("--kvzip", action="store_true", help="KVzip alone, which reads each text twice")
+    parser.add_argument("--digits", type=int, default=3, help="of a key; each of them is a token")
     parser.add_argument("--method", default="full", help="of prefill")
     parser.add_argument("--seconds", type=float, default=420, help="after which endless stops for now")
     options = parser.parse_args()

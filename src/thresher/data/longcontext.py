@@ -101,17 +101,17 @@ def book_of(rows: Any, columns: Sequence[str], length: Callable[[str], int]) -> 
 Planted = list[tuple[float, str]]
 
 
-def needle(rng: np.random.Generator, number: int, keys: int) -> tuple[Planted, Case]:
-    """A pass key of five digits, once in the text."""
-    depth, key = (number % DEPTHS + 0.5) / DEPTHS, str(rng.integers(10_000, 100_000))
+def needle(rng: np.random.Generator, number: int, keys: int, digits: int) -> tuple[Planted, Case]:
+    """A pass key, once in the text."""
+    depth, key = (number % DEPTHS + 0.5) / DEPTHS, str(rng.integers(*_numbers(digits)))
     case = Case("needle", "What is the pass key in the text above?", "The pass key is", (f" {key}",), depth=depth)
     return [(depth, f"The pass key is {key}.")], case
 
 
-def multikey(rng: np.random.Generator, number: int, keys: int) -> tuple[Planted, Case]:
+def multikey(rng: np.random.Generator, number: int, keys: int, digits: int) -> tuple[Planted, Case]:
     """Codes of several doors, of which one is asked for."""
     colours = rng.choice(COLOURS, keys, replace=False)
-    codes, depths = rng.choice(np.arange(10_000, 100_000), keys, replace=False), rng.permutation(keys)
+    codes, depths = rng.choice(np.arange(*_numbers(digits)), keys, replace=False), rng.permutation(keys)
     planted = [
         ((float(depth) + 0.5) / keys, f"The code of the {colour} door is {code}.")
         for depth, colour, code in zip(depths, colours, codes, strict=True)
@@ -122,27 +122,33 @@ def multikey(rng: np.random.Generator, number: int, keys: int) -> tuple[Planted,
     return planted, Case("multikey", question, lead, answers, depth=planted[0][0])
 
 
-def tracking(rng: np.random.Generator, number: int, keys: int) -> tuple[Planted, Case]:
+def tracking(rng: np.random.Generator, number: int, keys: int, digits: int) -> tuple[Planted, Case]:
     """A variable that takes its value from another one, which takes it from a third."""
-    value = str(rng.integers(10_000, 100_000))
+    value = str(rng.integers(*_numbers(digits)))
     planted = [(1 / 6, f"Set X1 = {value}."), (3 / 6, "Set X2 = X1."), (5 / 6, "Set X3 = X2.")]
     return planted, Case("tracking", "What is the value of X3 in the text above?", "The value of X3 is", (f" {value}",))
 
 
-TASKS: dict[str, Callable[[np.random.Generator, int, int], tuple[Planted, Case]]] = {
+def _numbers(digits: int) -> tuple[int, int]:
+    """The first number of so many digits, and the one after the last."""
+    return 10 ** (digits - 1), 10**digits
+
+
+TASKS: dict[str, Callable[[np.random.Generator, int, int, int], tuple[Planted, Case]]] = {
     task.__name__: task for task in (needle, multikey, tracking)
 }
 ALONE = ("words", "squad")  # tasks that plant nothing: a text of its own, and questions that come with passages
 
 
 def contexts(
-    book: Book, tasks: Sequence[str], length: int, count: int, *, seed: int = 0, keys: int = 4
+    book: Book, tasks: Sequence[str], length: int, count: int, *, seed: int = 0, keys: int = 4, digits: int = 5
 ) -> Iterator[Context]:
     """Yield ``count`` texts of ``length`` tokens, more or less, each with a question of every task.
 
     Args:
         tasks: of ``TASKS``; "squad", a question of the book; or "words" alone, the most common one of a list.
         keys: codes in a text of "multikey".
+        digits: of a key. Where each of them is a token, what looks at the first one may lose the last ones.
 
     Raises:
         ValueError: there is no such task, the book has no questions, or words do not stand alone.
@@ -158,11 +164,13 @@ def contexts(
         yield (
             common_words(book, rng, length, number)
             if "words" in tasks
-            else mixed(book, rng, tasks, length, number, keys)
+            else mixed(book, rng, tasks, length, number, (keys, digits))
         )
 
 
-def mixed(book: Book, rng: np.random.Generator, tasks: Sequence[str], length: int, number: int, keys: int) -> Context:
+def mixed(
+    book: Book, rng: np.random.Generator, tasks: Sequence[str], length: int, number: int, sizes: tuple[int, int]
+) -> Context:
     """Passages with what the tasks plant into them."""
     planted: Planted = []
     cases: list[Case] = []
@@ -174,7 +182,7 @@ def mixed(book: Book, rng: np.random.Generator, tasks: Sequence[str], length: in
             cases.append(Case("squad", QUESTION.format(asked.text), LEAD, answers, exact=False))
             first.append(asked.passage)
         else:
-            more, case = TASKS[task](rng, number, keys)
+            more, case = TASKS[task](rng, number, *sizes)
             planted, cases = [*planted, *more], [*cases, case]
     room = length - sum(book.length(sentence) for _, sentence in planted)
     return Context(number, plant("\n\n".join(book.filler(rng, room, first)), planted), tuple(cases))
