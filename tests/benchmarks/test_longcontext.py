@@ -39,6 +39,7 @@ def bench(monkeypatch, tmp_path):
         "count": 2,
         "tasks": "needle,squad",
         "keys": 3,
+        "digits": 3,
         "when": "after,before",
     }
     options = Namespace(**common, ask=None, kvzip=False, method="keydiff", seconds=60.0)
