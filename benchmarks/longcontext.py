@@ -21,6 +21,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -37,10 +38,11 @@ from weights import SMOLLM2, available, pretrained  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "longcontext"
 KEEPS = (0.5, 0.2)
-METHODS = {
+METHODS: dict[str, Any] = {
     "random-cache": RandomCache,
     "streamingllm": StreamingLLM,
     "snapkv": SnapKV,
+    "snapkv-max": partial(SnapKV, kernel=7, pool="max"),
     "tova": TOVA,
     "keydiff": KeyDiff,
     "expectedattention": ExpectedAttention,

@@ -57,7 +57,7 @@ def test_qualities_land_with_their_intervals(bench):
     bench("quality", kvzip=True, ask="needle")
     rows = bench("rows")
     methods = {(row["method"], row["keep"]) for row in rows}
-    assert len(methods) == 1 + 2 * 8 + 3 and {row["n_examples"] for row in rows} == {2}
+    assert len(methods) == 1 + 2 * 9 + 3 and {row["n_examples"] for row in rows} == {2}
     assert {row["task"] for row in rows if row["method"] == "kvzip"} == {"needle"}
     snapkv = next(row for row in rows if row["method"] == "snapkv" and row["keep"] == 0.5)
     assert {*snapkv["gains"]} == {f"{name}@{keep}" for name in ("random-cache", "streamingllm") for keep in (0.5, 0.2)}
