@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -36,7 +36,8 @@ TEXTS = (
 )
 QUESTION = "What is the code of the red door? The code of the red door is"
 SECOND = " What did the daughters of the farmer do in the barn? The daughters"
-NAMES = ("snapkv", "tova", "knorm", "keydiff", "expectedattention", "streamingllm", "random")
+FULL = "full"  # nothing leaves: the differences of the model itself
+NAMES = (FULL, "snapkv", "tova", "knorm", "keydiff", "expectedattention", "streamingllm", "random")
 
 
 class Kvpress:
@@ -59,7 +60,7 @@ class Kvpress:
 
     def on(self, model: Any, name: str) -> Any:
         """A context in which prompts are pruned."""
-        return self.made[name](model)
+        return nullcontext() if name == FULL else self.made[name](model)
 
 
 class Thresher:
@@ -69,13 +70,16 @@ class Thresher:
         import thresher as t
 
         kinds = (t.SnapKV, t.TOVA, t.Knorm, t.KeyDiff, t.ExpectedAttention, t.StreamingLLM, t.RandomCache)
-        self.kinds = dict(zip(NAMES, kinds, strict=True))
+        self.kinds = dict(zip(NAMES[1:], kinds, strict=True))
 
     @contextmanager
     def on(self, model: Any, name: str) -> Any:
         """A context in which prompts are pruned."""
         from thresher import prune, unprune
 
+        if name == FULL:
+            yield model
+            return
         prune(model, self.kinds[name](keep=KEEP))
         try:
             yield model
