@@ -19,9 +19,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from ..caches.hooks import ours, row_of
-from ..caches.prompt import pruned
 from ..caches.pruner import CachePruner
 from .hardware import environment
+from .prompt import pruned
 from .rows import row
 
 FULL = "full"  # the cache of which nothing leaves

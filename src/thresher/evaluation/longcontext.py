@@ -20,11 +20,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..caches.hooks import ours
 from ..caches.kvzip import KVzip
-from ..caches.prompt import ReadPrompt, copied, read_prompt, stacked
 from ..caches.pruner import CachePruner
 from ..data.longcontext import Case, Context
 from ..data.qa import f1
 from ..stats.paired import interval
+from .prompt import ReadPrompt, copied, read_prompt, stacked
 
 FULL = "full"  # the cache of which nothing has left
 WHEN = ("after", "before")  # the question is read after entries have left, or before, with the text, as by generate()

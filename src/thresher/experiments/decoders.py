@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from ..api import unprune
 from ..caches.hooks import ours
-from ..caches.prompt import read_prompt
 from ..caches.pruner import CachePruner
 from ..core.method import pruner_of
 from ..data.load import load_task
@@ -24,6 +23,7 @@ from ..data.texts import TEXT, load_texts
 from ..evaluation.decoding import MB, PRECISIONS, measure_decoding
 from ..evaluation.hardware import environment
 from ..evaluation.longcontext import FULL, WHEN, Judge, repeat_request, summary
+from ..evaluation.prompt import read_prompt
 from ..evaluation.rows import row, whole, write_csv
 from ..reports.prompts import PromptTrace, html
 from .spec import BenchSpec, CompareSpec, ShowSpec

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..api import prune, unprune
+from ..caches.baselines import RandomCache
+from ..caches.h2o import H2O
+from ..caches.hooks import CacheCall, CacheHooks, CacheSite, ours
+from ..caches.kvzip import KVzip
+from ..caches.layer import PrunedLayer
+from ..caches.pruner import CachePruner
 from ..core.method import pruner_of
-from .baselines import RandomCache
-from .h2o import H2O
-from .hooks import CacheCall, CacheHooks, CacheSite, ours
-from .kvzip import KVzip
-from .layer import PrunedLayer
-from .pruner import CachePruner
 
 ROWS = ("keys", "values", "position")  # what a cache without drafts holds of each row
 

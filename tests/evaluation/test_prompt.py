@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from support.decoders import METHODS, build, make, prompts
 from thresher import RandomCache, SnapKV, dense, prune, unprune
 from thresher.caches.hooks import ours
-from thresher.caches.prompt import read_prompt, stacked
+from thresher.evaluation.prompt import read_prompt, stacked
 
 EVEN = [name for name in METHODS if name != "ltp-cache"]  # methods that leave all layers and heads equally full
 
