@@ -17,8 +17,7 @@ def test_the_lines_run(tmp_path, monkeypatch, capsys):
     tokenizer = tiny_tokenizer()
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained("my-decoder")
-    cache, learned, prompts = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
-    cache, prompts, once = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    cache, learned, prompts, once = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     scope: dict = {}
     exec(cache, scope)
     assert len(capsys.readouterr().out.splitlines()) == 3 and scope["answer"].shape == scope["reference"].shape

@@ -28,6 +28,7 @@ from ..caches.pruner import CachePruner
 from ..core.method import pruner_of
 
 ROWS = ("keys", "values", "position")  # what a cache without drafts holds of each row
+LISTS = ("real", "arrived", "counts")  # numbers of each row
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +86,12 @@ class ReadPrompt:
         new = (0 if known else self.ids.shape[1]) if new is None else new
         first = self.ids.shape[1] - new
         layers = ours(cache)
-        call = CacheCall(hooks.options, False, cache, layers, self._places[:, first:], prompt=True)
+        call, asks = CacheCall(hooks.options, False, cache, layers, prompt=True), self._places[:, first:]
         for number, layer in layers.items():
             layer.received, layer.queries = known.get(number), self.queries[number]
             layer.query_position = self._places
             inputs = hooks.inputs_of(number, layer, self.queries[number][:, :, first:])
-            hooks.decide(CacheSite(number, layer, call, inputs), remembered=True)
+            hooks.decide(CacheSite(number, layer, call, asks, inputs), remembered=True)
             layer.queries = layer.query_position = None
 
     @cached_property
@@ -181,7 +182,8 @@ def stacked(caches: Sequence[DynamicCache]) -> DynamicCache:
             raise ValueError(f"layer {number} of these caches holds unequal numbers of entries: they cannot be stacked")
         for name in ROWS:
             setattr(layer, name, torch.cat([getattr(one, name) for one in own]))
-        layer.real, layer.counts = ([*chain(*(getattr(one, name) for one in own))] for name in ("real", "counts"))
+        for name in LISTS:
+            setattr(layer, name, [*chain(*(getattr(one, name) for one in own))])
         layer.received = layer.hidden = None
         layer.newest = min(getattr(one, "newest", 0) for one in own)
     return whole
