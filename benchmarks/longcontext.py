@@ -192,15 +192,15 @@ def filled(model: Any, entries: int, seen: int | None) -> Any:
     """A cache of random entries; with ``seen`` as one of a pruned model that has read so many tokens."""
     from transformers import DynamicCache
 
-    from thresher.caches.layer import PrunedLayer
+    from thresher.caches.layer import Coming, PrunedLayer
 
     config, cache = model.config, DynamicCache(config=model.config)
     for number in range(config.num_hidden_layers):
         if seen is not None:
             cache.layers[number] = layer = PrunedLayer()
-            layer.coming = torch.arange(seen - entries, seen)[None], [entries]
+            layer.coming = Coming(torch.arange(seen - entries, seen)[None], [entries], [entries], entries)
             layer.seen = seen - entries
-            layer.real, layer.counts = [layer.seen], [0]
+            layer.real, layer.arrived, layer.counts = [layer.seen], [layer.seen], [0]
         shape = (1, config.num_key_value_heads, entries, config.hidden_size // config.num_attention_heads)
         cache.layers[number].update(*torch.randn(2, *shape, dtype=model.dtype).unbind())
     return cache
