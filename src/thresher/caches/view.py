@@ -99,7 +99,7 @@ def attention_received(view: CacheView, query: Tensor, asks: Tensor) -> Tensor:
             attention_of(query[:, some, i : i + rows], asks[:, i : i + rows], view, some).sum(2)
             for i in range(0, count, rows)
         ]
-        parts.append(sum(sums[1:], sums[0]))
+        parts.append(sum(sums, query.new_zeros(batch, len(range(heads)[some]), entries, dtype=torch.float32)))
     return view.of_cache(torch.cat(parts, 1))
 
 

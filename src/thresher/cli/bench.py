@@ -9,13 +9,14 @@ from .console import Screen
 
 
 def bench(spec: BenchSpec, screen: Screen) -> None:
-    """Time a pruned model beside the dense one, padded and unpadded, on the same texts.
+    """Time a pruned model beside the dense one, padded and unpadded, on the same texts; or a decoder with a shorter
+    cache: the prompt, each token after it, and memory.
 
     \b
     Examples:
-      thresher bench runs/reviews
-      thresher bench runs/reviews --data reviews.csv --batch-size 1,8,32 --plot reviews.png
+      thresher bench runs/reviews --batch-size 1,8,32 --plot reviews.png
       thresher bench runs/reviews --data reviews.csv --runtime torch,onnx,openvino --precision fp32,bf16,int8
+      thresher bench a-decoder --method snapkv,keydiff --keep 0.25 --contexts 1024,4096
       thresher bench --roofline --threads 1
     """
     if spec.roofline:
@@ -25,11 +26,13 @@ def bench(spec: BenchSpec, screen: Screen) -> None:
     if spec.plot is not None and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'thresher[plot]'")
     from ..experiments.bench import bench as job
+    from ..experiments.cache_spec import decodes
+    from ..reports.prompts import bench_table
     from ..reports.tables import table
 
     with screen.progress() as tell:
         rows = job(spec, progress=tell)
-    screen.show(rows, table)
+    screen.show(rows, bench_table if decodes(spec.model) else table)
 
 
 def roofline(spec: BenchSpec, screen: Screen) -> None:

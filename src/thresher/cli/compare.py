@@ -19,21 +19,27 @@ if TYPE_CHECKING:
 
 
 def compare(spec: CompareSpec, screen: Screen) -> None:
-    """Train several methods to several budgets from one dense model, and tell which are better.
+    """Train several methods to several budgets from one dense model, and tell which are better. A decoder is asked
+    about long texts instead, over caches of several methods and sizes.
 
     \b
     Examples:
       thresher compare bert-base-uncased --data reviews.csv --out runs/compared
       thresher compare runs/dense --epochs 0 --data reviews.csv --untrained --methods topk,evit,tome --out runs/quick
       thresher compare bert-base-uncased --data reviews.csv --methods ltp,top --targets 0.4 --seeds 0,1,2 --out runs/abc
+      thresher compare a-decoder --data squad --tasks needle,squad --methods snapkv,kvzip --out runs/caches
     """
+    from ..experiments.cache_spec import decodes
     from ..experiments.compare import TABLE
     from ..experiments.compare import compare as job
+    from ..reports.prompts import comparison_table
     from ..reports.tables import comparison
 
-    with screen.aside(), follow(screen) as tell:
+    causal = decodes(spec.model)
+    watched: Any = screen.progress() if causal else follow(screen)
+    with screen.aside(), watched as tell:
         rows = job(spec, progress=tell)
-    screen.show(rows, comparison)
+    screen.show(rows, comparison_table if causal else comparison)
     screen.say(f"all runs are in {spec.out}, the figures in {spec.out / TABLE}")
 
 

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -74,6 +75,21 @@ def load_vision(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any]
     except ImportError as error:
         needs = next(line.strip() for line in str(error).splitlines() if line.strip())
         raise ValueError(f"the image processor of {model} needs a library that is missing: {needs}") from error
+
+
+def is_decoder(model: str) -> bool:
+    """Whether a folder, or a name on the hub, is a decoder that generates text."""
+    try:
+        known = AutoConfig.from_pretrained(model).architectures or ()
+    except Exception:  # of many kinds; whoever opens the model says what is wrong with it
+        return False
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in known)
+
+
+def load_decoder(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """Return a saved decoder and its tokenizer; else as ``load``."""
+    net = opened(lambda: reading(AutoModelForCausalLM.from_pretrained, model), model, layout)
+    return net, reading(AutoTokenizer.from_pretrained, model)
 
 
 def name_of(dtype: torch.dtype) -> str:

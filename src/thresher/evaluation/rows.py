@@ -39,6 +39,15 @@ EXTRA_FIELDS = {  # what a row may hold besides
     "recipe": "how the model was trained",
     "seeds": "training seeds, where the quality is their mean",
     "group": "letters; methods of a task and target that share one cannot be told apart",
+    "keep": "share or number of the prompt's entries that a cache method keeps",
+    "hold": "entries to which it returns while decoding",
+    "when": "whether the question is read after entries have left the cache, or before",
+    "context": "tokens of a prompt",
+    "held": "entries of each layer and head that are held, mean",
+    "cache_mb": "megabytes of keys and values that are held",
+    "cache_mb_full": "megabytes of those of everything that was read",
+    "prefill_ms": "milliseconds of reading the prompt",
+    "scoring_ms": "of these or of a step, milliseconds spent on scores and choices",
     "note": "anything else",
 }
 

@@ -16,6 +16,8 @@ from ..evaluation.roofline import roofline
 from ..exporting import export as exporting
 from ..exporting.runtime import Runtime, load_runtime
 from ..reports import plots
+from .cache_spec import decodes
+from .decoders import bench_decoder
 from .evaluate import dense_of, tested
 from .export import export_model
 from .spec import BenchSpec, job
@@ -26,7 +28,8 @@ Tell = Callable[[str, int, "int | None"], Any]
 
 @job(BenchSpec)
 def bench(spec: BenchSpec, *, progress: Tell | None = None) -> list[dict]:
-    """Rows of time and quality: a pruned model beside the dense one, padded and unpadded, and beside baselines.
+    """Rows of time and quality: a pruned model beside the dense one, padded and unpadded, and beside baselines; of a
+    decoder as ``bench_decoder`` says.
 
     The baselines choose as many tokens of each text as the model does, on its own weights: what they lose is what the
     choice is worth. ``against`` names the dense model, by default ``dense`` in the model's folder, else the model
@@ -36,6 +39,8 @@ def bench(spec: BenchSpec, *, progress: Tell | None = None) -> list[dict]:
     Raises:
         ValueError: a model that is not pruned; a runtime or precision that goes with nothing else.
     """
+    if decodes(spec.model):
+        return bench_decoder(spec, progress=progress)
     pairs, tell = pairs_of(spec), progress or (lambda *_: None)
     net, max_length, task, test = tested(spec, spec.layout)
     if not hasattr(net, "token_pruner"):

@@ -23,6 +23,8 @@ from ..reports.plots import pareto
 from ..stats.bootstrap import pooled_interval
 from ..stats.letters import groups
 from ..stats.metrics import is_mean
+from .cache_spec import decodes
+from .decoders import compare_decoder
 from .spec import SUMMARY, CompareSpec, TrainingSpec, TrainSpec, job
 from .train import train
 
@@ -52,8 +54,9 @@ class Run:
 
 
 @job(CompareSpec)
-def compare(spec: CompareSpec, *, progress: Callable[[list[Run]], Any] | None = None) -> list[dict]:
-    """Train every method to every budget from one dense teacher per seed, and compare what came of it on the test part.
+def compare(spec: CompareSpec, *, progress: Callable[..., Any] | None = None) -> list[dict]:
+    """Train every method to every budget from one dense teacher per seed, and compare what came of it on the test part;
+    of a decoder as ``compare_decoder`` says.
 
     Each run is one of ``train`` in a folder of its own in ``out`` ("dense-s0", "ltp-0.5-s0"): the same call goes on
     where it was interrupted, and one with more methods, targets or seeds adds theirs. A run that fails (a budget out
@@ -62,7 +65,8 @@ def compare(spec: CompareSpec, *, progress: Callable[[list[Run]], Any] | None = 
 
     Args:
         spec: see ``CompareSpec``; ``epochs=0`` takes a fine-tuned model as the teacher.
-        progress: called with all runs whenever one begins or ends.
+        progress: called with all runs whenever one begins or ends; of a decoder with what goes on, how many texts are
+            done, and all of them.
 
     Returns:
         Rows: for each target the methods, best quality first, after the dense model; means over the seeds, with the
@@ -74,6 +78,8 @@ def compare(spec: CompareSpec, *, progress: Callable[[list[Run]], Any] | None = 
         ValueError: a method without a budget, a target outside (0, 1], data without labels, an ``out`` that holds
             something else or the comparison of other settings; or the dense model cannot be trained.
     """
+    if decodes(spec.model):
+        return compare_decoder(spec, progress=progress)
     methods = tuple(dict.fromkeys((*spec.methods, *BASELINES)))
     targets, seeds = tuple(dict.fromkeys(spec.targets)), tuple(dict.fromkeys(spec.seeds))
     _check(methods, targets, seeds, spec.untrained)

@@ -21,6 +21,7 @@ from ..data.load import load_task
 from ..data.models import class_names, clip, load
 from ..data.task import Task
 from ..data.tokenize import tokenize
+from ..evaluation.decoding import PRECISIONS
 from ..evaluation.hardware import environment
 from ..evaluation.predict import predict, quality
 from ..evaluation.rows import row
@@ -35,9 +36,6 @@ class Tested(NamedTuple):
     max_length: int
     task: Task
     test: Dataset
-
-
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
 @job(EvalSpec)

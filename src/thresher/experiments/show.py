@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..data.load import load_task
 from ..data.models import clip, load, load_vision
+from ..data.texts import load_texts
 from ..reports import patches
-from ..reports.trace import Trace, html, trace
+from ..reports.trace import html, trace
+from .cache_spec import decodes
+from .decoders import followed_prompts
 from .spec import ShowSpec, job
 
 
 @job(ShowSpec)
-def followed_texts(spec: ShowSpec) -> list[Trace]:
-    """What happens to each text; a page of it where one is asked for."""
+def followed_texts(spec: ShowSpec) -> list[Any]:
+    """What happens to each text, or of a decoder what is left of it in the cache; a page of it where one is asked for.
+    Returns ``Trace`` or ``PromptTrace``."""
+    if decodes(spec.model):
+        return followed_prompts(spec, [text for text, _ in texts_of(spec)])
+    if spec.method is not None:
+        raise ValueError(f"{spec.model} is no decoder: --method and --keep name what prunes the cache of one")
     pruned, tokenizer = load(spec.model, spec.layout)
     max_length = clip(spec.max_length, pruned.config)
     traces = [trace(pruned, tokenizer, text, pair, max_length=max_length) for text, pair in texts_of(spec)]
@@ -38,7 +48,7 @@ def texts_of(spec: ShowSpec) -> list[tuple[str, str | None]]:
     elif spec.file:
         texts = [(line, None) for line in spec.file.read_text(encoding="utf-8").splitlines() if line.strip()]
     else:
-        task = load_task(spec, need_labels=False)
+        task = load_task(spec, need_labels=False) if not decodes(spec.model) else load_texts(spec)
         rows = task.test.select(range(min(spec.limit, len(task.test))))
         texts = [(*(row[column] for column in task.text_columns), None)[:2] for row in rows]
     return texts[: spec.limit]

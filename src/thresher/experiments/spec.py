@@ -18,12 +18,15 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from ..data.spec import PAIR, DataSpec, option
+from .cache_spec import CacheSpec, decodes, shares
 from .recipes import of_averages, recipe
 
 SUMMARY = "thresher.json"  # what a trained, tuned or exported folder says of itself
 COLUMNS = ("config", "text", "label", "train_split", "test_split")  # how a data set is read
 AMOUNTS = ("target_flops", "target_latency", "target_latency_ms", "keep", "r")  # options that say how much is left
 TASKS = ("classify", "rerank", "embed")
+ENCODERS, CACHES = ("topk", "random", "firstk", "ltp", "evit"), ("snapkv", "tova", "keydiff", "expectedattention")
+DECODER_LENGTH = 1024  # tokens of the texts about which decoders are asked
 MAX_DROP = 1.0  # points, where none of them is given
 NOTICED = 2.0  # points of a drop above which the user is told
 STEPS = 2000  # of a preparation, where neither steps nor minutes are given
@@ -106,10 +109,11 @@ class EvalSpec(TaskSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSpec(TaskSpec):
+class BenchSpec(CacheSpec, TaskSpec):
     """Say what ``bench`` times; ``examples``, ``batches`` and ``baselines`` are those of ``benchmark.measure``."""
 
-    model: str | None = option("The folder of a pruned model.", metavar="DIR", argument=True)
+    model: str | None = option("The folder of a pruned model, or a decoder.", metavar="DIR", argument=True)
+    contexts: tuple[int, ...] = option("Of a decoder: tokens of a prompt.", (1024, 4096), metavar="M[,N]")
     against: str | None = option("Another model to compare with.", metavar="MODEL")
     runtime: tuple[str, ...] = option("torch, onnx, openvino.", ("torch",), metavar="A[,B]")
     precision: tuple[str, ...] = option("fp32, bf16, int8.", ("fp32",), metavar="A[,B]")
@@ -122,6 +126,10 @@ class BenchSpec(TaskSpec):
     examples: int = 64
     batches: int = 8
     baselines: tuple[str, ...] = ("random", "firstk")
+
+    @property
+    def wants_data(self) -> bool:
+        return not decodes(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +161,7 @@ class ExportSpec(TaskSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShowSpec(TaskSpec):
+class ShowSpec(CacheSpec, TaskSpec):
     """Say which texts, or which picture, ``show`` follows through the layers."""
 
     lacking: ClassVar[str] = "give one of --text, --file, --data and --image; --pair goes with one --text"
@@ -312,12 +320,6 @@ class TuneSpec(ServedSpec, TaskSpec):
     method_options: dict | None = None
 
 
-def _shares(value: str) -> float | int | tuple:
-    """Read shares (0.5) or numbers (64) of tokens, one or several with commas between them."""
-    found = tuple(float(share) if "." in share else int(share) for share in value.split(","))
-    return found[0] if len(found) == 1 else found
-
-
 def one_share(value: str | float) -> float | int:
     """Read one share (0.5), or one number (64) of tokens."""
     return float(value) if "." in str(value) else int(value)
@@ -336,7 +338,7 @@ class MethodSpec:
     target_latency: float | None = option("Share of the dense time to be left (top).", saved=False)
     target_latency_ms: float | None = option("Mean milliseconds per text (top).", saved=False)
     keep: float | tuple | None = option(
-        "Share (0.5) or number (64) kept, for topk and its kin.", saved=False, metavar="K", parser=_shares
+        "Share (0.5) or number (64) kept, for topk and its kin.", saved=False, metavar="K", parser=shares
     )
     at: tuple[int, ...] | None = option("Layers after which tokens leave.", saved=False, metavar="1,2,4")
     method_options: dict | None = None
@@ -494,9 +496,11 @@ class CompareSpec(TrainingSpec):
 
     out: Path = option("The folder for all runs, the table and the figure.", MISSING, writes="folder", metavar="DIR")
     methods: tuple[str, ...] = option(
-        "Methods; random and firstk always take part.", ("topk", "random", "firstk", "ltp", "evit"), metavar="A[,B]"
+        "Methods; random and firstk, or their like, always take part; default: a few.", (), metavar="A[,B]"
     )
-    targets: tuple[float, ...] = option("Shares of the dense MACs to be left.", (0.5, 0.3), metavar="A[,B]")
+    targets: tuple[float, ...] = option(
+        "Shares of the dense MACs, or of a decoder's cache, to be left.", (0.5, 0.3), metavar="A[,B]"
+    )
     seeds: tuple[int, ...] = option("Seeds of the training.", (0,), metavar="A[,B]")
     epochs: float | None = option("Dense fine-tuning; 0 if MODEL is fine-tuned; default: 3.", metavar="N", min=0)
     prune_epochs: float | None = option("Training with pruning; default: 3.", metavar="N", min=0)
@@ -504,11 +508,21 @@ class CompareSpec(TrainingSpec):
     untrained: bool = option("Meet the budget only, without training a method.", False, flag="--untrained")
     time: bool = option("Time the first seed of all in one run.", True)
     at: tuple[int, ...] | None = option("Layers after which tokens leave.", metavar="1,2,4")
+    tasks: tuple[str, ...] = option(
+        "Asked of a decoder about a text: needle, multikey, tracking, squad; or words.", ("needle",), metavar="A[,B]"
+    )
+    when: tuple[str, ...] = option(
+        "When a decoder reads the question, after entries have left or before.", ("after", "before"), metavar="A[,B]"
+    )
     repeats: int = 5
 
     def completed(self) -> Self:
-        """All methods train for as long."""
-        return super().completed().fixed()
+        """All methods train for as long; a decoder reads longer texts, and is not trained."""
+        causal = decodes(self.model)
+        spec = replace(self, methods=self.methods or (CACHES if causal else ENCODERS))
+        if causal and spec.max_length is None:
+            spec = replace(spec, max_length=DECODER_LENGTH)
+        return super(CompareSpec, spec).completed().fixed()
 
 
 def job(kind: type[Any]) -> Callable[[Callable], Callable]:

@@ -1,0 +1,375 @@
+"""A shorter KV cache in a real decoder: ``python benchmarks/longcontext.py STEP [--model MODEL]``.
+
+Wants ``python benchmarks/weights.py smollm2-135m-dequantised`` first, and THRESHER_DATA with SQuAD. Steps:
+
+* ``quality``: pass keys, codes among others and SQuAD's questions in texts of ``--length`` tokens, over the full cache
+  and those of every method at equal bytes, with the question before and after what leaves; resumes;
+* ``fluency``: likelihood of what follows, and divergence from the full cache; resumes;
+* ``rows``: writes what these two have found so far;
+* ``time``: ms for a token over 1k, 4k and 16k entries against 1k held, and time spent on scores;
+* ``memory``: the peak of memory while 16k tokens are read in pieces;
+* ``endless``: 20,000 tokens of a text in a cache that holds 1,024 entries, against a window that is read anew.
+
+``time``, ``memory`` and ``endless`` want a machine on which nothing else runs. Rows go to ``results/longcontext``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import torch  # noqa: E402
+
+from run import RESULTS, as_json  # noqa: E402
+from thresher import H2O, TOVA, ExpectedAttention, KeyDiff, Knorm, KVzip, RandomCache, SnapKV, StreamingLLM  # noqa: E402
+from thresher.evaluation.hardware import environment  # noqa: E402
+from weights import SMOLLM2, available, pretrained  # noqa: E402
+
+RUNS = HERE.parent / "runs" / "longcontext"
+KEEPS = (0.5, 0.2)
+METHODS: dict[str, Any] = {
+    "random-cache": RandomCache,
+    "streamingllm": StreamingLLM,
+    "snapkv": SnapKV,
+    "snapkv-max": partial(SnapKV, kernel=7, pool="max"),
+    "tova": TOVA,
+    "keydiff": KeyDiff,
+    "expectedattention": ExpectedAttention,
+    "h2o": H2O,
+    "knorm": Knorm,
+}
+BASELINES = ("random-cache", "streamingllm")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def opened(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = pretrained(options.model) if options.model.endswith("dequantised") else options.model
+    if folder != options.model and not available(options.model):
+        raise SystemExit(f"{options.model} is not there: python benchmarks/weights.py {options.model}")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=PRECISIONS[options.precision])
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def methods_of(tokenizer: Any, kvzip: bool) -> dict[str, Any]:
+    """All methods at all shares; KVzip, which takes as long as all others, alone."""
+    from thresher.evaluation.longcontext import repeat_request
+
+    if kvzip:
+        return {f"kvzip@{keep}": KVzip(keep=keep, request=repeat_request(tokenizer)) for keep in (0.5, 0.3, 0.2)}
+    return {f"{name}@{keep}": kind(keep=keep) for keep in KEEPS for name, kind in METHODS.items()}
+
+
+def quality(options: argparse.Namespace) -> None:
+    """Questions about texts."""
+    from thresher.data.load import load_task
+    from thresher.data.longcontext import book_of, contexts
+    from thresher.evaluation.longcontext import Judge
+
+    model, tokenizer = opened(options)
+    task = load_task(os.path.join(os.environ["THRESHER_DATA"], "squad"))
+    book = book_of(task.test, task.text_columns, lambda text: len(tokenizer(text, verbose=False)["input_ids"]))
+    when = ("after",) if options.kvzip else tuple(options.when.split(","))
+    judge = Judge(model, tokenizer, methods_of(tokenizer, options.kvzip), when)
+    tasks = tuple(options.tasks.split(","))
+    texts = contexts(book, tasks, options.length, options.count, keys=options.keys, digits=options.digits)
+    if options.ask:
+        texts = (replace(one, cases=tuple(c for c in one.cases if c.task in options.ask)) for one in texts)
+    parts = f"+{options.when}" + f"+{options.ask}" * bool(options.ask) + "+kvzip" * options.kvzip
+    name = f"quality-{'-'.join(tasks)}-{options.length}-{options.digits}{parts}"
+    resume(options, name, ((c.number, lambda c=c: judge(c)) for c in texts))
+
+
+def fluency(options: argparse.Namespace) -> None:
+    """The 64 tokens that follow on a text."""
+    from thresher.data.load import load_task
+    from thresher.evaluation.longcontext import fluency as measured
+
+    model, tokenizer = opened(options)
+    task = load_task(os.path.join(os.environ["THRESHER_DATA"], "squad"))
+    text = "\n\n".join(dict.fromkeys(task.test["context"]))
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+    size = options.length + 64
+    methods = methods_of(tokenizer, options.kvzip)
+    pieces = ((n, ids[:, n * size : (n + 1) * size]) for n in range(min(options.count, ids.shape[1] // size)))
+    name = f"fluency-{options.length}" + "+kvzip" * options.kvzip
+    resume(options, name, ((n, lambda i=i: measured(model, i, 64, methods)) for n, i in pieces))
+
+
+def resume(options: argparse.Namespace, name: str, parts: Iterator[tuple[int, Callable[[], list[dict]]]]) -> None:
+    """Run the parts that have not run yet; a line of JSON for each."""
+    file = RUNS / f"{Path(options.model).name}-{options.precision}-{name}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    done = {json.loads(line)["number"] for line in file.read_text().splitlines()} if file.exists() else set()
+    for number, run in parts:
+        if number in done:
+            continue
+        began, spent = perf_counter(), process_time()
+        rows = [{"number": number, **row} for row in run()]
+        with file.open("a") as out:
+            out.write(json.dumps({"number": number, "rows": rows}) + "\n")
+        print(f"{name} {number}: {process_time() - spent:.1f} s of {perf_counter() - began:.1f}", flush=True)
+
+
+def results(file: Path) -> list[dict]:
+    """The results of all parts that have run."""
+    return [row for line in file.read_text().splitlines() for row in json.loads(line)["rows"]]
+
+
+def land(options: argparse.Namespace, step: str, rows: list[dict]) -> None:
+    """Write rows where they belong, as a whole."""
+    from thresher.evaluation.rows import whole
+
+    model = Path(options.model).name
+    place = RESULTS / "longcontext" / f"{model}-{step}.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    command = f"python benchmarks/longcontext.py {step} --model {model}"
+    with whole(place) as aside:
+        aside.write_text(as_json({"rows": [{**row, "command": command, **environment()} for row in rows]}))
+    for row in rows:
+        print({key: value for key, value in row.items() if key not in ("model", "precision", "threads", "gains")})
+    print(f"wrote {place}")
+
+
+def rows(options: argparse.Namespace) -> None:
+    """Write what ``quality`` and ``fluency`` have found so far."""
+    from thresher.evaluation.longcontext import summary
+
+    for kind in ("quality", "fluency"):
+        made: list[dict] = []
+        groups: dict[str, list[dict]] = {}  # files of the same texts
+        for file in sorted(RUNS.glob(f"{Path(options.model).name}-{options.precision}-{kind}-*.jsonl")):
+            groups.setdefault(file.stem.partition("+")[0], []).extend(results(file))
+        for name, found in groups.items():
+            if kind == "fluency":
+                made += means(found)
+                continue
+            against = [f"{name}@{keep}" for keep in KEEPS for name in BASELINES]
+            digits = {"digits": int(name.rpartition("-")[2])}
+            made += [digits | row | split(row["method"]) for row in summary(found, against)]
+        if made:
+            land(options, kind, [about(options) | row for row in made])
+
+
+def means(found: list[dict]) -> list[dict]:
+    """The mean likelihood and divergence of each method."""
+    import numpy as np
+
+    made = []
+    for method in dict.fromkeys(row["method"] for row in found):
+        own = [row for row in found if row["method"] == method]
+        mean = {name: float(np.mean([row[name] for row in own])) for name in ("tokens", "nll", "kl")}
+        made.append({**split(method), **mean, "n_examples": len(own)})
+    return made
+
+
+def split(method: str) -> dict:
+    """A method and its share of the cache."""
+    name, _, keep = method.partition("@")
+    return {"method": name, "keep": float(keep or 1)}
+
+
+# --- time and memory --------------------------------------------------------------------------------------------------
+ENTRIES, HELD, EVERY = (1024, 4096, 16384), 1024, 64  # of a cache; that a pruned one returns to; steps between
+TURNS, CHUNK = 2, 512  # rounds of EVERY steps; tokens of a piece of a prompt
+HOLDING = {"streamingllm": StreamingLLM, "keydiff": KeyDiff, "snapkv": SnapKV, "h2o": H2O, "tova": TOVA}
+
+
+def filled(model: Any, entries: int, seen: int | None) -> Any:
+    """A cache of random entries; with ``seen`` as one of a pruned model that has read so many tokens."""
+    from transformers import DynamicCache
+
+    from thresher.caches.layer import Coming, PrunedLayer
+
+    config, cache = model.config, DynamicCache(config=model.config)
+    for number in range(config.num_hidden_layers):
+        if seen is not None:
+            cache.layers[number] = layer = PrunedLayer()
+            layer.coming = Coming(torch.arange(seen - entries, seen)[None], [entries], [entries], entries)
+            layer.seen = seen - entries
+            layer.real, layer.arrived, layer.counts = [layer.seen], [layer.seen], [0]
+        shape = (1, config.num_key_value_heads, entries, config.hidden_size // config.num_attention_heads)
+        cache.layers[number].update(*torch.randn(2, *shape, dtype=model.dtype).unbind())
+    return cache
+
+
+@torch.no_grad()
+def steps(model: Any, cache: Any, count: int) -> list[float]:
+    """Seconds of each of ``count`` steps."""
+    spent, token = [], torch.tensor([[17]])
+    for _ in range(count):
+        began = perf_counter()
+        model(input_ids=token, past_key_values=cache)
+        spent.append(perf_counter() - began)
+    return spent
+
+
+def time(options: argparse.Namespace) -> None:
+    """Milliseconds of a token, of all ways in turn."""
+    from statistics import mean, median
+
+    from thresher import prune, unprune
+    from thresher.caches.hooks import ours
+
+    model, _ = opened(options)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    found: dict[tuple, list] = {}
+    for turn in range(TURNS + 1):
+        for entries in ENTRIES:
+            for name in ("full", *HOLDING):
+                kind = HOLDING.get(name)
+                if kind is not None:
+                    prune(model, kind(hold=HELD, every=1 if kind is TOVA else EVERY))
+                cache = filled(model, entries if kind is None else HELD, None if kind is None else entries)
+                size = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+                spent = steps(model, cache, EVERY)
+                scored = sum(layer.seconds for layer in ours(cache).values()) / EVERY
+                if kind is not None:
+                    unprune(model)
+                if turn:
+                    found.setdefault((entries, name), []).append((mean(spent), scored, size))
+    made = []
+    for (entries, name), own in found.items():
+        total, scored, sizes = zip(*own, strict=True)
+        dense = median(one[0] for one in found[entries, "full"])
+        row = {"method": name, "context": entries, "held": entries if name == "full" else HELD, "bytes": sizes[0]}
+        row |= {"ms_per_token": 1e3 * median(total), "ms_scoring": 1e3 * median(scored), "weights_bytes": weights}
+        row |= {"speedup": dense / median(total), "spread": (max(total) - min(total)) / median(total)}
+        made.append(about(options) | row)
+    land(options, "time", made)
+
+
+def memory(options: argparse.Namespace) -> None:
+    """The peak of memory of each way to read a prompt, in a process of its own."""
+    import subprocess
+
+    made = []
+    for name in ("full", "keydiff", "streamingllm"):
+        command = [sys.executable, __file__, "prefill", "--model", options.model, "--precision", options.precision]
+        run = subprocess.run([*command, "--method", name], check=True, capture_output=True, text=True)
+        made.append(about(options) | json.loads(run.stdout.splitlines()[-1]))
+    land(options, "memory", made)
+
+
+@torch.no_grad()
+def prefill(options: argparse.Namespace) -> None:
+    """Read the longest prompt in pieces, and say how much memory that took; ``memory`` starts it."""
+    import resource
+
+    from transformers import DynamicCache
+
+    from thresher import prune
+
+    model, _ = opened(options)
+    if options.method != "full":
+        prune(model, HOLDING[options.method](hold=HELD, every=EVERY))
+    cache, tokens = DynamicCache(config=model.config), max(ENTRIES)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, perf_counter()
+    for first in range(0, tokens, CHUNK):
+        model(input_ids=ids[:, first : first + CHUNK], past_key_values=cache, logits_to_keep=1)
+    size = sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
+    row: dict[str, Any] = {"method": options.method, "prompt": tokens, "chunk": CHUNK, "bytes": size}
+    row |= {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, "start_mb": before / 1e3}
+    print(json.dumps(row | {"prefill_ms": 1e3 * (perf_counter() - began)}))
+
+
+# --- without end ------------------------------------------------------------------------------------------------------
+TOKENS, BLOCK, WINDOWS, TAIL = 20_000, 1000, 40, 32  # fed one by one; of a row; windows read anew, and tokens of each
+
+
+@torch.no_grad()
+def endless(options: argparse.Namespace) -> None:
+    """Feed a text token by token to a cache that returns to 1,024 entries; stops after ``--seconds``, and goes on from
+    there when it is called again. At the end windows of as many tokens are read anew."""
+    import torch.nn.functional as F
+
+    from thresher import prune, unprune
+    from thresher.data.load import load_task
+
+    model, tokenizer = opened(options)
+    task = load_task(os.path.join(os.environ["THRESHER_DATA"], "squad"))
+    text = "\n\n".join(dict.fromkeys(task.test["context"]))
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, : TOKENS + 1]
+    file = RUNS / f"{Path(options.model).name}-{options.precision}-endless.pt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = torch.load(file, weights_only=False) if file.exists() else {"cache": None, "nll": [], "ms": [], "bytes": []}
+    prune(model, StreamingLLM(hold=HELD, every=EVERY))
+    end = perf_counter() + options.seconds
+    while len(state["nll"]) < ids.shape[1] - 1 and perf_counter() < end:
+        place, began = len(state["nll"]), perf_counter()
+        output = model(input_ids=ids[:, place : place + 1], past_key_values=state["cache"], use_cache=True)
+        state["cache"] = output.past_key_values
+        state["ms"].append(1e3 * (perf_counter() - began))
+        state["nll"].append(float(F.cross_entropy(output.logits[0].float(), ids[:, place + 1])))
+        state["bytes"].append(sum(layer.nbytes for layer in state["cache"].layers))
+    torch.save(state, file)
+    unprune(model)
+    if (read := len(state["nll"])) < ids.shape[1] - 1:
+        print(f"{read} of {ids.shape[1] - 1} tokens: call it again")
+        return
+    made = []
+    for first in range(0, read, BLOCK):
+        block = slice(first, first + BLOCK)
+        row = {"tokens": first + BLOCK, "ms_per_token": sorted(state["ms"][block])[BLOCK // 2]}
+        row |= {"bytes": max(state["bytes"][block]), "nll": sum(state["nll"][block]) / BLOCK}
+        made.append(about(options) | {"method": "streamingllm", "held": HELD} | row)
+    anew, streamed = [], []
+    for end_ in torch.linspace(4 * HELD, read, WINDOWS).long().tolist():
+        began = perf_counter()
+        logits = model(input_ids=ids[:, end_ - HELD : end_], logits_to_keep=TAIL).logits[0].float()
+        spent = perf_counter() - began
+        anew.append((spent, float(F.cross_entropy(logits, ids[0, end_ - TAIL + 1 : end_ + 1]))))
+        streamed.append(sum(state["nll"][end_ - TAIL : end_]) / TAIL)
+    row = {"method": "window read anew", "held": HELD, "ms_per_token": 1e3 * sorted(anew)[WINDOWS // 2][0]}
+    row |= {"nll": sum(n for _, n in anew) / WINDOWS, "nll_streamed_there": sum(streamed) / WINDOWS}
+    made.append(about(options) | row | {"windows": WINDOWS, "tail": TAIL})
+    land(options, "endless", made)
+
+
+def about(options: argparse.Namespace) -> dict:
+    """What all rows say."""
+    return {"model": Path(options.model).name, "precision": options.precision, "threads": torch.get_num_threads()}
+
+
+STEPS = {one.__name__: one for one in (quality, fluency, rows, time, memory, prefill, endless)}
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--model", default=SMOLLM2)
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--length", type=int, default=1000, help="tokens of a text")
+    parser.add_argument("--count", type=int, default=100, help="texts")
+    parser.add_argument("--tasks", default="needle,multikey", help="asked about each text")
+    parser.add_argument("--when", default="after,before", help="when the question is read, see thresher compare")
+    parser.add_argument("--ask", help="one of the tasks, whose questions alone are asked")
+    parser.add_argument("--keys", type=int, default=4, help="codes in a text of multikey")
+    parser.add_argument("--kvzip", action="store_true", help="KVzip alone, which reads each text twice")
+    parser.add_argument("--digits", type=int, default=3, help="of a key; each of them is a token")
+    parser.add_argument("--method", default="full", help="of prefill")
+    parser.add_argument("--seconds", type=float, default=420, help="after which endless stops for now")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    STEPS[options.step](options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The benchmark of long texts, at the size of a toy."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from support.decoders import save_decoder
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import longcontext
+
+    small = {"ENTRIES": (64, 128), "HELD": 40, "EVERY": 4, "TOKENS": 300, "BLOCK": 100, "WINDOWS": 3, "TAIL": 5}
+    for name, value in {**small, "CHUNK": 32, "RUNS": tmp_path / "runs", "RESULTS": tmp_path / "results"}.items():
+        monkeypatch.setattr(longcontext, name, value)
+    rows = [
+        {
+            "question": f"Who sows field {n}?",
+            "context": f"The {n}th farmer sows field {n}. Then the grain grows, and the wheat is reaped by all.",
+            "answers": {"text": [f"The {n}th farmer"], "answer_start": [0]},
+            "title": f"field {n}",
+        }
+        for n in range(40)
+    ]
+    (tmp_path / "squad").mkdir()
+    (tmp_path / "squad" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("THRESHER_DATA", str(tmp_path))
+    model = str(save_decoder(tmp_path / "tiny"))
+    common = {
+        "model": model,
+        "precision": "fp32",
+        "length": 300,
+        "count": 2,
+        "tasks": "needle,squad",
+        "keys": 3,
+        "digits": 3,
+        "when": "after,before",
+    }
+    options = Namespace(**common, ask=None, kvzip=False, method="keydiff", seconds=60.0)
+
+    def run(step: str, **more) -> list[dict]:
+        longcontext.STEPS[step](Namespace(**vars(options) | more))
+        found = tmp_path / "results" / "longcontext" / f"tiny-{'quality' if step == 'rows' else step}.json"
+        return json.loads(found.read_text())["rows"] if found.exists() else []
+
+    return run
+
+
+def test_qualities_land_with_their_intervals(bench):
+    bench("quality")
+    bench("quality", kvzip=True, ask="needle")
+    rows = bench("rows")
+    methods = {(row["method"], row["keep"]) for row in rows}
+    assert len(methods) == 1 + 2 * 9 + 3 and {row["n_examples"] for row in rows} == {2}
+    assert {row["task"] for row in rows if row["method"] == "kvzip"} == {"needle"}
+    snapkv = next(row for row in rows if row["method"] == "snapkv" and row["keep"] == 0.5)
+    assert {*snapkv["gains"]} == {f"{name}@{keep}" for name in ("random-cache", "streamingllm") for keep in (0.5, 0.2)}
+
+
+def test_steps_and_prompts_are_timed(bench, capsys):
+    rows = bench("time")
+    assert {(row["context"], row["method"]) for row in rows} >= {(64, "full"), (128, "full"), (128, "tova")}
+    for row in rows:
+        assert row["bytes"] == row["held"] * 3 * 2 * 2 * 8 * 4 and row["ms_per_token"] > row["ms_scoring"]
+        assert row["held"] == (row["context"] if row["method"] == "full" else 40)
+    bench("prefill")
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 40 * 384 <= said["bytes"] < 44 * 384 and said["peak_memory_mb"] >= said["start_mb"] > 0
+
+
+def test_a_text_without_end_goes_on_where_it_stopped(bench):
+    assert bench("endless", seconds=0.0) == []
+    bench("endless", seconds=0.3)
+    *blocks, anew = bench("endless")
+    assert [row["tokens"] for row in blocks] == [100, 200, 300]
+    assert len({row["bytes"] for row in blocks}) == 1 and blocks[0]["bytes"] < 44 * 384 + 1
+    assert anew["nll"] > 0 and anew["nll_streamed_there"] > 0

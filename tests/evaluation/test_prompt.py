@@ -1,0 +1,91 @@
+"""A prompt that is read once: what leaves a copy of its cache is what leaves while it is read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from support.decoders import METHODS, build, make, prompts
+from thresher import RandomCache, SnapKV, dense, prune, unprune
+from thresher.caches.hooks import ours
+from thresher.evaluation.prompt import read_prompt, stacked
+
+EVEN = [name for name in METHODS if name != "ltp-cache"]  # methods that leave all layers and heads equally full
+
+
+def next_logits(model, ids, cache):
+    with torch.no_grad():
+        return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+
+def both(model, method, before, after):
+    """Logits of ``after`` behind a pruned ``before``, and the cache: as a user gets them."""
+    cache = DynamicCache()
+    prune(model, method)
+    with torch.no_grad():
+        model(input_ids=before, past_key_values=cache)
+        with dense(model):
+            logits = next_logits(model, after, cache)
+    unprune(model)
+    return logits, cache
+
+
+@pytest.mark.filterwarnings("ignore:.*QK-norm")  # of Knorm
+@pytest.mark.parametrize("budget", ["share", "hold"])
+@pytest.mark.parametrize("method", EVEN)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_copy_loses_what_the_cache_of_a_pruned_model_loses(family, method, budget):
+    model, ids = build(family), prompts((40,))["input_ids"]
+    before, after = ids[:, :34], ids[:, 34:]
+    prompt = read_prompt(model, before)
+    for _ in range(2):  # whatever was evicted before
+        wanted, cache = both(model, make(method, budget), before, after)
+        own = prompt.evicted(make(method, budget))
+        for number, layer in ours(own).items():
+            assert torch.equal(ours(cache)[number].position[..., : layer.held], layer.position)
+        torch.testing.assert_close(next_logits(model, after, own), wanted, atol=1e-5, rtol=0)
+    assert ours(prompt.cache)[len(prompt.cache.layers) - 1].held == 34
+
+
+@pytest.mark.parametrize("method", EVEN)
+def test_a_prompt_in_two_pieces_is_as_one(method):
+    model, ids = build("llama"), prompts((40,))["input_ids"]
+    whole = read_prompt(model, ids[:, :36])
+    parts = read_prompt(model, ids[:, 20:36], read_prompt(model, ids[:, :20]))
+    torch.testing.assert_close(parts.logits, whole.logits, atol=1e-5, rtol=0)
+    logits = [next_logits(model, ids[:, 36:], one.evicted(make(method))) for one in (whole, parts)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+def test_everything_kept_is_the_dense_model():
+    model, ids = build("llama"), prompts((40,))["input_ids"]
+    prompt = read_prompt(model, ids[:, :30])
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    torch.testing.assert_close(prompt.logits, wanted[:, 29], atol=1e-5, rtol=0)
+    for cache in (prompt.full(), prompt.evicted(SnapKV(keep=1.0, sinks=1, recent=1))):
+        torch.testing.assert_close(next_logits(model, ids[:, 30:], cache), wanted[:, 30:], atol=1e-5, rtol=0)
+
+
+def test_rows_of_several_caches_answer_as_alone():
+    model, ids = build("llama"), prompts((40,))["input_ids"]
+    prompt = read_prompt(model, ids[:, :34])
+    alone = torch.cat([next_logits(model, ids[:, 34:], prompt.evicted(make(name))) for name in EVEN])
+    together = stacked([prompt.evicted(make(name)) for name in EVEN])
+    found = next_logits(model, ids[:, 34:].expand(len(EVEN), -1), together)
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="unequal numbers"):
+        stacked([prompt.full(), prompt.evicted(make("snapkv"))])
+
+
+def test_a_pruned_model_is_refused():
+    model = prune(build("llama"), RandomCache(keep=0.5))
+    with pytest.raises(ValueError, match="unprune"):
+        read_prompt(model, prompts((40,))["input_ids"])
+
+
+def test_caches_that_need_masks_are_refused():
+    prompt = read_prompt(build("llama"), prompts((40,))["input_ids"])
+    with pytest.raises(ValueError, match="unequally full"):
+        prompt.evicted(make("snapkv", "count", layers="pyramid"))
