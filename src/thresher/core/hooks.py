@@ -299,7 +299,7 @@ class Hooks(Attachment):
         if call.soft:
             raise ValueError(f"tokens fade within the layers and not before them: at={EARLY} has no soft stage")
         call.previous, call.entered = site, tokens.live
-        after = self.drop(site)
+        after = self.drop(site, hidden)
         call.spent = 0 if site.choice is None else site.choice.macs
         if after is tokens:
             return hidden
