@@ -36,6 +36,8 @@ def both(model, method, before, after):
 @pytest.mark.parametrize("method", EVEN)
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_a_copy_loses_what_the_cache_of_a_pruned_model_loses(family, method, budget):
+    if (family, method) == ("gpt2", "triattention"):
+        pytest.skip("it goes by rotary positions")
     model, ids = build(family), prompts((40,))["input_ids"]
     before, after = ids[:, :34], ids[:, 34:]
     prompt = read_prompt(model, before)
