@@ -42,7 +42,7 @@ METHODS: dict[str, Any] = {
     "random-cache": RandomCache,
     "streamingllm": StreamingLLM,
     "snapkv": SnapKV,
-    "snapkv-max": partial(SnapKV, kernel=7, pool="max"),
+    "snapkv-avg": partial(SnapKV, kernel=5, pool="avg"),
     "tova": TOVA,
     "keydiff": KeyDiff,
     "expectedattention": ExpectedAttention,

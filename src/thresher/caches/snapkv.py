@@ -33,8 +33,8 @@ class SnapKV(CachePruner):
     """
 
     observe: int = field(default=16, kw_only=True)
-    kernel: int = field(default=5, kw_only=True)
-    pool: str = field(default="avg", kw_only=True)
+    kernel: int = field(default=7, kw_only=True)
+    pool: str = field(default="max", kw_only=True)
 
     name: ClassVar[str] = "snapkv"
     weighs_values: ClassVar[bool] = True
