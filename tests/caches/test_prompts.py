@@ -30,7 +30,21 @@ from support.decoders import (
     prompts,
     run,
 )
-from thresher import H2O, KeyDiff, KVzip, SnapKV, StreamingLLM, Threshold, TopK, dense, prune, unprune
+from thresher import (
+    H2O,
+    KeyDiff,
+    KVzip,
+    LazyLLM,
+    LTPCache,
+    SnapKV,
+    StreamingLLM,
+    Threshold,
+    TopK,
+    TriAttention,
+    dense,
+    prune,
+    unprune,
+)
 from thresher.caches import layer as layers
 from thresher.caches.hooks import ours
 from thresher.caches.layer import PrunedLayer
@@ -305,6 +319,28 @@ def test_the_order_of_rows_and_of_calls_does_not_matter():
     assert difference(run(model, batch, "turn"), first) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("kind", "verb", "learned"), [(TriAttention, "calibrate", "centre"), (LTPCache, "learn", "threshold")]
+)
+def test_a_cache_method_learns_beside_tokens_what_it_learns_alone(kind, verb, learned):
+    batch, alone = prompts((60,)), prune(build("llama"), kind(keep=0.5, **SMALL)).token_pruner
+    model = prune(build("llama"), LazyLLM(keep=0.5, at=(0,), **SMALL), cache=kind(keep=0.5, **SMALL))
+    with pytest.raises(ValueError, match=rf"yet: model\.token_pruner\.cache\.{verb}\("):
+        model(**batch)
+    for method in (alone, model.token_pruner.cache):
+        getattr(method, verb)([batch])
+    assert torch.equal(getattr(model.token_pruner.cache, learned), getattr(alone, learned))
+    model(**batch)
+    assert model.token_pruner.cache.report[1]["held"] < 30  # of which a half leaves at both
+
+
+def test_a_budget_of_time_is_measured_beside_tokens():
+    method = SnapKV(target_ms_per_token=1e9, every=2, **SMALL)
+    model = prune(build("llama"), LazyLLM(keep=0.5, at=(0,), **SMALL), cache=method)
+    assert model.generate(**prompts(), max_new_tokens=4, do_sample=False).shape == (2, 44)
+    assert list(method.costs) == [2] and [row["held"] for row in method.report] == [43 + 30, 20 + 14 + 6, 20 + 14 + 6]
+
+
 def test_reports_of_both():
     model = pruned("llama", "share", "snapkv")
     run(model, prompts(), "step")
@@ -390,6 +426,15 @@ def test_layers_that_attend_in_chunks_are_not_followed():
             model(input_ids=torch.tensor([[7]]), past_key_values=cache)
     with pytest.raises(ValueError, match="snapkv is not possible with Llama4ForCausalLM: all of its layers slide"):
         prune(model, TopK(keep=0.5, at=(0,)), cache=SnapKV(keep=0.5, **SMALL))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_continuous_batching_is_refused(cache):
+    model = pruned("llama", "share", cache)
+    with pytest.raises(ValueError, match=r"cannot prune the pages of continuous batching: call generate\(\)"):
+        model.init_continuous_batching()
+    with pytest.raises(ValueError, match=r"cannot prune the pages of continuous batching: call generate\(\)"):
+        model.generate_batch([[5, 6, 7]])
 
 
 def test_a_static_cache_is_refused():

@@ -9,8 +9,10 @@ cache method, where there is one, works on the tokens that are left.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -38,6 +40,8 @@ class PromptHooks(CacheHooks):
         ValueError: layers of the model cannot be given masks of their own.
     """
 
+    place: ClassVar[str] = "model.token_pruner.cache"
+
     def __init__(self, model: PreTrainedModel, tokens: Hooks, method: CachePruner | None):
         self.tokens = tokens
         super().__init__(model, method, "mask" if tokens.layout == "mask" else "evict", tokens.original)  # type: ignore[arg-type]
@@ -56,6 +60,14 @@ class PromptHooks(CacheHooks):
     def options(self) -> Any:
         """What this thread asks of its forwards; without a cache method nothing leaves by itself."""
         return replace(super().options, mode="dense" if self.method is None else self.tokens.options.mode)
+
+    @contextmanager
+    def asking(self, **options: Any) -> Iterator[None]:
+        """Within the context the forwards of this thread run with other ``Options``; a mode is one for the tokens,
+        too."""
+        mode = options.get("mode", self.tokens.options.mode)
+        with super().asking(**options), self.tokens.asking(mode=mode):
+            yield
 
     def check(self) -> None:
         """Raise ValueError where a method cannot serve the model, or its layers know of another order than ours."""

@@ -74,6 +74,7 @@ class CacheHooks(Attachment):
 
     tried: ClassVar[bool] = False
     unasked: ClassVar[Options] = CacheOptions()
+    place: ClassVar[str] = "model.token_pruner"  # of the method
     method: CachePruner
 
     # --- on ----------------------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ class CacheHooks(Attachment):
 
     def refuse_pages(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for what begins continuous batching."""
-        raise ValueError(f"{self.method.name} cannot prune the pages of continuous batching: call generate()")
+        raise ValueError(f"{self.name} cannot prune the pages of continuous batching: call generate()")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for ``generate``: once it has ended, no draft comes any more to the cache that it leaves behind."""

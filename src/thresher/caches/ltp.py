@@ -79,7 +79,8 @@ class LTPCache(CachePruner):
     def ready(self) -> None:
         if self.keep != 1.0 and not bool(self.threshold.isfinite().any()):
             raise ValueError(
-                "ltp-cache has no thresholds yet: model.token_pruner.learn([tokenizer(text, return_tensors='pt'), ...])"
+                f"ltp-cache has no thresholds yet: {self.attached().place}.learn([tokenizer(text, "
+                "return_tensors='pt'), ...])"
             )
 
     # --- what stays ------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class TriAttention(CachePruner):
     def ready(self) -> None:
         if not int(self.queries):
             raise ValueError(
-                "triattention knows no centres of queries yet: model.token_pruner.calibrate([tokenizer(text, "
+                f"triattention knows no centres of queries yet: {self.attached().place}.calibrate([tokenizer(text, "
                 "return_tensors='pt'), ...]), with some thousand tokens"
             )
 
