@@ -55,6 +55,7 @@ TOKENS = {  # rows of a batch keep equal shares, or as many as a threshold says,
     "threshold": lambda: Threshold(0.9, at=(0, 1)),
     "one": lambda: TopK(keep=8, at=(1,)),
     "short rows stay": lambda: TopK(keep=0.5, at=(0, 1), min_tokens=30),
+    "queries and keys": lambda: LazyLLM(keep=0.5, at=(0, 1), **SMALL),  # looked at once more when a layer has run
 }
 CACHES = {
     "none": lambda: None,

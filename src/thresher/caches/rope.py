@@ -123,7 +123,7 @@ def close_gap(layer: PrunedLayer, rotation: Rotation, sinks: int, turning: str =
     assert layer.position is not None
     position = layer.position.masked_fill(~layer.live, -1)
     first = torch.arange(sinks, device=position.device)
-    keys = getattr(layer, turning)
+    keys = getattr(layer, turning).clone()  # others may look at what attention was given
     hits = position[:, :, None] == first[:, None]
     slots, there = hits.long().argmax(-1)[..., None].expand(-1, -1, -1, keys.shape[-1]), hits.any(-1)[..., None]
     now = keys.gather(2, slots)
@@ -139,3 +139,4 @@ def close_gap(layer: PrunedLayer, rotation: Rotation, sinks: int, turning: str =
         at = slots[:, :, s : s + 1]
         value = torch.where(unmoved[:, :, s : s + 1], keys.gather(2, at), moved[:, :, s : s + 1])
         keys.scatter_(2, at, value)
+    setattr(layer, turning, keys)
