@@ -89,6 +89,11 @@ def test_steps_are_measured_over_caches_of_the_given_size(family, heads, monkeyp
     assert model(**prompts()).past_key_values.get_seq_length() == 40 and 2 in model.token_pruner.costs
 
 
+def test_a_model_without_a_head_is_measured():
+    model = prune(build("llama").model, KeyDiff(target_ms_per_token=1e9, every=4, **SMALL))
+    assert model(**prompts()).past_key_values.get_seq_length() == 40 and list(model.token_pruner.costs) == [2]
+
+
 def test_a_table_needs_two_points():
     with pytest.raises(ValueError, match="expected two or more points"):
         StepCosts((64,), (1.0,))

@@ -200,6 +200,13 @@ def test_learning_changes_the_thresholds_alone_and_is_saved(tmp_path):
     assert difference(run(again, batch, "step"), run(model, batch, "step")) <= 1e-5
 
 
+def test_thresholds_are_learned_within_no_grad_as_without():
+    one, other = (prune(build("llama"), thresholds()).token_pruner for _ in range(2))
+    with torch.no_grad():
+        told = one.learn(TEXTS, epochs=1)
+    assert told == other.learn(TEXTS, epochs=1) and torch.equal(one.threshold, other.threshold)
+
+
 def test_what_cannot_be_learned_is_refused():
     with pytest.raises(ValueError, match=r"give keep as a share, as 0\.25"):
         LTPCache(keep=64)
@@ -207,6 +214,9 @@ def test_what_cannot_be_learned_is_refused():
         LTPCache(hold=64)
     with pytest.raises(ValueError, match="layers='pyramid': thresholds say what each layer holds"):
         LTPCache(keep=0.5, layers="pyramid")
+    headless = prune(build("llama").model, thresholds())
+    with pytest.raises(ValueError, match=r"compares next words, and LlamaModel has no head that says one: load it"):
+        headless.token_pruner.learn(TEXTS)
     model = prune(build("llama"), thresholds())
     with pytest.raises(ValueError, match=r"learn\(\) got no text of more than 13 tokens: nothing can leave"):
         model.token_pruner.learn([prompts((10,))])

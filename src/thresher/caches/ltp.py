@@ -112,11 +112,17 @@ class LTPCache(CachePruner):
             everything and with what is kept: by what was learned, and by thresholds that keep as much of each layer.
 
         Raises:
-            ValueError: no text is long enough for something to leave.
+            ValueError: no text is long enough for something to leave, or the model has no head that says a next word.
         """
         hooks, texts = self.attached(), list(batches)
+        if hooks.model.get_output_embeddings() is None:
+            raise ValueError(
+                f"learn() compares next words, and {type(hooks.model).__name__} has no head that says one: load it as "
+                "a model for causal language modelling"
+            )
         with at_rest(hooks.model):
-            start, learned, share = self._learned(hooks, texts, epochs, lr)
+            with torch.enable_grad():
+                start, learned, share = self._learned(hooks, texts, epochs, lr)
             self.threshold.fill_(math.nan)
             self.threshold[hooks.full] = learned.to(self.threshold.device)
             with torch.no_grad():
