@@ -9,7 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from support.decoders import LENGTHS, alone, build, difference, make, prompts, run
-from thresher import KeyDiff, SnapKV, StreamingLLM, prune, unprune
+from support.visual import VISUAL
+from thresher import DivPrune, KeyDiff, SnapKV, StreamingLLM, prune, unprune
 from thresher.caches.hooks import ours
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -120,6 +121,27 @@ def test_a_prompt_that_comes_with_a_draft_is_evicted_without_it():
 def test_kvzip_refuses_a_prompt_with_a_draft():
     with pytest.raises(ValueError, match="kvzip cannot repeat a prompt that comes with a draft: generate without"):
         prune(build("llama"), make("kvzip")).generate(**prompts((40,)), **OPTIONS, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("tokens", [None, lambda: DivPrune(keep=0.25)], ids=["alone", "beside tokens"])
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl", "gemma3"])
+@pytest.mark.filterwarnings("ignore:layers that slide")
+@torch.no_grad()
+def test_a_model_of_pictures_repeats_text_and_no_pictures(family, tokens):
+    visual, caches, parts = VISUAL[family], [], {"part": 15, "overlap": 3}
+    model, batch = visual.build(), alone(prompts(), 0)
+    language = prune(model.model.language_model, make("kvzip", **parts))
+    caches.append(language(**batch, use_cache=True).past_key_values)
+    unprune(language)
+    method = make("kvzip", **parts)
+    prune(model, *([method] if tokens is None else [tokens()]), cache=None if tokens is None else method)
+    caches.append(model(**batch, use_cache=True).past_key_values)
+    for layer, expected in zip(*(ours(cache).values() for cache in caches), strict=True):
+        assert layer.held == 12 and torch.equal(layer.position, expected.position)
+        assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+    assert model.generate(**prompts(), max_new_tokens=3, do_sample=False).shape == (2, 43)
+    with pytest.raises(ValueError, match="kvzip cannot repeat pictures or sounds: SnapKV and KeyDiff serve them"):
+        model.generate(**visual.batch(model, (1, 2)), max_new_tokens=3)
 
 
 @pytest.mark.parametrize("kind", ["lookup", "assistant"])

@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from ..core import compat
 from ..core.attachment import Attachment
 from ..core.method import pruner_of
+from ..core.pictures import Prompt
 from ..core.pruner import Options
 from ..core.view import AttentionInputs
 from .checks import check_own_entries, check_places
@@ -225,7 +226,7 @@ class CacheHooks(Attachment):
         batch, new = given.shape[:2]
         first = next(iter(layers.values()))
         if options.mode == "pruned":
-            self.check_ready(cache, batch, new == 1 or kwargs.get("input_ids") is not None)
+            self.check_ready(cache, batch, new == 1 or self.given_ids(kwargs) is not None)
         self.settle(cache, layers, options)
         for layer in layers.values():
             layer.open(batch)
@@ -248,12 +249,26 @@ class CacheHooks(Attachment):
         method = self.pruner
         method.ready()
         if isinstance(method, KVzip) and not ids:
+            if self.prompt is not None and self.prompt.given.get("input_ids") is not None:
+                raise ValueError(f"{method.name} cannot repeat pictures or sounds: SnapKV and KeyDiff serve them")
             raise ValueError(f"{method.name} repeats the prompt and needs its input_ids, the model was called without")
         if method.target_ms_per_token is not None and rows not in method.costs:
             method.costs[rows] = measured(self, rows)
         if method.target_cache_mb is not None or method.target_ms_per_token is not None:
             size = self.trial[1] * self.architecture.base.dtype.itemsize
             method.budget([0] * rows, False, (0, len(self.full)), self.room(cache, rows, size))
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """What the model that reads pictures was given; None: it was not called, or a prompt is repeated."""
+        return super().prompt if getattr(self.options, "repetition", None) is None else None
+
+    def given_ids(self, kwargs: dict) -> Tensor | None:
+        """(B, q) of the new tokens, of the arguments of a forward; None: there are none, or not all are text."""
+        if self.prompt is None or kwargs.get("input_ids") is not None:
+            return kwargs.get("input_ids")
+        ids, kinds = self.prompt.given.get("input_ids"), list(self.architecture.placeholders.values())
+        return None if ids is None or bool(torch.isin(ids, ids.new_tensor(kinds)).any()) else ids
 
     def adopted(self, cache: Any, kwargs: dict) -> Any:
         """A cache whose full layers are ours: the one given, where it is empty or ours already.
@@ -560,9 +575,8 @@ class CacheHooks(Attachment):
     @torch.no_grad()
     def repeat(self, method: KVzip, call: CacheCall, kwargs: dict) -> None:
         """Feed the prompt once more, part by part, and let entries leave."""
-        ids, mask, first = kwargs.get("input_ids"), kwargs.get("attention_mask"), next(iter(call.layers.values()))
-        if ids is None:
-            raise ValueError(f"{method.name} repeats the prompt and needs its input_ids, the model was called without")
+        ids, mask, first = self.given_ids(kwargs), self.given_mask(kwargs), next(iter(call.layers.values()))
+        assert ids is not None, "check_ready saw them"
         begun, new = time.perf_counter(), ids.shape[1]
         mask = ids.new_ones(len(ids), first.seen) if mask is None else mask[:, : first.seen]
         slides = [layer for layer in call.cache.layers if getattr(layer, "is_sliding", False)]
