@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from support.decoders import build, prompts
 from support.families import FAMILIES
+from support.visual import VISUAL
 from thresher import GemFilter, KeyDiff, TopK, compress, prune
 from thresher.core.scoring import repeat_heads
 from thresher.prompts.compress import choose, cuts_of, read_text
@@ -186,6 +187,10 @@ def test_what_is_refused():
         compress(model, "wheat")
     with pytest.raises(ValueError, match=r"the prompt has 300 tokens, and .* takes 256"):
         compress(model, prompts((300,))["input_ids"])
+    reader = VISUAL["llava"].build()
+    with pytest.raises(ValueError, match=r"holds placeholders of pictures or sounds \(id 100\), which cannot be read"):
+        compress(reader, VISUAL["llava"].batch(reader, (1,))["input_ids"])
+    assert compress(reader, ids, keep=0.95).tokens_out == 38  # text alone
     with pytest.raises(ValueError, match="GemFilter is not possible with BertForSequenceClassification"):
         compress(FAMILIES["bert"].build(), [5] * 60)
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import compat
@@ -63,6 +63,15 @@ class Architecture:
     def packable(self) -> bool:
         """Whether packed rows fit the layers."""
         return self.shows_inputs and self.passes_arguments and not self.relative and self.reader is None
+
+    def check_words(self, ids: Tensor) -> None:
+        """Raise ValueError where token ``ids`` stand for pictures or sounds, which are not there."""
+        found = set(ids.flatten().tolist()) & {*self.placeholders.values()}
+        if found:
+            raise ValueError(
+                f"the prompt holds placeholders of pictures or sounds (id {min(found)}), which cannot be read from "
+                "token ids: give one of text alone"
+            )
 
     def fits(self, other: Architecture) -> bool:
         """Whether what a method learned for one model fits the other."""

@@ -84,7 +84,7 @@ def compress(
         tokenizer: the model's; a text needs a fast one.
 
     Raises:
-        ValueError: an empty prompt, one that is longer than the model takes, or a model that cannot choose.
+        ValueError: an empty prompt, one with pictures or longer than the model takes, or a model that cannot choose.
 
     Example:
         >>> short = compress(model, document + question, keep=0.25, tokenizer=tokenizer)
@@ -96,6 +96,7 @@ def compress(
     if not read.ids:
         raise ValueError("the prompt is empty: expected a text, or ids of tokens")
     info = find_architecture(inner_model(model))
+    info.check_words(torch.tensor(read.ids))
     number, total, count = method.layer(info), len(read.ids), method.count(len(read.ids))
     kept, run = list(range(total)), 0
     if count < total:
