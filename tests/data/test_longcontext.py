@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -27,6 +28,23 @@ def test_answers_stand_in_texts_of_about_the_length(tasks):
             assert case.answers[0].strip() in context.text
             assert case.answers[0].startswith(" ")
     assert len({context.text for context in made}) == 12
+
+
+@pytest.mark.parametrize("space", [" ", ""])
+def test_a_passage_that_does_not_fit_is_cut_to_the_room(space):
+    long = space.join(f"word{n}" for n in range(500))
+    book = Book([long], (), lambda text: len(re.findall(r"[a-z]+|\d", text)))
+    (context,) = contexts(book, ["needle"], 100, 1)
+    assert 95 <= book.length(context.text) <= 100
+    assert context.cases[0].answers[0].strip() in context.text
+    (piece,) = book.filler(np.random.default_rng(0), 20)
+    assert long.startswith(piece) and not piece.endswith(" ") and (not space or long[len(piece)] == " ")
+
+
+def test_a_text_that_is_half_full_is_left_as_it_is():
+    book = Book(["a b c d e f", "g h i j k l"], (), lambda text: len(text.split()))
+    assert sorted(map(len, (book.filler(np.random.default_rng(n), 11) for n in range(8)))) == [1] * 8
+    assert {len(" ".join(book.filler(np.random.default_rng(n), 13)).split()) for n in range(8)} == {12}
 
 
 def test_needles_stand_at_their_depth():

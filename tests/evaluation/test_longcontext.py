@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,6 +90,47 @@ def test_several_questions_do_not_disturb_each_other(model, tokenizer):
         assert together == one
     assert {row["when"] for row in alone if row["method"] == "kvzip"} == {"after"}
     assert {row["when"] for row in alone if row["method"] == "tova"} == {"after", "before"}
+
+
+class Speaker(torch.nn.Module):
+    """Says what it is given, row by row, a token a call."""
+
+    def __init__(self, *rows):
+        super().__init__()
+        self.rows, self.calls = rows, 0
+
+    def forward(self, input_ids, past_key_values, logits_to_keep):
+        says = torch.tensor([row[self.calls] for row in self.rows])
+        self.calls += 1
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(says, 257)[:, None].float())
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [("42#zzzz", "42"), ("42\nzzzz", "42"), ("\n42\nzzz", "42"), ("#zzzzzz", ""), ("\n\nab#zz", "ab")],
+)
+def test_an_answer_ends_where_it_ends_alone(said, wanted, begun):
+    tokenizer, end = byte_tokenizer(), byte_tokenizer().eos_token_id
+    rows = [
+        [end if letter == "#" else tokenizer(letter)["input_ids"][0] for letter in text] for text in (said, "a b cde")
+    ]
+    for batch in (rows[:1], rows):
+        asked = torch.tensor([[row[0]] if begun else [5, 6] for row in batch])
+        judge = Judge(Speaker(*(row[begun:] for row in batch)), tokenizer, {}, longest=7)
+        assert judge.generated(None, asked, begun) == [wanted, "a b cde"][: len(batch)]
+
+
+def test_a_decoder_whose_layers_slide_answers_in_a_batch_as_alone():
+    model, tokenizer = build("gemma3", vocab_size=257), byte_tokenizer()
+    methods = {name: make(name, "count") for name in ("snapkv", "keydiff")}
+    together = {(r["method"], r["when"]): r for r in Judge(model, tokenizer, methods)(Context(0, TEXT, (FREE,)))}
+    assert len(together) == 6
+    for name, method in methods.items():
+        for row in Judge(model, tokenizer, {name: method})(Context(0, TEXT, (FREE,))):
+            other = together[row["method"], row["when"]]
+            assert other.pop("logprob", row["logprob"]) == pytest.approx(row.pop("logprob"), abs=1e-4)
+            assert other == row
 
 
 def test_a_question_is_cut_from_its_template():

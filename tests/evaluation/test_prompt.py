@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import StaticLayer
 
 from support.decoders import METHODS, build, make, prompts
-from thresher import RandomCache, SnapKV, dense, prune, unprune
+from thresher import LTPCache, RandomCache, SnapKV, TriAttention, dense, prune, unprune
 from thresher.caches.hooks import ours
 from thresher.evaluation.prompt import read_prompt, stacked
 
@@ -70,12 +71,14 @@ def test_everything_kept_is_the_dense_model():
         torch.testing.assert_close(next_logits(model, ids[:, 30:], cache), wanted[:, 30:], atol=1e-5, rtol=0)
 
 
-def test_rows_of_several_caches_answer_as_alone():
-    model, ids = build("llama"), prompts((40,))["input_ids"]
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_rows_of_several_caches_answer_as_alone(family):
+    model, ids = build(family), prompts((40,))["input_ids"]
+    names = [name for name in EVEN if name != "knorm" or family == "llama"]  # which QK-norm serves badly
     prompt = read_prompt(model, ids[:, :34])
-    alone = torch.cat([next_logits(model, ids[:, 34:], prompt.evicted(make(name))) for name in EVEN])
-    together = stacked([prompt.evicted(make(name)) for name in EVEN])
-    found = next_logits(model, ids[:, 34:].expand(len(EVEN), -1), together)
+    alone = torch.cat([next_logits(model, ids[:, 34:], prompt.evicted(make(name))) for name in names])
+    together = stacked([prompt.evicted(make(name)) for name in names])
+    found = next_logits(model, ids[:, 34:].expand(len(names), -1), together)
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="unequal numbers"):
         stacked([prompt.full(), prompt.evicted(make("snapkv"))])
@@ -91,3 +94,25 @@ def test_caches_that_need_masks_are_refused():
     prompt = read_prompt(build("llama"), prompts((40,))["input_ids"])
     with pytest.raises(ValueError, match="unequally full"):
         prompt.evicted(make("snapkv", "count", layers="pyramid"))
+
+
+@pytest.mark.parametrize(("method", "said"), [(TriAttention, "knows no centres"), (LTPCache, "no thresholds")])
+def test_a_method_that_has_learned_nothing_is_refused(method, said):
+    prompt = read_prompt(build("llama"), prompts((40,))["input_ids"])
+    with pytest.raises(ValueError, match=said):
+        prompt.evicted(method(keep=0.5, heads="own"))
+
+
+def test_a_target_of_time_is_measured_first():
+    prompt = read_prompt(build("llama"), prompts((40,))["input_ids"])
+    method = SnapKV(target_ms_per_token=1e6, every=1, sinks=2, recent=4)
+    assert {layer.held for layer in ours(prompt.evicted(method)).values()} == {40} and [*method.costs] == [1]
+    with pytest.raises(ValueError, match="cannot be reached"):
+        prompt.evicted(SnapKV(target_ms_per_token=1e-9, every=1, sinks=2, recent=4))
+
+
+def test_layers_that_are_no_rectangles_of_entries_are_not_stacked():
+    cache = DynamicCache()
+    cache.layers = [StaticLayer(max_cache_len=8)]
+    with pytest.raises(ValueError, match="is a StaticLayer"):
+        stacked([cache])

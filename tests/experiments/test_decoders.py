@@ -14,7 +14,7 @@ from support.tiny import save_tiny
 from thresher import SnapKV, TopK
 from thresher.experiments.bench import bench
 from thresher.experiments.compare import compare
-from thresher.experiments.decoders import ANSWERS, TABLE
+from thresher.experiments.decoders import ANSWERS, CLAIM, TABLE
 from thresher.experiments.show import followed_texts
 from thresher.reports.prompts import bench_table, comparison_table, terminal
 
@@ -64,6 +64,8 @@ def test_bench_times_named_methods_and_the_folders_own(saved):
         ("dense", {"method": "snapkv", "keep": 0.5, "runtime": ("onnx",)}, "timed in torch alone"),
         ("dense", {"method": "snapkv", "keep": 0.5, "contexts": (1,)}, "2 tokens or more"),
         ("dense", {"method": "snap", "keep": 0.5}, "unknown pruning method"),
+        ("dense", {"method": "ltp-cache", "keep": 0.5}, "has to learn .* in Python"),
+        ("dense", {"method": "snapkv,triattention", "keep": 0.5}, "triattention has to learn .* in Python"),
     ],
 )
 def test_bench_refuses(saved, model, options, said):
@@ -104,6 +106,17 @@ def test_compare_asks_over_every_cache_and_resumes(saved, tmp_path):
         ({"when": ("later",)}, "expected after or before"),
         ({"methods": ("topk",)}, "prunes tokens"),
         ({"targets": (1.5,)}, "expected a share"),
+        ({"methods": ("ltp-cache",)}, r"ltp-cache has to learn .* in Python .*token_pruner.learn"),
+        ({"methods": ("triattention",)}, r"triattention has to learn .* in Python .*token_pruner.calibrate"),
+        ({"seeds": (0, 1)}, r"seeds=\(0, 1\)"),
+        ({"seeds": ()}, r"seeds=\(\)"),
+        ({"untrained": True}, "leave untrained out"),
+        ({"epochs": 0}, "leave epochs out"),
+        ({"prune_epochs": 3}, "leave prune_epochs out"),
+        ({"lr": 5e-5}, "leave lr out"),
+        ({"at": (1,)}, "leave at out"),
+        ({"batch_size": 32}, "leave batch_size out"),
+        ({"dropout": 0.0}, "leave dropout out"),
     ],
 )
 def test_compare_refuses(saved, tmp_path, options, said):
@@ -111,6 +124,27 @@ def test_compare_refuses(saved, tmp_path, options, said):
         compare(saved.dense, saved.data, tmp_path / "out", limit=1, max_length=300, **options)
     with pytest.raises(ValueError, match="pruned already"):
         compare(saved.pruned, saved.data, tmp_path / "other", limit=1)
+
+
+def test_answers_about_other_parts_are_not_mixed(saved, tmp_path):
+    data = tmp_path / "fields"
+    data.mkdir()
+    for part in ("train", "validation", "test"):
+        (data / f"{part}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{part} {n}. It rains."}) + "\n" for n in range(9))
+        )
+    out, how = tmp_path / "out", {"methods": ("snapkv",), "targets": (0.5,), "when": ("after",), "limit": 1}
+    compare(saved.dense, str(data), out, max_length=60, **how)
+    kept = (out / ANSWERS).read_text()
+    for split in ("test_split", "train_split"):
+        with pytest.raises(ValueError, match=f"of other {split}"):
+            compare(saved.dense, str(data), out, max_length=60, **{split: "validation"}, **how)
+    claim = json.loads((out / CLAIM).read_text())
+    assert claim["test_split"] is None is claim["train_split"]
+    del claim["test_split"], claim["train_split"]  # of a version before
+    (out / CLAIM).write_text(json.dumps(claim))
+    compare(saved.dense, str(data), out, max_length=60, **how)
+    assert (out / ANSWERS).read_text() == kept
 
 
 # --- show -------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 DEPTHS = 10  # at which a pass key stands, from the beginning to the end
 COLOURS = ("red", "blue", "green", "yellow", "orange", "purple", "brown", "black", "white", "pink", "grey", "golden")
 WORDS = ("river", "stone", "apple", "window", "garden", "bridge", "candle", "mirror", "basket", "ladder", "bottle")
-OFTEN, RARE, RARELY = 3, 8, 2  # times that the common word comes for each time of a rare one; rare words; times of each
+OFTEN, RARE = 3, 8  # times that the common word comes for each time of a rare one; rare words
 QUESTION, LEAD = "Question: {} Give a short answer.", "Short answer:"
 
 
@@ -74,7 +75,10 @@ class Book:
     length: Callable[[str], int]
 
     def filler(self, rng: np.random.Generator, tokens: int, first: Sequence[str] = ()) -> list[str]:
-        """Passages of ``tokens`` altogether at most, in any order, among them the ``first``."""
+        """Passages of ``tokens`` altogether at most, in any order, among them the ``first``.
+
+        One that does not fit ends the text; it is cut to the room where less than half is filled.
+        """
         chosen = [*first]
         spent = sum(map(self.length, chosen))
         for number in rng.permutation(len(self.passages)):
@@ -82,9 +86,17 @@ class Book:
             if passage in chosen:
                 continue
             if spent + (more := self.length(passage)) > tokens:
+                if 2 * spent < tokens and (cut := self.cut(passage, tokens - spent)):
+                    chosen.append(cut)
                 break
             chosen, spent = [*chosen, passage], spent + more
         return [chosen[int(number)] for number in rng.permutation(len(chosen))]
+
+    def cut(self, passage: str, tokens: int) -> str:
+        """The beginning of a passage, of so many tokens at most; whole words, where it has spaces between them."""
+        fits = bisect_right(range(len(passage)), tokens, key=lambda end: self.length(passage[:end])) - 1
+        begun = passage[: max(fits, 0)]
+        return begun[: max(0, begun.rfind(" "))] or begun
 
 
 def book_of(rows: Any, columns: Sequence[str], length: Callable[[str], int]) -> Book:

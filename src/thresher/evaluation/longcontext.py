@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -130,16 +131,18 @@ class Judge:
 
     def generated(self, cache: DynamicCache, asked: Tensor, begun: bool) -> list[str]:
         """The first line of what each row answers, greedily; ``begun``: whether ``asked`` is its first token."""
+        said = asked.tolist() if begun else [[] for _ in asked]
+        while len(said[0]) < self.longest and not all(self.line(row)[1] for row in said):
+            asked = self.model(input_ids=asked, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+            said = [[*row, *new] for row, new in zip(said, asked.tolist(), strict=True)]
+        return [self.line(row)[0] for row in said]
+
+    def line(self, tokens: Sequence[int]) -> tuple[str, bool]:
+        """The first line of what a row has said, and whether it has ended: what follows depends on its batch."""
         ends = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
-        over, tokens = torch.zeros(len(asked), dtype=torch.bool), [asked]
-        while len(tokens) <= self.longest - begun:
-            logits = self.model(input_ids=tokens[-1], past_key_values=cache, logits_to_keep=1).logits
-            tokens.append(logits.argmax(-1))
-            over = over | torch.tensor([int(t) in ends or "\n" in self.tokenizer.decode(t) for t in tokens[-1]])
-            if bool(over.all()):
-                break
-        said = self.tokenizer.batch_decode(torch.cat(tokens[not begun :], 1), skip_special_tokens=True)
-        return [(text.strip().splitlines() or [""])[0] for text in said]
+        own = [*takewhile(lambda token: token not in ends, tokens)]
+        text = self.tokenizer.decode(own, skip_special_tokens=True).lstrip()
+        return (text.rstrip().splitlines() or [""])[0], len(own) < len(tokens) or "\n" in text
 
     def parts(self, text: str, case: Case) -> tuple[list[int], list[int], list[int]]:
         """The ids of the text with what stands before it, of the question, and of what follows up to the answer."""

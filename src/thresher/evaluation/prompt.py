@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..api import prune, unprune
 from ..caches.baselines import RandomCache
@@ -62,8 +64,8 @@ class ReadPrompt:
         is.
 
         Raises:
-            ValueError: the method cannot serve the model, or leaves layers or heads unequally full, which needs masks
-                that only a pruned model has.
+            ValueError: the method cannot serve the model, or has not learned what it needs, or leaves layers or
+                heads unequally full, which needs masks that only a pruned model has.
         """
         cache, known = self.full(), {}
         if isinstance(method, KVzip):
@@ -71,6 +73,7 @@ class ReadPrompt:
         elif method.sums_attention:
             known = self._received
         with pruned(self.model, method) as hooks:
+            hooks.check_ready(cache, len(self.ids), True)
             self._decide(hooks, cache, known)
         layers = ours(cache).values()
         if method.heads == "adaptive" or len({layer.held for layer in layers}) > 1 or any(x.dead for x in layers):
@@ -172,18 +175,22 @@ def stacked(caches: Sequence[DynamicCache]) -> DynamicCache:
     """The rows of several caches of one model in one; each of their layers holds the same number of entries.
 
     Raises:
-        ValueError: a layer of them does not, or is not one of a pruned cache.
+        ValueError: a layer of them does not, or has more than keys and values.
     """
     whole = copied(caches[0])
     for number, layer in enumerate(whole.layers):
-        own = [cache.layers[number] for cache in caches]
-        counts = {count for one in own for count in getattr(one, "counts", [None])}
-        if len(counts) != 1 or not isinstance(layer, PrunedLayer):
+        own: list[Any] = [cache.layers[number] for cache in caches]
+        prunes = isinstance(layer, PrunedLayer)
+        if not prunes and type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(f"layer {number} of these caches is a {type(layer).__name__}: it cannot be stacked")
+        counts = {count for one in own for count in (one.counts if prunes else [one.keys.shape[-2]])}
+        if len(counts) != 1 or len({type(one) for one in own}) != 1:
             raise ValueError(f"layer {number} of these caches holds unequal numbers of entries: they cannot be stacked")
-        for name in ROWS:
+        for name in ROWS if prunes else ROWS[:2]:
             setattr(layer, name, torch.cat([getattr(one, name) for one in own]))
-        for name in LISTS:
-            setattr(layer, name, [*chain(*(getattr(one, name) for one in own))])
-        layer.received = layer.hidden = None
-        layer.newest = min(getattr(one, "newest", 0) for one in own)
+        if isinstance(layer, PrunedLayer):
+            for name in LISTS:
+                setattr(layer, name, [*chain(*(getattr(one, name) for one in own))])
+            layer.received = layer.hidden = None
+            layer.newest = min(one.newest for one in own)
     return whole

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.spec import option
+
+if TYPE_CHECKING:
+    from ..caches.pruner import CachePruner
 
 
 def decodes(model: str | None) -> bool:
@@ -22,6 +25,26 @@ def shares(value: str) -> float | int | tuple:
     return read[0] if len(read) == 1 else read
 
 
+def cache_method(name: str, options: Mapping[str, Any]) -> CachePruner:
+    """Make a method that prunes the cache of any decoder.
+
+    Raises:
+        ValueError: it is none, or has to learn from texts first.
+    """
+    from ..caches.pruner import CachePruner
+    from ..data.models import make_method
+
+    method: Any = make_method(name, dict(options))
+    if not isinstance(method, CachePruner):
+        raise ValueError(f"{name} prunes tokens, and no cache of a decoder: use snapkv, keydiff, h2o, ...")
+    if type(method).ready is not CachePruner.ready:
+        raise ValueError(
+            f"{name} has to learn from texts first, which commands cannot do: in Python prune(model, method), then "
+            f"model.token_pruner.{'learn' if hasattr(method, 'learn') else 'calibrate'}(texts)"
+        )
+    return method
+
+
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
     """Name a method that prunes the cache of a decoder, where the decoder's folder names none."""
@@ -30,20 +53,15 @@ class CacheSpec:
     keep: float | None = option("Of a decoder: share (0.25) or number (512) of its prompt.", metavar="K", parser=shares)
     hold: int | None = option("Of a decoder: entries to which it returns while decoding.", metavar="N", min=1)
 
-    def cache_methods(self, more: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    def cache_methods(self, more: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, CachePruner]:
         """The methods by their names; ``more``: options of some of them. Raises ValueError for what is none."""
-        from ..caches.pruner import CachePruner
-        from ..data.models import make_method
-
         if self.method is None and (self.keep is not None or self.hold is not None):
             raise ValueError("keep and hold belong to a method: name it (--method snapkv)")
         if isinstance(self.keep, tuple):
             raise ValueError(f"keep={self.keep}: give one share or number")
         budget = {name: value for name in ("keep", "hold") if (value := getattr(self, name)) is not None}
-        made: dict[str, Any] = {}
+        made: dict[str, CachePruner] = {}
         for name in (self.method or "").split(",") if self.method else ():
-            method: Any = make_method(name.strip(), {**budget, **dict((more or {}).get(name.strip(), {}))})
-            if not isinstance(method, CachePruner):
-                raise ValueError(f"{name} prunes tokens, and no cache of a decoder: use snapkv, keydiff, h2o, ...")
+            method = cache_method(name.strip(), {**budget, **dict((more or {}).get(name.strip(), {}))})
             made[method.name] = method
         return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..caches.pruner import CachePruner
 from ..core.method import pruner_of
 from ..data.load import load_task
 from ..data.longcontext import Book, book_of, contexts
-from ..data.models import clip, load_decoder, make_method
+from ..data.models import clip, load_decoder
 from ..data.spec import DataSpec
 from ..data.task import DataError
 from ..data.texts import TEXT, load_texts
@@ -26,8 +27,10 @@ from ..evaluation.longcontext import FULL, WHEN, Judge, repeat_request, summary
 from ..evaluation.prompt import read_prompt
 from ..evaluation.rows import row, whole, write_csv
 from ..reports.prompts import PromptTrace, html
-from .spec import BenchSpec, CompareSpec, ShowSpec
+from .cache_spec import cache_method
+from .spec import BenchSpec, CompareSpec, ShowSpec, TaskSpec, TrainingSpec
 
+COLUMNS = ("config", "text", "test_split", "train_split")  # what says which texts are read of the data
 CLAIM, ANSWERS, TABLE = "compare.json", "answers.jsonl", "compare.csv"
 BASELINES = ("random-cache", "streamingllm")
 TEXTS = 100  # that are asked about, where no limit is given
@@ -88,9 +91,10 @@ def compare_decoder(spec: CompareSpec, *, progress: Tell | None = None) -> list[
         Rows: for each task and time of the question the full cache, then at each target the methods, best first.
 
     Raises:
-        ValueError: a task, method or target that is none, data that cannot be asked about, or an ``out`` that belongs
-            to another comparison.
+        ValueError: a task, method or target that is none, a setting of trainings, several seeds, data that cannot be
+            asked about, or an ``out`` that belongs to another comparison.
     """
+    _untrained(spec)
     net, tokenizer, own = opened(spec.model)
     if own is not None:
         raise ValueError(f"{spec.model} is pruned already: compare from its dense model")
@@ -119,21 +123,28 @@ def compare_decoder(spec: CompareSpec, *, progress: Tell | None = None) -> list[
     return made
 
 
+def _untrained(spec: CompareSpec) -> None:
+    """Raise ValueError for what is asked for of trainings."""
+    usual, shared = {f.name: f.default for f in fields(spec)}, {f.name for f in fields(TaskSpec)}
+    names = [f.name for f in fields(TrainingSpec) if f.name not in shared] + ["untrained", "at"]
+    if given := [name for name in names if getattr(spec, name) != usual[name]]:
+        raise ValueError(f"{spec.model} is a decoder, which compare asks and does not train: leave {given[0]} out")
+    if len(spec.seeds) != 1:
+        raise ValueError(f"seeds={spec.seeds}: a decoder is asked about the texts of one seed, give one")
+
+
 def _methods(spec: CompareSpec, more: dict[str, dict]) -> dict[str, CachePruner]:
     """Every method at every target."""
     made = {}
     for target in dict.fromkeys(spec.targets):
         for name in dict.fromkeys((*spec.methods, *BASELINES)):
-            method: Any = make_method(name, {"keep": target, **more.get(name, {})})
-            if not isinstance(method, CachePruner):
-                raise ValueError(f"{name} prunes tokens, and no cache of a decoder: use snapkv, keydiff, h2o, ...")
-            made[f"{name}@{target:g}"] = method
+            made[f"{name}@{target:g}"] = cache_method(name, {"keep": target, **more.get(name, {})})
     return made
 
 
 def _book(spec: CompareSpec, tokenizer: Any) -> Book:
     """The passages of the test part, and its questions where it has some and they are asked."""
-    given = {name: getattr(spec, name) for name in ("data", "config", "text", "test_split", "train_split")}
+    given = {name: getattr(spec, name) for name in ("data", *COLUMNS)}
     if "squad" in spec.tasks:
         task = load_task(DataSpec(**given))
         if task.kind != "qa":
@@ -146,13 +157,14 @@ def _book(spec: CompareSpec, tokenizer: Any) -> Book:
 
 def _claim(spec: CompareSpec) -> None:
     """Make ``out`` the folder of this comparison, or see that it is."""
-    names = ("model", "data", "config", "text", "max_length", "methods", "targets", "tasks", "when", "seeds")
+    names = [*COLUMNS, "model", "data", "max_length", "methods", "targets", "tasks", "when", "seeds"]
     settings = json.loads(json.dumps({name: getattr(spec, name) for name in names}))
     file = spec.out / CLAIM
     if spec.out.exists() and any(spec.out.iterdir()) and not file.exists():
         raise ValueError(f"{spec.out} is not empty and holds no {CLAIM}: choose another folder for the comparison")
-    if file.exists() and (there := json.loads(file.read_text())) != settings and (spec.out / ANSWERS).exists():
-        other = ", ".join(sorted(name for name in names if there.get(name) != settings[name]))
+    there = json.loads(file.read_text()) if file.exists() else settings
+    other = ", ".join(sorted(name for name in names if there.get(name) != settings[name]))
+    if other and (spec.out / ANSWERS).exists():
         raise ValueError(f"{spec.out} belongs to another comparison (of other {other}): choose another folder")
     with whole(file) as aside:
         aside.write_text(json.dumps(settings, indent=1) + "\n")

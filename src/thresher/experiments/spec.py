@@ -520,8 +520,8 @@ class CompareSpec(TrainingSpec):
         """All methods train for as long; a decoder reads longer texts, and is not trained."""
         causal = decodes(self.model)
         spec = replace(self, methods=self.methods or (CACHES if causal else ENCODERS))
-        if causal and spec.max_length is None:
-            spec = replace(spec, max_length=DECODER_LENGTH)
+        if causal:
+            return super(TrainingSpec, replace(spec, max_length=spec.max_length or DECODER_LENGTH)).completed()
         return super(CompareSpec, spec).completed().fixed()
 
 
