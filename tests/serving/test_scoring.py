@@ -225,7 +225,7 @@ def test_a_plan_of_another_version_is_refused_and_nothing_is_mixed(model, data, 
     assert told["version"] == 2, "functions and prompts of cross-encoders came with it"
     (out / PLAN).write_text(json.dumps(told | {"version": 1}))
     before = content(out)
-    with pytest.raises(ValueError, match="version 1 where this one expects 2.*another folder or start --fresh"):
+    with pytest.raises(ValueError, match=r"version 1 where this one expects 2.*another folder or start --fresh"):
         scored(model, data, out)
     assert content(out) == before
     scored(model, data, out, fresh=True)

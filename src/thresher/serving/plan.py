@@ -96,7 +96,9 @@ class Plan:
         try:
             told = json.loads(text)
             if told["version"] != VERSION:
-                raise ValueError(f"another thresher made it, version {told['version']} where this one expects {VERSION}")
+                raise ValueError(
+                    f"another thresher made it, version {told['version']} where this one expects {VERSION}"
+                )
             kept = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(told["schema"])))
             files = [entry | {"starts": tuple(map(tuple, entry["starts"]))} for entry in told["files"]]
             return cls(told["model"], told["options"], tuple(Source(**entry) for entry in files), kept)
