@@ -11,6 +11,7 @@ import torch
 from support.families import FAMILIES, difference
 from thresher import ATS, LTMP, LTP, EViT, ToFu, ToMe, ToP, prune
 from thresher.core.tokens import LAYOUTS
+from thresher.methods.tome import METRICS, bipartite_matching
 
 VIT, BERT = FAMILIES["vit"], FAMILIES["bert"]
 
@@ -164,6 +165,28 @@ def test_matching_is_counted():
     head = method.architecture.hidden // model.config.num_attention_heads
     wanted = cost.macs(24, 18) + 24 * 24 * head / 4
     assert method.report[1]["macs"] == wanted == cost.macs(24, 18, spent=count.spent).item()
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 10.0, 100.0, 1e3])
+def test_large_states_have_the_partners_of_small_ones(scale):
+    """The nearest states, however far these are from each other; and none is as near as another."""
+    x = torch.randn(3, 16, 64, generator=torch.Generator().manual_seed(0))
+    nearest = torch.cdist(x.double(), x.double())[:, ::2, 1::2].min(2)
+    similarity, partner = (found[:, ::2] for found in bipartite_matching(scale * x, torch.ones(3, 16) > 0, "states"))
+    assert partner.tolist() == (2 * nearest.indices + 1).tolist()
+    assert similarity.argsort(1).tolist() == nearest.values.argsort(1, descending=True).tolist()
+    torch.testing.assert_close(similarity.double(), 1 / (1 + scale**2 * nearest.values**2 / 64), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_autocast_leaves_the_partners_as_they_are(metric):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 384, generator=generator) + 0.5 * torch.randn(4, 64, 384, generator=generator)
+    plain = bipartite_matching(x, torch.ones(4, 64) > 0, metric)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = bipartite_matching(x, torch.ones(4, 64) > 0, metric)
+    assert found[0].dtype == torch.float32
+    assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1])
 
 
 @pytest.mark.parametrize("r", [-1, 1.5, True, "many", (0.1, 0.2)])

@@ -97,19 +97,44 @@ def test_averages_are_merged_by_states_unless_the_model_cannot(embedded, tmp_pat
         return spec.method, {**spec.method_options}, spec.dropout
 
     options = {"metric": "states", "rounds": 2, "target_flops": 0.5}
-    assert usual(embedded.model) == ("tome", options, 0.0)
+    assert usual(embedded.model) == usual(embedded.model, method="tome") == ("tome", options, 0.0)
+    assert usual(embedded.model, method="tofu") == ("tofu", options, 0.0)
+    own = {"metric": "keys", "rounds": 3}
+    assert usual(embedded.model, method="tofu", method_options=own) == ("tofu", options | own, 0.0)
+    assert usual(embedded.model, recipe="top-embed") == ("top", {"target_flops": 0.5}, 0.0)
+    assert usual(embedded.model, recipe="top-embed", method="tome") == ("tome", options, 0.0)
+    assert usual(embedded.model, recipe="top-embed", dropout=0.1)[2] == 0.1
     assert usual(embedded.model, method="topk", dropout=0.1) == ("topk", {"target_flops": 0.5}, 0.1)
     tokenizer, topk = tiny_tokenizer(), ("topk", {"target_flops": 0.5}, 0.0)
     for name, family, mode in (("cls", "bert", "cls"), ("mpnet", "mpnet", "mean")):
         net = inner_model(FAMILIES[family].build(0)).base_model
         Embedder(net, Pooling(mode)).save_pretrained(tmp_path / name, tokenizer)
         assert usual(str(tmp_path / name)) == topk
+        assert usual(str(tmp_path / name), method="tome") == ("tome", {"target_flops": 0.5}, 0.0)
     given = {**EMBED, "method": None, "prune_epochs": 1}
     rows = jobs.train(embedded.model, embedded.data, str(tmp_path / "out"), **given)
     net, _ = load_embedder(str(tmp_path / "out"))
     assert (net.token_pruner.name, net.token_pruner.metric, net.token_pruner.rounds) == ("tome", "states", 2)
     assert 0 < net.token_pruner.min_tokens < 16, "half of the mean"
     assert rows[1]["flops_ratio"] == pytest.approx(2, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("given", "method", "options"),
+    [
+        ({"keep": 0.5}, "topk", {"keep": 0.5}),
+        ({"keep": 0.5, "at": (1,)}, "topk", {"keep": 0.5, "at": (1,)}),
+        ({"replay": "pruned"}, "topk", {}),
+        ({"at": (1,)}, "tome", {"metric": "states", "rounds": 2, "at": (1,)}),
+        ({"method_options": {"r": 0.2}}, "tome", {"metric": "states", "rounds": 2, "r": 0.2}),
+    ],
+)
+def test_what_is_given_says_whether_averages_are_merged(embedded, tmp_path, given, method, options):
+    """Options that merging does not have, and counts to replay, are of tokens that are kept."""
+    spec = TrainSpec(model=embedded.model, data=embedded.data, out=tmp_path, task="embed", **given).completed()
+    assert (spec.method, spec.method_options, spec.dropout) == (method, options, 0.0)
+    if not spec.replay:
+        assert stages.method_of(spec).name == method
 
 
 def test_the_command_embeds(embedded, tmp_path):

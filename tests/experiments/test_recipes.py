@@ -20,6 +20,7 @@ def test_every_recipe_is_one_that_train_takes(method, task):
     assert made.method == make_method(made.method, made.method_options).name == method
     assert made.max_drop == 1.0 and "target_flops" not in made.method_options, "no recipe sets a budget"
     assert made.prune_epochs >= 2 and made.max_length >= 64
+    assert made.dropout == (0.0 if task == "embed" else None), "vectors are learned without dropout"
 
 
 @pytest.mark.parametrize("name", ["top-nothing", "nothing-mrpc", "mrpc", "top", ""])

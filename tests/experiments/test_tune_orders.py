@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from thresher.data.models import load
 from thresher.data.spec import DataSpec
 from thresher.data.task import DataError
 from thresher.experiments.spec import SUMMARY
-from thresher.experiments.tune import tune
+from thresher.experiments.tune import of_embedder, tune
 from thresher.search import explore as trials
 from thresher.search import reference
+from thresher.search.explore import scores_of
 from thresher.search.reference import Sample, order_divergence, texts_of, tokenized, top_overlap
 
 
@@ -159,8 +161,23 @@ def test_an_embedder_that_merging_suits_is_merged(tmp_path):
     assert by_method["tome"]["divergence"] < by_method["topk"]["divergence"]
     assert by_method["auto"]["divergence"] <= by_method["tome"]["divergence"]
     assert by_method["auto"]["method"].split(",")[0] in ("tome", "tofu") and by_method["auto"]["flops_fraction"] <= 0.6
-    net, tokenizer = load_embedder(str(tmp_path / "auto"))
-    assert (net.token_pruner.metric, net.token_pruner.rounds) == ("states", 2)
+    for name in ("tome", "auto"):
+        net, tokenizer = load_embedder(str(tmp_path / name))
+        assert (net.token_pruner.metric, net.token_pruner.rounds) == ("states", 2)
+        assert 0 < net.token_pruner.min_tokens < 16, "half of the mean"
     texts = Dataset.from_dict(dict(tokenizer(["wheat and grain the farmer and the script", "thresh the grain"])))
     outcome = Sample(load_embedder(model)[0], texts, 2).compare(net)
     assert 0 < outcome.divergence < 1 and outcome.flops_fraction < 0.8
+
+
+@pytest.mark.parametrize("method", ["tome", "tofu"])
+def test_a_named_method_merges_averages_as_auto_does(method):
+    base, rows = BertModel(FAMILIES["bert"].build(0).config), Dataset.from_dict({"input_ids": [[1] * 20] * 3})
+    sample, own = SimpleNamespace(rows=rows), {"metric": "keys", "min_tokens": 0}
+    wanted = {"metric": "states", "rounds": 2, "min_tokens": 10}
+    net = Embedder(base, Pooling("mean"))
+    assert of_embedder(net, scores_of("auto", None), sample, True)[method] == (method, wanted)
+    assert of_embedder(net, scores_of(method, None), sample, False)[method] == (method, wanted)
+    assert of_embedder(net, scores_of(method, own), sample, False)[method] == (method, wanted | own)
+    assert of_embedder(net, scores_of("topk", None), sample, False)["topk"] == ("topk", {})
+    assert of_embedder(Embedder(base, Pooling("cls")), scores_of(method, None), sample, False) == {method: (method, {})}

@@ -215,6 +215,23 @@ def test_the_plan_survives_its_file(model, data, tmp_path):
         Plan.from_json("{}")
 
 
+def test_a_plan_of_another_version_is_refused_and_nothing_is_mixed(model, data, tmp_path):
+    """The same model and options may have given other numbers there."""
+    out = tmp_path / "out"
+    scored(model, data, out)
+    (out / "part-00001.parquet").unlink()
+    (out / REPORT).unlink()
+    told = json.loads((out / PLAN).read_text())
+    assert told["version"] == 2, "functions and prompts of cross-encoders came with it"
+    (out / PLAN).write_text(json.dumps(told | {"version": 1}))
+    before = content(out)
+    with pytest.raises(ValueError, match=r"version 1 where this one expects 2.*another folder or start --fresh"):
+        scored(model, data, out)
+    assert content(out) == before
+    scored(model, data, out, fresh=True)
+    assert (out / "part-00001.parquet").exists() and json.loads((out / PLAN).read_text())["version"] == 2
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 def test_what_a_resumed_run_refuses(model, data, tmp_path):
     out, other = tmp_path / "out", save_tiny(tmp_path / "other", TopK(keep=0.5))

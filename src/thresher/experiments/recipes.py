@@ -8,6 +8,8 @@ small encoder stops gaining; what the user gives takes precedence.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import fields
 from typing import Any, cast
 
 METHODS = ("ltp", "top")
@@ -24,7 +26,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "20newsgroups": _LONG | {"max_length": 256, "batch_size": 32, "lr": 1e-4},
     "imdb": _LONG,
     "rerank": {"task": "rerank", "max_length": 256, "batch_size": 16, "prune_epochs": 2, "lr": 1e-4, "prune_lr": 1e-4},
-    "embed": _LONG | {"task": "embed", "max_length": 256, "batch_size": 32, "epochs": 0},
+    "embed": _LONG | {"task": "embed", "max_length": 256, "batch_size": 32, "epochs": 0, "dropout": 0.0},
     "squad": _LONG | {"max_length": 384, "lr": 1e-4},
 }
 # Options of a method that depend on the task: finer bins and a longer ranking for longer texts.
@@ -34,11 +36,13 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def recipe(name: str) -> dict[str, Any]:
-    """The arguments of ``jobs.train`` that a recipe METHOD-TASK sets, without a budget.
+def recipe(name: str | None) -> dict[str, Any]:
+    """The arguments of ``jobs.train`` that a recipe METHOD-TASK sets, without a budget; without a name what is usual.
 
     Raises ValueError where there is none of this name.
     """
+    if name is None:
+        return {"method": "topk", "method_options": {}}
     method, _, task = name.partition("-")
     if method not in METHODS or task not in TASKS:
         raise ValueError(
@@ -48,19 +52,26 @@ def recipe(name: str) -> dict[str, Any]:
     return {"method": method, "method_options": dict(OPTIONS.get(method, {}).get(task, {})), **TASKS[task]}
 
 
-def of_averages(model: str) -> dict[str, Any] | None:
-    """The method, and its options, of an embedder that averages the states of a text: tokens are merged by these. None
-    for any other, and where the model cannot merge."""
+def of_averages(model: str, method: str | None, given: Collection[str]) -> dict[str, Any]:
+    """The method, and its options, of an embedder that averages the states of a text: tokens are merged by these.
+
+    Empty for any other model, for one that cannot merge, for a named ``method`` that does not merge, and where none is
+    named and the options ``given`` are not all of merging.
+    """
+    from ..core.pruner import METHODS
     from ..data.embedder import is_embedder, load_embedder
     from ..search.explore import AVERAGES, served
 
-    if not is_embedder(model):
-        return None
+    name = method or "tome"
+    if name not in AVERAGES or not is_embedder(model):
+        return {}
+    if method is None and not {*given} <= {f.name for f in fields(METHODS[name])}:
+        return {}
     net = load_embedder(model)[0]
     if net.pooling.mode != "mean" or net.token_pruner is not None:
-        return None
+        return {}
     try:
-        method, options = served(cast("Any", net), AVERAGES)["tome"]
+        options = served(cast("Any", net), {name: AVERAGES[name]})[name][1]
     except ValueError:
-        return None
-    return {"method": method, "method_options": options}
+        return {}
+    return {"method": name, "method_options": options}

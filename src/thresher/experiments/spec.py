@@ -395,7 +395,7 @@ class TrainSpec(MethodSpec, ServedSpec, TrainingSpec):
     task: what the model is to do. "rerank": give a query and a candidate one number, which orders a query's candidates.
         "embed": give a text the vector that the model gives it now; no label is read. Default: what the data say.
     max_drop: the strongest budget is searched for whose drop on the validation part keeps it, see ``strongest``.
-    method: default: "topk"; of an embedder that averages states, where tokens can be merged, "tome" by states.
+    method: default: "topk"; of an embedder that averages states, which can merge, "tome", as "tofu" by states.
     dropout: default: the model's own; 0 where vectors are learned.
     recipe: a method and a task, "top-mrpc" (see ``recipes``), whose settings stand where none is given.
     distill_states: weight of the dense model's states, layer by layer (``training.trainer.Distill``), in every step.
@@ -426,11 +426,10 @@ class TrainSpec(MethodSpec, ServedSpec, TrainingSpec):
         Raises:
             ValueError: two budgets, or a bound on the drop for a method that meets no budget of MACs.
         """
-        preset: dict[str, Any] = {"method": "topk", "method_options": {}}
-        if self.recipe is not None:
-            preset = recipe(self.recipe)
-        elif self.task == "embed":
-            preset = {"dropout": 0.0} | (of_averages(str(self.model)) or preset)
+        preset = recipe(self.recipe)
+        if "embed" in (self.task, preset.get("task")):
+            named = self.method or (preset["method"] if self.recipe or self.replay else None)
+            preset |= {"dropout": 0.0} | of_averages(str(self.model), named, self.options)
         usual, method = preset.pop("method_options"), self.method or preset["method"]
         given, drop = self.options, self.max_drop
         named, able = sorted({*given} & {*AMOUNTS}), has_budget(method)

@@ -33,6 +33,7 @@ from ..search.explore import (
     Samples,
     ScheduleSearch,
     Scores,
+    by_states,
     left_alone,
     scores_of,
     scores_of_averages,
@@ -171,14 +172,14 @@ def read_texts(spec: TuneSpec, budget: Budget, net: Any, tokenizer: Any, tell: C
 
 
 def of_embedder(net: Any, scores: Scores, sample: Sample, auto: bool) -> Scores:
-    """The scores of a model, as they are but for an embedder: ``auto`` merges where it averages states, and either
-    pooling is tried where it pools all of them."""
+    """The scores of a model, as they are but for an embedder: where it averages states, what merges does so by them and
+    leaves short texts alone, and ``auto`` merges; either pooling is tried where it pools all of them."""
     if not isinstance(net, Embedder):
         return scores
-    if auto and net.pooling.mode == "mean":
+    if net.pooling.mode == "mean":
         alone = sample.rows["input_ids"]
-        merged = scores_of_averages(cast("Any", net), scores)
-        scores = {name: (one, left_alone(one, alone) | own) for name, (one, own) in merged.items()}
+        scores = scores_of_averages(cast("Any", net), scores) if auto else scores
+        scores = {name: (one, by_states(one) | left_alone(one, alone) | own) for name, (one, own) in scores.items()}
     return with_survivors(scores) if net.pools_all else scores
 
 

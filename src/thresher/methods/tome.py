@@ -166,18 +166,21 @@ def matching_macs(alive: Tensor, channels: int) -> Tensor:
 
 def bipartite_matching(x: Tensor, free: Tensor, metric: str = KEYS) -> tuple[Tensor, Tensor]:
     """Match each token of the first set to the nearest of the second: of the ``features`` x (B, N, C), by the cosine of
-    keys, or exp(-the mean squared difference) of states.
+    keys, or by 1 / (1 + d), d the mean squared difference of states, which far states do not bring to 0.
 
-    ``free`` (B, N): the tokens that are dealt into the sets. Returns (B, N) the similarity, -2 for tokens that are not
-    in the first set; (B, N) long the slot of the partner.
+    ``free`` (B, N): the tokens that are dealt into the sets. Returns (B, N) fp32 the similarity, -2 for tokens that are
+    not in the first set; (B, N) long the slot of the partner. In fp32 also under autocast: near ones differ by less
+    than bf16 tells apart.
     """
     turn = free.cumsum(1) % 2
     first, second = free & (turn == 1), free & (turn == 0)
-    x = F.normalize(x, dim=-1) if metric == KEYS else x
-    alike = x @ x.transpose(1, 2)
-    if metric == STATES:
-        square = x.square().sum(-1)
-        alike = ((2 * alike - square[:, None] - square[:, :, None]) / x.shape[-1]).exp()
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.float(), dim=-1) if metric == KEYS else x.float()
+        alike = x @ x.transpose(1, 2)
+        if metric == STATES:
+            square = x.square().sum(-1)
+            distance = (square[:, None] + square[:, :, None] - 2 * alike) / x.shape[-1]
+            alike = 1 / (1 + distance.clamp(min=0))
     similarity, partner = alike.masked_fill(~second[:, None], -STAYS).max(2)
     return similarity.masked_fill(~first, -STAYS), partner
 

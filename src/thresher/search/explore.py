@@ -139,6 +139,11 @@ def scores_of_averages(net: PreTrainedModel, scores: Scores) -> Scores:
         return scores
 
 
+def by_states(method: str) -> dict[str, Any]:
+    """How a method merges the tokens of an embedder that averages states; nothing for one that does not merge."""
+    return dict(BY_STATES) if merges(method) else {}
+
+
 def left_alone(method: str | None, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Choose ``min_tokens`` for an embedder of texts, given as ids, where a method merges: a query is short, gains no
     time and loses its place first."""

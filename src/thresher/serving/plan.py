@@ -20,7 +20,7 @@ from ..data.task import brief
 from .inputs import Contents, Source, columns_of, find_files, of_json, scan
 
 PLAN, REPORT = "_plan.json", "_report.json"  # readers of a folder of parquet files pass names with _ by
-VERSION = 1
+VERSION = 2  # of plans whose results agree: another one where the same model and options give other numbers
 BESIDE = (".md", ".txt", ".html", ".png", ".log")  # files in a model's folder that do not decide its answers
 
 
@@ -96,12 +96,14 @@ class Plan:
         try:
             told = json.loads(text)
             if told["version"] != VERSION:
-                raise ValueError(f"it is of version {told['version']}, expected {VERSION}")
+                raise ValueError(
+                    f"another thresher made it, version {told['version']} where this one expects {VERSION}"
+                )
             kept = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(told["schema"])))
             files = [entry | {"starts": tuple(map(tuple, entry["starts"]))} for entry in told["files"]]
             return cls(told["model"], told["options"], tuple(Source(**entry) for entry in files), kept)
         except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            raise ValueError(f"no plan of a scoring ({error}): choose another folder for the result") from None
+            raise ValueError(f"no plan to go on with ({error}): choose another folder or start --fresh") from None
 
 
 def make_plan(data: Sequence[str], out: Path, model: str, options: dict[str, Any]) -> Plan:
