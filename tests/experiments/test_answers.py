@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from transformers import BertModel
 
 from support.training import BERT, rows
 from thresher import TopK, prune
-from thresher.data.embedder import Embedder, Pooling
+from thresher.data.embedder import Embedder, Pooling, Projection
 from thresher.experiments import answers
 
+ACTIVATION = "torch.nn.modules.linear.Identity"
 
-def embedder(pooling: Pooling | None = None) -> Embedder:
+
+def embedder(pooling: Pooling | None = None, projections: Iterable[Projection] = (), **config) -> Embedder:
     torch.manual_seed(0)
-    return Embedder(BertModel(BERT.build(0).config, add_pooling_layer=False), pooling).eval()
+    made = BERT.build(0).config
+    made.update(config)
+    return Embedder(BertModel(made, add_pooling_layer=False), pooling, projections=projections).eval()
+
+
+def projection(**options) -> Projection:
+    torch.manual_seed(1)
+    return Projection(32, 32, **options)
 
 
 @pytest.fixture
@@ -52,10 +63,21 @@ def test_whatever_could_change_an_answer_is_another_question(asks):
     assert asks(other, texts)[0] == 1
     assert asks(prune(embedder(), TopK(keep=0.5)), texts)[0] == 1
     assert asks(embedder(Pooling("cls")), texts)[0] == 1
+    assert asks(embedder(hidden_act="relu"), texts)[0] == 1 and asks(embedder(num_attention_heads=2), texts)[0] == 1
     assert asks(embedder(), texts.select(range(15)))[0] == 1
     assert asks(embedder(), texts, batch_size=4)[0] == 1
     ids = [ids[::-1] for ids in texts["input_ids"]]
     assert asks(embedder(), texts.remove_columns("input_ids").add_column("input_ids", ids))[0] == 1
+
+
+def test_what_a_vector_goes_through_is_part_of_the_question(asks):
+    """The weights of all three are the same."""
+    texts, said = rows(16), []
+    for options in ({}, {"residual": True}, {"activation": ACTIVATION}):
+        asked, vectors = asks(embedder(projections=[projection(**options)]), texts)
+        assert asked == 1 and asks(embedder(projections=[projection(**options)]), texts)[0] == 0
+        said.append(vectors)
+    assert not torch.equal(said[0], said[1]) and not torch.equal(said[0], said[2])
 
 
 def test_few_texts_are_not_kept_and_few_files_stay(asks, tmp_path):

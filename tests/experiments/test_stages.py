@@ -30,7 +30,7 @@ def toy(tmp_path_factory) -> SimpleNamespace:
 
 def run_of(toy, out, **options) -> stages.Run:
     spec = TrainSpec(model=toy.model, data=toy.data, out=out, **FEW | options).completed()
-    work = Workspace(spec.out, spec.saved())
+    work = Workspace(spec)
     assert work.finished(fresh=False) is None
     return stages.Run(spec, work, stages.load_data(spec), False, stages.asked)
 

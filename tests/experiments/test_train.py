@@ -201,6 +201,32 @@ def test_the_same_call_returns_at_once(toy, trained, monkeypatch):
         jobs.train(toy.model, toy.data, str(trained.out), **OPTIONS | {"lr": 1e-3, "seed": 3})
 
 
+NEWER = ("runtime", "precision", "serve_batch")
+
+
+def test_a_folder_made_before_there_was_an_option_had_its_default(toy, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "load_task", lambda *a, **k: pytest.fail("the data were read again"))
+    old = {name: value for name, value in trained.summary["recipe"].items() if name not in NEWER}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / jobs.SUMMARY).write_text(json.dumps(trained.summary | {"recipe": old}))
+    assert jobs.train(toy.model, toy.data, str(tmp_path / "out"), **OPTIONS) == trained.rows
+    timed = OPTIONS | {"method": "top", "target_flops": None, "target_latency_ms": 20.0, "serve_batch": 8}
+    with pytest.raises(ValueError, match=r"another recipe \(.*serve_batch: 1 there, 8 asked"):
+        jobs.train(toy.model, toy.data, str(tmp_path / "out"), **timed)
+
+
+def test_what_another_version_began_is_not_gone_on_with(toy, trained, tmp_path):
+    folder = tmp_path / ".out.training"
+    folder.mkdir()
+    old = {name: value for name, value in trained.summary["recipe"].items() if name not in NEWER}
+    (folder / "recipe.json").write_text(json.dumps(old))
+    told = r"begun by another version, which did not know precision, runtime, serve_batch: choose another folder"
+    with pytest.raises(ValueError, match=told):
+        jobs.train(toy.model, toy.data, str(tmp_path / "out"), **OPTIONS)
+    with pytest.raises(ValueError, match=r"another recipe \(seed: 0 there, 1 asked\)"):
+        jobs.train(toy.model, toy.data, str(tmp_path / "out"), **OPTIONS | {"seed": 1})
+
+
 def test_fresh_starts_anew(toy, tmp_path):
     out = tmp_path / "out"
     jobs.train(toy.model, toy.data, str(out), **UNTRAINED)

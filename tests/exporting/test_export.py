@@ -432,6 +432,20 @@ def test_a_fingerprint_tells_models_apart():
     assert exporting.fingerprint(model) != pruned
 
 
+def test_a_fingerprint_tells_models_of_the_same_weights_apart(tmp_path):
+    """Their graphs answer otherwise."""
+    model = classifier()
+    plain = exporting.fingerprint(model)
+    changed = ({"hidden_act": "relu"}, {"layer_norm_eps": 0.1})
+    others = {plain} | {exporting.fingerprint(classifier(**options)) for options in changed}
+    assert len(others) == 3
+    model.save_pretrained(tmp_path)
+    assert exporting.fingerprint(type(model).from_pretrained(tmp_path)) == plain, "where it lies is no part of it"
+    base = model.bert
+    ways = Pooling(), Pooling("cls"), Pooling(normalize=False)
+    assert len({exporting.fingerprint(Embedder(base, way)) for way in ways} | {exporting.fingerprint(base)}) == 4
+
+
 def test_a_folder_without_a_graph_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no exported model"):
         load_runtime(tmp_path)

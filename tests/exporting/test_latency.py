@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from transformers import BertForQuestionAnswering, BertModel
 
 from support.families import FAMILIES
 from support.tiny import tiny_model
 from thresher import TopK, prune
 from thresher.core.architecture import find_architecture
+from thresher.data.embedder import Embedder, Projection
+from thresher.evaluation import latency as eager
 from thresher.evaluation.latency import GRID
 from thresher.exporting import latency
 from thresher.exporting.latency import graph_latency_table, graph_times
@@ -78,6 +83,39 @@ def test_a_graph_is_priced_once_and_the_model_is_left_alone(tmp_path, monkeypatc
     assert graph_latency_table(model, "onnx", repeats=1, cache=tmp_path) == table
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         graph_latency_table(model, "onnx", batch_size=2, repeats=1, cache=tmp_path)
+
+
+def models_that_take_other_times() -> dict[str, torch.nn.Module]:
+    """Of the same layers in MACs."""
+    base = BertModel(tiny_model().config, add_pooling_layer=False)
+    return {
+        "classifier": tiny_model(),
+        "questions": BertForQuestionAnswering(tiny_model().config),
+        "short": tiny_model(max_position_embeddings=64),
+        "heads": tiny_model(num_attention_heads=2),
+        "relu": tiny_model(hidden_act="relu"),
+        "words": tiny_model(vocab_size=200),
+        "labels": tiny_model(num_labels=9),
+        "mean": Embedder(base),
+        "cut": Embedder(base, longest=16),
+        "dense": Embedder(base, projections=[Projection(32, 8)]),
+        "residual": Embedder(base, projections=[Projection(32, 8, residual=True)]),
+    }
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_each_model_has_a_table_of_its_own(kind, monkeypatch):
+    keys: list[str] = []
+    for module in (latency, eager):
+        monkeypatch.setattr(module, "remembered", lambda kind, about, *_: keys.append(json.dumps(about)))
+    models = models_that_take_other_times()
+    for model in models.values():
+        eager.latency_table(model) if kind == "torch" else graph_latency_table(model, kind)
+    assert len({*keys}) == len(models)
+    again = prune(tiny_model(), TopK(keep=0.5))
+    eager.latency_table(again) if kind == "torch" else graph_latency_table(again, kind)
+    assert keys[-1] == keys[0], "pruning is no part of it"
+    assert torch.__version__ in keys[0]
 
 
 def test_two_models_are_timed_as_graphs(tmp_path):

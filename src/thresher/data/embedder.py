@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from ..api import MODULE, unprune
+from ..api import CONFIG_KEY, MODULE, unprune
 from ..core.pruner import POOLINGS, PUT_BACK, SURVIVORS
 from .files import find_file, read_json, reading
 from .models import opened, positions
@@ -49,6 +49,13 @@ FLAGS = {  # of its older folders
     "pooling_mode_lasttoken": "lasttoken",
 }
 USUAL = 512  # tokens of a text, where nobody says
+NAMES = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "transformers_version",
+    CONFIG_KEY,
+)  # of a configuration; change nothing
 PROMPTED = "pooling_mask"  # the input, and the column, that leave a prompt out of the pooling
 
 
@@ -298,6 +305,17 @@ class Embedder(nn.Module):
             cast("Projection", projection).save(folder / path)
         for path in paths[2:]:
             (folder / path).mkdir(exist_ok=True)
+
+
+def facts_of(model: Any) -> dict[str, Any]:
+    """All but weights and pruning that the answers of a model, or an embedder, and their time hang on, for JSON."""
+    inner = model.model if isinstance(model, Embedder) else model
+    config = {name: value for name, value in inner.config.to_dict().items() if name not in NAMES}
+    facts: dict[str, Any] = {"classes": [type(model).__name__, type(inner).__name__], "config": config}
+    if isinstance(model, Embedder):
+        facts |= {"pooling": asdict(model.pooling), "longest": model.longest}
+        facts |= {"projections": [repr(one) for one in model.projections]}
+    return json.loads(json.dumps(facts, default=str))
 
 
 def best_pooling(net: Embedder, judge: Callable[[], float]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..core.architecture import Architecture, find_architecture
 from ..core.cost import Curve, LatencyTable
 from ..core.pruner import Choice, TokenPruner
 from ..core.view import View
+from ..data.embedder import facts_of
 from ..methods.topk import TopK
 from .hardware import hardware, remembered
 from .predict import plain
@@ -58,7 +59,7 @@ def latency_table(
     if not find_architecture(model).text:
         raise ValueError(f"{type(model).__name__} does not read token ids: its time over lengths cannot be measured")
     stack, parameter = find_architecture(model), next(model.parameters())
-    about = [type(stack.base).__name__, stack.depth, [asdict(cost) for cost in stack.costs], batch_size, hardware()]
+    about = [facts_of(model), stack.depth, [asdict(cost) for cost in stack.costs], batch_size, hardware()]
     about += [str(parameter.dtype), str(parameter.device), torch.get_num_threads(), torch.__version__]
     return remembered("latency", about, read_table, lambda: _measure(model, batch_size, repeats), cache)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import transformers
 from datasets import Dataset
 
-from ..data.embedder import PROMPTED, Embedder
+from ..data.embedder import PROMPTED
 from ..evaluation.hardware import cache_folder
 from ..evaluation.predict import Predictions, predict
 from ..evaluation.rows import whole
@@ -65,9 +65,7 @@ def kept_answers(
 
 def digest(net: Any, texts: Dataset, how: dict[str, Any]) -> str:
     """Of all that answers hang on."""
-    config = {k: v for k, v in net.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    about = [how, str(net.dtype), str(net.device), getattr(net.config, "_attn_implementation", None), config]
-    about += [asdict(net.pooling), [one.name for one in net.projections]] if isinstance(net, Embedder) else []
+    about: list[Any] = [how, str(net.device), getattr(net.config, "_attn_implementation", None)]
     about += [torch.__version__, transformers.__version__, torch.get_num_threads(), sources()]
     told = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     told.update(fingerprint(net).encode())

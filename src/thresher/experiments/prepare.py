@@ -88,7 +88,7 @@ def prepare(spec: PrepareSpec, *, progress: Callable[[str, int, int | None], Any
     Raises:
         ValueError: bad input, a model that is pruned or has a task, or ``out`` holds something else.
     """
-    work = Workspace(spec.out, spec.saved())
+    work = Workspace(spec)
     if (known := work.finished(spec.fresh)) is not None:
         return known["rows"]
     teacher, texts = encoder_of(spec.model), read_texts(spec)

@@ -54,7 +54,7 @@ def train(spec: TrainSpec, *, progress: bool = True, ask: Ask | None = None) -> 
     """
     method_of(spec)  # a mistake is told before anything runs
     Service.of(spec, timed=any(name.startswith("target_latency") for name in spec.method_options or {}))
-    work = Workspace(spec.out, spec.saved())
+    work = Workspace(spec)
     if (known := work.finished(spec.fresh)) is not None:
         return known["rows"]
     started = time.time()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from .spec import SUMMARY
 
 
 class Workspace:
-    """The hidden folder beside ``out``, claimed by one recipe.
+    """The hidden folder beside the result of ``spec``, claimed by one recipe.
 
     Raises:
-        ValueError: ``out`` holds something that is not ours; it, or the folder, belongs to another recipe.
+        ValueError: the folder of the result holds something that is not ours; it, or the one beside it, belongs to
+            another recipe; another version, which knew fewer fields, was interrupted.
     """
 
-    def __init__(self, out: str | Path, recipe: dict[str, Any]):
-        self.out, self.recipe = Path(out), recipe
+    def __init__(self, spec: Any):
+        self.out, self.recipe = Path(spec.out), spec.saved()
+        self.usual = {field.name: field.default for field in fields(spec)}  # what held before there was such a field
         self.folder = self.out.with_name(f".{self.out.name}.training")
         self.claimed = self.folder / "recipe.json"
 
@@ -30,10 +33,16 @@ class Workspace:
             raise ValueError(f"{self.out} is not empty and holds no {SUMMARY}: choose another folder for the result")
         if ours and not fresh:
             summary = json.loads((self.out / SUMMARY).read_text())
-            self._same(summary.get("recipe", {}), self.out)
+            self._same(self.usual | summary.get("recipe", {}), self.out)
             return summary
         if self.claimed.exists() and not fresh:
-            self._same(json.loads(self.claimed.read_text()), self.folder)
+            begun = json.loads(self.claimed.read_text())
+            self._same(self.usual | begun, self.folder)
+            if new := sorted({*self.recipe} - {*begun}):
+                raise ValueError(
+                    f"{self.folder} was begun by another version, which did not know {', '.join(new)}: choose another "
+                    "folder or start afresh"
+                )
         return None
 
     def begin(self, fresh: bool) -> None:

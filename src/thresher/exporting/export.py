@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..api import MODULE
 from ..core.compat import graph_exporter
 from ..core.pruner import token_pruner_of
-from ..data.embedder import PROMPTED, Embedder
+from ..data.embedder import PROMPTED, Embedder, facts_of
 from ..data.models import positions
 from ..evaluation.hardware import environment
 from ..evaluation.rows import folder_written_whole
@@ -163,11 +163,12 @@ def _separator(model: PreTrainedModel | Embedder) -> int | None:
 
 
 def fingerprint(model: PreTrainedModel | Embedder) -> str:
-    """Of the weights and the pruning of a model: graphs of equal ones answer alike."""
+    """Of the weights, the pruning, the configuration and the pooling of a model: graphs of equal ones answer alike."""
     pruner, told = getattr(model, MODULE, None), hashlib.sha256()
-    told.update(json.dumps(None if pruner is None else pruner.to_dict(), default=str, sort_keys=True).encode())
+    about = [None if pruner is None else pruner.to_dict(), facts_of(model)]
+    told.update(json.dumps(about, default=str, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        told.update(name.encode())
+        told.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
         told.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return told.hexdigest()
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..api import prune
 from ..core.architecture import Architecture, find_architecture
 from ..core.cost import LatencyTable, between
+from ..data.embedder import facts_of
 from ..evaluation.hardware import hardware, remembered
 from ..evaluation.latency import GRID, curve_of, read_table
 from ..evaluation.predict import plain
@@ -59,8 +60,8 @@ def graph_latency_table(
     stack = find_architecture(model)
     if len(stack.layers) < 2:
         raise ValueError(f"{type(model).__name__} has one layer, or shares it: a graph of it is not priced by layers")
-    about: list = [stack.base.config.model_type, stack.depth, [asdict(cost) for cost in stack.costs], batch_size]
-    about += [format, precision, hardware(), torch.get_num_threads(), _version(format)]
+    about: list = [facts_of(model), stack.depth, [asdict(cost) for cost in stack.costs], batch_size]
+    about += [format, precision, hardware(), torch.get_num_threads(), torch.__version__, _version(format)]
 
     def measure() -> LatencyTable:
         how = {"tokenizer": tokenizer, "format": format, "precision": precision, "calibration": calibration}
