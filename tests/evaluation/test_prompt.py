@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import StaticLayer
 
 from support.decoders import METHODS, build, make, prompts
+from support.visual import VISUAL
 from thresher import LTPCache, RandomCache, SnapKV, TriAttention, dense, prune, unprune
 from thresher.caches.hooks import ours
 from thresher.evaluation.prompt import read_prompt, stacked
@@ -116,3 +117,9 @@ def test_layers_that_are_no_rectangles_of_entries_are_not_stacked():
     cache.layers = [StaticLayer(max_cache_len=8)]
     with pytest.raises(ValueError, match="is a StaticLayer"):
         stacked([cache])
+
+
+def test_pictures_cannot_be_read_from_their_ids():
+    reader = VISUAL["llava"].build()
+    with pytest.raises(ValueError, match="holds placeholders of pictures or sounds"):
+        read_prompt(reader, VISUAL["llava"].batch(reader, (1,))["input_ids"])

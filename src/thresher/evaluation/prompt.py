@@ -27,6 +27,7 @@ from ..caches.hooks import CacheCall, CacheHooks, CacheSite, ours
 from ..caches.kvzip import KVzip
 from ..caches.layer import PrunedLayer
 from ..caches.pruner import CachePruner
+from ..core.architecture import find_architecture
 from ..core.method import pruner_of
 
 ROWS = ("keys", "values", "position")  # what a cache without drafts holds of each row
@@ -129,10 +130,11 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, before: ReadPrompt | None =
     """Read ``ids`` (B, N), which follow what was read ``before``.
 
     Raises:
-        ValueError: the model is pruned, or its cache cannot be.
+        ValueError: the model is pruned, or its cache cannot be; ids stand for pictures.
     """
     if pruner_of(model) is not None:
         raise ValueError("this model is pruned, and a prompt is read for many methods by the dense one: unprune() it")
+    find_architecture(model).check_words(ids)
     with pruned(model, RandomCache(keep=1.0)) as hooks:
         cache = hooks.adopted(None, {}) if before is None else before.full()
         for layer in ours(cache).values():
