@@ -36,7 +36,7 @@ MERGED = {  # by what tokens are compared: share of the tokens in each layer
 }
 BY_STATES = {"metric": "states", "rounds": 2, "min_tokens": 64}
 LONGEST, TEXTS, POSTS, SAME = 256, 6000, 2000, 10  # tokens; to train on; to judge; neighbours that are judged
-TIMED, REPEATS = 300, 5
+TIMED, REPEATS = 200, 3
 WAYS = ("tuned", "topk", "top", *MERGED, "tome-trained")
 
 
