@@ -128,21 +128,6 @@ def judged(task: str, name: tuple[str, str], answers: Any, gains: tuple[Any, Any
     )
 
 
-def answers(name: tuple[str, str], net: Any, part: str, rows: Any) -> Any:
-    """What a model says of a part, asked once."""
-    import torch
-
-    from thresher.evaluation.predict import predict
-    from thresher.evaluation.rows import whole
-
-    place = RUNS / "answers" / f"{'-'.join(filter(None, name))}-{part}.pt"
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with whole(place) as aside:
-            torch.save(predict(net, rows), aside)
-    return torch.load(place, weights_only=False)
-
-
 def measure() -> None:
     """Judge all models on what they have not seen. Rows of models that are not here stay."""
     import numpy as np
@@ -151,6 +136,7 @@ def measure() -> None:
     from thresher.data.load import load_task
     from thresher.data.retrieval import load_retrieval
     from thresher.evaluation.retrieval import compare_embeddings, nearest, retrieval_gains
+    from thresher.experiments.answers import kept_answers
     from thresher.stats.bootstrap import bootstrap_interval
     from thresher.stats.ranking import gain
 
@@ -161,7 +147,11 @@ def measure() -> None:
     nets = {("dense", ""): dense} | {name: load_embedder(str(place))[0] for name, place in models().items()}
     texts = {"documents": cranfield.documents, "queries": cranfield.queries, "posts": list(posts["text"])}
     parts = {name: tokens_of(own, tokenizer) for name, own in texts.items()}
-    said = {name: {part: answers(name, net, part, rows) for part, rows in parts.items()} for name, net in nets.items()}
+    kept = {"place": RUNS / "answers", "most": None}
+    said = {
+        name: {part: kept_answers(net, folder(*name), rows, **kept) for part, rows in parts.items()}
+        for name, net in nets.items()
+    }
 
     def same(vectors: Any) -> np.ndarray:
         found = nearest(vectors, vectors, SAME + 1)

@@ -293,8 +293,8 @@ TOKENS, BLOCK, WINDOWS, TAIL = 20_000, 1000, 40, 32  # fed one by one; of a row;
 
 @torch.no_grad()
 def endless(options: argparse.Namespace) -> None:
-    """Feed a text token by token to a cache that returns to 1,024 entries; stops after ``--seconds``, and goes on from
-    there when it is called again. At the end windows of as many tokens are read anew."""
+    """Feed a text token by token to a cache that returns to 1,024 entries; then windows of as many tokens are read
+    anew."""
     import torch.nn.functional as F
 
     from thresher import prune, unprune
@@ -304,23 +304,16 @@ def endless(options: argparse.Namespace) -> None:
     task = load_task(os.path.join(os.environ["THRESHER_DATA"], "squad"))
     text = "\n\n".join(dict.fromkeys(task.test["context"]))
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, : TOKENS + 1]
-    file = RUNS / f"{Path(options.model).name}-{options.precision}-endless.pt"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    state = torch.load(file, weights_only=False) if file.exists() else {"cache": None, "nll": [], "ms": [], "bytes": []}
+    state: dict[str, Any] = {"cache": None, "nll": [], "ms": [], "bytes": []}
     prune(model, StreamingLLM(hold=HELD, every=EVERY))
-    end = perf_counter() + options.seconds
-    while len(state["nll"]) < ids.shape[1] - 1 and perf_counter() < end:
-        place, began = len(state["nll"]), perf_counter()
+    for place in range(read := ids.shape[1] - 1):
+        began = perf_counter()
         output = model(input_ids=ids[:, place : place + 1], past_key_values=state["cache"], use_cache=True)
         state["cache"] = output.past_key_values
         state["ms"].append(1e3 * (perf_counter() - began))
         state["nll"].append(float(F.cross_entropy(output.logits[0].float(), ids[:, place + 1])))
         state["bytes"].append(sum(layer.nbytes for layer in state["cache"].layers))
-    torch.save(state, file)
     unprune(model)
-    if (read := len(state["nll"])) < ids.shape[1] - 1:
-        print(f"{read} of {ids.shape[1] - 1} tokens: call it again")
-        return
     made = []
     for first in range(0, read, BLOCK):
         block = slice(first, first + BLOCK)
@@ -364,7 +357,6 @@ def main() -> int:
     parser.add_argument("--kvzip", action="store_true", help="KVzip alone, which reads each text twice")
     parser.add_argument("--digits", type=int, default=3, help="of a key; each of them is a token")
     parser.add_argument("--method", default="full", help="of prefill")
-    parser.add_argument("--seconds", type=float, default=420, help="after which endless stops for now")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     STEPS[options.step](options)

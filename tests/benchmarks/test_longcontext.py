@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.decoders import save_decoder
+from support.questions import fields
 
 
 @pytest.fixture
@@ -19,15 +20,7 @@ def bench(monkeypatch, tmp_path):
     small = {"ENTRIES": (64, 128), "HELD": 40, "EVERY": 4, "TOKENS": 300, "BLOCK": 100, "WINDOWS": 3, "TAIL": 5}
     for name, value in {**small, "CHUNK": 32, "RUNS": tmp_path / "runs", "RESULTS": tmp_path / "results"}.items():
         monkeypatch.setattr(longcontext, name, value)
-    rows = [
-        {
-            "question": f"Who sows field {n}?",
-            "context": f"The {n}th farmer sows field {n}. Then the grain grows, and the wheat is reaped by all.",
-            "answers": {"text": [f"The {n}th farmer"], "answer_start": [0]},
-            "title": f"field {n}",
-        }
-        for n in range(40)
-    ]
+    rows = fields(40)
     (tmp_path / "squad").mkdir()
     (tmp_path / "squad" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setenv("THRESHER_DATA", str(tmp_path))
@@ -42,7 +35,7 @@ def bench(monkeypatch, tmp_path):
         "digits": 3,
         "when": "after,before",
     }
-    options = Namespace(**common, ask=None, kvzip=False, method="keydiff", seconds=60.0)
+    options = Namespace(**common, ask=None, kvzip=False, method="keydiff")
 
     def run(step: str, **more) -> list[dict]:
         longcontext.STEPS[step](Namespace(**vars(options) | more))
@@ -74,9 +67,7 @@ def test_steps_and_prompts_are_timed(bench, capsys):
     assert 40 * 384 <= said["bytes"] < 44 * 384 and said["peak_memory_mb"] >= said["start_mb"] > 0
 
 
-def test_a_text_without_end_goes_on_where_it_stopped(bench):
-    assert bench("endless", seconds=0.0) == []
-    bench("endless", seconds=0.3)
+def test_a_text_without_end_is_read_in_the_same_bytes(bench):
     *blocks, anew = bench("endless")
     assert [row["tokens"] for row in blocks] == [100, 200, 300]
     assert len({row["bytes"] for row in blocks}) == 1 and blocks[0]["bytes"] < 44 * 384 + 1

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from support.decoders import save_decoder
+from support.questions import fields
 from support.tiny import save_tiny
 from thresher import SnapKV, TopK
 from thresher.experiments.bench import bench
@@ -28,15 +29,7 @@ def drawn(thing, width: int = 160) -> str:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("decoders")
-    rows = [
-        {
-            "question": f"Who sows field {n}?",
-            "context": f"The {n}th farmer sows field {n}. Then the grain grows, and the wheat is reaped by all.",
-            "answers": {"text": [f"The {n}th farmer"], "answer_start": [0]},
-            "title": f"field {n}",
-        }
-        for n in range(30)
-    ]
+    rows = fields(30)
     data = folder / "fields.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pruned = save_decoder(folder / "pruned", SnapKV(keep=0.3, sinks=2, recent=4))

@@ -77,16 +77,21 @@ def test_the_text_guides_cdpruner_and_not_divprune():
     assert not torch.equal(kept[CDPruner, 5], kept[CDPruner, 6])
 
 
-def test_visionzip_keeps_what_the_tower_sees_and_merges_the_rest():
-    """10 tokens are 8 dominant and 2 merged ones."""
-    model = prune(copy.deepcopy(tiny("llava")), VisionZip(keep=10))
-    seen = []
+def entering(method):
+    """The features (N, C) of a picture, the site before the first layer, and the states (1, M, C) that enter that."""
+    model, seen = prune(copy.deepcopy(tiny("llava")), method), []
     model.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: seen.append(a[0]))
     batch = VISUAL["llava"].batch(model)
     with torch.no_grad():
         features = tiny("llava").model.get_image_features(batch["pixel_values"]).pooler_output[0]
         model(**batch, use_cache=False)
     (site,) = model.token_pruner.record.sites
+    return features, site, seen[0]
+
+
+def test_visionzip_keeps_what_the_tower_sees_and_merges_the_rest():
+    """10 tokens are 8 dominant and 2 merged ones."""
+    features, site, seen = entering(VisionZip(keep=10))
     own = site.pictures[0] >= 0
     score, keep = site.tower[0, own], site.keep[0, own]
     dominant = sorted(score.topk(8).indices.tolist())
@@ -100,7 +105,7 @@ def test_visionzip_keeps_what_the_tower_sees_and_merges_the_rest():
     for target, came in members.items():
         expected[target] = features[target] + features[came].mean(0)
     places = site.after.index[0]
-    torch.testing.assert_close(seen[0][0][own[places]], expected[keep], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen[0][own[places]], expected[keep], atol=1e-5, rtol=1e-5)
 
 
 def test_pyramiddrop_halves_at_each_quarter():
@@ -126,17 +131,10 @@ def test_a_grid_covers_the_picture(length):
 
 def test_a_pool_is_the_mean_of_blocks():
     assert [len(list(g)) for _, g in itertools.groupby(blocks(21, 2, 0))] == [6, 5, 5, 5]
-    model = prune(copy.deepcopy(tiny("llava")), Pool(side=3))
-    seen = []
-    model.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: seen.append(a[0]))
-    batch = VISUAL["llava"].batch(model)
-    with torch.no_grad():
-        features = tiny("llava").model.get_image_features(batch["pixel_values"]).pooler_output[0]
-        model(**batch, use_cache=False)
-    (site,) = model.token_pruner.record.sites
+    features, site, seen = entering(Pool(side=3))
     visual = site.pictures[0, site.after.index[0]] >= 0
     means = F.adaptive_avg_pool2d(features.T.reshape(1, -1, 6, 6), 3)[0].flatten(1).T
-    torch.testing.assert_close(seen[0][0, visual], means, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen[0, visual], means, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

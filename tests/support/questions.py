@@ -20,3 +20,16 @@ def questions(count: int, seed: int = 0, words: int = 12) -> list[dict]:
         answers = {"text": [ANSWERS[i % 2]], "answer_start": [start]}
         rows.append({"title": f"t{i // 4}", "question": "the grain", "context": context, "answers": answers})
     return rows
+
+
+def fields(count: int) -> list[dict]:
+    """So many questions in SQuAD's columns, each of a passage of its own."""
+    return [
+        {
+            "question": f"Who sows field {n}?",
+            "context": f"The {n}th farmer sows field {n}. Then the grain grows, and the wheat is reaped by all.",
+            "answers": {"text": [f"The {n}th farmer"], "answer_start": [0]},
+            "title": f"field {n}",
+        }
+        for n in range(count)
+    ]
