@@ -85,11 +85,15 @@ def test_int_mm():
     assert product.dtype == torch.int32 and torch.equal(product, (x.long() @ weight.long().t()).int())
 
 
-def test_is_amx_tile_supported():
-    """The name is there, and says what the kernel says of the processor."""
-    assert isinstance(torch.cpu._is_amx_tile_supported(), bool)
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    assert not compat.has_amx() or not flags or "amx_tile" in flags
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the kernel says nothing of the processor")
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("AMX", {"amx_tile"}), ("AVX-512 BF16", {"avx512_bf16"}), ("VNNI", {"avx512_vnni", "avx_vnni"})],
+)
+def test_instructions(name, flags):
+    """The names are there, and say what the kernel says of the processor."""
+    assert all(isinstance(getattr(torch.cpu, asked)(), bool) for asked in compat.INSTRUCTIONS.values())
+    assert (name in compat.instructions()) <= bool(flags & {*Path("/proc/cpuinfo").read_text().split()})
 
 
 @pytest.mark.parametrize(("format", "int8"), [("onnx", False), ("onnx", True), ("openvino", False), ("openvino", True)])

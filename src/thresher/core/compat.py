@@ -346,6 +346,13 @@ def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(x, weight)
 
 
-def has_amx() -> bool:
-    """Whether the processor has matrix instructions (AMX); False where torch does not say."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+INSTRUCTIONS = {
+    "AMX": "_is_amx_tile_supported",
+    "AVX-512 BF16": "_is_avx512_bf16_supported",
+    "VNNI": "_is_vnni_supported",
+}
+
+
+def instructions() -> tuple[str, ...]:
+    """Which instructions for matrices in bf16 and int8 the processor has; none where torch does not say."""
+    return tuple(name for name, asked in INSTRUCTIONS.items() if getattr(torch.cpu, asked, lambda: False)())

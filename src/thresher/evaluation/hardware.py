@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from ..core.compat import has_amx
+from ..core.compat import instructions
 from .rows import whole
 
 Measured = TypeVar("Measured")
@@ -25,10 +25,11 @@ VERSIONS = ("torch", "transformers", "thresher")
 
 
 def has_bf16() -> bool:
-    """Whether bf16 autocast pays: on GPUs that have it and on CPUs with AMX (elsewhere it is slower than fp32)."""
+    """Whether bf16 autocast pays: on GPUs that have it and on CPUs with AMX or AVX-512 BF16 (elsewhere it is slower
+    than fp32)."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    return has_amx()
+    return bool({"AMX", "AVX-512 BF16"} & {*instructions()})
 
 
 @contextmanager
@@ -46,13 +47,13 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def hardware() -> str:
-    """Processor and cores, and the GPU if there is one."""
+    """Processor, cores and what it has for bf16 and int8; or the GPU if there is one."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
-    name = f"{name}, {os.cpu_count()} cores{', AMX' if not torch.cuda.is_available() and has_bf16() else ''}"
-    return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
+    beside = [torch.cuda.get_device_name()] if torch.cuda.is_available() else instructions()
+    return ", ".join([name, f"{os.cpu_count()} cores", *beside])
 
 
 def command() -> str:

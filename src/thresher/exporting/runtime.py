@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.compat import open_exported
+from ..core.compat import instructions, open_exported
 from ..data import qa
 from ..data.embedder import PROMPTED, Prompt
 from ..data.files import reading
 from ..data.scores import judged, settle_activation
-from ..evaluation.hardware import has_bf16
 
 
 class Runtime:
@@ -250,5 +249,5 @@ def _options(kind: str, precision: str, threads: int) -> dict[str, Any]:
 
     # OpenVINO computes in bf16 by itself where the processor is made for it; fp32 has to be asked for, and what is not
     # int8 in an int8 graph, which transformers' exporter marks as fp32, released from it
-    hint = {"fp32": "f32", "bf16": "bf16", "int8": "bf16" if has_bf16() else "f32"}[precision]
+    hint = {"fp32": "f32", "bf16": "bf16", "int8": "bf16" if "AMX" in instructions() else "f32"}[precision]
     return {"config": {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint}}
