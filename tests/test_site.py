@@ -40,6 +40,37 @@ def test_the_api_page_has_every_public_name():
     assert told == {*thresher.__all__} - {"__version__"}
 
 
+def test_the_page_of_papers_is_that_of_the_registry(monkeypatch):
+    """Every registered method stands there, as its docstring says it; a new one is written by ``make docs``."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from papers_page import implemented, papers_page, section
+
+    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    assert page == papers_page(), "python benchmarks/run.py --tables writes docs/papers.md"
+    kinds = [kind for _, _, kind in implemented()]
+    assert len(kinds) > 40 and all(
+        f"### {kind.__name__}\n" in page or f"* `{kind.__name__}`:" in page for kind in kinds
+    )
+
+    class Odd:
+        """Keep what is odd (Nobody, "Of Odds (and Ends)", 2031, arXiv 3101.00001).
+
+        | paper | here | why |
+        |---|---|---|
+        | all | some | a test |
+
+        Args: none.
+        """
+
+    from papers_page import paper_of
+
+    told = section("odd", Odd, paper_of(Odd))
+    assert told[2].startswith(
+        'Nobody, "Of Odds (and Ends)", 2031, [arXiv 3101.00001](https://arxiv.org/abs/3101.00001)'
+    )
+    assert told[-3:] == ["|---|---|---|", "| all | some | a test |", ""]
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")

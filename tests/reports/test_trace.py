@@ -111,7 +111,7 @@ def test_the_page_is_self_contained_and_escapes_the_text(tmp_path):
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
     assert not re.search(r"https?://|\bsrc=|<link|@import|url\(", page)
     assert page.count("<script>") == page.count("</script>") == 1
-    article = re.search(r"<article><p>(.*?)</p>", page, re.DOTALL).group(1)
+    article = re.search(r"<article><p[^>]*>(.*?)</p>", page, re.DOTALL).group(1)
     assert unescape(re.sub(r"<[^>]*>", "", article)) == f"[CLS]{TEXT}[SEP]"
     assert article.count("<span") == article.count("data-tip=") == len(shown.tokens)
     assert article.count("data-step=") == sum(token.layer is not None for token in shown.tokens)
