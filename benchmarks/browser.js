@@ -21,6 +21,8 @@ while (texts.nextNode()) { const node = texts.currentNode, e = node.parentElemen
     if (!(worst.get(name)?.[0] < ratio)) worst.set(name, [ratio, node.data.trim().slice(0, 30)]) } }
 for (const [name, [ratio, text]] of worst) faults.push(`contrast ${ratio.toFixed(2)} of ${name}: ${text}`);
 for (const e of document.querySelectorAll("img:not([alt]), img[alt='']")) faults.push(`no alt text: ${e.src.slice(0, 80)}`);
+for (const e of document.querySelectorAll("img"))
+  if (e.complete && !e.naturalWidth) faults.push(`no such picture: ${e.src.slice(0, 80)}`);
 const heads = [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")].filter(seen).map((e) => +e.tagName[1]);
 if (heads.filter((h) => h === 1).length !== 1) faults.push(`${heads.filter((h) => h === 1).length} headings of the first level`);
 heads.forEach((h, i) => { if (i && h > heads[i - 1] + 1) faults.push(`a heading of level ${h} after one of ${heads[i - 1]}`) });

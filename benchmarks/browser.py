@@ -66,6 +66,8 @@ def looked_at(driver, address: str, shots: Path | None) -> Iterator[str]:
         feature = {"name": "prefers-color-scheme", "value": scheme}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
         driver.get(address)
+        driver.execute_script("localStorage.clear()")  # a site may remember the scheme of its first visit
+        driver.get(address)
         yield from (f"{scheme}: {fault}" for fault in driver.execute_script(FACTS, LEAST, LEAST_LARGE))
         if shots:
             shots.mkdir(parents=True, exist_ok=True)
