@@ -27,6 +27,19 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(listed) == PAGES
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
+def test_links_outside_the_site_lead_somewhere(page):
+    """The builder looks at the links of docs/; these pages are read on GitHub."""
+    text, here = (ROOT / page).read_text(encoding="utf-8"), (ROOT / page).parent
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert len(links) > 1 and all((here / link.partition("#")[0]).exists() for link in links), links
+    for link in links:
+        name, _, anchor = link.partition("#")
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", (here / name if name else ROOT / page).read_text(encoding="utf-8"), re.M)
+            assert anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, link
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_needs_no_script_to_be_read(page):
     assert "```mermaid" not in (ROOT / "docs" / page).read_text(encoding="utf-8"), "drawn by a script from elsewhere"
