@@ -38,6 +38,7 @@ CLASSIFIED = (  # what a reader has, the page that tells more, the stand-in, the
 )
 METHODS = ("top", "topk")
 NAMES = {"top": "ToP", "topk": "TopK"}
+METRICS = {"qa_f1": "F1", "f1": "F1", "map": "MAP", "pearson": "Pearson's r", "matthews": "Matthews"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def classified(results: dict[str, dict]) -> Iterator[Case]:
             mean(r["tokens_mean"] for r in rows),
             f"{name}, {NAMES[entries[0].method]}{seeds}",
             f"{mean(r['flops_ratio'] for r in rows):.1f}",
-            f"{drop} of {metric}",
+            f"{drop} of {METRICS.get(metric, metric)}",
             *speeds_of(entries[0], results),
         )
 
