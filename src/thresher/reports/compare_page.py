@@ -164,6 +164,21 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A line in a plot: what it saves, and its quality."""
+
+    line: Line
+    x: float
+    y: float
+
+    @property
+    def reach(self) -> tuple[float, ...]:
+        """The quality, and that at both ends of the interval of the drop."""
+        low, high, dense = self.line.low, self.line.high, self.line.dense
+        return (self.y,) if low is None or high is None or dense is None else (self.y, dense - high, dense - low)
+
+
+@dataclass(frozen=True)
 class Scale:
     """Where a number lies between two ends, in pixels."""
 
@@ -185,29 +200,19 @@ def _ends(values: list[float], least: float) -> tuple[float, float]:
 
 def _plot(lines: list[Line], axis: str, names: list[str], key: str, hidden: bool) -> str:
     """Quality over what is saved along ``axis``."""
-    points = [line for line in lines if line.quality is not None]
-    dense = {line.dense for line in points if line.dense is not None}
-    reach = [edge for line in points for edge in _reach(line)]
-    across = Scale(*_ends([line.saved[axis] for line in points], 0.2), LEFT, WIDTH - RIGHT)
-    up = Scale(*_ends([*reach, *dense], 2.0), HEIGHT - BOTTOM, TOP)
-    parts = []
-    for value in ticks(across.low, across.high):
-        parts.append(f'<path class="grid" d="M{across(value)} {TOP}V{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{across(value)}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>')
-    for value in ticks(up.low, up.high):
-        parts.append(f'<path class="grid" d="M{LEFT} {up(value)}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{up(value) + 4}" text-anchor="end">{value:g}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(axis)}</text>')
-    best = pareto_front(((line.saved[axis], line.quality) for line in points), lambda p: -p[0], lambda p: -p[1])
-    front = "L".join(f"{across(x)} {up(y)}" for x, y in sorted(best, key=lambda p: (p[0], -p[1])))
-    parts.append(f'<path class="front" d="M{front}"/>')
-    parts += [f'<path class="dense" d="M{LEFT} {up(level)}H{WIDTH - RIGHT}"/>' for level in dense]
+    points = [Point(line, line.saved[axis], line.quality) for line in lines if line.quality is not None]
+    dense = {line.dense for line in lines if line.dense is not None}
+    across = Scale(*_ends([point.x for point in points], 0.2), LEFT, WIDTH - RIGHT)
+    up = Scale(*_ends([*dense, *(end for point in points for end in point.reach)], 2.0), HEIGHT - BOTTOM, TOP)
+    best = pareto_front(points, lambda point: -point.x, lambda point: -point.y)
+    front = _way(sorted(best, key=lambda point: (point.x, -point.y)), across, up)
+    parts = [_grid(axis, across, up), f'<path class="front" d="{front}"/>']
+    parts += [f'<path class="dense" d="M{LEFT} {up(level)}H{WIDTH - RIGHT}"/>' for level in sorted(dense)]
     for i, name in enumerate(names):
-        own = sorted((line for line in points if line.method == name), key=lambda line: line.saved[axis])
+        own = sorted((point for point in points if point.line.method == name), key=lambda point: point.x)
         if len(own) > 1:
-            way = "L".join(f"{across(line.saved[axis])} {up(line.quality)}" for line in own)
-            parts.append(f'<g {_colour(i)}><path class="join" d="M{way}"/></g>')
-        parts += [_point(line, axis, i, across, up) for line in own]
+            parts.append(f'<g {_colour(i)}><path class="join" d="{_way(own, across, up)}"/></g>')
+        parts += [_marked(point, axis, i, across, up) for point in own]
     label = f"quality against {axis}: {len(points)} points, listed in the table below"
     return (
         f'<svg class="plot" id="{key}" viewBox="0 0 {WIDTH} {HEIGHT}" role="group" tabindex="0" data-walk="1" '
@@ -215,19 +220,29 @@ def _plot(lines: list[Line], axis: str, names: list[str], key: str, hidden: bool
     )
 
 
-def _reach(line: Line) -> tuple[float, ...]:
-    """The quality at both ends of the interval of the drop, and the quality itself."""
-    if line.low is None or line.high is None or line.dense is None:
-        return (line.quality or 0.0,)
-    return line.dense - line.high, line.quality or 0.0, line.dense - line.low
+def _grid(axis: str, across: Scale, up: Scale) -> str:
+    """The lines and numbers of both axes."""
+    parts, base = [], HEIGHT - BOTTOM
+    for value in ticks(across.low, across.high):
+        parts.append(f'<path class="grid" d="M{across(value)} {TOP}V{base}"/>')
+        parts.append(f'<text x="{across(value)}" y="{base + 18}" text-anchor="middle">{value:g}</text>')
+    for value in ticks(up.low, up.high):
+        parts.append(f'<path class="grid" d="M{LEFT} {up(value)}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{up(value) + 4}" text-anchor="end">{value:g}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(axis)}</text>')
+    return "".join(parts)
 
 
-def _point(line: Line, axis: str, index: int, across: Scale, up: Scale) -> str:
+def _way(points: Sequence[Point], across: Scale, up: Scale) -> str:
+    """A path through points."""
+    return "M" + "L".join(f"{across(point.x)} {up(point.y)}" for point in points)
+
+
+def _marked(point: Point, axis: str, index: int, across: Scale, up: Scale) -> str:
     """A mark with its interval, and what it says."""
-    x, y, edges = across(line.saved[axis]), up(line.quality or 0.0), _reach(line)
-    bar = f'<path class="reach" d="M{x} {up(edges[0])}V{up(edges[-1])}"/>' if len(edges) > 1 else ""
-    said = escape(line.told(axis))
-    mark = f'<g transform="translate({x} {y})">{_mark(index)}</g>'
+    x, said = across(point.x), escape(point.line.told(axis))
+    bar = f'<path class="reach" d="M{x} {up(min(point.reach))}V{up(max(point.reach))}"/>'
+    mark = f'<g transform="translate({x} {up(point.y)})">{_mark(index)}</g>'
     return f'<g class="point" role="img" aria-label="{said}" data-tip="{said}"><g {_colour(index)}>{bar}</g>{mark}</g>'
 
 
