@@ -14,6 +14,7 @@ const faults = [], texts = document.createTreeWalker(document.body, NodeFilter.S
 while (texts.nextNode()) { const node = texts.currentNode, e = node.parentElement;
   if (!node.data.trim() || e.closest("svg, script, style, noscript, [hidden]") || !seen(e)) continue;
   const s = getComputedStyle(e), under = behind(e), ink = over(known(s.color), under);
+  if (!known(s.color)[3]) continue; // not shown until the slider has passed it
   const [a, b] = [light(ink), light(under)].sort((x, y) => y - x), ratio = (a + .05) / (b + .05);
   const large = parseFloat(s.fontSize) >= 24 || (parseFloat(s.fontSize) >= 18.66 && +s.fontWeight >= 700);
   if (ratio < (large ? arguments[1] : arguments[0])) {
