@@ -40,11 +40,11 @@ def drop_text(metric: str, answered: list[tuple]) -> str:
     return in_points(*pooled_drop(metric, answered)) if answered else ""
 
 
-def row_drop(row: dict) -> str:
+def row_drop(row: dict, digits: int = 2) -> str:
     """What a row lost, with its interval."""
-    return in_points(row["quality_dense"] - row["quality"], row["interval_low"], row["interval_high"])
+    return in_points(row["quality_dense"] - row["quality"], row["interval_low"], row["interval_high"], digits)
 
 
-def in_points(drop: float, low: float, high: float) -> str:
+def in_points(drop: float, low: float, high: float, digits: int = 2) -> str:
     """A drop and its 95 % interval in points."""
-    return f"{drop:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{drop:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"

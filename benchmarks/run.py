@@ -6,7 +6,7 @@ ends.
     python benchmarks/run.py --tier smoke           all of a tier
     python benchmarks/run.py --all --only mrpc      all whose name contains mrpc
     python benchmarks/run.py --all --models         and make the models that they need and that another machine has
-    python benchmarks/run.py --tables               docs/results.md from the results
+    python benchmarks/run.py --tables               docs/results.md and the README's table from the results
 
 Several may run side by side: an entry that another process has begun is left to it.
 """
@@ -155,7 +155,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="entries whose name contains TEXT")
     parser.add_argument("--models", action="store_true", help="make models again whose results were made elsewhere")
     parser.add_argument("--threads", type=int, help="threads of the training (default: torch's)")
-    parser.add_argument("--tables", action="store_true", help="write docs/results.md")
+    parser.add_argument("--tables", action="store_true", help="write docs/results.md, docs/papers.md, README")
     options = parser.parse_args()
     chosen = [e for e in ENTRIES if options.only in e.name and options.tier in (None, e.tier)]
     if options.list:

@@ -1,4 +1,5 @@
-"""docs/results.md and README's headline out of benchmarks/results: every number in a table comes from a row there."""
+"""docs/results.md and README's headline out of benchmarks/results, where every number in a table has a row, and
+docs/papers.md out of the docstrings."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from collections import defaultdict
 from pathlib import Path
 
 from entries import ENTRIES, TASKS, Entry
+from headline import headline
 from leaderboard import leaderboard_section, on_board
 from paired_drops import against_dense, against_same_steps, drop_text, mean, row_drop
 from papers import beside
+from papers_page import papers_page
 from pictures import pictures
 
 ORDER = ("dense", "dense-continued", "top", "ltp", "topk", "firstk", "random")
@@ -244,60 +247,6 @@ def vision_section(rows: list[dict], pictures: Path) -> list[str]:
     ]
 
 
-def told_of(task: str, method: str, results: dict[str, dict]) -> list[Entry]:
-    """The landed entries of a method at one budget: that of most seeds, the smallest of those; no leaderboard's."""
-    budgets = defaultdict(list)
-    for entry in ENTRIES:
-        if (entry.task, entry.method, entry.variant, entry.kind) == (task, method, "", "train") and not on_board(entry):
-            budgets[entry.target].append(entry)
-    landed = [[entry for entry in entries if entry.name in results] for entries in budgets.values()]
-    return max((of for of in landed if of), key=lambda of: (len(of), -of[0].target), default=[])
-
-
-def speeds_of(entry: Entry, results: dict[str, dict]) -> list[str]:
-    """Speed-ups at batch 32 of an entry's model, torch fp32 and ONNX int8, where they were timed."""
-    timed = [e for e in ENTRIES if e.kind == "runtimes" and entry.name in e.needs and e.name in results]
-    rows = [
-        row for e in timed for row in results[e.name]["rows"] if row["mode"] == "pruned" and row["batch_size"] == 32
-    ]
-    found = {
-        (r["runtime"], r["precision"]): f"{r['speedup_unpadded']:.1f} ({r['speedup_reference']:.1f})" for r in rows
-    }
-    return [found.get(kind, "") for kind in (("torch", "fp32"), ("onnx", "int8"))]
-
-
-def headline(results: dict[str, dict]) -> str:
-    """The README's table: ToP and LTP on every task at the smallest budget that most seeds have."""
-    lines = []
-    for task, method in ((task, method) for task in TASKS for method in ("top", "ltp")):
-        if not (entries := told_of(task, method, results)) or entries[0].model != "minilm-l6":
-            continue
-        runs = [results[entry.name] for entry in entries]
-        metric, rows = runs[0]["rows"][0]["metric"], [run["rows"][0] for run in runs]
-        cells = [
-            task,
-            {"top": "ToP", "ltp": "LTP"}[method],
-            str(len(runs)),
-            f"{mean(r['tokens_mean'] for r in rows):.0f}",
-        ]
-        cells += [
-            f"{mean(r['flops_ratio'] for r in rows):.2f}",
-            f"{metric} {mean(r['quality_dense'] for r in rows):.1f}",
-        ]
-        cells += [drop_text(metric, against_dense(runs, list(runs[0]["labels"]))), *speeds_of(entries[0], results)]
-        lines.append(f"| {' | '.join(cells)} |")
-    if not lines:
-        return "No result has landed yet."
-    head = ["task", "method", "seeds", "tokens", "× fewer FLOPs", "dense", "drop [95 % interval]"]
-    head += ["torch fp32, × as fast", "ONNX int8, × as fast"]
-    said = (
-        "MiniLM-L6, on two cores, against the dense model on the same texts without padding; speeds are of batches of "
-        "32, over dense unpadded in the same runtime and precision, in parentheses over torch fp32 dense padded. What "
-        "did badly is in the table too."
-    )
-    return "\n".join([said, "", f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
-
-
 def hours(results: dict[str, dict]) -> list[str]:
     """How long the trainings took, by machine; an entry's thread had a core, most often beside another entry."""
     took: dict[str, list[float]] = defaultdict(list)
@@ -320,7 +269,7 @@ def how(training: dict) -> str:
 
 
 def write(results: Path, target: Path) -> None:
-    """Write ``target`` and the headline of the README beside it."""
+    """Write ``target``, and beside it the page of the papers and the headline of the README."""
     found = load(results)
     lines = [*PREAMBLE.splitlines(), ""]
     missing = [entry.name for entry in ENTRIES if entry.name not in found]
@@ -355,10 +304,11 @@ def write(results: Path, target: Path) -> None:
         lines += ["## Not run yet", "", *[f"* {task}: {', '.join(names)}" for task, names in by_task.items()], ""]
     target.parent.mkdir(parents=True, exist_ok=True)
     replace(target, "\n".join(lines))
+    replace(target.with_name("papers.md"), papers_page())
     readme = target.parent.parent / "README.md"
     if readme.exists():
         text = readme.read_text()
-        marked = f"<!-- results -->\n{headline(found)}\n<!-- /results -->"
+        marked = f"<!-- results -->\n{headline(results, found)}\n<!-- /results -->"
         replace(readme, re.sub(r"<!-- results -->.*?<!-- /results -->", lambda _: marked, text, flags=re.S))
 
 

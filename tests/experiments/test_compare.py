@@ -100,6 +100,9 @@ def test_files_hold_the_rows(compared):
         ) == pytest.approx(r["quality"], rel=1e-5)
         assert json.loads(line["seeds"] or "[]") == r.get("seeds", [])
     assert (compared.out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    page = (compared.out / "compare.html").read_text(encoding="utf-8")
+    methods = {r["method"] for r in compared.rows if r["mode"] == "pruned"}
+    assert all(f'class="first">{method}</th>' in page for method in methods) and 'class="point"' in page
 
 
 def test_the_same_call_trains_nothing_and_more_may_be_asked(toy, compared, monkeypatch):

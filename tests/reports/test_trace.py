@@ -111,7 +111,7 @@ def test_the_page_is_self_contained_and_escapes_the_text(tmp_path):
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
     assert not re.search(r"https?://|\bsrc=|<link|@import|url\(", page)
     assert page.count("<script>") == page.count("</script>") == 1
-    article = re.search(r"<article><p>(.*?)</p>", page, re.DOTALL).group(1)
+    article = re.search(r"<article><p[^>]*>(.*?)</p>", page, re.DOTALL).group(1)
     assert unescape(re.sub(r"<[^>]*>", "", article)) == f"[CLS]{TEXT}[SEP]"
     assert article.count("<span") == article.count("data-tip=") == len(shown.tokens)
     assert article.count("data-step=") == sum(token.layer is not None for token in shown.tokens)
@@ -119,6 +119,19 @@ def test_the_page_is_self_contained_and_escapes_the_text(tmp_path):
         where = "survives" if token.layer is None else f"leaves after layer {token.layer}"
         assert f"{token.text}: {where}, score {token.score:.2f}" in unescape(article)
     assert "prefers-color-scheme: dark" in page and 'type="range"' in page and 'max="3"' in page
+
+
+def test_the_page_says_without_colours_what_leaves_where():
+    """For keyboards and screen readers: a named slider, a text that can be focused, and a table of what leaves."""
+    shown = traced()
+    page = html([shown])
+    assert 'for="fade"' in page and 'id="fade" type="range"' in page and 'role="status"' in page
+    assert page.count("data-walk tabindex") == 1
+    rows = re.findall(r"<tr><th scope=row class=first>(.*?)</th><td>(.*?)</td>.*?class=words>(.*?)</td></tr>", page)
+    assert [name for name, _, _ in rows] == [*map(str, shown.left), "to the end"]
+    for (_, left, words), layer in zip(rows, [*shown.left, None], strict=True):
+        gone = [token.text for token in shown.tokens if token.layer == layer]
+        assert unescape(words) == " ".join(gone) and left == ("" if layer is None else str(shown.left[layer]))
 
 
 def test_the_terminal_shows_text_legend_and_prediction():

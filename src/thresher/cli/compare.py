@@ -30,7 +30,7 @@ def compare(spec: CompareSpec, screen: Screen) -> None:
       thresher compare a-decoder --data squad --tasks needle,squad --methods snapkv,kvzip --out runs/caches
     """
     from ..experiments.cache_spec import decodes
-    from ..experiments.compare import TABLE
+    from ..experiments.compare import PAGE, TABLE
     from ..experiments.compare import compare as job
     from ..reports.prompts import comparison_table
     from ..reports.tables import comparison
@@ -40,7 +40,7 @@ def compare(spec: CompareSpec, screen: Screen) -> None:
     with screen.aside(), watched as tell:
         rows = job(spec, progress=tell)
     screen.show(rows, comparison_table if causal else comparison)
-    screen.say(f"all runs are in {spec.out}, the figures in {spec.out / TABLE}")
+    screen.say(f"all runs are in {spec.out}, the figures in {spec.out / TABLE}, to look at in {spec.out / PAGE}")
 
 
 @contextmanager

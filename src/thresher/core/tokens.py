@@ -3,11 +3,11 @@
 Shapes: B batch, N slots now, N0 tokens at the start, T live tokens of the whole batch, C channels. Three layouts hold
 the same tokens and mean the same thing:
 
-========  =======================  =============================================================
-mask      hidden (B, N0, C)        dropped tokens stay and are hidden from attention: the reference
-padded    hidden (B, N, C)         tensors shrink to the widest row; shorter rows end in dead slots
-packed    hidden (1, T, C)         one row of all live tokens; no padding, no dead slot
-========  =======================  =============================================================
+| layout | hidden | |
+|---|---|---|
+| mask | (B, N0, C) | dropped tokens stay and are hidden from attention: the reference |
+| padded | (B, N, C) | tensors shrink to the widest row; shorter rows end in dead slots |
+| packed | (1, T, C) | one row of all live tokens; no padding, no dead slot |
 
 One file, since each verb (enter, drop, merge, take, narrow, mask, restore) is one idea in three forms.
 """

@@ -19,6 +19,7 @@ from ..data.tokenize import tokenize
 from ..evaluation.benchmark import measure
 from ..evaluation.rows import row, whole, write_csv
 from ..methods.parts.budget import Budgeted
+from ..reports import compare_page
 from ..reports.plots import pareto
 from ..stats.bootstrap import pooled_interval
 from ..stats.letters import groups
@@ -28,7 +29,7 @@ from .decoders import compare_decoder
 from .spec import SUMMARY, CompareSpec, TrainingSpec, TrainSpec, job
 from .train import train
 
-CLAIM, TABLE, PICTURE = "compare.json", "compare.csv", "compare.png"
+CLAIM, TABLE, PICTURE, PAGE = "compare.json", "compare.csv", "compare.png", "compare.html"
 BASELINES = ("random", "firstk")
 TIMED = 256  # examples that the timing knows; bench.measure times a sample of them
 TIMES = """batch_size layout latency_ms_p50 latency_ms_p95 samples_per_second speedup_unpadded speedup_padded
@@ -71,8 +72,8 @@ def compare(spec: CompareSpec, *, progress: Callable[..., Any] | None = None) ->
     Returns:
         Rows: for each target the methods, best quality first, after the dense model; means over the seeds, with the
         pooled interval of the drop and, at each target, the ``group`` (see ``letters.groups``). Where times were taken
-        there is a row for batch size 1 and one for 32. They are also in ``out/compare.csv``, and in
-        ``out/compare.png`` where matplotlib is there.
+        there is a row for batch size 1 and one for 32. They are also in ``out/compare.csv`` and on
+        the page ``out/compare.html``, and in ``out/compare.png`` where matplotlib is there.
 
     Raises:
         ValueError: a method without a budget, a target outside (0, 1], data without labels, an ``out`` that holds
@@ -98,6 +99,8 @@ def compare(spec: CompareSpec, *, progress: Callable[..., Any] | None = None) ->
     times = _times(spec, teachers[0], done, task) if spec.time and done else {}
     rows = list(_rows(task, teachers, runs, times))
     write_csv(spec.out / TABLE, rows)
+    if any(r["quality"] is not None for r in rows):
+        compare_page.html(rows, spec.out / PAGE)
     if find_spec("matplotlib") and any(r["mode"] == "pruned" and r["quality"] is not None for r in rows):
         pareto(rows, spec.out / PICTURE, f"{task.name}, {Path(spec.model).name}")
     return rows

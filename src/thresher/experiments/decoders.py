@@ -26,12 +26,13 @@ from ..evaluation.hardware import environment
 from ..evaluation.longcontext import FULL, WHEN, Judge, repeat_request, summary
 from ..evaluation.prompt import read_prompt
 from ..evaluation.rows import row, whole, write_csv
+from ..reports import compare_page
 from ..reports.prompts import PromptTrace, html
 from .cache_spec import cache_method
 from .spec import BenchSpec, CompareSpec, ShowSpec, TaskSpec, TrainingSpec
 
 COLUMNS = ("config", "text", "test_split", "train_split")  # what says which texts are read of the data
-CLAIM, ANSWERS, TABLE = "compare.json", "answers.jsonl", "compare.csv"
+CLAIM, ANSWERS, TABLE, PAGE = "compare.json", "answers.jsonl", "compare.csv", "compare.html"
 BASELINES = ("random-cache", "streamingllm")
 TEXTS = 100  # that are asked about, where no limit is given
 Tell = Callable[[str, int, "int | None"], Any]
@@ -120,6 +121,8 @@ def compare_decoder(spec: CompareSpec, *, progress: Tell | None = None) -> list[
         answers += own_answers
     made = _rows(spec, answers, length, PRECISIONS[net.dtype])
     write_csv(spec.out / TABLE, made)
+    if made:
+        compare_page.html(made, spec.out / PAGE)
     return made
 
 

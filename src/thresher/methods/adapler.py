@@ -34,21 +34,15 @@ class AdapLeR(Thresholded):
 
     The rest is as in ``LTP``.
 
-    ==================================  ====================================  ========================================
-    paper                               here                                  why
-    ==================================  ====================================  ========================================
-    saliency: gradient times state of   derivative of the task loss by the    a token leaves after the attention of its
-    the true class's logit              token's gate (``parts.saliency``)     layer, which therefore has no say
-    saliency of the fine-tuned model    of the model in training, at every    one training, no stage before it
-                                        soft step
-    gradients of the predictors reach   they stop at the states               predictors are judges, not tasks
-    the states
-    tokens leave before the layer       before the FFN                        as with all methods here
-    additive mask, piecewise linear     a smooth gate                         a gradient everywhere
-    no floor                            ``min_keep`` best tokens stay         as in ``LTP``
-    length loss with a weight           penalty on the expected MACs, one     a budget needs no search; without a
-                                        shift on held-out inputs              target the mean share that stays remains
-    ==================================  ====================================  ========================================
+    | paper | here | why |
+    |---|---|---|
+    | saliency: gradient times state of the true class's logit | derivative of the task loss by the token's gate (``parts.saliency``) | a token leaves after the attention of its layer, which therefore has no say |
+    | saliency of the fine-tuned model | of the model in training, at every soft step | one training, no stage before it |
+    | gradients of the predictors reach the states | they stop at the states | predictors are judges, not tasks |
+    | tokens leave before the layer | before the FFN | as with all methods here |
+    | additive mask, piecewise linear | a smooth gate | a gradient everywhere |
+    | no floor | ``min_keep`` best tokens stay | as in ``LTP`` |
+    | length loss with a weight | penalty on the expected MACs, one shift on held-out inputs | a budget needs no search; without a target the mean share that stays remains |
     """
 
     init: float = 0.25

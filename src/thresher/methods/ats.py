@@ -28,16 +28,13 @@ class ATS(TopK):
             what is left of it for the others. With 1.0 nothing is sampled and all stay.
         target_flops: as in ``TopK``.
 
-    ====================================  ===================================  ======================================
-    paper                                 here                                 why
-    ====================================  ===================================  ======================================
-    drops the query rows of a layer       tokens leave after attention,        the same: a token still serves as key
-                                          before the FFN                       and value in that layer
-    the class token asks                  the first protected token asks       a decoder has its last token
-    sums over heads                       heads are averaged                   the same share of all
-    a fixed even grid                     points at (2k - 1) / 2K              no point lies on an end
-    images without padding                sums over live tokens, in order      padding adds nothing
-    ====================================  ===================================  ======================================
+    | paper | here | why |
+    |---|---|---|
+    | drops the query rows of a layer | tokens leave after attention, before the FFN | the same: a token still serves as key and value in that layer |
+    | the class token asks | the first protected token asks | a decoder has its last token |
+    | sums over heads | heads are averaged | the same share of all |
+    | a fixed even grid | points at (2k - 1) / 2K | no point lies on an end |
+    | images without padding | sums over live tokens, in order | padding adds nothing |
     """
 
     keep: float | int | tuple = 0.5

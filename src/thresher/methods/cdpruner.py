@@ -29,17 +29,12 @@ class CDPruner(Visual):
         relevance: whether the text has a say; without it r is 1, and the tokens are the most diverse.
         at: default: before the first layer of the language model.
 
-    ===============================  ==================================  ==========================================
-    paper                            here                                why
-    ===============================  ==================================  ==========================================
-    relevance by CLIP's text tower   the mean cosine of a token and      checkpoints of language models hold no
-                                     the text's input embeddings         text tower
-    minus the cosine                 plus the cosine                     CLIP's patches point away from its text;
-                                                                         those of a language model do not
-    smallest and largest relevance   of the picture                      a picture answers in a batch as alone
-    of the batch
-    positions 0..k                   positions stay                      renumbered ones move what is in the picture
-    ===============================  ==================================  ==========================================
+    | paper | here | why |
+    |---|---|---|
+    | relevance by CLIP's text tower | the mean cosine of a token and the text's input embeddings | checkpoints of language models hold no text tower |
+    | minus the cosine | plus the cosine | CLIP's patches point away from its text; those of a language model do not |
+    | smallest and largest relevance of the batch | of the picture | a picture answers in a batch as alone |
+    | positions 0..k | positions stay | renumbered ones move what is in the picture |
     """
 
     keep: float | int | str | tuple = 0.1

@@ -27,16 +27,12 @@ class DART(Visual):
         pivots, text_pivots: of each picture, and of the text of its row.
         at: default: (1,).
 
-    =========================  ==============================  =====================================================
-    paper                      here                            why
-    =========================  ==============================  =====================================================
-    L1 norms of keys           L2 norms, of all heads          rotary positions turn keys: their L1 norm depends on
-                                                               how much padding is before them
-    one picture                pivots of each picture          a picture answers in a batch as alone
-    a few more than asked for  as many as asked for            budgets are compared
-    alike by the states        the same, of the states that    they are what a site shows
-    after the layer            entered the layer
-    =========================  ==============================  =====================================================
+    | paper | here | why |
+    |---|---|---|
+    | L1 norms of keys | L2 norms, of all heads | rotary positions turn keys: their L1 norm depends on how much padding is before them |
+    | one picture | pivots of each picture | a picture answers in a batch as alone |
+    | a few more than asked for | as many as asked for | budgets are compared |
+    | alike by the states after the layer | the same, of the states that entered the layer | they are what a site shows |
     """
 
     keep: float | int | str | tuple = 0.25

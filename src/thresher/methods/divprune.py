@@ -26,15 +26,11 @@ class DivPrune(Visual):
         keep: of each picture, a share of its tokens or a count. The paper's main row keeps 0.098 of 576.
         at: default: before the first layer of the language model.
 
-    ===========================  ============================  =====================================================
-    paper                        here                          why
-    ===========================  ============================  =====================================================
-    all distances at once        one row of them a step; of    n x n of them do not fit at high resolution
-                                 all at once those of the
-                                 first pick, in parts
-    positions 0..k               positions stay                renumbered ones move what is in the picture
-    one picture                  each picture by itself        a picture answers in a batch as alone
-    ===========================  ============================  =====================================================
+    | paper | here | why |
+    |---|---|---|
+    | all distances at once | one row of them a step; of all at once those of the first pick, in parts | n x n of them do not fit at high resolution |
+    | positions 0..k | positions stay | renumbered ones move what is in the picture |
+    | one picture | each picture by itself | a picture answers in a batch as alone |
     """
 
     keep: float | int | str | tuple = 0.1

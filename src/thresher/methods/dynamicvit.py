@@ -30,17 +30,12 @@ class DynamicViT(TopK):
         soft_until: share of the training that is soft.
         target_flops: as in ``TopK``; the shares are found before the training.
 
-    =================================  =====================================  ==========================================
-    paper                              here                                   why
-    =================================  =====================================  ==========================================
-    tokens leave before the layer      the predictor reads what enters the    as with all methods here
-    that the predictor reads           layer, tokens leave after its
-                                       attention
-    masked softmax                     gates enter the attention as in        for the tokens that stay it is the same
-                                       ``LTP``
-    soft to the end                    a hard stage follows                   weights settle with what is used
-    distils the tokens                 left out                               the trainer distils the answers
-    =================================  =====================================  ==========================================
+    | paper | here | why |
+    |---|---|---|
+    | tokens leave before the layer that the predictor reads | the predictor reads what enters the layer, tokens leave after its attention | as with all methods here |
+    | masked softmax | gates enter the attention as in ``LTP`` | for the tokens that stay it is the same |
+    | soft to the end | a hard stage follows | weights settle with what is used |
+    | distils the tokens | left out | the trainer distils the answers |
     """
 
     keep: float | tuple = 0.7

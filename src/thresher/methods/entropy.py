@@ -41,14 +41,10 @@ class Entropy(TopK):
 
     The rest is as in ``TopK``.
 
-    ==================================  =============================  =========================================
-    paper                               here                           why
-    ==================================  =============================  =========================================
-    Col-Ln, a norm of order n           n = 2                          one number less to choose
-    of columns
-    mean over heads, then the norm      the mean over heads is taken   a statistic is summed head by head
-                                        of the squares
-    ==================================  =============================  =========================================
+    | paper | here | why |
+    |---|---|---|
+    | Col-Ln, a norm of order n of columns | n = 2 | one number less to choose |
+    | mean over heads, then the norm | the mean over heads is taken of the squares | a statistic is summed head by head |
     """
 
     criterion: str = "row"

@@ -26,17 +26,12 @@ class EViT(TopK):
         fuse: whether the others are fused, or dropped.
         target_flops: as in ``TopK``.
 
-    ===================================  ====================================  =====================================
-    paper                                here                                  why
-    ===================================  ====================================  =====================================
-    kept tokens in the order of their    tokens stay in their order; the       positions and layouts agree
-    score, the fused one behind          fused one takes the place of the
-                                         best of those that it is made of
-    what is fused is gone                put back as the fused token after     heads that read all tokens
-                                         the last layer
-    the class token asks                 the first protected token asks        models without a class token
-    the share falls slowly in training   it is fixed                           the authors found no difference
-    ===================================  ====================================  =====================================
+    | paper | here | why |
+    |---|---|---|
+    | kept tokens in the order of their score, the fused one behind | tokens stay in their order; the fused one takes the place of the best of those that it is made of | positions and layouts agree |
+    | what is fused is gone | put back as the fused token after the last layer | heads that read all tokens |
+    | the class token asks | the first protected token asks | models without a class token |
+    | the share falls slowly in training | it is fixed | the authors found no difference |
     """
 
     keep: float | int | str | tuple = 0.7

@@ -27,14 +27,10 @@ class EVS(Visual):
         keep: of each clip, a share of its tokens or a count.
         modality: default: "video".
 
-    =======================================  ==============================  ======================================
-    paper                                    here                            why
-    =======================================  ==============================  ======================================
-    tokens keep their positions or are       positions stay                  renumbered ones move what is in the
-    renumbered                                                               picture
-    a share of the pixels' or the states'    of the states'                  they are what is there
-    differences
-    =======================================  ==============================  ======================================
+    | paper | here | why |
+    |---|---|---|
+    | tokens keep their positions or are renumbered | positions stay | renumbered ones move what is in the picture |
+    | a share of the pixels' or the states' differences | of the states' | they are what is there |
     """
 
     keep: float | int | str | tuple = 0.5

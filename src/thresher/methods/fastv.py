@@ -24,13 +24,11 @@ class FastV(TopK):
         keep: of each picture, a share of its tokens or a count.
         at: default: (1,), the paper's K=2.
 
-    =======================  ==========================  ===========================================================
-    paper                    here                        why
-    =======================  ==========================  ===========================================================
-    the layer's attention    one row of it               probabilities of all rows cost what was to be saved
-    one picture              each picture has its share  else the second picture of a prompt may leave as a whole
-    no batches               the last token of each row  padding on the left or on the right
-    =======================  ==========================  ===========================================================
+    | paper | here | why |
+    |---|---|---|
+    | the layer's attention | one row of it | probabilities of all rows cost what was to be saved |
+    | one picture | each picture has its share | else the second picture of a prompt may leave as a whole |
+    | no batches | the last token of each row | padding on the left or on the right |
     """
 
     keep: float | int | str | tuple = 0.5

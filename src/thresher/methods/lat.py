@@ -42,16 +42,12 @@ class LAT(TopK):
         frontier: what the search found, (share of the MACs, shares kept at each site), from small to large.
         at: default: every layer but the last.
 
-    =================================  ======================================  ======================================
-    paper                              here                                    why
-    =================================  ======================================  ======================================
-    numbers of tokens                  shares of a text's length               lengths of texts differ
-    the search maximizes a score on    it minimizes the divergence of the      needs no labels; and it is short
-    labelled inputs                    answers on unlabelled inputs
-    budgets that the search met        ``budget`` interpolates between two     any budget
-                                       schedules
-    LayerDrop                          left out                                layers are not tokens
-    =================================  ======================================  ======================================
+    | paper | here | why |
+    |---|---|---|
+    | numbers of tokens | shares of a text's length | lengths of texts differ |
+    | the search maximizes a score on labelled inputs | it minimizes the divergence of the answers on unlabelled inputs | needs no labels; and it is short |
+    | budgets that the search met | ``budget`` interpolates between two schedules | any budget |
+    | LayerDrop | left out | layers are not tokens |
     """
 
     keep: float | tuple = 1.0

@@ -29,20 +29,13 @@ class LazyLLM(TopK):
             ``recent`` tokens or fewer is left alone. ``protect`` says otherwise.
         target_flops: as in ``TopK``.
 
-    ======================================  ==================================  ========================================
-    paper                                   here                                why
-    ======================================  ==================================  ========================================
-    a token that left may come back at a    it is gone from the layers behind   what may come back has to be held and
-    later step, from an auxiliary cache     the site                            computed; the cache is smaller without
-    steps of decoding prune again           the prompt is pruned, once          what is left is chosen for the question;
-                                                                                ``cache=`` prunes while decoding
-    a percentile of the scores              a share of the survivors, or a      the same, and exact
-                                            number
-    early sites drop little, late ones      the same share at each, from a      before, the last token of SmolLM2-135M
-    much                                    half of the depth on                does not look at what is asked for
-    no token is protected                   the first and last ones are         the first ones carry attention; a chat
-                                                                                template ends behind the question
-    ======================================  ==================================  ========================================
+    | paper | here | why |
+    |---|---|---|
+    | a token that left may come back at a later step, from an auxiliary cache | it is gone from the layers behind the site | what may come back has to be held and computed; the cache is smaller without |
+    | steps of decoding prune again | the prompt is pruned, once | what is left is chosen for the question; ``cache=`` prunes while decoding |
+    | a percentile of the scores | a share of the survivors, or a number | the same, and exact |
+    | early sites drop little, late ones much | the same share at each, from a half of the depth on | before, the last token of SmolLM2-135M does not look at what is asked for |
+    | no token is protected | the first and last ones are | the first ones carry attention; a chat template ends behind the question |
     """
 
     keep: float | int | str | tuple = 0.7

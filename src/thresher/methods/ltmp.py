@@ -31,19 +31,13 @@ class LTMP(LTP):
 
     The rest is as in ``LTP``.
 
-    ===================================  =================================  ==========================================
-    paper                                here                               why
-    ===================================  =================================  ==========================================
-    merging, then pruning of the rest    a pair is judged by the attention  one attention gives both choices
-                                         that its second token receives
-    merges in training as well           in the soft stage a token to be    the threshold learns from what it costs to
-                                         merged is hidden, as one that      lose it; the hard stage loses less
-                                         leaves
-    attention                            relative to uniform                a threshold carries over lengths
-    squared distance from the target     the same, with a target that       the weights follow slowly
-                                         falls
-    meets it by training alone           one number on held-out inputs      counts drift as the weights learn
-    ===================================  =================================  ==========================================
+    | paper | here | why |
+    |---|---|---|
+    | merging, then pruning of the rest | a pair is judged by the attention that its second token receives | one attention gives both choices |
+    | merges in training as well | in the soft stage a token to be merged is hidden, as one that leaves | the threshold learns from what it costs to lose it; the hard stage loses less |
+    | attention | relative to uniform | a threshold carries over lengths |
+    | squared distance from the target | the same, with a target that falls | the weights follow slowly |
+    | meets it by training alone | one number on held-out inputs | counts drift as the weights learn |
     """
 
     init: float = 0.0

@@ -40,25 +40,16 @@ class LTP(Thresholded):
         fuse: whether what leaves at a site becomes one token more, the mean of its states by the attention received
             (after EViT). It is a token like others from then on; there is none in the soft stage.
 
-    ==================================  ==================================  ============================================
-    paper                               here                                why
-    ==================================  ==================================  ============================================
-    score divided by the padded length  times the live tokens, over live    a threshold carries over lengths
-                                        rows alone
-    gate scales the layer's output      log(gate) on the key in the         0 is removal and 1 is presence; in pre-LN
-                                        following layers                    models the next LayerNorm undoes a scale
-    each layer scales its own output    gates multiply over layers          what has left does not come back
-    gates half open                     rounded, straight through           half-open gates carry what hard removal then
-                                                                            takes away
-    [CLS] may leave                     [CLS] never leaves                  only masking would survive it
-    no floor                            without a schedule ``min_keep``     in four words no attention is far below
-                                        best tokens stay                    uniform
-    a weight to search for (eq. 7)      quadratic penalty on the expected   one number to name (the penalty of LTMP,
-                                        MACs; the target falls from 1 over  Bonnaerens and Dambre, TMLR 2023)
-                                        half of the soft stage
-    nothing holds the counts later      one shift on held-out inputs        hard counts are not sums of soft gates, and
-                                                                            drift as the weights learn
-    ==================================  ==================================  ============================================
+    | paper | here | why |
+    |---|---|---|
+    | score divided by the padded length | times the live tokens, over live rows alone | a threshold carries over lengths |
+    | gate scales the layer's output | log(gate) on the key in the following layers | 0 is removal and 1 is presence; in pre-LN models the next LayerNorm undoes a scale |
+    | each layer scales its own output | gates multiply over layers | what has left does not come back |
+    | gates half open | rounded, straight through | half-open gates carry what hard removal then takes away |
+    | [CLS] may leave | [CLS] never leaves | only masking would survive it |
+    | no floor | without a schedule ``min_keep`` best tokens stay | in four words no attention is far below uniform |
+    | a weight to search for (eq. 7) | quadratic penalty on the expected MACs; the target falls from 1 over half of the soft stage | one number to name (the penalty of LTMP, Bonnaerens and Dambre, TMLR 2023) |
+    | nothing holds the counts later | one shift on held-out inputs | hard counts are not sums of soft gates, and drift as the weights learn |
     """
 
     schedule: tuple | None = None
@@ -73,17 +64,15 @@ class LTP(Thresholded):
         What is no setting stays as the other table says: scores, how gates act and multiply, what never leaves. A
         ``target_flops`` brings the penalty and the shift of this library along.
 
-        ====================  ==============  ======================================================================
-        setting               default         published
-        ====================  ==============  ======================================================================
-        ``at``                every layer     1 .. depth - 1: the first one has a threshold of 0
-        ``weight``            0.1             0.1 of the sum over the layers, where here it is of the mean; 0.01 to 0.2
-        ``temperature``       0.1             0.128, 1e-3 at length 128; 0.013 to 0.26
-        ``init``              1.0             1.28, 0.01 at length 128
-        ``soft_until``        0.3             0.5: 10 of 20 epochs; of large data sets 1 of 6
-        ``straight_through``  True            False
-        ``min_keep``          3 or 1          1
-        ====================  ==============  ======================================================================
+        | setting | default | published |
+        |---|---|---|
+        | ``at`` | every layer | 1 .. depth - 1: the first one has a threshold of 0 |
+        | ``weight`` | 0.1 | 0.1 of the sum over the layers, where here it is of the mean; 0.01 to 0.2 |
+        | ``temperature`` | 0.1 | 0.128, 1e-3 at length 128; 0.013 to 0.26 |
+        | ``init`` | 1.0 | 1.28, 0.01 at length 128 |
+        | ``soft_until`` | 0.3 | 0.5: 10 of 20 epochs; of large data sets 1 of 6 |
+        | ``straight_through`` | True | False |
+        | ``min_keep`` | 3 or 1 | 1 |
         """
         published: dict[str, Any] = {
             "at": tuple(range(1, depth)),

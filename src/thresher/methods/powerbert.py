@@ -44,19 +44,12 @@ class PoWERBERT(TopK):
         target_flops: as in ``TopK``.
         at: default: every layer but the last.
 
-    ===================================  ====================================  =======================================
-    paper                                here                                  why
-    ===================================  ====================================  =======================================
-    a parameter for each rank up to the  relative ranks in ``bins``; counts    lengths of texts differ
-    padded length, counts of it          are shares of a text's length
-    a parameter scales the state         its logarithm on the key in the       0 is removal, see ``LTP``
-                                         following layers
-    the count after a site follows the   the same; but gates of several sites  what several sites took together falls
-    least mass so far                    add up as logarithms                  to the last knob
-    penalty: mass of each layer times    penalty of ``LTP`` on the MACs, one   a budget needs no search; without a
-    its number                           factor on held-out inputs             target the paper's remains, times
-                                                                               ``weight``
-    ===================================  ====================================  =======================================
+    | paper | here | why |
+    |---|---|---|
+    | a parameter for each rank up to the padded length, counts of it | relative ranks in ``bins``; counts are shares of a text's length | lengths of texts differ |
+    | a parameter scales the state | its logarithm on the key in the following layers | 0 is removal, see ``LTP`` |
+    | the count after a site follows the least mass so far | the same; but gates of several sites add up as logarithms | what several sites took together falls to the last knob |
+    | penalty: mass of each layer times its number | penalty of ``LTP`` on the MACs, one factor on held-out inputs | a budget needs no search; without a target the paper's remains, times ``weight`` |
     """
 
     keep: float | tuple = 1.0

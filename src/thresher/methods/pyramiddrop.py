@@ -21,14 +21,10 @@ class PyramidDrop(FastV):
         keep: at each site, a share of the tokens of a picture that are left, or a count.
         at: default: after a quarter, a half and three quarters of the layers (7, 15 and 23 of 32, as in the paper).
 
-    ================================  ===============================  ==============================================
-    paper                             here                             why
-    ================================  ===============================  ==============================================
-    the row of the last token of the  the row of the prompt's last     what is an instruction cannot be told from ids;
-    instruction                       token                            it is the chat template's end in either case
-    queries and keys of the next      attention of the layer that ran  no second projection
-    layer on its input
-    ================================  ===============================  ==============================================
+    | paper | here | why |
+    |---|---|---|
+    | the row of the last token of the instruction | the row of the prompt's last token | what is an instruction cannot be told from ids; it is the chat template's end in either case |
+    | queries and keys of the next layer on its input | attention of the layer that ran | no second projection |
     """
 
     keep: float | int | str | tuple = 0.5

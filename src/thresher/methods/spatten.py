@@ -21,14 +21,11 @@ class SpAtten(TopK):
 
     Arguments as ``TopK``; ``at`` names by default every second layer after the first sixth of the depth.
 
-    ==================================  ================================  ==============================================
-    paper                               here                              why
-    ==================================  ================================  ==============================================
-    plain sums                          relative to uniform attention     each layer counts alike as tokens leave
-    every layer contributes             sites alone                       other layers do not make their probabilities
-    prunes heads and local values,      left out                          tokens are the subject
-    quantizes progressively
-    ==================================  ================================  ==============================================
+    | paper | here | why |
+    |---|---|---|
+    | plain sums | relative to uniform attention | each layer counts alike as tokens leave |
+    | every layer contributes | sites alone | other layers do not make their probabilities |
+    | prunes heads and local values, quantizes progressively | left out | tokens are the subject |
     """
 
     name: ClassVar[str] = "spatten"

@@ -21,13 +21,9 @@ class Threshold(TokenPruner):
     Args:
         threshold: for all sites, or one per site. Up to 1 a row always keeps a token by itself.
 
-    ======================================  ===================  ======================================
-    paper                                   here                 why
-    ======================================  ===================  ======================================
-    score divided by the padded length:     times the live       a threshold carries over lengths
-    a threshold at length 128               tokens: 128 times
-                                            as much
-    ======================================  ===================  ======================================
+    | paper | here | why |
+    |---|---|---|
+    | score divided by the padded length: a threshold at length 128 | times the live tokens: 128 times as much | a threshold carries over lengths |
     """
 
     threshold: float | tuple = 0.5

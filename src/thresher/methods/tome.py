@@ -40,19 +40,14 @@ class ToMe(Budgeted):
         rounds: times that the tokens are dealt and matched in a layer, each for its part of ``r``; the sets of the next
             one mix what the sets of one kept apart, and more than half of the tokens can go.
 
-    ============================  ==========================  ====================================================
-    paper                         here                        why
-    ============================  ==========================  ====================================================
-    the class token is in the     protected tokens are in     the same: neither is ever merged
-    first set and never merged    neither set
-    keys; states are worse        ``metric`` says which       of texts whose states are averaged the vector stays
-                                                              much nearer to the dense one by states
-    matches once in a layer       ``rounds``                  the nearest token may be of the same set
-    images have no padding        padding is in neither set   texts of a batch do not meet
-    kept and merged tokens are    tokens stay in their order  the layouts agree on it
-    concatenated
-    r is a count                  r may be a share            lengths of texts differ
-    ============================  ==========================  ====================================================
+    | paper | here | why |
+    |---|---|---|
+    | the class token is in the first set and never merged | protected tokens are in neither set | the same: neither is ever merged |
+    | keys; states are worse | ``metric`` says which | of texts whose states are averaged the vector stays much nearer to the dense one by states |
+    | matches once in a layer | ``rounds`` | the nearest token may be of the same set |
+    | images have no padding | padding is in neither set | texts of a batch do not meet |
+    | kept and merged tokens are concatenated | tokens stay in their order | the layouts agree on it |
+    | r is a count | r may be a share | lengths of texts differ |
     """
 
     r: float | int | tuple = 0.1
@@ -198,15 +193,11 @@ class ToFu(ToMe):
 
     The rest is as in ``ToMe``.
 
-    ================================  =====================================  ===================================
-    paper                             here                                   why
-    ================================  =====================================  ===================================
-    measures where layers turn from   ``prunes`` says it                     needs no look at data
-    one to the other
-    the longer of two                 the longest of all that are merged     several may be merged into one
-                                      into one token at once                 token of the second set
-    a dropped token is gone           put back as it was when it left        heads that read all tokens
-    ================================  =====================================  ===================================
+    | paper | here | why |
+    |---|---|---|
+    | measures where layers turn from one to the other | ``prunes`` says it | needs no look at data |
+    | the longer of two | the longest of all that are merged into one token at once | several may be merged into one token of the second set |
+    | a dropped token is gone | put back as it was when it left | heads that read all tokens |
     """
 
     prunes: float = 0.5

@@ -66,42 +66,25 @@ class ToP(TokenPruner):
         schedule: the odds start where these shares of a site's survivors, one for each, are expected to stay.
         fuse: as of ``LTP``; the fused token comes on top, and is counted in the expected cost.
 
-    ===================================  =====================================  ======================================
-    paper                                here                                   why
-    ===================================  =====================================  ======================================
-    scores: means over all rows, with    over live rows alone                   ranks do not depend on the batch
-    padding and what has left
-    floor of a fraction finds the bin    whole numbers, shifted by a hash of    short texts of many lengths would meet
-                                         the number of tokens                   in few bins, which then decide for all
-    a mask scales states in training     log(mask) on the key in both, 1e-8     0 is removal and 1 presence, in
-    and hides keys in inference          for 0; masks multiply over the sites   training as in inference
-    masks are fractions                  rounded straight through, as gates     products of fractions remove far more
-                                         are                                    than is counted
-    one draw for the batch               one for each text                      theirs has tens of thousands of steps,
-                                                                                ours hundreds
-    odds start alike                     fall with the rank and the depth       bins find no order in hundreds of
-                                                                                steps
-    masks may have holes                 ``holes``: none by default             better answers, and a static graph
-                                                                                can do it
-    no floor                             ``floor`` best tokens always stay      a short text loses all where a long
-                                                                                one loses its worst
-    gates, off at the start              ``site_gates``: none by default; on    a gate that closes early stays closed,
-                                         at the start                           the other sites have to remove all
-    m1 and m2 start at 0                 m2 starts at 100                       where theirs arrives
-    MACs                                 or measured time                       time is what is wanted
-    soft to the end, the best            a hard stage; as many bins off, the    weights settle with the masks that are
-    checkpoint is kept                   least odds of all sites first, as      used, which meet the budget
-                                         meet the budget in counted tokens
-    scores from the second layer on      the first layer scores too, and        tokens leave earlier
-                                         learns the ranking
-    ranks the teacher's best tokens      compares them with all tokens, by      which ones are best is to be learned;
-    among each other, by shares of       the logarithm                          differences of shares have hardly a
-    attention                                                                   gradient
-    weight falls to a hundredth          ``rank_decay``: it stays               rankings are learned to the end
-    readers: attention of the last       the ranking of the answer logits, at   attention knows the place of the
-    layer, into the first third          all sites                              answer in the last layers alone
-    distillation alone                   the task's loss joins it               labels are there
-    ===================================  =====================================  ======================================
+    | paper | here | why |
+    |---|---|---|
+    | scores: means over all rows, with padding and what has left | over live rows alone | ranks do not depend on the batch |
+    | floor of a fraction finds the bin | whole numbers, shifted by a hash of the number of tokens | short texts of many lengths would meet in few bins, which then decide for all |
+    | a mask scales states in training and hides keys in inference | log(mask) on the key in both, 1e-8 for 0; masks multiply over the sites | 0 is removal and 1 presence, in training as in inference |
+    | masks are fractions | rounded straight through, as gates are | products of fractions remove far more than is counted |
+    | one draw for the batch | one for each text | theirs has tens of thousands of steps, ours hundreds |
+    | odds start alike | fall with the rank and the depth | bins find no order in hundreds of steps |
+    | masks may have holes | ``holes``: none by default | better answers, and a static graph can do it |
+    | no floor | ``floor`` best tokens always stay | a short text loses all where a long one loses its worst |
+    | gates, off at the start | ``site_gates``: none by default; on at the start | a gate that closes early stays closed, the other sites have to remove all |
+    | m1 and m2 start at 0 | m2 starts at 100 | where theirs arrives |
+    | MACs | or measured time | time is what is wanted |
+    | soft to the end, the best checkpoint is kept | a hard stage; as many bins off, the least odds of all sites first, as meet the budget in counted tokens | weights settle with the masks that are used, which meet the budget |
+    | scores from the second layer on | the first layer scores too, and learns the ranking | tokens leave earlier |
+    | ranks the teacher's best tokens among each other, by shares of attention | compares them with all tokens, by the logarithm | which ones are best is to be learned; differences of shares have hardly a gradient |
+    | weight falls to a hundredth | ``rank_decay``: it stays | rankings are learned to the end |
+    | readers: attention of the last layer, into the first third | the ranking of the answer logits, at all sites | attention knows the place of the answer in the last layers alone |
+    | distillation alone | the task's loss joins it | labels are there |
     """
 
     target_flops: float | None = None
@@ -131,21 +114,19 @@ class ToP(TokenPruner):
         What is no setting stays as the other table says: how masks act, are drawn and start. Theirs is trained by
         distillation alone (``PruningTrainer(distill=1.0)``).
 
-        ===============  ===============  ==============================================================
-        setting          default          published
-        ===============  ===============  ==============================================================
-        ``at``           all but last     1 .. depth - 2: it prunes at the entry of layers 2 .. depth - 1
-        ``bins``         32               50, of 20 to 100 (QQP, MRPC, MNLI, QNLI); up to 512 for long texts
-        ``topk``         20               20; 10 for CoLA, 50 to 60 for long texts
-        ``rank_loss``    "arp2"           "arp2-topk"
-        ``rank_weight``  1.0              0.01, of a grid from 0.01 to 0.00001
-        ``rank_decay``   1.0              0.01
-        ``site_gates``   False            True
-        ``holes``        False            True
-        ``floor``        2 or 0           0
-        ``ramp``         0.2              0.25 (SST-2, QQP, MNLI, QNLI); 0.33 to 0.75 for small data
-        ``soft_until``   0.4              1.0: masks and weights learn together to the end
-        ===============  ===============  ==============================================================
+        | setting | default | published |
+        |---|---|---|
+        | ``at`` | all but last | 1 .. depth - 2: it prunes at the entry of layers 2 .. depth - 1 |
+        | ``bins`` | 32 | 50, of 20 to 100 (QQP, MRPC, MNLI, QNLI); up to 512 for long texts |
+        | ``topk`` | 20 | 20; 10 for CoLA, 50 to 60 for long texts |
+        | ``rank_loss`` | "arp2" | "arp2-topk" |
+        | ``rank_weight`` | 1.0 | 0.01, of a grid from 0.01 to 0.00001 |
+        | ``rank_decay`` | 1.0 | 0.01 |
+        | ``site_gates`` | False | True |
+        | ``holes`` | False | True |
+        | ``floor`` | 2 or 0 | 0 |
+        | ``ramp`` | 0.2 | 0.25 (SST-2, QQP, MNLI, QNLI); 0.33 to 0.75 for small data |
+        | ``soft_until`` | 0.4 | 1.0: masks and weights learn together to the end |
         """
         published: dict[str, Any] = {
             "at": tuple(range(1, depth - 1)),

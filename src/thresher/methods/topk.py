@@ -36,13 +36,11 @@ class TopK(Budgeted):
         target_flops: MACs to be left, as a fraction of the dense model's on the same unpadded inputs. ``keep`` must
             then be a share.
 
-    =======================================  ===================  ==================================================
-    paper                                    here                 why
-    =======================================  ===================  ==================================================
-    sum over all rows                        mean over live rows  padding and what has left do not vote
-    scores accumulate over layers (SpAtten)  one layer's scores   that is ``SpAtten``
-    a layer schedule                         ``keep`` per site    any schedule can be said
-    =======================================  ===================  ==================================================
+    | paper | here | why |
+    |---|---|---|
+    | sum over all rows | mean over live rows | padding and what has left do not vote |
+    | scores accumulate over layers (SpAtten) | one layer's scores | that is ``SpAtten`` |
+    | a layer schedule | ``keep`` per site | any schedule can be said |
     """
 
     keep: float | int | str | tuple = 0.5

@@ -29,21 +29,14 @@ class Transkimmer(Thresholded):
 
     The rest is as in ``LTP``.
 
-    =====================================  =================================  ========================================
-    paper                                  here                               why
-    =====================================  =================================  ========================================
-    a token leaves before the attention    after it, before the FFN           as with all methods here
-    that follows its predictor
-    attention probabilities times the      a skimmed token is no key,         0 is removal
-    mask                                   probabilities add up to one
-    evaluation samples                     a hard stage without noise         answers are the same every time
-                                           follows
-    mean share of tokens that stay         penalty on the expected MACs, one  a budget needs no search; without a
-                                           shift on held-out inputs           target the paper's penalty remains
-    no floor                               ``min_keep`` best tokens stay      as in ``LTP``
-    logits start 10 apart                  ``start`` = 4 apart                a training has hundreds of steps, not
-                                                                              tens of thousands
-    =====================================  =================================  ========================================
+    | paper | here | why |
+    |---|---|---|
+    | a token leaves before the attention that follows its predictor | after it, before the FFN | as with all methods here |
+    | attention probabilities times the mask | a skimmed token is no key, probabilities add up to one | 0 is removal |
+    | evaluation samples | a hard stage without noise follows | answers are the same every time |
+    | mean share of tokens that stay | penalty on the expected MACs, one shift on held-out inputs | a budget needs no search; without a target the paper's penalty remains |
+    | no floor | ``min_keep`` best tokens stay | as in ``LTP`` |
+    | logits start 10 apart | ``start`` = 4 apart | a training has hundreds of steps, not tens of thousands |
     """
 
     temperature: float = 1.0

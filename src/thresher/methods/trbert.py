@@ -42,26 +42,17 @@ class TRBERT(Thresholded):
 
     The rest is as in ``LTP``; nothing is soft, so that ``straight_through`` says nothing.
 
-    ====================================  ===================================  ======================================
-    paper                                 here                                 why
-    ====================================  ===================================  ======================================
-    policies first, weights frozen, then  both from the start; the weights     one training
-    both                                  learn by one more run that is drawn
-    both learn to the end                 policies rest in the hard stage      weights settle with what is used
-    alpha is a number                     the slope of the penalty at the      grows while more is left than is asked
-                                          MACs of these runs                   for; without a target alpha is
-                                                                               ``weight``
-    counts tokens kept                    counts MACs                          the budget is one of MACs
-    guide: gradients times the change of  saliency (``parts.saliency``) of     no stage before the training
-    states, of the fine-tuned model       the model in training
-    enters neither layer 1 nor L/2        leaves before the FFN of layers 0    as with all methods here
-                                          and L/2 - 1
-    keeps as many of all texts of a       texts do not meet                    answers do not depend on the batch
-    batch as of the one that keeps most
-    no floor                              ``min_keep`` best tokens stay        as in ``LTP``
-    any task                              classes, numbers, labelled tokens,   a reward needs the loss of each text
-                                          answers
-    ====================================  ===================================  ======================================
+    | paper | here | why |
+    |---|---|---|
+    | policies first, weights frozen, then both | both from the start; the weights learn by one more run that is drawn | one training |
+    | both learn to the end | policies rest in the hard stage | weights settle with what is used |
+    | alpha is a number | the slope of the penalty at the MACs of these runs | grows while more is left than is asked for; without a target alpha is ``weight`` |
+    | counts tokens kept | counts MACs | the budget is one of MACs |
+    | guide: gradients times the change of states, of the fine-tuned model | saliency (``parts.saliency``) of the model in training | no stage before the training |
+    | enters neither layer 1 nor L/2 | leaves before the FFN of layers 0 and L/2 - 1 | as with all methods here |
+    | keeps as many of all texts of a batch as of the one that keeps most | texts do not meet | answers do not depend on the batch |
+    | no floor | ``min_keep`` best tokens stay | as in ``LTP`` |
+    | any task | classes, numbers, labelled tokens, answers | a reward needs the loss of each text |
     """
 
     temperature: float = 1.0

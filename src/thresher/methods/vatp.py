@@ -18,14 +18,10 @@ class VATP(TopK):
     The importance score is the attention received times the L1 norm of the value, the mean over heads: a token that is
     attended to matters as far as its value vector is large. Choice, budget and arguments are those of ``TopK``.
 
-    ======================================  ===================================  ==================================
-    paper                                   here                                 why
-    ======================================  ===================================  ==================================
-    chooses which entries of a KV cache     tokens leave the layers behind       no cache is needed
-    stay
-    multiplies head by head                 mean over heads of each, then the    the score is made of one mean
-                                            product
-    ======================================  ===================================  ==================================
+    | paper | here | why |
+    |---|---|---|
+    | chooses which entries of a KV cache stay | tokens leave the layers behind | no cache is needed |
+    | multiplies head by head | mean over heads of each, then the product | the score is made of one mean |
     """
 
     name: ClassVar[str] = "vatp"

@@ -27,16 +27,12 @@ class VisionZip(Visual):
         keep: of each picture, a share of its tokens or a count: dominant and merged ones together, 27 to 5.
         at: before the first layer of the language model, and nowhere else.
 
-    =================================  ===============================  =============================================
-    paper                              here                             why
-    =================================  ===============================  =============================================
-    tower states are merged, before    what the language model gets is  the projector is small; model code, ids and
-    the projector                      merged                           placeholders stay as they are
-    alike by the tower's keys          by the states themselves         they are what is merged
-    the class token's state goes on    it does not                      checkpoints do not have it in the prompt
-    positions 0..k                     positions stay; a merged token   renumbered ones move what is in the picture
-                                       is where its target was
-    =================================  ===============================  =============================================
+    | paper | here | why |
+    |---|---|---|
+    | tower states are merged, before the projector | what the language model gets is merged | the projector is small; model code, ids and placeholders stay as they are |
+    | alike by the tower's keys | by the states themselves | they are what is merged |
+    | the class token's state goes on | it does not | checkpoints do not have it in the prompt |
+    | positions 0..k | positions stay; a merged token is where its target was | renumbered ones move what is in the picture |
     """
 
     keep: float | int | str | tuple = 64

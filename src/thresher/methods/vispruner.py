@@ -28,15 +28,11 @@ class VisPruner(Visual):
         important: the share of them that the tower chooses. With 1.0 it is the paper's first version, FasterVLM.
         step: how many duplicates leave at a time.
 
-    ==============================  =============================  =================================================
-    paper                           here                           why
-    ==============================  =============================  =================================================
-    alike by tower states           by what the language model     they are what stays or leaves; the projector is
-                                    gets                           small
-    needs a class token             without one, the attention     SigLIP and Qwen have none
-                                    that each token receives
-    positions 0..k                  positions stay                 renumbered ones move what is in the picture
-    ==============================  =============================  =================================================
+    | paper | here | why |
+    |---|---|---|
+    | alike by tower states | by what the language model gets | they are what stays or leaves; the projector is small |
+    | needs a class token | without one, the attention that each token receives | SigLIP and Qwen have none |
+    | positions 0..k | positions stay | renumbered ones move what is in the picture |
     """
 
     keep: float | int | str | tuple = 64

@@ -44,15 +44,12 @@ class GemFilter:
         sinks, recent: first and last tokens of a prompt that stay: what opens it, and the question with what follows.
         words: keep words of a text as a whole; False: tokens.
 
-    ======================================  ======================================  =================================
-    paper                                   here                                    why
-    ======================================  ======================================  =================================
-    a number of tokens                      also a share                            prompts differ in length
-    all tokens compete                      special, first and last ones stay       a chat template has to stay whole
-    tokens                                  words, where a text is given            a number is not cut in two, and
-                                                                                    the text is read by any engine
-    the same model answers                  any                                     ``compress`` gives back a text
-    ======================================  ======================================  =================================
+    | paper | here | why |
+    |---|---|---|
+    | a number of tokens | also a share | prompts differ in length |
+    | all tokens compete | special, first and last ones stay | a chat template has to stay whole |
+    | tokens | words, where a text is given | a number is not cut in two, and the text is read by any engine |
+    | the same model answers | any | ``compress`` gives back a text |
     """
 
     keep: float | int = 0.25

@@ -9,8 +9,9 @@ from itertools import islice
 
 from rich.console import Group
 
+from .page import interval, page, slider
 from .tables import Column, drawn
-from .trace import Token, Trace, article, page, slider
+from .trace import Token, Trace, article
 
 ALL = "all"  # the row of the whole
 LEVEL = 0.05  # of all tests of a kind together
@@ -30,13 +31,9 @@ NOTES = (
     "on the second would have told it from chance. tokens left: after the last site."
 )
 STYLE = """
-main { max-width: 72rem } table { border-collapse: collapse; width: 100%; font-size: .85rem; margin: .6rem 0 }
-th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child { text-align: left; white-space: normal } th { color: var(--soft); font-weight: 600 }
-tr.worse td { font-weight: 700 } .by td { color: var(--soft); padding-top: .8rem } .wide { overflow-x: auto }
-svg { width: 11rem; height: 1.1rem } svg .zero { stroke: var(--soft) } svg .whole { stroke: var(--soft); opacity: .6 }
-svg .span { stroke: #2a788e; stroke-width: 2 } svg .at { fill: #2a788e } .worse svg .span { stroke: #d55e00 }
-.worse svg .at { fill: #d55e00 } h2 { font-size: 1.15rem; margin: 1.6rem 0 .3rem } .verdict { font-size: 1.05rem }
+main { max-width: 72rem } tr.worse td, tr.worse th { font-weight: 700 }
+.by th { color: var(--soft); padding-top: .8rem }
+svg.interval { width: 7.5rem } .verdict { font-size: 1.05rem; line-height: 1.5; white-space: normal }
 """
 
 
@@ -171,9 +168,11 @@ def html(rows: Sequence[dict], path: str | os.PathLike | None = None) -> str:
     """
     found = list(cases(rows))
     layers = sorted({layer for _, some in found for _, trace in some for layer in trace.left})
-    head = "".join(f"<th>{name}</th>" for name in (*HEADER[:6], "", *HEADER[6:]))
+    head = "".join(f'<th scope="col">{name}</th>' for name in (*HEADER[1:6], "interval", *HEADER[6:]))
     body = [f'<p class="verdict">{escape(" ".join(verdict(rows)))}</p>']
-    body.append(f'<div class="wide"><table><tr>{head}</tr>{"".join(_lines(rows))}</table></div><small>{NOTES}</small>')
+    head = f'<thead><tr><th scope="col" class="first">{HEADER[0]}</th>{head}</tr></thead>'
+    table = f"<table>{head}<tbody>{''.join(_lines(rows))}</tbody></table>"
+    body.append(f'<div class="wide" tabindex="0" role="region" aria-label="slices">{table}</div><small>{NOTES}</small>')
     if found:
         body.append(slider(layers))
     for heading, some in found:
@@ -189,21 +188,17 @@ def html(rows: Sequence[dict], path: str | os.PathLike | None = None) -> str:
 def _lines(rows: Sequence[dict]) -> Iterator[str]:
     """Table rows, with a line above each new cut; intervals are drawn on one scale."""
     ends = [end for row in rows for end in (row["interval"] or (row["drop"], row["drop"]))]
-    low, high = min(0, *ends), max(0, *ends)
-    scale = lambda value: round(3 + 194 * (value - low) / ((high - low) or 1), 1)  # noqa: E731
+    scale = min(0, *ends), max(0, *ends)
     for i, row in enumerate(rows):
         if row["by"] != ALL and rows[i - 1]["by"] != row["by"]:
-            yield f'<tr class="by"><td colspan="{len(HEADER) + 1}">{escape(row["by"])}</td></tr>'
-        start, end = map(scale, row["interval"] or (row["drop"], row["drop"]))
-        drawn = (
-            f'<svg viewBox="0 0 200 20" preserveAspectRatio="none" aria-hidden="true">'
-            f'<path class="zero" d="M{scale(0)} 0V20"/><path class="whole" stroke-dasharray="3" '
-            f'd="M{scale(rows[0]["drop"])} 0V20"/><path class="span" d="M{start} 10H{end}"/>'
-            f'<circle class="at" cx="{scale(row["drop"])}" cy="10" r="3.5"/></svg>'
+            yield f'<tr class="by"><th class="first" colspan="{len(HEADER) + 1}">{escape(row["by"])}</th></tr>'
+        span = row["interval"] or (row["drop"], row["drop"])
+        cells = list(map(escape, _cells(row)))
+        cells.insert(5, interval(row["drop"], span, scale, rows[0]["drop"]))
+        said = (
+            f'<th scope="row" class="first">{escape(row["slice"])}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}'
         )
-        cells = [escape(row["slice"]), *map(escape, _cells(row))]
-        cells.insert(6, drawn)
-        yield f'<tr class="{"worse" if row["worse"] else ""}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        yield f'<tr class="{"worse" if row["worse"] else ""}">{said}</tr>'
 
 
 def _fixed(value: float, row: dict) -> str:

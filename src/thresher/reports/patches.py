@@ -18,7 +18,8 @@ from rich.text import Text
 from ..core.view import departures
 from ..evaluation.predict import ready
 from ..evaluation.rows import whole
-from .trace import page, prediction, ramp, slider, told
+from .page import page, ramp, slider
+from .trace import prediction, told
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +30,7 @@ STYLE = """
 .picture { display: grid; width: min(100%, 30rem); margin: 0 0 .8rem; background-size: 100% 100% }
 .picture span { display: flex; align-items: center; justify-content: center; font-size: .62rem }
 .picture [data-step]:not(.gone) { background: none; color: transparent }
-.picture span:hover { outline: 2px solid var(--ink) } .strip { width: 100%; margin: .4rem 0 }
+.strip { width: 100%; margin: .4rem 0 }
 """
 
 
@@ -207,7 +208,7 @@ def html(traces: Sequence[PatchTrace], path: str | os.PathLike | None = None) ->
     layers = sorted({layer for trace in traces for layer in trace.left})
     intro = (
         f"{escape(traces[0].model)}, pruned by {escape(traces[0].method)}. Move the slider: a patch that has left is "
-        "covered by the colour of its layer. Point at a patch for its layer and score."
+        "covered by the colour of its layer. Point at a patch, or walk with the arrow keys, for its layer and score."
     )
     body = slider(layers) + "".join(_article(trace, layers) for trace in traces)
     return page("Which patch leaves where", intro, body, layers, path, STYLE)
@@ -230,11 +231,19 @@ def _article(trace: PatchTrace, layers: list[int]) -> str:
     )
     shape = f"grid-template-columns: repeat({trace.columns}, 1fr); aspect-ratio: {trace.columns} / {trace.rows}"
     shown = f"{shape}; background-image: url({_data(trace.picture)})"
-    return f"""<article><div class="picture" style="{shown}">{"".join(spans)}</div>
+    walked = f'data-walk="{trace.columns}" tabindex="0" role="group" '
+    walked += f'aria-label="{trace.rows} rows of {trace.columns} patches"'
+    return f"""<article><div class="picture" {walked} style="{shown}">{"".join(spans)}</div>
 Prediction: <b>{escape(prediction(trace))}</b><ul>{legend}</ul>
 <small>{escape(Path(trace.image).name)}: {_summary(trace)}</small>
-<img class="strip" alt="what is left after each site" src="{_data(strip(trace))}"></article>
+<img class="strip" alt="{_strip_told(trace)}" src="{_data(strip(trace))}"></article>
 """
+
+
+def _strip_told(trace: PatchTrace) -> str:
+    """What the strip shows, in words."""
+    after = "; ".join(f"{_after(trace, layer)} of {len(trace.patches)} after layer {layer}" for layer in trace.left)
+    return f"the picture, and the patches that are left: {after}"
 
 
 def _data(picture: Image) -> str:

@@ -248,6 +248,7 @@ def training(history: Sequence[dict[str, Any]], depth: int, path: str | Path, de
             against.annotate(f"{line['epoch']:g}", (x, y), (4, 4), textcoords="offset points", fontsize=8)
         if dense is not None:
             against.axhline(dense, **DENSE)
+            against.annotate("dense", (min(flops), dense), (0, 3), textcoords="offset points", fontsize=8, color=MIDDLE)
         against.set(title="quality against FLOPs, by epoch (validation)", xlabel="share of dense MACs", ylabel="points")
         _budget(budget, [line for line in history if "loss" in line and "flops_fraction" in line])
 
@@ -260,9 +261,9 @@ def _budget(axis, steps: list[dict[str, Any]]) -> None:
         "cost_hard": "without chance",
         "cost_target": "target",
     }
-    for name, label in names.items():
+    for (name, label), colour in zip(names.items(), COLOURS, strict=False):
         if known := [(line["epoch"], line[name]) for line in steps if name in line]:
-            style = {"color": DARK, "linestyle": "--"} if name == "cost_target" else {}
+            style = {"color": DARK, "linestyle": "--"} if name == "cost_target" else {"color": colour}
             axis.plot(*zip(*known, strict=True), label=label, linewidth=1.2, **style)
     axis.set(title="the budget through training", xlabel="epoch", ylabel="share of the dense cost")
     if steps:

@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from .page import page, ramp
 from .tables import Column, drawn, drop, fixed, number, text
-from .trace import BELOW, _first_lines, page, ramp
+from .trace import BELOW, _first_lines
 
 STEPS = 6  # colours, from a token that no layer holds to one that all do
 
@@ -142,7 +143,8 @@ def html(traces: Sequence[PromptTrace], path: str | os.PathLike | None = None) -
         raise ValueError("there is no text to show")
     intro = (
         f"{escape(traces[0].model)}, its cache pruned by {escape(traces[0].method)}. The brighter a token, the more "
-        "layers and heads hold it. Point at a token for its share."
+        "layers and heads hold it; what is grey and slanted was cut and never read. Point at a token, or walk through "
+        "a text with the arrow keys, for its share."
     )
     return page("What is left of a prompt", intro, "".join(map(_article, traces)), range(STEPS), path)
 
@@ -154,4 +156,5 @@ def _article(trace: PromptTrace) -> str:
         else f'<span class="s{_step(share) + 1}" data-tip="held by {share:.0%}">{escape(string)}</span>'
         for string, share in trace.pieces()
     ]
-    return f"<article><p>{''.join(spans)}</p><small>{escape(_summary(trace))}</small></article>\n"
+    text = f'<p data-walk tabindex="0">{"".join(spans)}</p>'
+    return f"<article>{text}<small>{escape(_summary(trace))}</small></article>\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,8 @@ from ..core.pruner import token_pruner_of
 from ..core.view import departures
 from ..data.models import positions
 from ..evaluation.predict import ready
-from ..evaluation.rows import whole
+from .page import page, ramp, slider
 
-# viridis: even steps of lightness, told apart by the colour-blind as well (Smith and van der Walt, 2015)
-VIRIDIS = ("440154", "482475", "414487", "355f8d", "2a788e", "21918c", "22a884", "44bf70", "7ad151", "bddf26")
 BELOW = 8  # lines of a screen that are not the text: summary, prediction, blank ones, what is more, the prompt
 
 
@@ -157,19 +154,6 @@ def _rest(string: str) -> Piece:
     return Piece(string, None, read=not string.strip())
 
 
-def ramp(steps: int) -> list[tuple[str, str]]:
-    """Background and text colour, at a contrast of 4.5:1 or more, from what leaves first to what leaves last."""
-    colours = []
-    for step in range(steps):
-        place, blend = divmod(step / max(1, steps - 1) * (len(VIRIDIS) - 1), 1)
-        ends = (bytes.fromhex(VIRIDIS[min(int(place) + i, len(VIRIDIS) - 1)]) for i in (0, 1))
-        mixed = [round(low + (high - low) * blend) for low, high in zip(*ends, strict=True)]
-        linear = [((c / 255 + 0.055) / 1.055) ** 2.4 for c in mixed]
-        light = sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) > 0.179
-        colours.append(("#{:02x}{:02x}{:02x}".format(*mixed), "#000000" if light else "#ffffff"))
-    return colours
-
-
 def _summary(trace: Trace) -> str:
     left = sum(token.layer is None for token in trace.tokens)
     unread = sum(len(piece.string) for piece in pieces(trace) if not piece.read)
@@ -218,43 +202,6 @@ def _first_lines(text: Text, columns: int, lines: int) -> Text:
 
 
 CUT = "cut: the model did not read this"
-STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --soft: #595959; --line: #ccc; --card: #f7f7f5 }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #16181b; --ink: #f2f2f2; --soft: #b0b4ba; --line: #3a3e44; --card: #1e2125 } }
-body { margin: 0; background: var(--page); color: var(--ink); font: 17px/1.5 system-ui, "Segoe UI", Roboto, sans-serif }
-main { max-width: 50rem; margin: auto; padding: 1.5rem 1rem 4rem }
-h1 { font-size: 1.5rem; margin: 0 } small { display: block; color: var(--soft); font-size: .88rem }
-label { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .8rem; padding: .7rem 0 }
-label { background: var(--page) } label input { flex: 1 1 14rem; accent-color: #21918c } output { min-width: 7rem }
-article { margin-bottom: 1.3rem; padding: 1rem 1.2rem; background: var(--card); border-radius: .6rem }
-article, p .special { border: 1px solid var(--line) }
-p { font-size: 1.1rem; line-height: 2; margin: 0 0 .6rem; white-space: pre-wrap; overflow-wrap: anywhere }
-p span { padding: .12em 0; border-radius: .2em; font-weight: 700 } p [data-step] { font-weight: 400 }
-p .special { font-size: .75em; padding: .2em .4em; margin: 0 .2em } p span:hover { outline: 2px solid var(--ink) }
-p .cut { font-weight: 400; color: color-mix(in srgb, var(--soft) 60%, var(--card)); font-style: italic }
-p .gone { background: none; color: color-mix(in srgb, var(--soft) 85%, var(--card)) }
-ul { display: flex; flex-wrap: wrap; gap: .35rem; list-style: none; margin: .7rem 0 .4rem; padding: 0 }
-li, #tip { padding: .1rem .5rem; border-radius: .3rem; font-size: .82rem }
-#tip { position: fixed; background: var(--ink); color: var(--page) }
-"""
-
-SCRIPT = """
-const slider = document.querySelector("input"), tip = document.querySelector("#tip");
-const fade = () => {
-  document.querySelector("output").textContent = JSON.parse(slider.dataset.names)[slider.value];
-  for (const token of document.querySelectorAll("[data-step]"))
-    token.classList.toggle("gone", +token.dataset.step <= +slider.value);
-};
-if (slider) { slider.oninput = fade; fade(); }
-document.onpointerover = ({ target }) => {
-  const token = target.closest("[data-tip]"), box = token?.getClientRects()[0];
-  tip.hidden = !token;
-  tip.textContent = token?.dataset.tip;
-  tip.style.top = `${box?.bottom + 6}px`;
-  tip.style.left = `${Math.min(box?.left, innerWidth - tip.offsetWidth - 8)}px`;
-};
-"""
 
 
 def html(traces: Sequence[Trace], path: str | os.PathLike | None = None) -> str:
@@ -268,45 +215,11 @@ def html(traces: Sequence[Trace], path: str | os.PathLike | None = None) -> str:
     layers = sorted({layer for trace in traces for layer in trace.left})
     intro = (
         f"{escape(traces[0].model)}, pruned by {escape(traces[0].method)}. A coloured token leaves after the layer of "
-        "its colour, a <b>bold</b> one survives; what is grey was cut and never read. Point at a token for its layer "
-        "and score."
+        "its colour, a <b>bold</b> one survives; what is grey and slanted was cut and never read. Point at a token, "
+        "or walk through a text with the arrow keys, for its layer and score."
     )
     body = slider(layers) + "".join(article(trace, layers) for trace in traces)
     return page("Which token leaves where", intro, body, layers, path)
-
-
-def page(
-    title: str,
-    intro: str,
-    body: str,
-    layers: Sequence[int],
-    path: str | os.PathLike | None = None,
-    style: str = "",
-) -> str:
-    """The frame of every page, with the colours of its ``layers``, and the script of the slider and of what is pointed
-    at; ``intro`` and ``body`` are HTML. Written aside and moved to ``path``, if there is one."""
-
-    colours = "".join(f".s{i} {{ background: {b}; color: {f} }}\n" for i, (b, f) in enumerate(ramp(len(layers)), 1))
-    text = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{STYLE}{colours}{style}</style></head>
-<body><main><h1>{title}</h1>
-<small>{intro}</small>
-{body}</main><div id="tip" hidden></div>
-<script>{SCRIPT}</script></body></html>
-"""
-    if path is not None:
-        with whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return text
-
-
-def slider(layers: Sequence[int]) -> str:
-    """The slider that fades what has left after each of the ``layers`` of a page."""
-    names = escape(json.dumps(["nothing yet", *(f"after layer {layer}" for layer in layers)]))
-    return f"""<label>Fade what has left: <output></output>
-<input type="range" min="0" max="{len(layers)}" value="0" data-names="{names}"></label>
-"""
 
 
 def article(trace: Trace, layers: Sequence[int]) -> str:
@@ -327,6 +240,23 @@ def article(trace: Trace, layers: Sequence[int]) -> str:
         f'<li class="s{layers.index(layer) + 1}">layer {layer}: {left} left, {trace.layer_macs[layer]:.0%} MACs</li>'
         for layer, left in trace.left.items()
     )
-    return f"""<article><p>{"".join(spans)}</p>
-Prediction: <b>{escape(prediction(trace))}</b><ul>{legend}</ul><small>{_summary(trace)}</small></article>
+    return f"""<article><p data-walk tabindex="0">{"".join(spans)}</p>
+Prediction: <b>{escape(prediction(trace))}</b><ul>{legend}</ul>
+<small>{_summary(trace)}</small>{_listed(trace)}</article>
 """
+
+
+def _listed(trace: Trace) -> str:
+    """What leaves where, as a table: for who cannot see the colours."""
+    lines = []
+    for layer, left in [*trace.left.items(), (None, None)]:
+        words = " ".join(escape(token.text) for token in trace.tokens if token.layer == layer)
+        where = "to the end" if layer is None else str(layer)
+        macs = "" if layer is None else f"{trace.layer_macs[layer]:.0%}"
+        cells = f"<td>{'' if left is None else left}</td><td>{macs}</td><td class=words>{words}</td>"
+        lines.append(f"<tr><th scope=row class=first>{where}</th>{cells}</tr>")
+    head = "".join(
+        f"<th scope=col>{name}</th>" for name in ("after layer", "left", "MACs", "tokens that leave, or stay")
+    )
+    return f"""<details><summary>as a table</summary><table><thead><tr>{head}</tr></thead>
+<tbody>{"".join(lines)}</tbody></table></details>"""
