@@ -1,12 +1,16 @@
 """A language model that learns to see in minutes: what is left of its answers when tokens of the picture leave.
 
-    python benchmarks/visual.py --seed 0 --out benchmarks/results/visual/seed0.json
+    python benchmarks/visual.py train --seed 0    # 1,800 steps, then 600 with pictures of lower resolutions; resumes
+    python benchmarks/visual.py ask --seed 0      # a row for each method and number of tokens, as it is found; resumes
+    python benchmarks/visual.py table             # of all seeds
 
 Pictures of noise with eight times eight cells hold six objects of six different colours and four shapes, three of
 which have another one at their right. Questions: the shape of the red one, its row (one hop), the shape and the colour
 of what is right of it (two hops). Answers are one token. The model is a LLaVA of our own, of a tower of one layer and a
 language model of six. While it trains a head on the projector names colour and shape of each cell, without which it
-learns nothing in so short a time. Everything is made here; nothing is downloaded.
+learns nothing in so short a time. The baseline of a lower resolution is a copy that went on to learn with pictures
+shrunk to 6, 4, 3 and 2 patches in a row. Everything is made here; nothing is downloaded. Rows go to
+``results/visual``.
 """
 
 from __future__ import annotations
@@ -14,7 +18,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +32,7 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from thresher import (
+    DART,
     CDPruner,
     DivPrune,
     FastV,
@@ -31,13 +40,17 @@ from thresher import (
     Pool,
     PyramidDrop,
     Random,
+    SparseVLM,
     TopK,
     VisionZip,
+    VisPruner,
     calling,
     prune,
     unprune,
 )
 
+HERE = Path(__file__).resolve().parent
+RUNS, RESULTS = HERE.parent / "runs" / "visual", HERE / "results"
 CELLS, PATCH, COLOURS, SHAPES, PAIRS, HIDDEN, LAYERS = 8, 8, 6, 4, 3, 64, 6
 KINDS = ("shape", "row", "right shape", "right colour")
 ANSWERS = (SHAPES, CELLS, SHAPES, COLOURS)
@@ -45,7 +58,18 @@ PAD, BOS, IMAGE, ASK, COLOUR, ANSWER = 0, 1, 2, 3, 7, 13  # ids; kinds, colours 
 OFFSETS = [ANSWER + sum(ANSWERS[:kind]) for kind in range(len(ANSWERS))]
 VOCABULARY = ANSWER + sum(ANSWERS)
 TOKENS = CELLS * CELLS
+SIDES = {32: 6, 16: 4, 7: 3, 4: 2}  # tokens kept: patches in a row of a picture with no fewer
 PALETTE = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]], dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training: its pictures have one of the ``sides``, patches in a row."""
+
+    seed: int
+    steps: int
+    sides: tuple[int, ...]
+    rate: float
 
 
 def shapes() -> Tensor:
@@ -111,158 +135,236 @@ def build(seed: int) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **options))
 
 
-def prompts(colours: Tensor, kinds: Tensor, answers: Tensor | None = None) -> Tensor:
-    """(B, 65 + 2 or 3 times the questions): the picture, then kinds and colours (B, questions) with their answers."""
+def prompts(colours: Tensor, kinds: Tensor, answers: Tensor | None = None, side: int = CELLS) -> Tensor:
+    """(B, 1 + side² + 2 or 3 times the questions): the picture, then kinds and colours (B, questions) with their
+    answers."""
     parts = [ASK + kinds, COLOUR + colours] + ([] if answers is None else [answers])
     asked = torch.stack(parts, 2).flatten(1)
-    start = torch.tensor([BOS] + [IMAGE] * TOKENS).expand(len(asked), -1)
+    start = torch.tensor([BOS] + [IMAGE] * side * side).expand(len(asked), -1)
     return torch.cat([start, asked], 1)
 
 
-def train(model: LlavaForConditionalGeneration, steps: int, seed: int, batch: int = 64) -> float:
-    """Train with four questions a picture; returns the loss of the last hundred steps."""
+def seen(model: LlavaForConditionalGeneration, pixels: Tensor, side: int = CELLS) -> Any:
+    """What the tower makes of pictures that are shrunk to ``side`` times ``side`` patches."""
+    if side != CELLS:
+        pixels = F.interpolate(pixels, size=(side * PATCH, side * PATCH), mode="bilinear", antialias=True)
+    return model.get_image_features(pixels, interpolate_pos_encoding=side != CELLS)
+
+
+def loss_of(model: LlavaForConditionalGeneration, head: nn.Module, generator: torch.Generator, sides: tuple) -> Any:
+    """The loss of 64 new pictures with four questions each, of one of the ``sides``; and that with what ``head`` says
+    of each cell, where the picture is whole."""
+    batch, side = 64, sides[int(torch.randint(len(sides), (1,), generator=generator))]
+    pixels, objects = scenes(batch, generator)
+    asked = [ask(objects, kind, generator)[:2] for kind in range(4)]
+    order = torch.randperm(4, generator=generator)
+    colours = torch.stack([asked[k][0] for k in order], 1)
+    told = torch.stack([asked[k][1] for k in order], 1)
+    ids = prompts(colours, order.expand(batch, -1), told, side)
+    labels = torch.full_like(ids, -100)
+    labels[:, side * side + 3 :: 3] = ids[:, side * side + 3 :: 3]
+    image = seen(model, pixels, side)
+    states = torch.stack([*image.pooler_output])
+    loss = model(input_ids=ids, mm_encoder_outputs={"image": image}, labels=labels, use_cache=False).loss
+    if side != CELLS:
+        return loss, loss
+    cells = torch.zeros(2, batch, TOKENS, dtype=torch.long)
+    place = objects[..., 0] * CELLS + objects[..., 1]
+    cells[0].scatter_(1, place, torch.arange(1, COLOURS + 1).expand(batch, -1))
+    cells[1].scatter_(1, place, objects[..., 2] + 1)
+    colour, shape = head(states).split([COLOURS + 1, SHAPES + 1], -1)
+    named = F.cross_entropy(colour.flatten(0, 1), cells[0].flatten())
+    return loss, loss + 2 * (named + F.cross_entropy(shape.flatten(0, 1), cells[1].flatten()))
+
+
+def train(model: LlavaForConditionalGeneration, run: Run, target: Path) -> dict:
+    """Train; goes on from ``target``, which is written every hundred steps. Returns the loss of the last hundred steps
+    and the seconds of the processor."""
     head = nn.Linear(HIDDEN, COLOURS + 1 + SHAPES + 1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(run.seed)
     weights = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
-    seen: list[Tensor] = []
-    model.model.multi_modal_projector.register_forward_hook(lambda m, a, output: seen.append(output))
-    losses = []
-    for step in range(steps):
-        pixels, objects = scenes(batch, generator)
-        asked = [ask(objects, kind, generator)[:2] for kind in range(4)]
-        order = torch.randperm(4, generator=generator)
-        colours = torch.stack([asked[k][0] for k in order], 1)
-        answers = torch.stack([asked[k][1] for k in order], 1)
-        ids = prompts(colours, order.expand(batch, -1), answers)
-        labels = torch.full_like(ids, -100)
-        labels[:, TOKENS + 3 :: 3] = ids[:, TOKENS + 3 :: 3]
-        seen.clear()
-        loss = model(input_ids=ids, pixel_values=pixels, labels=labels, use_cache=False).loss
-        cells = torch.zeros(2, batch, TOKENS, dtype=torch.long)
-        place = objects[..., 0] * CELLS + objects[..., 1]
-        cells[0].scatter_(1, place, torch.arange(1, COLOURS + 1).expand(batch, -1))
-        cells[1].scatter_(1, place, objects[..., 2] + 1)
-        named = head(seen[0].view(batch, TOKENS, HIDDEN))
-        named = F.cross_entropy(named[..., : COLOURS + 1].flatten(0, 1), cells[0].flatten()) + F.cross_entropy(
-            named[..., COLOURS + 1 :].flatten(0, 1), cells[1].flatten()
-        )
+    optimizer = torch.optim.AdamW(weights, lr=run.rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, run.rate, run.steps, pct_start=0.1)
+    parts = {"model": model, "head": head, "optimizer": optimizer, "schedule": schedule}
+    step, losses, seconds = 0, [], 0.0
+    if target.exists():
+        kept = torch.load(target, weights_only=True)
+        if kept["run"] != asdict(run):
+            raise SystemExit(f"{target} is of another training ({kept['run']}): delete it, or ask for the same")
+        for name, part in parts.items():
+            part.load_state_dict(kept[name])
+        generator.set_state(kept["generator"])
+        step, losses, seconds = kept["step"], kept["losses"], kept["seconds"]
+    begun = time.process_time() - seconds
+    while step < run.steps:
+        loss, together = loss_of(model, head, generator, run.sides)
         optimizer.zero_grad()
-        (loss + 2 * named).backward()
+        together.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
-        if step % 100 == 99:
-            print(f"step {step + 1}: loss {sum(losses[-100:]) / 100:.3f}", flush=True)
-    model.model.multi_modal_projector._forward_hooks.clear()
-    return sum(losses[-100:]) / 100
+        losses, step = [*losses[-99:], loss.item()], step + 1
+        if step % 100 == 0 or step == run.steps:
+            seconds = time.process_time() - begun
+            kept = {name: part.state_dict() for name, part in parts.items()}
+            kept |= {"run": asdict(run), "step": step, "losses": losses, "seconds": seconds}
+            kept["generator"] = generator.get_state()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(kept, target.with_suffix(".partial"))
+            os.replace(target.with_suffix(".partial"), target)
+            print(f"step {step}: loss {sum(losses) / len(losses):.3f}, {seconds:.0f} s", flush=True)
+    return {"loss": round(sum(losses) / len(losses), 4), "seconds": round(seconds)}
 
 
 @torch.no_grad()
-def answers(model, data: list[dict], needed: bool = False) -> tuple[dict[str, Tensor], float, float]:
-    """Of each kind of question which were answered rightly, (n,) bool; the share of the dense MACs, and the tokens of
-    the picture in a layer, on average over layers."""
-    right: dict[str, Tensor] = {}
-    used, total, tokens = 0.0, 0.0, []
-    for kind, part in zip(KINDS, data, strict=True):
-        protect = None
-        if needed:
-            protect = F.pad(part["needed"], (1, 2))
-        if protect is None:
-            logits = model(input_ids=part["ids"], pixel_values=part["pixels"], use_cache=False).logits[:, -1]
-        else:
-            with calling(model, protect=protect):
-                logits = model(input_ids=part["ids"], pixel_values=part["pixels"], use_cache=False).logits[:, -1]
-        first, many = OFFSETS[KINDS.index(kind)], ANSWERS[KINDS.index(kind)]
-        right[kind] = logits[:, first : first + many].argmax(1) + first == part["answers"]
-        pruner = getattr(model, "token_pruner", None)
-        if pruner is not None:
-            record = pruner.record
-            used, total = used + float(record.used), total + float(record.dense)
-            text = part["ids"].shape[1] - TOKENS
-            tokens.append(sum(float((c.n_attention - text).float().mean()) for c in record.counts) / LAYERS)
-    return right, used / total if total else 1.0, sum(tokens) / len(tokens) if tokens else float(TOKENS)
+def answers(model: Any, data: list[dict], side: int, oracle: bool) -> tuple[Tensor, float, float]:
+    """Which answers of a pruned model are right (kinds, n) bool, of pictures with ``side`` patches in a row; the MACs
+    of the language model's layers, and the tokens of a picture in a layer, the mean over layers. With ``oracle`` the
+    cells that a question needs stay."""
+    right, used, tokens = [], 0.0, []
+    for kind, part in enumerate(data):
+        ids = prompts(part["colours"], torch.full_like(part["colours"], kind), side=side)
+        told = {"input_ids": ids, "mm_encoder_outputs": {"image": seen(model, part["pixels"], side)}}
+        with calling(model, protect=F.pad(part["needed"], (1, 2))) if oracle else nullcontext():
+            logits = model(**told, use_cache=False).logits[:, -1]
+        first = OFFSETS[kind]
+        right.append(logits[:, first : first + ANSWERS[kind]].argmax(1) + first == part["answers"])
+        record, text = model.token_pruner.record, ids.shape[1] - side * side
+        used += float(record.used)
+        tokens += [float((count.n_attention - text).float().mean()) for count in record.counts]
+    return torch.stack(right), used, sum(tokens) / len(tokens)
 
 
-def evaluate(model, seed: int, count: int) -> list[dict]:
-    """A row for each method and number of tokens that are kept."""
-    generator = torch.Generator().manual_seed(10_000 + seed)
+def methods_of(kept: int) -> dict[str, Any]:
+    """The methods that leave ``kept`` of 64 tokens to the last layer. Those "at equal MACs" act after layer 0 and leave
+    as many as cost what ``kept`` tokens do that left before it, where that can be."""
+    side, equal = SIDES[kept], round((LAYERS * kept - TOKENS) / (LAYERS - 1))
+    inside = {"Random": Random, "TopK": TopK, "FastV": FastV, "SparseVLM": SparseVLM, "DART": DART}
+    return {
+        "Random": Random(keep=kept, at=(-1,)),
+        "Grid": Grid(keep=kept),
+        f"Pool {side}x{side}": Pool(side=side),
+        "DivPrune": DivPrune(keep=kept),
+        "CDPruner": CDPruner(keep=kept),
+        "CDPruner without text": CDPruner(keep=kept, relevance=False),
+        "VisionZip": VisionZip(keep=kept),
+        "VisPruner": VisPruner(keep=kept),
+        "oracle": Random(keep=kept, at=(-1,)),
+        **{f"{name} after layer 1": kind(keep=kept, at=(1,)) for name, kind in inside.items()},
+        "PyramidDrop": PyramidDrop(keep=(2 * kept, kept, max(1, kept // 2))),
+        **{f"{n} at equal MACs": kind(keep=equal, at=(0,)) for n, kind in inside.items() if equal > 0},
+    }
+
+
+def plan(model: Any, lower: Any) -> Iterator[tuple[str, int, Any, Any, int]]:
+    """Name, tokens kept, model, method and patches in a row of every row."""
+    whole = Grid(keep=1.0)
+    yield "dense", TOKENS, model, whole, CELLS
+    yield "no picture", 0, model, whole, CELLS
+    for kept, side in SIDES.items():
+        for name, method in methods_of(kept).items():
+            yield name, kept, model, method, CELLS
+        yield f"lower resolution {side}x{side}", kept, lower, whole, side
+        yield f"lower resolution {side}x{side}, not trained on", kept, model, whole, side
+
+
+def evaluate(model: Any, lower: Any, settings: dict, target: Path) -> None:
+    """Write a row for each method and number of tokens to ``target`` as it is found; those that are there stay."""
+    generator, count = torch.Generator().manual_seed(10_000 + settings["seed"]), settings["pictures"]
     pixels, objects = scenes(count, generator)
     data = []
-    for kind in range(4):
+    for kind in range(len(KINDS)):
         colour, answer, needed = ask(objects, kind, generator)
-        ids = prompts(colour[:, None], torch.full((count, 1), kind))
-        data.append({"ids": ids, "pixels": pixels, "answers": answer, "needed": needed})
-    blind = [part | {"pixels": torch.zeros_like(pixels)} for part in data]
-    rows = [row_of("dense", TOKENS, *answers(model, data)), row_of("no picture", 0, *answers(model, blind))]
-    for kept in (32, 16, 7, 4):
-        side = {32: 6, 16: 4, 7: 3, 4: 2}[kept]
-        methods: dict[str, Any] = {
-            "Random": Random(keep=kept, at=(-1,)),
-            "Grid": Grid(keep=kept),
-            f"Pool {side}x{side}": Pool(side=side),
-            "DivPrune": DivPrune(keep=kept),
-            "CDPruner": CDPruner(keep=kept),
-            "CDPruner without text": CDPruner(keep=kept, relevance=False),
-            "VisionZip": VisionZip(keep=kept),
-            "oracle": Random(keep=kept, at=(-1,)),
-            "Random after layer 1": Random(keep=kept, at=(1,)),
-            "TopK after layer 1": TopK(keep=kept, at=(1,)),
-            "FastV after layer 1": FastV(keep=kept, at=(1,)),
-            "PyramidDrop": PyramidDrop(keep=(2 * kept, kept, max(1, kept // 2))),
-        }
-        for name, method in methods.items():
-            prune(model, method)
-            rows.append(row_of(name, kept, *answers(model, data, name == "oracle")))
-            unprune(model)
-            print(rows[-1], flush=True)
-    return rows
+        data.append({"colours": colour[:, None], "pixels": pixels, "answers": answer, "needed": needed})
+    kept = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {**settings, "rows": []}
+    if {k: v for k, v in kept.items() if k != "rows"} != settings:
+        raise SystemExit(f"{target} has rows of other settings: delete it")
+    rows = kept["rows"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for name, many, asked, method, side in plan(model, lower):
+        if any((row["method"], row["kept"]) == (name, many) for row in rows):
+            continue
+        prune(asked, copy.deepcopy(method))
+        blind = [part | {"pixels": torch.zeros_like(pixels)} for part in data]
+        found = answers(asked, blind if name == "no picture" else data, side, name == "oracle")
+        unprune(asked)
+        rows.append(row_of(name, many, *found, rows[0]["macs"] if rows else found[1]))
+        print({k: v for k, v in rows[-1].items() if k != "right"}, flush=True)
+        target.with_suffix(".partial").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        os.replace(target.with_suffix(".partial"), target)
 
 
-def row_of(name: str, kept: int, right: dict[str, Tensor], macs: float, tokens: float) -> dict:
-    """What one method answers: accuracy in percent with its 95 % interval, by kind of question and in all."""
-    together = torch.stack(list(right.values())).float().mean(0)
-    mean, half = float(together.mean()), 1.96 * float(together.std()) / len(together) ** 0.5  # of pictures
-    by_kind = {kind: round(100 * float(x.float().mean()), 1) for kind, x in right.items()}
-    found = {
-        "accuracy": round(100 * mean, 2),
-        "interval": [round(100 * (mean - half), 2), round(100 * (mean + half), 2)],
-    }
+def row_of(name: str, kept: int, right: Tensor, macs: float, tokens: float, dense: float) -> dict:
+    """What one method answers: accuracy in percent with its 95 % interval over pictures, and by kind of question; how
+    many of the four questions of each picture; MACs of the language model's layers, and times fewer than dense."""
+    together = right.float().mean(0)
+    mean, half = float(together.mean()), 1.96 * float(together.std()) / len(together) ** 0.5
     return {
         "method": name,
         "kept": kept,
-        **found,
-        "by_kind": by_kind,
-        "macs": round(macs, 4),
+        "accuracy": round(100 * mean, 2),
+        "interval": [round(100 * (mean - half), 2), round(100 * (mean + half), 2)],
+        "by_kind": {kind: round(100 * float(x.float().mean()), 1) for kind, x in zip(KINDS, right, strict=True)},
+        "macs": macs,
+        "fewer": round(dense / macs, 3),
         "tokens": round(tokens, 2),
+        "right": "".join(map(str, right.sum(0).tolist())),
     }
+
+
+def gap(rows: list[dict], others: list[dict]) -> str:
+    """Points by which ``rows`` are above ``others`` (one of each seed), with the 95 % interval over all pictures."""
+    parts = [[int(digit) for row in some for digit in row["right"]] for some in (rows, others)]
+    apart = 25.0 * (torch.tensor(parts[0]) - torch.tensor(parts[1])).float()
+    half = 1.96 * float(apart.std()) / len(apart) ** 0.5
+    return f"{float(apart.mean()):+.1f} ± {half:.1f}"
+
+
+def table(folder: Path) -> list[str]:
+    """The rows of all seeds, a line for each method and number of tokens."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("seed*.json"))]
+    rows: dict[tuple[int, str], list[dict]] = {}
+    for row in (row for run in found for row in run["rows"]):
+        rows.setdefault((row["kept"], row["method"]), []).append(row)
+    rows = {key: some for key, some in rows.items() if len(some) == len(found)}
+    head = ["kept of 64", "method", "accuracy of each seed", *KINDS, "tokens, mean of layers", "× fewer MACs"]
+    head += ["points over Random", "over the oracle"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for (kept, name), some in rows.items():
+        cells = [str(kept), name, ", ".join(f"{row['accuracy']:.1f}" for row in some)]
+        cells += [f"{sum(row['by_kind'][kind] for row in some) / len(some):.0f}" for kind in KINDS]
+        cells += [f"{sum(row[what] for row in some) / len(some):.1f}" for what in ("tokens", "fewer")]
+        cells += [gap(some, rows[kept, to]) if (kept, to) in rows else "" for to in ("Random", "oracle")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def models(seed: int, steps: int, lower_steps: int) -> tuple[Any, Any, dict]:
+    """The model, the one that went on with lower resolutions, and how their trainings went."""
+    runs = {"model": Run(seed, steps, (CELLS,), 2e-3), "lower": Run(seed, lower_steps, tuple(SIDES.values()), 1e-3)}
+    model = build(seed)
+    told = {"model": train(model, runs["model"], RUNS / f"seed{seed}.pt")}
+    lower = copy.deepcopy(model)
+    told["lower"] = train(lower, runs["lower"], RUNS / f"seed{seed}-lower.pt")
+    return model.eval(), lower.eval(), told
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("train", "ask", "table"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--lower-steps", type=int, default=600, help="with pictures of lower resolutions, afterwards")
     parser.add_argument("--pictures", type=int, default=1000, help="of the test")
-    parser.add_argument("--weights", type=Path, help="where the trained model is kept, to go on with")
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.step == "table":
+        print("\n".join(table(RESULTS / "visual")))
+        return
     torch.set_num_threads(1)
-    model, begun = build(args.seed), time.process_time()
-    if args.weights is not None and args.weights.exists():
-        model.load_state_dict(torch.load(args.weights, weights_only=True))
-        loss, seconds = None, None
-    else:
-        loss = train(model, args.steps, args.seed)
-        seconds = round(time.process_time() - begun)
-        if args.weights is not None:
-            args.weights.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(model.state_dict(), args.weights)
-    rows = evaluate(copy.deepcopy(model).eval(), args.seed, args.pictures)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    told = {"seed": args.seed, "steps": args.steps, "loss": loss, "seconds": seconds, "pictures": args.pictures}
-    args.out.write_text(json.dumps({**told, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    model, lower, told = models(args.seed, args.steps, args.lower_steps)
+    if args.step == "ask":
+        settings = {"seed": args.seed, "steps": args.steps, "pictures": args.pictures, "trained": told}
+        evaluate(model, lower, settings, RESULTS / "visual" / f"seed{args.seed}.json")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .methods.ltp import LTP
     from .methods.powerbert import PoWERBERT
     from .methods.pyramiddrop import PyramidDrop
+    from .methods.sparsevlm import SparseVLM
     from .methods.spatial import Grid, Pool
     from .methods.spatten import SpAtten
     from .methods.threshold import Threshold
@@ -91,6 +92,7 @@ __all__ = [
     "RandomCache",
     "SnapKV",
     "SpAtten",
+    "SparseVLM",
     "StreamingLLM",
     "Threshold",
     "ToFu",
@@ -131,6 +133,7 @@ _HOMES = {
     "methods.vispruner": ("VisPruner",),
     "methods.visionzip": ("VisionZip",),
     "methods.pyramiddrop": ("PyramidDrop",),
+    "methods.sparsevlm": ("SparseVLM",),
     "methods.spatial": ("Grid", "Pool"),
     "methods.fastv": ("FastV",),
     "methods.divprune": ("DivPrune",),

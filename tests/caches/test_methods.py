@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from support.decoders import METHODS, SMALL, build, make, prompts
 from thresher import H2O, TOVA, ExpectedAttention, KeyDiff, Knorm, KVzip, RandomCache, SnapKV, StreamingLLM, prune
 from thresher.caches.hooks import ours
+from thresher.caches.values import added_norm
 
 N, K = 40, 14
 
@@ -177,3 +178,33 @@ def test_first_and_last_tokens_stay(method):
             for head in layer.position[row]:
                 assert {0, 1, *range(length - 4, length)} <= {*head.tolist()}
                 assert head.tolist() == sorted(head.tolist())
+
+
+@pytest.mark.parametrize("name", ["expectedattention", "snapkv", "kvzip"])
+@torch.no_grad()
+def test_autocast_rounds_no_scores(name):
+    """Of equal queries, keys and values; the norms of what values add, too."""
+    method, compared = make(name), []
+    model, own, listen = prune(build("llama"), method), method.score, getattr(method, "listen", None)
+
+    def twice(view):
+        with torch.autocast("cpu", enabled=False):
+            plain = own(view), added_norm(view)
+        compared.append(((own(view), added_norm(view)), plain))
+        return plain[0]
+
+    def heard(layer, *shown):
+        before = layer.received
+        listen(layer, *shown)
+        found, layer.received = layer.received, before
+        with torch.autocast("cpu", enabled=False):
+            listen(layer, *shown)
+        compared.append(((found,), (layer.received,)))
+
+    method.score = twice
+    if listen is not None:
+        method.listen = heard
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(**prompts((N,)), max_new_tokens=2, do_sample=False)
+    assert len(compared) >= 3
+    assert all(torch.equal(a, b) for pair in compared for a, b in zip(*pair, strict=True))

@@ -37,12 +37,13 @@ OWN = {
     "tune": "--out --target-flops --target-latency-ms --max-disagreement --max-drop --method --plot --min-length "
     "--runtime --precision --serve-batch",
     "eval": "",
-    "bench": "--against --runtime --precision --repeats --graphs --roofline --plot --method --keep --hold --contexts",
+    "bench": "--against --runtime --precision --repeats --graphs --roofline --plot --method --keep --hold --contexts "
+    "--image --ask",
     "compare": f"--out --methods --targets --untrained --time --no-time --tasks --when {TRAINING}",
     "export": "--out --format --precision",
     "score": "--out --keep --prefix --best --prompt --shard-rows --workers --ray --device --fresh",
     "serve": "--host --port --api-key --name --wait-ms --queue-tokens --max-client-batch --device",
-    "show": "--text --pair --file --image --html --png --method --keep --hold",
+    "show": "--text --pair --file --image --ask --new --html --png --method --keep --hold",
     "compress": "--keep --at --sinks --recent",
     "audit": "--against --by --examples --html",
     "info": "",

@@ -8,7 +8,21 @@ import pytest
 import torch
 
 from support.visual import AUDIO, END, IMAGE, START, VIDEO, VISUAL, states, tiny
-from thresher import DART, CDPruner, DivPrune, FastV, Grid, Pool, PyramidDrop, Random, TopK, VisionZip, VisPruner, prune
+from thresher import (
+    DART,
+    CDPruner,
+    DivPrune,
+    FastV,
+    Grid,
+    Pool,
+    PyramidDrop,
+    Random,
+    SparseVLM,
+    TopK,
+    VisionZip,
+    VisPruner,
+    prune,
+)
 from thresher.core.view import View
 
 TOLERANCE = 1e-5
@@ -40,6 +54,7 @@ METHODS = {
     "visionzip": lambda keep: VisionZip(keep=keep),
     "vispruner": lambda keep: VisPruner(keep=keep),
     "dart": lambda keep: DART(keep=keep),
+    "sparsevlm": lambda keep: SparseVLM(keep=keep),
     "grid": lambda keep: Grid(keep=keep),
     "pool": lambda keep: Pool(side=100 if keep == 1.0 else 2),
 }

@@ -489,3 +489,11 @@ def test_saturated_odds_come_back_to_where_they_have_a_gradient():
     assert method.gate.tolist() == pytest.approx([-BOUND] * 3)
     method.loss(None, {}, method.record).backward()
     assert (method.gate.grad != 0).all()
+
+
+def test_autocast_rounds_no_counts():
+    share = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
+    many = torch.arange(200).float()
+    plain = kept_of_bins(share, 200, 1)(1, many)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kept_of_bins(share, 200, 1)(1, many), plain)

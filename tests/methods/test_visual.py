@@ -9,9 +9,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from support.families import FAMILIES
 from support.visual import IMAGE, VISUAL, tiny
-from thresher import DART, EVS, CDPruner, DivPrune, Grid, Pool, PyramidDrop, Random, VisionZip, VisPruner, prune
+from thresher import (
+    DART,
+    EVS,
+    CDPruner,
+    DivPrune,
+    Grid,
+    Pool,
+    PyramidDrop,
+    Random,
+    SparseVLM,
+    VisionZip,
+    VisPruner,
+    prune,
+)
 from thresher.methods.spatial import blocks, spaced
 
 
@@ -207,6 +222,57 @@ def test_dart_keeps_pivots_and_what_is_least_alike():
 
 
 @torch.no_grad()
+def test_sparsevlm_keeps_what_the_raters_look_at():
+    """Two pictures in a row, whose raters differ; words before a picture never rate it."""
+    site, *_ = run(SparseVLM(keep=9, at=(1,)))
+    model, seen = copy.deepcopy(tiny("llava")), {}
+    batch, layer = VISUAL["llava"].batch(model, (1, 2)), model.model.language_model.layers[1]
+    layer.register_forward_pre_hook(lambda m, a, k: seen.update(k, hidden=a[0]), with_kwargs=True)
+    model(**batch, use_cache=False)
+    block, x = layer.self_attn, layer.input_layernorm(seen["hidden"])
+    query, key = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (block.q_proj, block.k_proj))
+    query, key = apply_rotary_pos_emb(query, key, *seen["position_embeddings"])
+    logits = query @ key.repeat_interleave(2, 1).transpose(2, 3) / 8**0.5  # (B, H, N, N)
+    frequency = 10000.0 ** (-torch.arange(4) / 4)
+    places = torch.arange(x.shape[1])
+    apart = (places[:, None] - places)[..., None] * frequency
+    logits = logits / apart.cos().mean(-1).clamp(min=0.1)
+    rated = []
+    for row, number in ((0, 0), (1, 0), (1, 1)):
+        real = batch["attention_mask"][row].bool()
+        own = (site.pictures[row] == number).nonzero()[:, 0]
+        words = [i for i in places.tolist() if i > own.max() and site.pictures[row, i] < 0]
+        states = seen["hidden"][row].double()
+        share = (states[own] @ states[words].T).softmax(1).mean(0)
+        raters = [word for word, value in zip(words, share.tolist(), strict=True) if value >= 1 / len(words)]
+        rated.append([word - int(own.max()) for word in raters])
+        assert 0 < len(raters) < len(words)
+        paid = []
+        for rater in raters:
+            before = real & (places <= rater)
+            paid.append(logits[row, :, rater].masked_fill(~before, -torch.inf).softmax(-1)[:, own])
+        by_head = torch.stack(paid).mean(0)
+        heads = by_head.sum(1).topk(2).indices
+        score = by_head[heads].mean(0)
+        torch.testing.assert_close(site.score[row, own].float(), score, atol=1e-6, rtol=1e-4)
+        assert site.keep[row, own].nonzero()[:, 0].tolist() == sorted(score.topk(9).indices.tolist())
+    assert rated[1] != rated[2]
+
+
+@torch.no_grad()
+def test_a_picture_at_the_end_of_a_prompt_is_rated_by_its_last_token():
+    model = prune(copy.deepcopy(tiny("llava")), SparseVLM(keep=0.25, at=(1,)))
+    batch = VISUAL["llava"].batch(model, (1,), text=0)
+    batch = {k: v[:, : int((v[0] == IMAGE).nonzero().max()) + 1] if k == "input_ids" else v for k, v in batch.items()}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    model(**batch, use_cache=False)
+    (site,) = model.token_pruner.record.sites
+    assert int(site.keep[0, site.pictures[0] >= 0].sum()) == 9
+    with pytest.raises(ValueError, match="reads none"):
+        prune(FAMILIES["llama"].build(), SparseVLM())
+
+
+@torch.no_grad()
 def test_evs_keeps_what_moves():
     """Of a clip of three frames whose second one repeats the first, the third and the first stay."""
     model = prune(copy.deepcopy(tiny("qwen2-vl-video")), EVS(keep=12))
@@ -221,3 +287,27 @@ def test_evs_keeps_what_moves():
         with pytest.raises(ValueError, match=message):
             pruned = prune(copy.deepcopy(tiny(family)), EVS(modality=None if family == "llava" else "image"))
             pruned(**VISUAL[family].batch(pruned), use_cache=False)
+
+
+@pytest.mark.parametrize("method", [DivPrune, CDPruner, VisionZip, VisPruner, DART, SparseVLM], ids=lambda m: m.name)
+@torch.no_grad()
+def test_autocast_rounds_no_distances(method):
+    """Of equal states the same tokens stay, and merge with the same ones, as without autocast."""
+    made = prune(copy.deepcopy(tiny("llava")), method(keep=12))
+    pruner, compared = made.token_pruner, []
+    decide = pruner.score_and_choose
+
+    def twice(view):
+        found = decide(view)
+        with torch.autocast("cpu", enabled=False):
+            expected = decide(view)
+        compared.append((found, expected))
+        return found
+
+    pruner.score_and_choose = twice
+    with torch.autocast("cpu", torch.bfloat16):
+        made(**VISUAL["llava"].batch(made, (1, 2)), use_cache=False)
+    ((score, choice), (plain, expected)) = compared[0]
+    assert torch.equal(score, plain) and torch.equal(choice.keep, expected.keep)
+    if choice.into is not None:
+        assert torch.equal(choice.into, expected.into) and torch.equal(choice.weight, expected.weight)

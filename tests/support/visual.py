@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 import transformers as t
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+
+from thresher import prune
 
 IMAGE, VIDEO, AUDIO, START, END, FIRST_SPECIAL = 100, 101, 102, 103, 104, 95  # token ids; text lies below the last
 TEXT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -246,3 +251,28 @@ def states(model, batch: dict) -> Tensor:
     logits = model(**batch, use_cache=False).logits
     text = batch["attention_mask"].bool() & (batch["input_ids"] < IMAGE)
     return logits[text]
+
+
+def save_reader(folder: Path, method=None, family: str = "llava") -> Path:
+    """A tiny model that reads pictures and its processor, as they lie on disk; the words of its text are w5, w6, ..."""
+    model = VISUAL[family].build()
+    model.generation_config.suppress_tokens = [IMAGE, VIDEO, AUDIO, START, END]
+    (model if method is None else prune(model, method)).save_pretrained(folder)
+    words = {f"w{i}": i for i in range(112)} | {"<image>": IMAGE}
+    del words[f"w{IMAGE}"]
+    made = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    own = {"pad_token": "w0", "unk_token": "w3", "extra_special_tokens": ["<image>"]}
+    own["model_input_names"] = ["input_ids", "attention_mask"]
+    tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=made, **own)
+    pixels = t.CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    strategy = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    t.LlavaProcessor(pixels, tokenizer, image_token="<image>", **strategy).save_pretrained(folder)
+    return folder
+
+
+def draw(file: Path, seed: int = 0) -> Path:
+    """A picture of 24 x 24 with another colour in every patch."""
+    values = torch.randint(0, 256, (6, 6, 3), generator=torch.Generator().manual_seed(seed)).byte().numpy()
+    Image.fromarray(values.repeat(4, 0).repeat(4, 1)).save(file)
+    return file

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..core.scoring import repeat_heads
+from ..core.scoring import full_precision, repeat_heads
 from .pruner import CachePruner
 from .view import CacheView
 
@@ -67,7 +67,8 @@ class ExpectedAttention(CachePruner):
             query = view.rotation.back(query, places[:, None])
         mean = (query * weight).sum(2, keepdim=True)
         spread = (query - mean) * weight.sqrt()
-        covariance = spread.transpose(-1, -2) @ spread  # (B, H, d, d)
+        with full_precision(query.device):
+            covariance = spread.transpose(-1, -2) @ spread  # (B, H, d, d)
         if view.rotation is not None:
             ahead = view.length[:, 0] + torch.arange(self.horizon, device=places.device)  # (B, T)
             angle = view.rotation.angles(ahead)
@@ -76,7 +77,9 @@ class ExpectedAttention(CachePruner):
             for _ in range(2):  # from both sides
                 covariance = view.rotation.turned(covariance, cos, sin).transpose(-1, -2)
         scale = view.logits.scaling
-        expected = (mean * key).sum(-1) * scale + ((key @ covariance) * key).sum(-1) * scale**2 / 2
+        with full_precision(query.device):
+            varied = ((key @ covariance) * key).sum(-1)
+        expected = (mean * key).sum(-1) * scale + varied * scale**2 / 2
         live = view.to_heads(view.live, key.shape[1])
         weights = view.of_cache(expected.masked_fill(~live, -torch.inf).softmax(-1))
         return (weights + self.epsilon) * view.value.float().norm(dim=-1)

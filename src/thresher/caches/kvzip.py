@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.pruner import Options
-from ..core.scoring import repeat_heads
+from ..core.scoring import full_precision, repeat_heads
 from ..core.view import AttentionInputs
 from .layer import PrunedLayer
 from .pruner import CachePruner
@@ -96,7 +96,8 @@ class KVzip(CachePruner):
         counts = layer.live & ((position < self.sinks) | chunk | again)
         sees = counts[:, :, None] & (position[:, :, None] <= asks[:, None, :, None])
         query, key = inputs.query.float(), repeat_heads(inputs.key, inputs.query).float()
-        products = inputs.logits.cap(query @ key.transpose(-1, -2) * inputs.logits.scaling)
+        with full_precision(query.device):
+            products = inputs.logits.cap(query @ key.transpose(-1, -2) * inputs.logits.scaling)
         sees = sees.repeat_interleave(query.shape[1] // sees.shape[1], 1)
         weights = inputs.logits.softmax(products.masked_fill(~sees, torch.finfo(torch.float32).min))
         most = (weights * (sees & (asks >= 0)[:, None, :, None])).amax(2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import compat
+from ..core.scoring import full_precision
 from .view import CacheView
 
 VALUES = ("none", "vatp", "critical")
@@ -45,8 +46,9 @@ def added_norm(view: CacheView) -> Tensor:
     heads, weight = view.query.shape[1], output_weight(view.block, view.query.shape[1] * view.value.shape[-1])
     by_head = weight.float().unflatten(1, (heads, -1))  # (C, H, d)
     value, group, norms = view.value.float(), heads // view.value.shape[1], []
-    for h in range(heads):
-        norms.append((value[:, h // group] @ by_head[:, h].T).abs().sum(-1))
+    with full_precision(value.device):
+        for h in range(heads):
+            norms.append((value[:, h // group] @ by_head[:, h].T).abs().sum(-1))
     return view.of_cache(torch.stack(norms, 1))
 
 

@@ -9,14 +9,15 @@ from .console import Screen
 
 
 def bench(spec: BenchSpec, screen: Screen) -> None:
-    """Time a pruned model beside the dense one, padded and unpadded, on the same texts; or a decoder with a shorter
-    cache: the prompt, each token after it, and memory.
+    """Time a pruned model beside the dense one, padded and unpadded, on the same texts; a decoder with a shorter
+    cache: the prompt, each token after it, and memory; or a model that reads a picture: its tower, and the same.
 
     \b
     Examples:
       thresher bench runs/reviews --batch-size 1,8,32 --plot reviews.png
       thresher bench runs/reviews --data reviews.csv --runtime torch,onnx,openvino --precision fp32,bf16,int8
       thresher bench a-decoder --method snapkv,keydiff --keep 0.25 --contexts 1024,4096
+      thresher bench a-vlm --image field.jpg --ask "What grows here?" --method divprune,fastv --keep 0.25
       thresher bench --roofline --threads 1
     """
     if spec.roofline:
@@ -26,13 +27,15 @@ def bench(spec: BenchSpec, screen: Screen) -> None:
     if spec.plot is not None and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'thresher[plot]'")
     from ..experiments.bench import bench as job
-    from ..experiments.cache_spec import decodes
+    from ..experiments.cache_spec import decodes, reads
+    from ..reports import asked
     from ..reports.prompts import bench_table
     from ..reports.tables import table
 
     with screen.progress() as tell:
         rows = job(spec, progress=tell)
-    screen.show(rows, bench_table if decodes(spec.model) else table)
+    drawn = asked.bench_table if reads(spec.model) else bench_table if decodes(spec.model) else table
+    screen.show(rows, drawn)
 
 
 def roofline(spec: BenchSpec, screen: Screen) -> None:

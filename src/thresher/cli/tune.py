@@ -9,15 +9,19 @@ from .console import Screen, pooled
 
 
 def tune(spec: TuneSpec, screen: Screen) -> None:
-    """Find a pruning schedule for a fine-tuned model under one budget, without any training.
+    """Find a pruning schedule for a fine-tuned model under one budget, without any training; of a model that reads
+    pictures how much of them is left, on a table of pictures (image) with questions (question).
 
     \b
     Examples:
       thresher tune runs/dense --data texts.csv --target-flops 0.5 --out runs/fast
       thresher tune runs/dense --data texts.csv --max-disagreement 0.02 --out runs/safe --plot safe.png
+      thresher tune a-vlm --data pictures.csv --target-flops 0.4 --out runs/fast-vlm
       thresher tune runs/dense --data glue --config sst2 --max-drop 0.01 --method vatp --out runs/sst2
     """
+    from ..experiments.cache_spec import reads
     from ..experiments.tune import tune as job
+    from ..reports.asked import tune_table
     from ..reports.tables import schedules
     from ..stats import bounds
 
@@ -30,6 +34,10 @@ def tune(spec: TuneSpec, screen: Screen) -> None:
             )
     with screen.progress() as tell:
         rows = job(spec, progress=tell)
+    if reads(spec.model):
+        screen.show(rows, tune_table)
+        screen.say(f"the model is in {spec.out}")
+        return
     screen.show(rows, schedules)
     summary = json.loads((spec.out / SUMMARY).read_text())
     texts, pooling = summary["texts"], summary["reached"].get("pooling")

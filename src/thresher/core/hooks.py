@@ -342,6 +342,8 @@ class Hooks(Attachment):
             self.narrow(tokens, hidden, kwargs)
         if shown is None:
             return (hidden,), kwargs
+        if shown.acts and self.pruner.needs_rotary:
+            shown.rotary = kwargs.get("position_embeddings")
         if shown.acts and not arch.shows_inputs and "output_attentions" in arguments:
             kwargs["output_attentions"] = True
         if arch.passes_arguments:

@@ -32,7 +32,7 @@ from .method import pruner_in as pruner_in
 from .method import pruner_of as pruner_of
 from .method import read_state as read_state
 from .pictures import ALL, KINDS
-from .scoring import Statistic, columns
+from .scoring import Statistic, columns, full_precision
 from .tokens import Tokens
 from .view import Site, View
 
@@ -177,6 +177,7 @@ class TokenPruner(Pruner):
     merges = False  # whether tokens are merged into others
     at_entry: ClassVar[bool] = False  # whether tokens leave before the first layer of a language model, at -1, alone
     sized: ClassVar[bool] = False  # whether keys then weigh by the number of tokens that they stand for
+    needs_rotary: ClassVar[bool] = False  # whether the score takes the turns of rotary positions
     needs_tower: ClassVar[bool] = False  # whether the score takes what the tower of pictures attends to
     predictor_macs = 0  # of a predictor, for each token at a site
 
@@ -438,7 +439,8 @@ class TokenPruner(Pruner):
     def select(self, site: Site) -> None:
         """Make the score and the choice of a site: live tokens alone, protected ones always, ``min_keep`` at least."""
         view = site.view
-        site.score, choice = self.score_and_choose(view)
+        with full_precision(view.alive.device):
+            site.score, choice = self.score_and_choose(view)
         keep = choice.keep & view.alive | view.protected
         if self.min_keep > 1:
             keep = keep | self.best(site.score, view.protected, view.alive) & view.alive
@@ -463,7 +465,8 @@ class TokenPruner(Pruner):
         view = site.view
         if gates is not None:
             return gates(site.score, view)
-        site.score = self.score(view)
+        with full_precision(view.alive.device):
+            site.score = self.score(view)
         opened = view.protected | ~view.alive
         if self.min_keep > 1:
             opened = opened | self.best(site.score.detach(), view.protected, view.open)

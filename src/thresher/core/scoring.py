@@ -8,6 +8,7 @@ of the probabilities (B, h, m, N) of some heads before dropout, of the votes (B,
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,13 @@ from torch import Tensor
 CHUNK = 4_000_000  # attention probabilities held at once while scoring
 CACHED = 300_000  # and while attending as well, so that they do not leave a core's cache
 Statistic = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Leave products in the precision of their factors; autocast would round scores and distances to bf16, which does
+    not tell near ones apart."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)

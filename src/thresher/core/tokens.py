@@ -23,6 +23,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from . import compat
+from .scoring import full_precision
 
 EVEN = (torch.bfloat16,)  # dtypes whose packed rows come in multiples on a CPU
 FINE, COARSE, FEW = 16, 64, 512  # of these, up to and above ``FEW`` rows
@@ -176,7 +177,8 @@ class Tokens:
         length = x.to(rows.dtype).norm(dim=-1)
         if torch.compiler.is_compiling():  # a product: scattered element by element a graph takes much longer
             goes = into[:, None] == torch.arange(x.shape[1], device=x.device)[None, :, None]
-            sums, most = goes.to(rows.dtype) @ rows, (goes * length[:, None]).amax(-1)
+            with full_precision(rows.device):
+                sums, most = goes.to(rows.dtype) @ rows, (goes * length[:, None]).amax(-1)
         else:
             flat = (into + into.shape[1] * torch.arange(into.shape[0], device=into.device)[:, None]).flatten()
             sums = torch.zeros_like(rows).flatten(0, 1).index_add(0, flat, rows.flatten(0, 1)).view_as(rows)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .compat import check
-from .scoring import CHUNK, Logits, Statistic, additive, columns, reduce_over_heads, repeat_heads
+from .scoring import CHUNK, Logits, Statistic, additive, columns, of_heads, reduce_over_heads, repeat_heads
 from .tokens import CLOSED_LOG, Packed, Tokens, most, slots_of, take
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class Site:
     pictures: Tensor | None = None  # (B, N) long, see ``View.pictures``
     places: Tensor | None = None  # (3, B, N), see ``View.places``
     tower: Tensor | None = None  # (B, N), see ``View.tower``
+    rotary: tuple[Tensor, Tensor] | None = None  # see ``View.rotary``
     panel: Panel | None = None  # the rows that these are
 
     @property
@@ -119,6 +120,7 @@ class Site:
     def release(self) -> None:
         """Let go of the layer's tensors; the decision and the score stay."""
         self.inputs = self.weights = self.hidden = self.states = self.scores = self.previous = None
+        self.rotary = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +180,17 @@ class View:
         tower = self._shown.tower
         assert tower is not None, "a method that asks for it says needs_tower"
         return tower
+
+    @property
+    def rotary(self) -> tuple[Tensor, Tensor] | None:
+        """(1 or B, N, d) each: the cosines and sines by which the layer turns its queries and keys, shown where a
+        method ``needs_rotary``; None: the model hands its layers none."""
+        return self._shown.rotary
+
+    @property
+    def heads(self) -> int:
+        """H of the queries; raises as ``key`` does."""
+        return self._inputs("queries").query.shape[1]
 
     @property
     def previous(self) -> Site | None:
@@ -312,16 +325,22 @@ class View:
 
     def attention_from(self, slot: Tensor) -> Tensor:
         """(B, H, N) fp32: attention probabilities of one query row per sequence, at ``slot`` (B,)."""
-        weights, slots = self._shown.weights, slot[:, None]
+        weights = self._shown.weights
         if weights is not None:
             at = slot.view(-1, 1, 1, 1).expand(-1, weights.shape[1], 1, weights.shape[-1])
             return weights.gather(2, at)[:, :, 0].float()
+        return self.attention_rows(slot[:, None])[:, :, 0]
+
+    def attention_rows(self, slots: Tensor, heads: slice = slice(None), decay: Tensor | None = None) -> Tensor:
+        """(B, h, m, N) fp32: attention probabilities of the query rows at ``slots`` (B, m), of some ``heads``; their
+        logits are first divided by ``decay`` (B, m, N), where it is given. Raises as ``key`` does."""
         given, query = self._inputs("queries"), self._queries(slots)
         with torch.autocast(query.device.type, enabled=False):
-            key = repeat_heads(self.key, query).float().transpose(-1, -2)
-            logits, bias = given.logits.cap(query.float() @ key * given.logits.scaling), self._bias(slots)
-            logits = (logits if bias is None else logits + bias)[:, :, 0]
-        return given.logits.softmax(logits.masked_fill(~self.alive[:, None], float("-inf")))
+            key = repeat_heads(self.key, query)[:, heads].float().transpose(-1, -2)
+            logits = given.logits.cap(query[:, heads].float() @ key * given.logits.scaling)
+            logits, bias = logits if decay is None else logits / decay[:, None], self._bias(slots)
+            logits = logits if bias is None else logits + of_heads(bias, heads)
+        return given.logits.softmax(logits.masked_fill(~self.alive[:, None, None], float("-inf")), heads)
 
 
 def departures(sites: Sequence[Site], count: int) -> tuple[list[int | None], list[float | None]]:

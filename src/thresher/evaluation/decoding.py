@@ -59,11 +59,11 @@ def run(model: PreTrainedModel, length: int, new: int, seed: int = 0) -> Run:
     ids, cache = ids.to(model.device), DynamicCache(config=model.config)
     with peak_memory(model.device) as peak:
         prompt = {"input_ids": ids[:, :length], "past_key_values": cache, "logits_to_keep": 1}
-        prefill = _seconds(partial(model, **prompt), model)
+        prefill = seconds_of(partial(model, **prompt), model)
     read = sum(layer.seconds for layer in ours(cache).values())
     steps = []
     for place in range(length, length + new):
-        steps.append(_seconds(partial(model, input_ids=ids[:, place : place + 1], past_key_values=cache), model))
+        steps.append(seconds_of(partial(model, input_ids=ids[:, place : place + 1], past_key_values=cache), model))
     rows = [row_of(n, layer) for n, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
     scoring = sum(row["seconds"] for row in rows) - read
     held, (size, full) = (
@@ -73,7 +73,7 @@ def run(model: PreTrainedModel, length: int, new: int, seed: int = 0) -> Run:
     return Run(prefill, steps, read, scoring, float(held), size, full, peak())
 
 
-def _seconds(forward: Callable[[], Any], model: PreTrainedModel) -> float:
+def seconds_of(forward: Callable[[], Any], model: PreTrainedModel) -> float:
     """Seconds of a call, and of what it left to a GPU."""
     began = time.perf_counter()
     forward()

@@ -47,6 +47,9 @@ EXTRA_FIELDS = {  # what a row may hold besides
     "cache_mb": "megabytes of keys and values that are held",
     "cache_mb_full": "megabytes of those of everything that was read",
     "prefill_ms": "milliseconds of reading the prompt",
+    "tower_ms": "milliseconds from a picture to what the language model gets",
+    "visual": "tokens of pictures that enter each layer of the language model",
+    "visual_mean": "their mean over the layers",
     "scoring_ms": "of these or of a step, milliseconds spent on scores and choices",
     "note": "anything else",
 }

@@ -16,10 +16,11 @@ from ..evaluation.roofline import roofline
 from ..exporting import export as exporting
 from ..exporting.runtime import Runtime, load_runtime
 from ..reports import plots
-from .cache_spec import decodes
+from .cache_spec import decodes, reads
 from .decoders import bench_decoder
 from .evaluate import dense_of, tested
 from .export import export_model
+from .readers import bench_reader
 from .spec import BenchSpec, job
 
 PAIRS = {"torch": ("fp32", "bf16"), **exporting.FORMATS}  # the precisions of each runtime
@@ -29,7 +30,7 @@ Tell = Callable[[str, int, "int | None"], Any]
 @job(BenchSpec)
 def bench(spec: BenchSpec, *, progress: Tell | None = None) -> list[dict]:
     """Rows of time and quality: a pruned model beside the dense one, padded and unpadded, and beside baselines; of a
-    decoder as ``bench_decoder`` says.
+    decoder as ``bench_decoder`` says, of a model that reads pictures as ``bench_reader`` does.
 
     The baselines choose as many tokens of each text as the model does, on its own weights: what they lose is what the
     choice is worth. ``against`` names the dense model, by default ``dense`` in the model's folder, else the model
@@ -39,6 +40,10 @@ def bench(spec: BenchSpec, *, progress: Tell | None = None) -> list[dict]:
     Raises:
         ValueError: a model that is not pruned; a runtime or precision that goes with nothing else.
     """
+    if reads(spec.model):
+        return bench_reader(spec, progress=progress)
+    if spec.image or spec.ask:
+        raise ValueError(f"{spec.model} reads no pictures beside text: leave --image and --ask out")
     if decodes(spec.model):
         return bench_decoder(spec, progress=progress)
     pairs, tell = pairs_of(spec), progress or (lambda *_: None)

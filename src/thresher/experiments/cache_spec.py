@@ -19,6 +19,13 @@ def decodes(model: str | None) -> bool:
     return model is not None and is_decoder(model)
 
 
+def reads(model: str | None) -> bool:
+    """Whether a model is a language model that reads pictures, of whose prompts tokens can leave."""
+    from ..data.pictures import reads_pictures
+
+    return model is not None and reads_pictures(model)
+
+
 def shares(value: str) -> float | int | tuple:
     """Read shares (0.5) or numbers (64) of tokens, one or several with commas between them."""
     read = tuple(float(share) if "." in share else int(share) for share in value.split(","))
@@ -47,10 +54,15 @@ def cache_method(name: str, options: Mapping[str, Any]) -> CachePruner:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """Name a method that prunes the cache of a decoder, where the decoder's folder names none."""
+    """Name a method that prunes the cache of a decoder, or the pictures of a model that reads them, where its folder
+    names none."""
 
-    method: str | None = option("Of a decoder: snapkv, keydiff, ..., one or several.", metavar="A[,B]")
-    keep: float | None = option("Of a decoder: share (0.25) or number (512) of its prompt.", metavar="K", parser=shares)
+    method: str | None = option(
+        "Of a decoder: snapkv, keydiff, ...; of one that reads pictures: divprune, fastv, ...", metavar="A[,B]"
+    )
+    keep: float | None = option(
+        "Of these: share (0.25) or number (512) of the prompt, or of a picture.", metavar="K", parser=shares
+    )
     hold: int | None = option("Of a decoder: entries to which it returns while decoding.", metavar="N", min=1)
 
     def cache_methods(self, more: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, CachePruner]:

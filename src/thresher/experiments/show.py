@@ -8,9 +8,11 @@ from ..data.load import load_task
 from ..data.models import clip, load, load_vision
 from ..data.texts import load_texts
 from ..reports import patches
+from ..reports.asked import Asked
 from ..reports.trace import html, trace
-from .cache_spec import decodes
+from .cache_spec import decodes, reads
 from .decoders import followed_prompts
+from .readers import followed_questions
 from .spec import ShowSpec, job
 
 
@@ -31,8 +33,13 @@ def followed_texts(spec: ShowSpec) -> list[Any]:
 
 
 @job(ShowSpec)
-def followed_picture(spec: ShowSpec) -> patches.PatchTrace:
-    """What happens to the patches of a picture; a page and a drawing of it where they are asked for."""
+def followed_picture(spec: ShowSpec) -> patches.PatchTrace | list[Asked]:
+    """What happens to the patches of a picture, or of a language model to what it reads of one for each question; a
+    page and a drawing of it where they are asked for."""
+    if reads(spec.model):
+        return followed_questions(spec)
+    if spec.ask or spec.method is not None:
+        raise ValueError(f"{spec.model} answers no questions: --ask and --method are for language models that do")
     traced = patches.trace(*load_vision(spec.model, spec.layout), spec.image)
     if spec.html:
         patches.html([traced], spec.html)

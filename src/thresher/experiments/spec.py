@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from ..data.spec import PAIR, DataSpec, option
-from .cache_spec import CacheSpec, decodes, shares
+from .cache_spec import CacheSpec, decodes, reads, shares
 from .recipes import of_averages, recipe
 
 SUMMARY = "thresher.json"  # what a trained, tuned or exported folder says of itself
@@ -119,6 +119,8 @@ class BenchSpec(CacheSpec, TaskSpec):
     precision: tuple[str, ...] = option("fp32, bf16, int8.", ("fp32",), metavar="A[,B]")
     batch_size: tuple[int, ...] = option("Texts in a batch.", (1, 32), metavar="M[,N]")
     layout: str = option("auto, mask, padded or packed, of the pruned model in torch.", "auto", metavar="NAME")
+    image: Path | None = option("Of a model that reads pictures: one; default: noise.", metavar="FILE")
+    ask: str | None = option("A question about it.", metavar="TEXT")
     repeats: int = option("Times that each measurement is made.", 5, metavar="N", min=1)
     graphs: Path | None = option("Keep the exported graphs there.", metavar="DIR")
     roofline: bool = option("Measure what this machine can do, and no model.", False, flag="--roofline")
@@ -129,7 +131,7 @@ class BenchSpec(CacheSpec, TaskSpec):
 
     @property
     def wants_data(self) -> bool:
-        return not decodes(self.model)
+        return not (decodes(self.model) or reads(self.model))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +172,8 @@ class ShowSpec(CacheSpec, TaskSpec):
     pair: str | None = option("The text beside it, for models that read pairs.", metavar="TEXT")
     file: Path | None = option("One text per line.", metavar="FILE")
     image: Path | None = option("A picture, for models that read pictures.", metavar="FILE")
+    ask: list[str] | None = option("A question about it; may be given several times.", flag="--ask", metavar="TEXT")
+    new: int = option("Tokens of an answer, at most.", 32, metavar="N", min=1)
     text: tuple[str, ...] | None = option("Text columns of the data, if unusual.", flag="--columns", metavar="A[,B]")
     limit: int | None = option("Texts to show.", 10, metavar="N", min=1)
     html: Path | None = option("Write a page for the browser.", writes="file", metavar="FILE")
@@ -183,8 +187,8 @@ class ShowSpec(CacheSpec, TaskSpec):
         named = sum(map(bool, (self.texts, self.file, self.data, self.image)))
         if named > 1 or (self.pair and len(self.texts or ()) != 1):
             raise ValueError(self.lacking)
-        if self.png and not self.image:
-            raise ValueError("--png draws a picture: give one with --image, or ask for --html")
+        if (self.png or self.ask) and not self.image:
+            raise ValueError(f"--{'png draws' if self.png else 'ask asks about'} a picture: give one with --image")
 
     @property
     def wants_data(self) -> bool:
@@ -220,9 +224,7 @@ class ScoreSpec(ModelSpec):
     tokens: int = option("Padded tokens of a batch.", 8192, metavar="N", min=1)
     shard_rows: int = option("Rows of a shard, which is a file of the result.", 16384, metavar="N", min=1)
     workers: int | None = option("Processes; default: one for each core, 8 at most.", saved=False, metavar="N", min=1)
-    ray: str | None = option(
-        "Workers are actors of a Ray cluster: auto, local or HOST:PORT.", saved=False, metavar="AT"
-    )
+    ray: str | None = option("Workers are Ray actors: auto, local or HOST:PORT.", saved=False, metavar="AT")
     threads: int = option("Threads of each process.", 1, metavar="N", min=1)
     layout: str = option("auto, mask, padded or packed, of a pruned model in torch.", "auto", metavar="NAME")
     device: str = option("cpu or cuda, of a model in torch.", "cpu", metavar="NAME")
@@ -410,9 +412,7 @@ class TrainSpec(MethodSpec, ServedSpec, TrainingSpec):
         "Points of quality that may be lost on the validation part; default, without another budget: 1."
     )
     recipe: str | None = option("Settings of a method and a task: top-mrpc.", saved=False, metavar="M-TASK")
-    distill_states: float | None = option(
-        "Weight of the dense model's states, of every layer; default: 0.", metavar="BETA", min=0
-    )
+    distill_states: float | None = option("Weight of the dense model's states; default: 0.", metavar="BETA", min=0)
     fresh: bool = option("Ignore what an interrupted run left.", False, saved=False, flag="--fresh")
     seed: int = option("Of initialisation, order and dropout.", 0, metavar="N")
     threads: int | None = option("Threads of the processor; default: all.", saved=False, metavar="N", min=1)

@@ -40,6 +40,8 @@ from ..search.explore import (
     with_survivors,
 )
 from ..search.reference import Sample, texts_of, tokenized
+from .cache_spec import reads
+from .readers import tune_reader
 from .service import Service
 from .spec import COLUMNS, SUMMARY, TuneSpec, job, task_entry
 
@@ -53,7 +55,7 @@ BUDGETS = ("target_flops", "target_latency_ms", "max_disagreement", "max_drop")
 def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | None = None) -> list[dict]:
     """Find at which layers how many tokens can leave a finished model, under one budget; save the model so pruned.
 
-    How schedules are searched, and what the bound of a budget of answers holds for, is said by ``ScheduleSearch``.
+    ``ScheduleSearch`` says how, ``readers.tune_reader`` how it is done with models that read pictures.
 
     Args:
         spec: see ``TuneSpec``. Texts come from the validation part and then from the train part. What the model was
@@ -64,15 +66,15 @@ def tune(spec: TuneSpec, *, progress: Callable[[str, int, int | None], Any] | No
         progress: called with what is going on, steps done and all steps.
 
     Returns:
-        A row for each schedule on the front, from the mildest to the strongest, the one that was saved ``chosen``.
-        Shares are of 1; "tested" and "bound" are of the test, the rest of the texts of the search. ATS keeps fewer
-        tokens than its cost is searched with.
+        A row for each schedule on the front, the strongest last, the one that was saved ``chosen``. Shares are of 1;
+        "tested" and "bound" are of the test, the rest of the search. ATS keeps fewer tokens than its cost says.
 
     Raises:
         ValueError: not one budget, a runtime without a budget of time, one out of reach, too few texts, no schedule
-            that passes the test, a pruned model, a method without such a schedule, data that do not fit, a folder that
-            is not empty.
+            that passes the test, a pruned model, another kind of method, data that do not fit, a folder in use.
     """
+    if reads(spec.model):
+        return tune_reader(spec, progress=progress)
     budget = Budget.only({name: getattr(spec, name) for name in BUDGETS})
     scores, out, started = scores_of(spec.method, spec.method_options), Path(spec.out), time.time()
     service = Service.of(spec, budget.of_time)

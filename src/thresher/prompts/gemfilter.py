@@ -22,7 +22,7 @@ from ..core import compat
 from ..core.architecture import Architecture, find_architecture
 from ..core.attention import PREFIX, register
 from ..core.method import pruner_of
-from ..core.scoring import repeat_heads
+from ..core.scoring import full_precision, repeat_heads
 from ..core.view import AttentionInputs
 
 DEPTH = 13 / 32  # where the layer lies that chooses: the paper's of Llama 3.1
@@ -107,7 +107,8 @@ class GemFilter:
             )
         given = shown(model, ids, self.layer(info))
         query = given.query[0, :, -1:].float()
-        products = query @ repeat_heads(given.key, given.query)[0].float().transpose(-1, -2)
+        with full_precision(query.device):
+            products = query @ repeat_heads(given.key, given.query)[0].float().transpose(-1, -2)
         return F.avg_pool1d(products.sum(0), self.kernel, 1, self.kernel // 2, count_include_pad=False)[0].cpu()
 
 

@@ -139,9 +139,14 @@ def page(
     return text
 
 
+def when(layer: int) -> str:
+    """At which site tokens leave, in words; -1 is before the layers."""
+    return "before layer 0" if layer < 0 else f"after layer {layer}"
+
+
 def slider(layers: Sequence[int]) -> str:
     """The slider that fades what has left after each of the ``layers`` of a page."""
-    names = escape(json.dumps(["nothing yet", *(f"after layer {layer}" for layer in layers)]))
+    names = escape(json.dumps(["nothing yet", *map(when, layers)]))
     return f"""<label class="slider" for="fade">Fade what has left: <output></output>
 <input id="fade" type="range" min="0" max="{len(layers)}" value="0" data-names="{names}"></label>
 """

@@ -16,9 +16,10 @@ import torch
 from rich.text import Text
 
 from ..core.view import departures
+from ..data.pictures import pillow, read_picture
 from ..evaluation.predict import ready
 from ..evaluation.rows import whole
-from .page import page, ramp, slider
+from .page import page, ramp, slider, when
 from .trace import prediction, told
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def trace(model, processor, image: str | os.PathLike | Image) -> PatchTrace:
     if getattr(model, "token_pruner", None) is None:
         raise ValueError(f"this {type(model).__name__} is dense: no patch leaves it")
     name = "" if hasattr(image, "convert") else os.fspath(image)
-    pixels = processor(_read(image), return_tensors="pt")["pixel_values"]
+    pixels = processor(read_picture(image), return_tensors="pt")["pixel_values"]
     if pixels.dim() != 4 or (size := getattr(model.config, "patch_size", None)) is None:
         what = f"{type(processor).__name__} and {type(model).__name__} make {tuple(pixels.shape)} of a picture"
         raise ValueError(f"{what}: expected (1, channels, height, width) and a patch_size")
@@ -102,34 +103,12 @@ def trace(model, processor, image: str | os.PathLike | Image) -> PatchTrace:
     places = [(row, column) for row in range(rows) for column in range(columns)]
     found = zip(places, layers[special:], scores[special:], strict=True)
     patches = tuple(Patch(*place, layer, score) for place, layer, score in found)
-    picture = _picture(processor, pixels[0]).crop((0, 0, columns * width, rows * height))  # a rest is not read
+    picture = shown_picture(processor, pixels[0]).crop((0, 0, columns * width, rows * height))  # a rest is not read
     known = told(model, output.get("logits"))
     return PatchTrace(name, rows, columns, patches, tuple(layers[:special]), *known, picture=picture)
 
 
-def _pillow():
-    try:
-        import PIL.Image
-        import PIL.ImageOps
-    except ImportError:
-        raise ValueError("pictures need PIL, which is missing: pip install pillow") from None
-    return PIL
-
-
-def _read(image: str | os.PathLike | Image) -> Image:
-    pil = _pillow()
-    if hasattr(image, "convert"):
-        return image.convert("RGB")
-    try:
-        with pil.Image.open(image) as opened:
-            return pil.ImageOps.exif_transpose(opened).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {image}") from None
-    except (OSError, SyntaxError, pil.Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-        raise ValueError(f"{image} cannot be read as a picture ({error}): expected a PNG, JPEG, ...") from None
-
-
-def _picture(processor, pixels: torch.Tensor) -> Image:
+def shown_picture(processor, pixels: torch.Tensor) -> Image:
     """What the model reads, (3, H, W), with the processor's normalization undone."""
     values = pixels.float()
     if getattr(processor, "do_normalize", False):
@@ -137,7 +116,7 @@ def _picture(processor, pixels: torch.Tensor) -> Image:
         values = values * deviation + mean
     if getattr(processor, "do_rescale", True):
         values = values / processor.rescale_factor
-    return _pillow().Image.fromarray(values.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+    return pillow().Image.fromarray(values.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
 def _summary(trace: PatchTrace) -> str:
@@ -145,13 +124,18 @@ def _summary(trace: PatchTrace) -> str:
     return f"{left} of {len(trace.patches)} patches survive, at {trace.macs:.0%} of the dense model's MACs"
 
 
-def _after(trace: PatchTrace, layer: int) -> int:
+def after(trace: PatchTrace, layer: int) -> int:
     """Patches left after a layer."""
     return sum(patch.layer is None or patch.layer > layer for patch in trace.patches)
 
 
 def terminal(trace: PatchTrace) -> Text:
-    """A grid of the patches: the layer after which each leaves, in its colour, or a square; the legend below."""
+    """What ``grid`` shows, and the prediction."""
+    return grid(trace).append(f"prediction: {prediction(trace)}\n")
+
+
+def grid(trace: PatchTrace) -> Text:
+    """The patches: the layer after which each leaves, in its colour, or a square; the legend below."""
     colours = dict(zip(trace.left, ramp(len(trace.left)), strict=True))
     result = Text(no_wrap=True)
     for patch in trace.patches:
@@ -163,8 +147,8 @@ def terminal(trace: PatchTrace) -> Text:
     result.append("\n")
     for layer in trace.left:
         result.append("    ", f"on {colours[layer][0]}")
-        result.append(f" layer {layer:>2}: {_after(trace, layer):>4} left, {trace.layer_macs[layer]:>4.0%} MACs\n")
-    return result.append(" ■ ", "bold").append(f" {_summary(trace)}\nprediction: {prediction(trace)}\n")
+        result.append(f" {when(layer)}: {after(trace, layer):>4} left, {trace.layer_macs[layer]:>4.0%} MACs\n")
+    return result.append(" ■ ", "bold").append(f" {_summary(trace)}\n")
 
 
 def png(trace: PatchTrace, path: str | os.PathLike) -> None:
@@ -176,7 +160,7 @@ def png(trace: PatchTrace, path: str | os.PathLike) -> None:
 
 def strip(trace: PatchTrace) -> Image:
     """The picture and a panel for each site, side by side."""
-    pil = _pillow()
+    pil = pillow()
     from PIL import ImageDraw
 
     cell = max(1, SIDE // max(trace.rows, trace.columns))
@@ -190,7 +174,7 @@ def strip(trace: PatchTrace) -> Image:
             if patch.layer is not None and patch.layer <= layer:
                 box = (patch.column * cell, patch.row * cell, (patch.column + 1) * cell, (patch.row + 1) * cell)
                 panel.paste(faded.crop(box), box)
-        panels.append((f"after layer {layer}: {_after(trace, layer)} of {len(trace.patches)}", panel))
+        panels.append((f"{when(layer)}: {after(trace, layer)} of {len(trace.patches)}", panel))
     sheet = pil.Image.new("RGB", (len(panels) * (size[0] + GAP) + GAP, size[1] + LINE + 2 * GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (name, panel) in enumerate(panels):
@@ -215,35 +199,45 @@ def html(traces: Sequence[PatchTrace], path: str | os.PathLike | None = None) ->
 
 
 def _article(trace: PatchTrace, layers: list[int]) -> str:
+    return f"""<article>{covered(trace, layers)}
+Prediction: <b>{escape(prediction(trace))}</b>{legend(trace, layers)}</article>
+"""
+
+
+def covered(trace: PatchTrace, layers: list[int]) -> str:
+    """The picture under its patches, as HTML."""
     spans = []
     for patch in trace.patches:
         kind, where = "", "survives"
         if patch.layer is not None:
-            step, where = layers.index(patch.layer) + 1, f"leaves after layer {patch.layer}"
+            step, where = layers.index(patch.layer) + 1, f"leaves {when(patch.layer)}"
             kind = f' class="s{step}" data-step="{step}"'
         score = "" if patch.score is None else f", score {patch.score:.2f}"
         tip = f"row {patch.row}, column {patch.column}: {where}{score}"
         spans.append(f'<span{kind} data-tip="{tip}">{"" if patch.layer is None else patch.layer}</span>')
-    legend = "".join(
-        f'<li class="s{layers.index(layer) + 1}">layer {layer}: {_after(trace, layer)} left, '
+    shape = f"grid-template-columns: repeat({trace.columns}, 1fr); aspect-ratio: {trace.columns} / {trace.rows}"
+    style = f"{shape}; background-image: url({_data(trace.picture)})"
+    walked = f'data-walk="{trace.columns}" tabindex="0" role="group" '
+    walked += f'aria-label="{trace.rows} rows of {trace.columns} patches"'
+    return f'<div class="picture" {walked} style="{style}">{"".join(spans)}</div>'
+
+
+def legend(trace: PatchTrace, layers: list[int]) -> str:
+    """The colours of the layers, what survives, and the strip, as HTML."""
+    items = "".join(
+        f'<li class="s{layers.index(layer) + 1}">{when(layer)}: {after(trace, layer)} left, '
         f"{trace.layer_macs[layer]:.0%} MACs</li>"
         for layer in trace.left
     )
-    shape = f"grid-template-columns: repeat({trace.columns}, 1fr); aspect-ratio: {trace.columns} / {trace.rows}"
-    shown = f"{shape}; background-image: url({_data(trace.picture)})"
-    walked = f'data-walk="{trace.columns}" tabindex="0" role="group" '
-    walked += f'aria-label="{trace.rows} rows of {trace.columns} patches"'
-    return f"""<article><div class="picture" {walked} style="{shown}">{"".join(spans)}</div>
-Prediction: <b>{escape(prediction(trace))}</b><ul>{legend}</ul>
+    return f"""<ul>{items}</ul>
 <small>{escape(Path(trace.image).name)}: {_summary(trace)}</small>
-<img class="strip" alt="{_strip_told(trace)}" src="{_data(strip(trace))}"></article>
-"""
+<img class="strip" alt="{_strip_told(trace)}" src="{_data(strip(trace))}">"""
 
 
 def _strip_told(trace: PatchTrace) -> str:
     """What the strip shows, in words."""
-    after = "; ".join(f"{_after(trace, layer)} of {len(trace.patches)} after layer {layer}" for layer in trace.left)
-    return f"the picture, and the patches that are left: {after}"
+    left = "; ".join(f"{after(trace, layer)} of {len(trace.patches)} {when(layer)}" for layer in trace.left)
+    return f"the picture, and the patches that are left: {left}"
 
 
 def _data(picture: Image) -> str:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core.scoring import full_precision
+
 LOGITS = ("logits", "start_logits", "end_logits")
 NEVER = -1e4  # the logit of a token that is not there
 
@@ -104,7 +106,8 @@ def embedding_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05) 
     if len(s) < 3:
         return loss
     others = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
-    near = [(x @ x.T / temperature)[others].view(len(x), -1).log_softmax(-1) for x in (s, t)]
+    with full_precision(s.device):
+        near = [(x @ x.T / temperature)[others].view(len(x), -1).log_softmax(-1) for x in (s, t)]
     return loss + F.kl_div(near[0], near[1], reduction="batchmean", log_target=True)
 
 

@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ...core.scoring import full_precision
+
 
 def first_bins(mask: Tensor) -> Tensor:
     """Turn on as many bins as in ``mask`` (S, bins), the first ones."""
@@ -44,7 +46,8 @@ def kept_of_bins(share: Tensor, longest: int, floor: int) -> Callable[[int, Tens
     ``share`` (S, bins) stays, the ``floor`` best ones always. Between whole numbers, as expected counts are, on the
     line from one to the next."""
     longest = 64 * (longest // 64 + 1)  # few tables for many lengths
-    table = share.float() @ places(share.shape[1], longest, floor).to(share.device).T
+    with full_precision(share.device):
+        table = share.float() @ places(share.shape[1], longest, floor).to(share.device).T
     table = table + torch.arange(longest + 1, device=share.device).clamp(max=floor)
 
     def stay(site: int, n: Tensor) -> Tensor:

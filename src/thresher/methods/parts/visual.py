@@ -30,11 +30,7 @@ class Visual(TopK):
         return (EARLY,)
 
     def check_modality(self, model: Architecture, at: tuple[int, ...]) -> None:
-        if model.reader is None:
-            raise ValueError(
-                f"{self.name} chooses among the tokens of pictures or sounds, and {model.name} reads none; topk, "
-                "random and ltp prune text"
-            )
+        check_reads(self.name, model)
         super().check_modality(model, at)
 
     def keeps_all(self, site: int) -> bool:
@@ -63,6 +59,15 @@ class Visual(TopK):
         rows = pictures.summed(spent)
         score = pictures.spread(order.masked_fill(~pictures.real, 0.0), 0.0)
         return score, Choice(kept | view.alive & ~pictures.visual, macs=rows)
+
+
+def check_reads(name: str, model: Architecture) -> None:
+    """Raise ValueError where a method for pictures meets a model that reads none."""
+    if model.reader is None:
+        raise ValueError(
+            f"{name} chooses among the tokens of pictures or sounds, and {model.name} reads none; topk, random and ltp "
+            "prune text"
+        )
 
 
 def directions(pictures: Pictures, view: View) -> Tensor:
