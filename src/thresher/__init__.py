@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .exporting.export import export
     from .exporting.runtime import load_runtime
     from .methods.adapler import AdapLeR
+    from .methods.atome import AToMe
     from .methods.ats import ATS
     from .methods.baselines import Cut, FirstK, Random
     from .methods.cdpruner import CDPruner
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .methods.ltp import LTP
     from .methods.powerbert import PoWERBERT
     from .methods.pyramiddrop import PyramidDrop
+    from .methods.silence import Silence
     from .methods.spatial import Grid, Pool
     from .methods.spatten import SpAtten
     from .methods.threshold import Threshold
@@ -64,6 +66,7 @@ __all__ = [
     "TOVA",
     "TRBERT",
     "VATP",
+    "AToMe",
     "AdapLeR",
     "CDPruner",
     "CachePruner",
@@ -89,6 +92,7 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "RandomCache",
+    "Silence",
     "SnapKV",
     "SpAtten",
     "StreamingLLM",
@@ -136,6 +140,8 @@ _HOMES = {
     "methods.divprune": ("DivPrune",),
     "methods.cdpruner": ("CDPruner",),
     "methods.adapler": ("AdapLeR",),
+    "methods.atome": ("AToMe",),
+    "methods.silence": ("Silence",),
     "methods.ats": ("ATS",),
     "methods.baselines": ("Cut", "FirstK", "Random"),
     "methods.entropy": ("Entropy",),

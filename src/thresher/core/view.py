@@ -84,6 +84,7 @@ class Site:
     pictures: Tensor | None = None  # (B, N) long, see ``View.pictures``
     places: Tensor | None = None  # (3, B, N), see ``View.places``
     tower: Tensor | None = None  # (B, N), see ``View.tower``
+    spectrum: Tensor | None = None  # (B, F, T), see ``View.spectrum``
     panel: Panel | None = None  # the rows that these are
 
     @property
@@ -118,7 +119,7 @@ class Site:
 
     def release(self) -> None:
         """Let go of the layer's tensors; the decision and the score stay."""
-        self.inputs = self.weights = self.hidden = self.states = self.scores = self.previous = None
+        self.inputs = self.weights = self.hidden = self.states = self.scores = self.previous = self.spectrum = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +179,17 @@ class View:
         tower = self._shown.tower
         assert tower is not None, "a method that asks for it says needs_tower"
         return tower
+
+    @property
+    def spectrum(self) -> Tensor:
+        """(B, F, T): the spectrogram that an encoder of sounds was given, F bands of T frames.
+
+        Raises:
+            RuntimeError: the model was not given one.
+        """
+        if self._shown.spectrum is None:
+            raise RuntimeError("the model was called without input_features (B, F, T), a spectrogram")
+        return self._shown.spectrum
 
     @property
     def previous(self) -> Site | None:
