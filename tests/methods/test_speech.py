@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +124,14 @@ def test_a_saved_model_is_what_it_was_and_says_so(tmp_path):
         assert torch.equal(again(input_features=features).logits, model(input_features=features).logits)
     told = describe(str(tmp_path))
     assert told["sites"] == [-1, 0, 1, 2] and told["pruning"]["method"] == "silence"
+
+
+def test_the_page_about_speech_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "vision.md").read_text(encoding="utf-8")
+    code = next(block for block in re.findall("```python\n(.*?)```", page, re.DOTALL) if "my-whisper" in block)
+    monkeypatch.chdir(tmp_path)
+    options = WHISPER.options | {"max_source_positions": 1500}
+    model = replace(WHISPER, model="WhisperForConditionalGeneration", options=options).build()
+    model.generation_config.no_timestamps_token_id = 90
+    model.save_pretrained("my-whisper")
+    exec(code, {"torch": torch})

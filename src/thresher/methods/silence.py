@@ -19,8 +19,8 @@ STEP = 4  # powers of ten of a step of Whisper's spectrogram, which holds (log10
 
 
 class Silence(AToMe):
-    """Merge silent frames before the first layer, then neighbours by ``AToMe``; of our own, for encoders of Whisper's
-    kind, whose window of 30 seconds is mostly silence where people say a sentence.
+    """Merge silent frames before the first layer, then neighbours (A-ToMe; Li, Wu, Li and Liu, 2023); for encoders of
+    Whisper's kind, whose window of 30 seconds is mostly silence where people say a sentence. The first part is our own.
 
     A frame is silent that is ``below`` decibels under the loudest one of its window. Frames within ``margin`` of one
     that is not are left alone: quiet beginnings and ends of words, and the pause by which the decoder knows that a
@@ -35,6 +35,15 @@ class Silence(AToMe):
         group: silent tokens that become one; None: they leave, and are put back as they were before the first layer,
             which the decoder has never seen.
         at: -1 and layers; default: with every layer where ``r`` is given.
+
+    ================================  ==============================  ==============================================
+    paper                             here                            why
+    ================================  ==============================  ==============================================
+    silence is merged as all else,    before the first layer, by      there it costs no layer; Whisper fills every
+    half of it in a layer             what can be heard               sound up to 30 seconds
+    any two neighbours                what stands for silence is not  its size would outweigh the sound
+                                      merged with sound
+    ================================  ==============================  ==============================================
     """
 
     r: float | int | tuple = 0
