@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ def audit(spec: AuditSpec, *, progress: Callable[[str, int, int], Any] | None = 
 
     Of an embedder the score of a text is the cosine to the vector of its dense model, in points; slices are of length,
     and the first row says how many of the ten nearest texts stay ("overlap") and which lose most of them ("moved"). Of
-    a tagger an example is an entity that its dense model finds, right where it is found alike to the token; slices are
-    of length and type, and the metric of the first row, F1, counts what the pruned model finds alone as well.
+    a tagger an example is an entity of its dense model, right where it is found alike to the token, slices are of
+    length and type, and F1, the metric of the whole, counts what the pruned model finds alone.
     Else scores are right or wrong (accuracy, points; pair by pair where a task reranks), the F1 of an answer (points)
     or the absolute error (the labels' unit); a drop above 0 is a loss. Intervals and tests: ``thresher.stats.paired``.
 
@@ -107,16 +107,12 @@ def audit(spec: AuditSpec, *, progress: Callable[[str, int, int], Any] | None = 
     if other is not None:
         _check_pair(net, other, spec.against or f"{spec.model}/dense", tokenizer, max_length)
     cuts = {name: groups(task.test[name], name) for name in by}  # mistakes are told before anything runs
-
     after, before = _both(net, other, test, spec.batch_size, progress)
     said = {"dense": _answers(before, test, task), "pruned": _answers(after, test, task)}
     cost = _costs(after, test)
     cuts = {LENGTH: quarters(cost[:, 0]), **({CLASS: _classes(task)} if task.kind == "classification" else {}), **cuts}
     rows, members = _rows(task.kind, said, cost, cuts)
-    rows[0] |= {"metric": task.metric}
-    rows[0] |= {f"metric_{name}": quality(p, test, task.metric) for name, p in (("dense", before), ("pruned", after))}
-    against = spec.against or ("dense" if other else None)
-    rows[0] |= {"model": Path(spec.model).name, "task": task.name, "against": against}
+    rows[0] |= _head(spec, task, [quality(p, test, task.metric) for p in (before, after)])
     if embeds and spec.examples:
         rows[0] |= neighbours(np.asarray(after.logits), np.asarray(before.logits), [*task.test[TEXT]])
         return rows
@@ -146,9 +142,15 @@ def _tags(spec: AuditSpec, progress: Callable | None) -> list[dict]:
     said = {"dense": Answers(np.full(len(words), 100.0), words), "pruned": Answers(100.0 * tagged.found, words)}
     cuts = {LENGTH: quarters(cost[:, 0]), TYPE: [*tagged.kinds]}
     rows, _ = _rows("tagging", said, cost, cuts)
+    rows[0] |= _head(spec, replace(tagged.task, metric="entity f1"), [100.0, 100 * tagged.total.f1])
+    return rows
+
+
+def _head(spec: AuditSpec, task: Task, metrics: Sequence[float]) -> dict[str, Any]:
+    """What the first row says besides: the metric, of the dense and of the pruned model, and what was compared."""
     against = spec.against or ("dense" if (Path(spec.model) / "dense").is_dir() else None)
-    rows[0] |= {"metric": "entity f1", "metric_dense": 100.0, "metric_pruned": 100 * tagged.total.f1}
-    return [rows[0] | {"model": Path(spec.model).name, "task": tagged.task.name, "against": against}, *rows[1:]]
+    names = {"model": Path(spec.model).name, "task": task.name, "against": against}
+    return {"metric": task.metric, "metric_dense": metrics[0], "metric_pruned": metrics[1], **names}
 
 
 def quarters(values: np.ndarray) -> list[str | None]:
