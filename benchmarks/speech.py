@@ -35,6 +35,7 @@ VOICES = ("en-us", "en-gb")
 SENTENCES, FULL, CALM = 40, 8, 2  # windows; of the last, of other sentences, budgets are met on
 PHRASES = Path("/usr/share/sounds/alsa")
 TARGETS = (0.7, 0.5)  # of the encoder's MACs
+BUDGETED = ("atome", "random", "topk", "tome")
 
 
 def captions() -> list[str]:
@@ -103,21 +104,21 @@ def errors(wanted: list[str], said: list[str]) -> int:
 
 
 def methods() -> dict[str, Callable[[float | None], Any]]:
-    """By name: functions of a share of the MACs; the first four of them take none."""
+    """By name: functions of a share of the MACs, which the last four of them take."""
     from thresher import AToMe, Random, Silence, ToMe, TopK
 
     every = {"at": (0, 1, 2)}
     return {
         "dense": lambda _: Random(keep=1.0),
         "silence": lambda _: Silence(),
-        "silence-put-back": lambda _: Silence(group=None),
-        "silence-removed": lambda _: Silence(group=None),
         "silence+atome-0.1": lambda _: Silence(r=0.1),
         "silence+atome-0.2": lambda _: Silence(r=0.2),
+        "silence-put-back": lambda _: Silence(group=None),
+        "silence-removed": lambda _: Silence(group=None),
         "atome": lambda target: AToMe(target_flops=target),
-        "tome": lambda target: ToMe(target_flops=target),
-        "topk": lambda target: TopK(target_flops=target, **every),
         "random": lambda target: Random(target_flops=target, **every),
+        "topk": lambda target: TopK(target_flops=target, **every),
+        "tome": lambda target: ToMe(target_flops=target),
     }
 
 
@@ -185,7 +186,7 @@ def measure(model: str) -> None:
     calm, known = parts.pop("calm"), RUNS / f"{model}.json"  # of the dense model's errors, window by window
     base = {name: np.array(own) for name, own in json.loads(known.read_text()).items()} if known.exists() else {}
     for name, make in methods().items():
-        for target in TARGETS if name in ("atome", "tome", "topk", "random") else (None,):
+        for target in TARGETS if name in BUDGETED else (None,):
             file = RESULTS / f"{model}-{name}{'' if target is None else f'-{target:g}'}.json"
             if file.exists() and base:
                 continue

@@ -26,7 +26,7 @@ from weights import RAMPART, available, pretrained
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tagging"
 LONGEST, BATCH = 256, 16
-COUNTS = {"sentences": 300, "letters": 100, "posts": 60}
+COUNTS = {"sentences": 300, "letters": 80, "posts": 40}
 CHOICE, FEW = 32, 8  # texts, of others than the test part's, on which layers are chosen, and budgets met
 FEWER = (1.5, 2.0)  # times fewer MACs
 WHERE = (None, (2,))  # layers at which tokens leave, of which the best is taken; None: the method's own
