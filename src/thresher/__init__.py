@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .exporting.export import export
     from .exporting.runtime import load_runtime
     from .methods.adapler import AdapLeR
+    from .methods.atome import AToMe
     from .methods.ats import ATS
     from .methods.baselines import Cut, FirstK, Random
     from .methods.cdpruner import CDPruner
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .methods.ltp import LTP
     from .methods.powerbert import PoWERBERT
     from .methods.pyramiddrop import PyramidDrop
+    from .methods.silence import Silence
     from .methods.sparsevlm import SparseVLM
     from .methods.spatial import Grid, Pool
     from .methods.spatten import SpAtten
@@ -65,6 +67,7 @@ __all__ = [
     "TOVA",
     "TRBERT",
     "VATP",
+    "AToMe",
     "AdapLeR",
     "CDPruner",
     "CachePruner",
@@ -90,6 +93,7 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "RandomCache",
+    "Silence",
     "SnapKV",
     "SpAtten",
     "SparseVLM",
@@ -139,6 +143,8 @@ _HOMES = {
     "methods.divprune": ("DivPrune",),
     "methods.cdpruner": ("CDPruner",),
     "methods.adapler": ("AdapLeR",),
+    "methods.atome": ("AToMe",),
+    "methods.silence": ("Silence",),
     "methods.ats": ("ATS",),
     "methods.baselines": ("Cut", "FirstK", "Random"),
     "methods.entropy": ("Entropy",),

@@ -11,6 +11,7 @@ from thresher import (
     TRBERT,
     VATP,
     AdapLeR,
+    AToMe,
     Cut,
     DynamicViT,
     Entropy,
@@ -19,6 +20,7 @@ from thresher import (
     LazyLLM,
     PoWERBERT,
     Random,
+    Silence,
     SpAtten,
     Threshold,
     ToFu,
@@ -75,6 +77,8 @@ METHODS = {
     "tome": (lambda: ToMe(r=0.0), lambda: ToMe(r=0.2)),
     "tome-states": (lambda: ToMe(r=0.0, metric="states", rounds=2), lambda: ToMe(r=0.2, metric="states", rounds=2)),
     "tofu": (lambda: ToFu(r=0), lambda: ToFu(r=3)),
+    "atome": (lambda: AToMe(r=0.0), lambda: AToMe(r=0.2)),
+    "silence": (lambda: Silence(below=1e6), lambda: Silence(below=40.0, margin=0, group=3, r=0.2)),
     "lat": (lambda: LAT(), lambda: LAT(keep=0.6)),
     "ltmp": (lambda: LTMP(merge_init=2.0), lambda: LTMP(init=0.8, merge_init=0.5)),
     "powerbert": (lambda: PoWERBERT(), lambda: PoWERBERT(keep=0.6)),
@@ -92,16 +96,17 @@ METHODS = {
 # What a method says (a regular expression) on families that it cannot serve: {"mine": {"siglip": "shows no keys"}}
 REFUSES: dict[str, dict[str, str]] = {
     method: dict.fromkeys(("mpnet", "deberta-v2", "roformer", "siglip-vision"), "needs the keys or values")
-    for method in ("ats", "vatp", "tome", "tome-states", "tofu", "ltmp")
+    for method in ("ats", "vatp", "tome", "tome-states", "tofu", "ltmp", "atome")
 }
 REFUSES["ats"]["whisper-encoder"] = "which has no class token"
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
-for method in ("tome", "tome-states", "tofu", "ltmp", "top-fused", "ltp-fused"):
+for method in ("tome", "tome-states", "tofu", "ltmp", "atome", "top-fused", "ltp-fused"):
     REFUSES.setdefault(method, {}).update(dict.fromkeys(DECODERS, "a decoder: a merged token"))
 REFUSES["evit"] = dict.fromkeys(DECODERS, "a decoder: a merged token") | dict.fromkeys(
     ("whisper-encoder", "siglip-vision"), "no class token"
 )
 REFUSES["lazyllm"] = {name: "an encoder, in which the last token" for name in FAMILIES if name not in DECODERS}
+REFUSES["silence"] = {name: "not possible" for name in FAMILIES if name != "whisper-encoder"}
 REFUSES["entropy-row"] = dict.fromkeys(DECODERS, "use criterion='column'")
 
 

@@ -60,6 +60,11 @@ class Architecture:
         return self.base.main_input_name == "input_ids"
 
     @property
+    def enterable(self) -> bool:
+        """Whether tokens may leave before the first layer: those of pictures and sounds; of a sketch nobody knows."""
+        return self.base is None or bool(self.placeholders) or not self.text
+
+    @property
     def packable(self) -> bool:
         """Whether packed rows fit the layers."""
         return self.shows_inputs and self.passes_arguments and not self.relative and self.reader is None

@@ -74,6 +74,7 @@ class CallState:
     entered: Tensor | None = None  # (B,) tokens that entered, where some left before the first layer
     tower: Tensor | None = None  # (B, N0), see ``View.tower``
     spent: Any = 0  # MACs of the choice that was made there
+    spectrum: Tensor | None = None  # (B, F, T), see ``View.spectrum``
 
     @property
     def dense(self) -> bool:
@@ -178,7 +179,7 @@ class Hooks(Attachment):
         soft = options.gates is not None or (options.mode == "pruned" and pruner.soft)
         ids = kwargs.get("input_ids") if prompt is None else prompt.ids
         call = CallState(options, pruner, soft=soft, mask=mask, whole=whole, ids=ids, wants=wants, prompt=prompt)
-        call.deep = Deep.taken(kwargs)
+        call.deep, call.spectrum = Deep.taken(kwargs), kwargs.get("input_features")
         if prompt is not None and (places := kwargs.get("position_ids")) is not None and places.dim() == 3:
             call.places = places[-3:].expand(-1, len(prompt.ids), -1)
         if not torch.compiler.is_compiling():
@@ -369,6 +370,7 @@ class Hooks(Attachment):
         site = Site(layer, number, tokens, protected, hidden)
         if number >= 0:
             site.previous, site.counts, site.passed = call.previous, call.options.counts, self.passes_by(pruner, number)
+            site.spectrum = call.spectrum
             if call.pictures is not None:
                 site.pictures = call.pictures.to(tokens.index.device).gather(1, tokens.index)
                 site.pictures = site.pictures.masked_fill(~tokens.alive, -1)
@@ -458,7 +460,8 @@ class Hooks(Attachment):
         return site.after
 
     def check_shown(self, site: Site) -> None:
-        if self.pruner.needs_attention and site.inputs is None and site.weights is None:
+        shows = site.inputs is not None or site.weights is not None
+        if self.pruner.needs_attention and not shows and site.layer != EARLY:
             raise RuntimeError(
                 f"layer {site.layer} of {self.architecture.name} delivered no attention, so nothing would be pruned; "
                 "load the model with attn_implementation='sdpa' or 'eager', and do not change it after prune()"

@@ -138,8 +138,8 @@ class TokenPruner(Pruner):
 
     Args:
         at: 0-based layers after whose attention tokens leave; the score of layer i decides what goes on from i.
-            Default: a quarter, a half and three quarters of the depth. -1 is before the first layer of a language model
-            that reads pictures or sounds.
+            Default: a quarter, a half and three quarters of the depth. -1 is before the first layer, of a language
+            model that reads pictures or sounds or of an encoder of these.
         protect: tokens that never leave: positions among the live tokens (negative ones from the end);
             ``{"ids": [...]}`` for token ids; ``{"until": [...]}`` for all up to the first of these ids behind the first
             token, the query of a pair; "query" for that with the separator of the model's configuration, or of a
@@ -176,6 +176,7 @@ class TokenPruner(Pruner):
     scores_row: ClassVar[bool] = False  # whether it takes one row of them, which is charged instead
     merges = False  # whether tokens are merged into others
     at_entry: ClassVar[bool] = False  # whether tokens leave before the first layer of a language model, at -1, alone
+    enters: ClassVar[bool] = False  # whether what it does before the first layer asks for no attention, unlike the rest
     sized: ClassVar[bool] = False  # whether keys then weigh by the number of tokens that they stand for
     needs_rotary: ClassVar[bool] = False  # whether the score takes the turns of rotary positions
     needs_tower: ClassVar[bool] = False  # whether the score takes what the tower of pictures attends to
@@ -324,7 +325,7 @@ class TokenPruner(Pruner):
             at = (EARLY,) if self.at_entry else self.default_at(model)
         self.check_modality(model, at)
         for layer in at:
-            entry = layer == EARLY and bool(model.placeholders)
+            entry = layer == EARLY and model.enterable
             if not entry and not model.first_site <= layer <= model.last_site:
                 raise ValueError(
                     f"at={list(at)}: layer {layer} is not possible in {model.name}; its {model.depth} layers can be "
@@ -341,20 +342,23 @@ class TokenPruner(Pruner):
     def check_modality(self, model: Architecture, at: tuple[int, ...]) -> None:
         """Raise ValueError where a model reads nothing that may leave, or the method cannot act before its layers."""
         known = model.placeholders
+        if model.base is None:
+            return
         if self.modality not in (None, ALL, *known):
             reads = f"reads {', '.join(known)} and text" if known else "reads text alone, or is a tower"
             raise ValueError(f"modality={self.modality!r}: {model.name} {reads}")
         if self.at_entry and (not known or at != (EARLY,)):
             what = "the layers of a language model that reads pictures or sounds"
             raise ValueError(f"{self.name} acts before {what}, at={EARLY}; got at={list(at)} in {model.name}")
-        if EARLY not in at or not known:
+        if EARLY not in at or not model.enterable:
             return
         if self.soft_until > 0:
             raise ValueError(f"at={list(at)}: tokens fade within the layers and not before them; give soft_until=0")
-        if self.needs_attention or self.needs_values:
+        if (self.needs_attention or self.needs_values) and not self.enters:
+            others = "divprune, cdpruner, visionzip, grid or random" if known else "random"
             raise ValueError(
                 f"at={list(at)}: before layer 0 there is no attention to go by, which {self.name} needs; choose "
-                "at=(1,), or divprune, cdpruner, visionzip, grid or random"
+                f"at=(1,), or {others}"
             )
 
     def settle_votes(self, model: Architecture) -> None:

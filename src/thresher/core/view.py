@@ -85,6 +85,7 @@ class Site:
     places: Tensor | None = None  # (3, B, N), see ``View.places``
     tower: Tensor | None = None  # (B, N), see ``View.tower``
     rotary: tuple[Tensor, Tensor] | None = None  # see ``View.rotary``
+    spectrum: Tensor | None = None  # (B, F, T), see ``View.spectrum``
     panel: Panel | None = None  # the rows that these are
 
     @property
@@ -120,7 +121,7 @@ class Site:
     def release(self) -> None:
         """Let go of the layer's tensors; the decision and the score stay."""
         self.inputs = self.weights = self.hidden = self.states = self.scores = self.previous = None
-        self.rotary = None
+        self.rotary = self.spectrum = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +192,17 @@ class View:
     def heads(self) -> int:
         """H of the queries; raises as ``key`` does."""
         return self._inputs("queries").query.shape[1]
+
+    @property
+    def spectrum(self) -> Tensor:
+        """(B, F, T): the spectrogram that an encoder of sounds was given, F bands of T frames.
+
+        Raises:
+            RuntimeError: the model was not given one.
+        """
+        if self._shown.spectrum is None:
+            raise RuntimeError("the model was called without input_features (B, F, T), a spectrogram")
+        return self._shown.spectrum
 
     @property
     def previous(self) -> Site | None:

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -89,6 +90,23 @@ def is_decoder(model: str) -> bool:
 def load_decoder(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any]:
     """Return a saved decoder and its tokenizer; else as ``load``."""
     net = opened(lambda: reading(AutoModelForCausalLM.from_pretrained, model), model, layout)
+    return net, reading(AutoTokenizer.from_pretrained, model)
+
+
+def is_tagger(model: str) -> bool:
+    """Whether a folder, or a name on the hub, is a model that gives each token a label."""
+    try:
+        known = AutoConfig.from_pretrained(model).architectures or ()
+    except Exception:  # of many kinds; whoever opens the model says what is wrong with it
+        return False
+    return any(name.endswith("ForTokenClassification") for name in known)
+
+
+def load_tagger(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """Return a saved model that gives each token a label, and its tokenizer; else as ``load``."""
+    if not is_tagger(model):
+        raise ValueError(f"{model} gives no label to each token: expected a folder of a model ForTokenClassification")
+    net = opened(lambda: reading(AutoModelForTokenClassification.from_pretrained, model), model, layout)
     return net, reading(AutoTokenizer.from_pretrained, model)
 
 

@@ -40,7 +40,8 @@ class Predictions:
     """What a model said of N examples, in their order, and what it cost.
 
     Attributes:
-        logits: (N, K) fp32, of an embedder its vectors; of question answering a list of N start and end logits (2, n).
+        logits: (N, K) fp32, of an embedder its vectors; of question answering a list of N start and end logits (2, n),
+            of a tagger one of N logits (n, K).
         kept: (N, S) long, tokens left after each site; S = 0 where nothing was pruned.
         tokens: (N,) long, tokens of each input.
         rows_used, rows_dense: (N,) MACs of each example, and those of the dense model on it without padding.
@@ -166,10 +167,13 @@ def logits_of(
 
 
 def _logits(model: Any, output: Any, lengths: Tensor) -> list[Tensor]:
-    """The logits of each row: (K,) of a classifier, (2, n) of a model that answers questions; an embedder's vector."""
+    """The logits of each row: (K,) of a classifier, (2, n) of a model that answers questions, (n, K) of a tagger; an
+    embedder's vector."""
     for name in ("logits", "sentence_embedding"):
         if isinstance(logits := getattr(output, name, None), Tensor) and logits.dim() == 2:
             return [*logits.float()]
+        if isinstance(logits, Tensor) and type(model).__name__.endswith("ForTokenClassification"):
+            return [row[:n] for row, n in zip(logits.float(), lengths.tolist(), strict=True)]
     if getattr(output, "start_logits", None) is None:
         what = f"{type(model).__name__} gives no logits (B, K), and no start and end logits"
         raise ValueError(f"{what}: measure a model that classifies or answers questions")

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..api import MODULE, dense
 from ..data import qa
 from ..data.embedder import Embedder
 from ..data.files import reading
-from ..data.models import class_names, positions
+from ..data.models import class_names, is_tagger, positions
 from ..data.task import DataError, Task
 from ..data.texts import TEXT
 from ..evaluation.predict import Predictions, outcome, predict, quality
@@ -35,16 +35,19 @@ from ..stats.paired import detectable, excess_tests, holm, interval, paired_test
 from .embedders import neighbours
 from .evaluate import dense_of, tested
 from .spec import AuditSpec, job
+from .taggers import compare_tags
 
 SMALLEST = 10  # examples of a group that is looked at
 FEW, MANY = 10, 50  # numbers of more values are cut at their quartiles; other columns may have so many values
-LENGTH, CLASS = "input length", "class"
+LENGTH, CLASS, TYPE = "input length", "class", "entity"
+FOUND = "share of the dense model's entities"
 SCORES = {
     "classification": "accuracy",
     "qa": "F1 of the answer",
     "regression": "absolute error",
     "reranking": "accuracy",
     "embedding": "cosine to the dense vector",
+    "tagging": FOUND,
 }
 
 
@@ -61,7 +64,9 @@ def audit(spec: AuditSpec, *, progress: Callable[[str, int, int], Any] | None = 
     """Compare a saved pruned model with the dense one on slices of the test part.
 
     Of an embedder the score of a text is the cosine to the vector of its dense model, in points; slices are of length,
-    and the first row says how many of the ten nearest texts stay ("overlap") and which lose most of them ("moved").
+    and the first row says how many of the ten nearest texts stay ("overlap") and which lose most of them ("moved"). Of
+    a tagger an example is an entity of its dense model, right where it is found alike to the token, slices are of
+    length and type, and F1, the metric of the whole, counts what the pruned model finds alone.
     Else scores are right or wrong (accuracy, points; pair by pair where a task reranks), the F1 of an answer (points)
     or the absolute error (the labels' unit); a drop above 0 is a loss. Intervals and tests: ``thresher.stats.paired``.
 
@@ -88,6 +93,8 @@ def audit(spec: AuditSpec, *, progress: Callable[[str, int, int], Any] | None = 
         ValueError: a model that is not pruned, or a dense one that is or that answers something else.
         DataError: no labels, or a column that cannot be used.
     """
+    if is_tagger(spec.model):
+        return _tags(spec, progress)
     by = tuple(dict.fromkeys(spec.by))
     net, max_length, task, test = tested(spec, spec.layout, beside=by)
     if not hasattr(net, MODULE):
@@ -100,16 +107,12 @@ def audit(spec: AuditSpec, *, progress: Callable[[str, int, int], Any] | None = 
     if other is not None:
         _check_pair(net, other, spec.against or f"{spec.model}/dense", tokenizer, max_length)
     cuts = {name: groups(task.test[name], name) for name in by}  # mistakes are told before anything runs
-
     after, before = _both(net, other, test, spec.batch_size, progress)
     said = {"dense": _answers(before, test, task), "pruned": _answers(after, test, task)}
     cost = _costs(after, test)
     cuts = {LENGTH: quarters(cost[:, 0]), **({CLASS: _classes(task)} if task.kind == "classification" else {}), **cuts}
-    rows, members = _rows(task, said, cost, cuts)
-    rows[0] |= {"metric": task.metric}
-    rows[0] |= {f"metric_{name}": quality(p, test, task.metric) for name, p in (("dense", before), ("pruned", after))}
-    against = spec.against or ("dense" if other else None)
-    rows[0] |= {"model": Path(spec.model).name, "task": task.name, "against": against}
+    rows, members = _rows(task.kind, said, cost, cuts)
+    rows[0] |= _head(spec, task, [quality(p, test, task.metric) for p in (before, after)])
     if embeds and spec.examples:
         rows[0] |= neighbours(np.asarray(after.logits), np.asarray(before.logits), [*task.test[TEXT]])
         return rows
@@ -129,6 +132,25 @@ def _both(net, other, test: Dataset, batch_size: int, progress: Callable | None)
     after = run("pruned", net)
     with nullcontext() if other else dense(net):
         return after, run("dense", other or net)
+
+
+def _tags(spec: AuditSpec, progress: Callable | None) -> list[dict]:
+    """The rows of a tagger: an example is an entity of the dense model."""
+    tagged = compare_tags(spec, progress)
+    cost = _costs(tagged.pruned, tagged.task.test)[tagged.owners]
+    words = [""] * len(tagged.found)
+    said = {"dense": Answers(np.full(len(words), 100.0), words), "pruned": Answers(100.0 * tagged.found, words)}
+    cuts = {LENGTH: quarters(cost[:, 0]), TYPE: [*tagged.kinds]}
+    rows, _ = _rows("tagging", said, cost, cuts)
+    rows[0] |= _head(spec, replace(tagged.task, metric="entity f1"), [100.0, 100 * tagged.total.f1])
+    return rows
+
+
+def _head(spec: AuditSpec, task: Task, metrics: Sequence[float]) -> dict[str, Any]:
+    """What the first row says besides: the metric, of the dense and of the pruned model, and what was compared."""
+    against = spec.against or ("dense" if (Path(spec.model) / "dense").is_dir() else None)
+    names = {"model": Path(spec.model).name, "task": task.name, "against": against}
+    return {"metric": task.metric, "metric_dense": metrics[0], "metric_pruned": metrics[1], **names}
 
 
 def quarters(values: np.ndarray) -> list[str | None]:
@@ -248,9 +270,9 @@ def _number(name: str) -> float | None:
         return None
 
 
-def _rows(task: Task, said: dict[str, Answers], cost: np.ndarray, cuts: dict) -> tuple[list[dict], np.ndarray]:
+def _rows(kind: str, said: dict[str, Answers], cost: np.ndarray, cuts: dict) -> tuple[list[dict], np.ndarray]:
     """The rows of the result, and their members (S, N)."""
-    unit = 100.0 if SCORES[task.kind] == "accuracy" else None
+    unit = 100.0 if SCORES[kind] in ("accuracy", FOUND) else None
     change = said["dense"].scores - said["pruned"].scores
     found = list(_slices(cuts))
     members = np.array([np.ones(len(change), bool), *(member for *_, member in found)])
@@ -260,7 +282,7 @@ def _rows(task: Task, said: dict[str, Answers], cost: np.ndarray, cuts: dict) ->
         means = {name: abs(float(answers.scores[member].mean())) for name, answers in said.items()}
         rows.append(
             {"by": by, "slice": name, "n": int(member.sum()), "length": float(sums[0] / member.sum())}
-            | {"score": SCORES[task.kind], **means, "drop": float(own.mean()), "interval": interval(own, unit)}
+            | {"score": SCORES[kind], **means, "drop": float(own.mean()), "interval": interval(own, unit)}
             | {"lost": int((own > 0).sum()), "gained": int((own < 0).sum()), "p": paired_test(own), "p_holm": None}
             | {"excess": None, "p_more": None, "p_more_holm": None, "detectable": None, "worse": None}
             | {"tokens": float(sums[1] / sums[0]), "macs": float(sums[2] / sums[3]), "examples": []}

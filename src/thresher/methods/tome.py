@@ -91,20 +91,33 @@ class ToMe(Budgeted):
         return self.turn_shares("r", 1)
 
     def score_and_choose(self, view: View) -> tuple[Tensor, Choice]:
-        x, sizes, keep = features(view, self.metric), view.tokens.sizes, view.alive
+        x, sizes, keep, free = features(view, self.metric), view.tokens.sizes, view.alive, self.free(view)
         itself = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
         wanted, macs = merged_count(self.shares[view.site], keep.sum(1)), torch.zeros_like(sizes[:, 0])
         into, score = itself, torch.zeros_like(sizes)
         for turn in range(self.rounds):
-            similarity, partner = bipartite_matching(x, keep & ~view.protected, self.metric)
+            similarity, partner = self.match(x, keep, keep & free)
             own = torch.where(similarity > -STAYS, -similarity, STAYS).masked_fill(~keep, 0.0)
             most = keep.sum(1) - in_round(wanted, turn, self.rounds)
             stays = top_k(own, torch.maximum(most, (own == STAYS).sum(1)), keep)
-            goes, macs = torch.where(keep & ~stays, partner, itself), macs + matching_macs(keep, x.shape[-1])
+            goes, macs = torch.where(keep & ~stays, partner, itself), macs + self.matching_macs(keep, x.shape[-1])
             into, score, keep = goes.gather(1, into), torch.where(keep, own, score), stays
             if turn + 1 < self.rounds:
                 x, sizes = means(x, sizes, goes)
         return score, Choice(keep, into=into, macs=macs)
+
+    def free(self, view: View) -> Tensor:
+        """Return (B, N) bool, the tokens that may be merged."""
+        return view.alive & ~view.protected
+
+    def match(self, x: Tensor, alive: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+        """Match tokens by the ``features`` x (B, N, C) of those ``alive`` (B, N), of which some are ``free``; returns
+        as ``bipartite_matching`` does."""
+        return bipartite_matching(x, free, self.metric)
+
+    def matching_macs(self, alive: Tensor, channels: int) -> Tensor:
+        """Count the MACs (B,) of a match."""
+        return matching_macs(alive, channels)
 
     def width(self, slots: int, site: int) -> int | None:
         protect = self.protected_positions

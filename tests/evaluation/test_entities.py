@@ -1,0 +1,36 @@
+"""Entities out of labels, and the agreement of two models on them."""
+
+from __future__ import annotations
+
+import pytest
+
+from thresher.evaluation.entities import Agreement, Entity, agreement, entities, together
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ("O B-A I-A O", [("A", 1, 3)]),
+        ("B-A B-A", [("A", 0, 1), ("A", 1, 2)]),
+        ("B-A I-B I-B", [("A", 0, 1), ("B", 1, 3)]),
+        ("I-A I-A O I-A", [("A", 0, 2), ("A", 3, 4)]),
+        ("A A B O", [("A", 0, 2), ("B", 2, 3)]),
+        ("B-A-B I-A-B", [("A-B", 0, 2)]),
+        ("O O", []),
+        ("", []),
+    ],
+)
+def test_entities(labels, found):
+    assert entities(labels.split()) == [Entity(*one) for one in found]
+
+
+def test_a_token_without_a_label_ends_an_entity():
+    assert entities(["B-A", None, "I-A"]) == [Entity("A", 0, 1), Entity("A", 2, 3)]
+
+
+def test_agreement_is_counted_by_type_and_to_the_token():
+    dense, pruned = entities(["B-A", "I-A", "O", "B-B"]), entities(["B-A", "O", "O", "B-B"])
+    assert agreement(dense, pruned) == {"A": Agreement(0, 1, 1), "B": Agreement(1, 1, 1)}
+    assert together(agreement(dense, pruned).values()).f1 == 0.5
+    assert agreement([], dense)["A"].f1 == 0.0
+    assert together([]).f1 == 1.0
