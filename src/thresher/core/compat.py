@@ -372,9 +372,10 @@ def executorch_program(model: nn.Module, methods: Iterable[tuple[str, dict[str, 
     with _executorch_patches():
         for name, given in methods:
             quantizer = None
-            if int8:  # of all operators it would take the integer sums of indices, too
+            if int8:
                 config = xnnpack.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
                 linear = xnnpack.XNNPACKQuantizer().set_operator_type(torch.ops.aten.linear.default, config)
+                linear.transform_for_annotation = lambda graph: graph  # which makes floats of whole numbers
                 quantizer = exporters.PT2EQuantizer(linear, [given])
             config = exporters.ExecutorchConfig(backend="xnnpack", quantizer=quantizer)
             program, _ = exporters.DynamoExporter.export_program(exporter, model, given, config=config)
