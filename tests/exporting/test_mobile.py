@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +53,7 @@ def test_in_an_environment_of_its_own():
 
 
 def classifier(method=None, **options):
-    options = {"vocab_size": 1200, "pad_token_id": 0, "num_labels": 3, **options}
+    options = {"vocab_size": 1200, "pad_token_id": 0, "num_labels": 3, "num_hidden_layers": 2, **options}
     model = FAMILIES["bert"].build(**options)
     return model if method is None else prune(model, method)
 
@@ -140,14 +142,43 @@ def test_a_program_of_a_reader_and_of_an_embedder(tmp_path):
             assert (difference[real] if difference.shape == real.shape else difference).max() <= 1e-4
 
 
-@there
-def test_the_example_runs_it(tmp_path):
+@pytest.fixture(scope="module")
+def phone(tmp_path_factory) -> Path:
+    """The folder of a program."""
+    folder = tmp_path_factory.mktemp("phone") / "program"
     model = classifier(TopK(keep=0.5), id2label={0: "bad", 1: "fair", 2: "good"})
-    export(model, tmp_path / "phone", tokenizer=tiny_tokenizer(), format="executorch", lengths=LENGTHS)
-    script = [sys.executable, ROOT / "examples" / "mobile.py", tmp_path / "phone", TEXTS[0]]
+    export(model, folder, tokenizer=tiny_tokenizer(), format="executorch", lengths=LENGTHS)
+    return folder
+
+
+@there
+def test_the_example_runs_it(phone):
+    script = [sys.executable, ROOT / "examples" / "mobile.py", phone, TEXTS[0]]
     ran = subprocess.run(script, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout.splitlines()[-1])
-    expected = load_runtime(tmp_path / "phone", threads=1)(TEXTS[0])
+    expected = load_runtime(phone, threads=1)(TEXTS[0])
     assert told["label"] == expected["label"] and told["score"] == pytest.approx(expected["score"], abs=1e-4)
     assert told["method"] in ("forward_8", "forward_16")
+
+
+@there
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_runner_in_cpp_gives_its_logits(phone, tmp_path):
+    import executorch
+
+    source = ROOT / "examples" / "mobile.cpp"
+    told = [line.removeprefix("//").strip() for line in source.read_text().splitlines() if line.startswith("//     ")]
+    command = " ".join(line.removesuffix("\\") for line in told[1:-1])  # what the file says of building it
+    assert command.startswith("g++ ")
+    command = command.replace("$ET", executorch.__path__[0]).replace("examples/mobile.cpp", str(source))
+    built = subprocess.run(shlex.split(command), capture_output=True, text=True, cwd=tmp_path)
+    assert built.returncode == 0, built.stderr[-2000:]
+    rows = tiny_tokenizer()(TEXTS[0], return_tensors="pt")
+    given = [tmp_path / "mobile", phone / "model.pte", 16, *rows["input_ids"][0].tolist()]
+    ran = subprocess.run([*map(str, given)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    expected = load_runtime(phone, threads=1).forward(**rows)["logits"][0]
+    found = torch.tensor([float(line) for line in ran.stdout.splitlines()])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert subprocess.run([*map(str, given), *["5"] * 16], capture_output=True).returncode == 2

@@ -455,9 +455,9 @@ class TokenPruner(Pruner):
         """The tokens after a site: the others are dropped, or merged."""
         choice = site.choice
         assert choice is not None, "select() comes first"
-        width = site.width
+        width, graph = site.width, torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         # in a graph of all shapes widths that follow from the shape make formulas of formulas: there the data says
-        if width is None and self.min_tokens < 2 and not torch.compiler.is_exporting():
+        if width is None and graph and self.min_tokens < 2:
             width = self.width(choice.keep.shape[1], site.number)
         if choice.into is None:
             return site.tokens.drop(choice.keep, width)

@@ -121,7 +121,7 @@ def _program(
     widths, cut = widths_of(model, found, calibration)
     inputs = {n: inputs_of(model, tokenizer, 1, n) for n in found}
     outputs = outputs_of(model, inputs_of(model, tokenizer, 1, 2), inputs_of(model, tokenizer, 1, 3))
-    spec |= {"max_length": found[-1], "lengths": found, "inputs": list(inputs[found[0]]), "outputs": outputs}
+    spec |= {"max_length": found[-1], "lengths": found, "inputs": list(inputs[found[0]]), "outputs": dict(outputs)}
     spec |= {"widths": {str(n): each and list(each.slots) for n, each in widths.items()}}
     spec["cut"] = {str(n): share for n, share in cut.items()}
     with _quiet():

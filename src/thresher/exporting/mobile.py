@@ -112,6 +112,7 @@ class Program:
         Raises:
             ValueError: a row is longer than the longest method.
         """
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         wide, rows = inputs["input_ids"].shape[1], []
         for i in range(len(inputs["input_ids"])):
             rows.append(self._row(row_of(inputs, i), wide))

@@ -59,11 +59,20 @@ def spread(x: Tensor, tokens: int, wide: int) -> Tensor:
     return F.pad(x[:, :tokens], (0, 0) * (x.dim() - 2) + (0, wide - tokens))
 
 
-def outputs_of(model: Any, few: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, bool]:
-    """The names of the tensors that a model answers with, and whether they have a place for each token: those that are
-    longer for ``more`` tokens than for ``few``."""
+class Answer(dict):
+    """The names of the tensors that a model answers with, and whether they have a place for each token; ``kind``: the
+    class of its answers."""
+
+    kind: type[dict]
+
+
+def outputs_of(model: Any, few: dict[str, Tensor], more: dict[str, Tensor]) -> Answer:
+    """What a model answers with: those tensors have a place for each token that are longer for ``more`` tokens than for
+    ``few``."""
     one, other = model(**few), model(**more)
-    return {name: x.shape != other[name].shape for name, x in one.items() if isinstance(x, Tensor)}
+    answer = Answer({name: x.shape != other[name].shape for name, x in one.items() if isinstance(x, Tensor)})
+    answer.kind = type(one)
+    return answer
 
 
 def widths_of(
