@@ -146,17 +146,14 @@ class AuditSpec(TaskSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSpec(TaskSpec):
-    """Say what graph ``export`` writes; texts of the train part of the data calibrate int8 in OpenVINO, and thresholds
-    in ExecuTorch."""
+    """Say what graph ``export`` writes; texts of the train part calibrate int8 in OpenVINO, thresholds in ExecuTorch."""
 
     lacking: ClassVar[str] = "int8 in OpenVINO needs texts to calibrate on: name the data (--data)"
 
     out: Path = option("The folder for the graph.", MISSING, writes="folder", metavar="DIR")
     format: str = option("onnx, openvino or executorch.", "onnx", metavar="NAME")
     precision: str = option("fp32, bf16 (openvino) or int8.", "fp32", metavar="NAME")
-    lengths: tuple[int, ...] = option(
-        "Of executorch: tokens of the texts that it is made for, 32,64,128,... by default.", (), metavar="M[,N]"
-    )
+    lengths: tuple[int, ...] = option("Of executorch: tokens that its methods take.", (), metavar="M[,N]")
     metric: str | None = None  # nothing is measured
 
     @property

@@ -87,18 +87,10 @@ def export(
     """
     folder = Path(folder)
     _check_request(model, format, precision, calibration)
-    if lengths and format != MOBILE:
-        raise ValueError(f"lengths={tuple(lengths)}: a graph for {format} takes texts of any length; leave it out")
     _check_folder(folder)
     spec = _spec_of(model, format, precision, max_length)
     with padded_layout(model):
-        if format == MOBILE:
-            exported = _program(model, tokenizer, spec, calibration, lengths)
-        else:
-            with _quiet():
-                exporter, config = graph_exporter(format, precision == "int8", calibration)
-                few = inputs_of(model, tokenizer, 2, min(16, spec["max_length"]))
-                exported = exporter.export(model, few, config=config)
+        exported = (_program if format == MOBILE else _graph)(model, tokenizer, spec, calibration, lengths)
         with folder_written_whole(folder, replace=True) as aside:
             exported.save_pretrained(aside)
             spec["megabytes"] = round(sum(file.stat().st_size for file in aside.iterdir()) / 1e6, 2)
@@ -109,6 +101,17 @@ def export(
             (aside / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
             _check_folder(folder)  # what came there meanwhile is not ours to replace
     return spec
+
+
+def _graph(
+    model: PreTrainedModel | Embedder, tokenizer: Any, spec: dict[str, Any], calibration: Any, lengths: Sequence[int]
+) -> Any:
+    """The graph of a model for texts of any length."""
+    if lengths:
+        raise ValueError(f"lengths={tuple(lengths)}: a graph for {spec['format']} takes any; they are for {MOBILE}")
+    with _quiet():
+        exporter, config = graph_exporter(spec["format"], spec["precision"] == "int8", calibration)
+        return exporter.export(model, inputs_of(model, tokenizer, 2, min(16, spec["max_length"])), config=config)
 
 
 def _program(
