@@ -11,7 +11,8 @@
 | `phone` | MiniLM-L6 with a linear head on SST-2, 2.4x: ExecuTorch fp32 and int8, megabytes, agreement with torch (in the environment of the extra `mobile`) |
 
 Weights are random, but of MiniLM-L6 where texts are answered: time does not depend on them. Each pruned row is compared with
-the fastest dense one of its runtime. `--threads N` are those of every runtime; `THRESHER_DATA` names the data.
+the fastest dense one of its runtime. `--threads N` are those of every runtime; `THRESHER_DATA` names the data. `--tiny` shows
+that it works.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ GRAPHS = (("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32"))
 HARD = {"2.1x": (0.66, (1, 3, 6)), "4x": (0.4, (1, 3, 6)), "8x": (0.3, (0, 2, 5))}  # of int8-8x128
 PHONE, TEXTS = (32, 64, 128), 400
 ASKED = 0.6  # of the dense model's milliseconds
+OF: dict[str, Any] = {"folder": RUNS, "results": RESULTS, "backend": "inductor"}  # of this call
 
 
 def network(shape: str) -> Any:
@@ -73,7 +75,7 @@ def keep_for(shape: str, ratio: float) -> float:
     """The share of ``TopK`` at the sites of a shape that leaves so many times fewer MACs of 128 tokens; remembered."""
     from thresher import TopK, prune, unprune
 
-    place = RUNS / "keeps.json"
+    place = OF["folder"] / "keeps.json"
     known = json.loads(place.read_text()) if place.exists() else {}
     name = f"{shape} {ratio}"
     if name not in known:
@@ -84,7 +86,7 @@ def keep_for(shape: str, ratio: float) -> float:
             low, high = (middle, high) if ratio_of(net, text(128)) > ratio else (low, middle)
             unprune(net)
         known[name] = round(high, 3)
-        RUNS.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(known))
     return known[name]
 
@@ -112,7 +114,7 @@ def graph(net: Any, folder: str, format: str, precision: str, longest: int = 512
     from speed import graph_of
 
     calibration = [text(128)] * 4 if (format, precision) == ("openvino", "int8") else None
-    return graph_of(net, RUNS / folder, longest, format=format, precision=precision, calibration=calibration)
+    return graph_of(net, OF["folder"] / folder, longest, format=format, precision=precision, calibration=calibration)
 
 
 Call = Callable[[dict], Any]
@@ -167,7 +169,7 @@ def batch1(shape: str, ready: bool) -> list[dict] | None:
         for format, precision in GRAPHS:
             run = graph(net, f"{shape}-{name}-{format}-{precision}", format, precision)
             calls[f"{format} {precision} {name}"] = lambda given, run=run: run.forward(**given)
-        fast = compiled(net, BUCKETS)  # the second time most of it is read from disk
+        fast = compiled(net, BUCKETS, backend=OF["backend"])  # the second time most of it is read from disk
         calls[f"compiled fp32 {name}"] = lambda given, fast=fast: fast(**given)
         calls[f"torch fp32 {name}"] = lambda given, net=net: net(**given)
     if not ready:
@@ -299,7 +301,11 @@ def main() -> None:
     parser.add_argument("step", choices=("graphs", "time", "target"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--tiny", action="store_true", help="small models, to see that it works; no rows")
     given = parser.parse_args()
+    if given.tiny:
+        SHAPES.update({name: (64, 2, layers) for name, (_, _, layers) in SHAPES.items()})
+        OF.update(folder=RUNS / "tiny", results=None, backend="eager")
     if given.threads:
         torch.set_num_threads(given.threads)
     if given.step == "target":
@@ -310,7 +316,8 @@ def main() -> None:
     for name in given.names or KINDS:
         rows = KINDS[name](given.step == "time")
         if rows:
-            write_rows(RESULTS / f"{name}.json", rows)
+            if OF["results"]:
+                write_rows(OF["results"] / f"{name}.json", rows)
             for one in rows:
                 told = (
                     "runtime",

@@ -146,7 +146,7 @@ class AuditSpec(TaskSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSpec(TaskSpec):
-    """Say what graph ``export`` writes; texts of the train part calibrate int8 in OpenVINO and thresholds for phones."""
+    """Say what graph ``export`` writes; texts of the train part calibrate int8 in OpenVINO, thresholds for phones."""
 
     lacking: ClassVar[str] = "int8 in OpenVINO needs texts to calibrate on: name the data (--data)"
 
