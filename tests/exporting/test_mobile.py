@@ -71,7 +71,7 @@ def halved() -> ToP:
     return Halved()
 
 
-METHODS = {"dense": None, "topk": TopK(keep=0.5), "top": halved(), "threshold": Threshold((0.4, 0.6, 0.8))}
+METHODS = {"dense": None, "topk": TopK(keep=0.5), "top": halved(), "threshold": Threshold((0.4, 0.8))}
 
 
 def answers(model, program, lengths) -> tuple[float, float]:
