@@ -128,7 +128,7 @@ def test_int8(tmp_path):
 
 @there
 def test_a_program_of_a_reader_and_of_an_embedder(tmp_path):
-    reader = prune(BertForQuestionAnswering(classifier().config).eval(), TopK(keep=0.5))
+    reader = prune(BertForQuestionAnswering(classifier(num_labels=2).config).eval(), TopK(keep=0.5))
     embedder = Embedder(prune(classifier().bert, TopK(keep=0.5)))
     how = {"tokenizer": tiny_tokenizer(), "format": "executorch", "lengths": LENGTHS}
     for model, name in ((reader, "reader"), (embedder, "embedder")):
