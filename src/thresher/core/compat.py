@@ -349,7 +349,7 @@ def _executorch_patches():
         yield
 
 
-def executorch_program(model: nn.Module, methods: Iterable[tuple[str, dict[str, Tensor]]], int8: bool) -> Any:
+def executorch_program(model: Any, methods: Iterable[tuple[str, dict[str, Tensor]]], int8: bool) -> Any:
     """An ExecutorchProgramManager for XNNPACK, with ``methods`` by name, of the shapes of their inputs. They share
     constants; the model is traced as each is looked up. ``int8``: weights of linear layers per channel, their
     activations dynamic.
