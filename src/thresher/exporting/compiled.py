@@ -26,7 +26,7 @@ Code = Callable[..., tuple[Tensor, ...]]  # of tensors (1, N), in the order of t
 class Flat(nn.Module):
     """A model of tensors alone: its inputs by position, its outputs as a tuple."""
 
-    def __init__(self, model: nn.Module, inputs: Sequence[str], outputs: Sequence[str]):
+    def __init__(self, model: nn.Module, inputs: Iterable[str], outputs: Iterable[str]):
         super().__init__()
         self.model, self.inputs, self.outputs = model, tuple(inputs), tuple(outputs)
 
@@ -49,7 +49,8 @@ class Compiled:
     def __init__(self, flat: Flat, code: dict[int, Code], answer: Answer, cut: dict[int, float]):
         self.model: Any = flat.model
         self.lengths, self.inputs, self.cut = sorted(code), flat.inputs, cut
-        self.config, self.device = self.model.config, self.model.device
+        self.config: Any = self.model.config
+        self.device: Any = self.model.device
         self._code, self._answer = code, answer
         self._pad = getattr(self.config, "pad_token_id", None) or 0
 
