@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .caches.tova import TOVA
     from .caches.triattention import TriAttention
     from .core.pruner import TokenPruner
+    from .exporting.compiled import compiled
     from .exporting.export import export
     from .exporting.runtime import load_runtime
     from .methods.adapler import AdapLeR
@@ -109,6 +110,7 @@ __all__ = [
     "VisPruner",
     "VisionZip",
     "calling",
+    "compiled",
     "compress",
     "dense",
     "export",
@@ -130,6 +132,7 @@ _HOMES = {
     "caches.streamingllm": ("StreamingLLM",),
     "caches.tova": ("TOVA",),
     "caches.triattention": ("TriAttention",),
+    "exporting.compiled": ("compiled",),
     "exporting.export": ("export",),
     "methods.dynamicvit": ("DynamicViT",),
     "methods.evs": ("EVS",),

@@ -40,7 +40,7 @@ OWN = {
     "bench": "--against --runtime --precision --repeats --graphs --roofline --plot --method --keep --hold --contexts "
     "--image --ask",
     "compare": f"--out --methods --targets --untrained --time --no-time --tasks --when {TRAINING}",
-    "export": "--out --format --precision",
+    "export": "--out --format --precision --lengths",
     "score": "--out --keep --prefix --best --prompt --shard-rows --workers --ray --device --fresh",
     "serve": "--host --port --api-key --name --wait-ms --queue-tokens --max-client-batch --device",
     "show": "--text --pair --file --image --ask --new --html --png --method --keep --hold",

@@ -114,6 +114,15 @@ def test_exported_model_names_its_inputs(tmp_path):
         torch.testing.assert_close(exported(**inputs)["logits"], model(**inputs).logits, atol=1e-4, rtol=0)
 
 
+def test_ranks_are_made_by_topk_for_phones():
+    before, x = torch.Tensor.sort, torch.tensor([[2.0, 3.0, 1.0]])
+    with compat._executorch_patches():
+        assert torch.Tensor.sort is not before
+        assert x.sort(dim=1, descending=True, stable=True).indices.tolist() == [[1, 0, 2]]
+        assert x.sort(dim=1).values.tolist() == [[1.0, 2.0, 3.0]]
+    assert torch.Tensor.sort is before
+
+
 # --- the cache of a decoder -------------------------------------------------------------------------------------------
 def test_use_cache_is_on_where_the_configuration_says_so():
     model = decoders.build("llama")

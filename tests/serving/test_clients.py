@@ -7,7 +7,6 @@ They ask for other versions than Thresher, so they have an environment of their 
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 
 from support.embedders import save_embedder
+from support.environments import python_of
 from support.tiny import save_tiny
 from thresher import TopK
 from thresher.serving.score import Scorer
@@ -40,17 +40,7 @@ SERVE = [sys.executable, "-c", "from thresher.cli.app import main; main()", "ser
 @pytest.fixture(scope="module")
 def python() -> Path:
     """The python of the clients."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get("THRESHER_CLIENTS") or cache / "thresher" / "clients")
-    found, done = folder / "bin" / "python", folder / "complete"
-    if not done.exists() and not os.environ.get("THRESHER_CLIENTS"):
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        made = subprocess.run([found, "-m", "pip", "install", "-q", *PACKAGES], capture_output=True, text=True)
-        if made.returncode:
-            pytest.skip(f"the clients cannot be installed: {made.stderr.strip().splitlines()[-1:]}")
-        done.touch()
-    assert found.exists(), f"{folder} holds no environment: expected one with the clients, see {SCRIPT}"
-    return found
+    return python_of("THRESHER_CLIENTS", "clients", PACKAGES)
 
 
 @contextmanager

@@ -7,13 +7,14 @@ from .console import Screen
 
 
 def export(spec: ExportSpec, screen: Screen) -> None:
-    """Write a model, pruned or not, as a graph for ONNX Runtime or OpenVINO, in which dropped tokens are absent.
+    """Write a model, pruned or not, as a graph for ONNX Runtime, OpenVINO or ExecuTorch, without the dropped tokens.
 
     \b
     Examples:
       thresher export runs/reviews --out runs/reviews-onnx
       thresher export runs/reviews --format openvino --precision bf16 --out runs/reviews-ov
       thresher export runs/reviews --format openvino --precision int8 --data reviews.csv --out runs/reviews-int8
+      thresher export runs/reviews --format executorch --precision int8 --lengths 64,128 --out runs/reviews-phone
     """
     from ..experiments.export import export as job
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -329,6 +330,72 @@ def graph_exporter(format: str, int8: bool, calibration: Any = None) -> tuple[An
         return exporters.OpenVINOExporter(), exporters.OpenVINOConfig(dynamic=True, quantizer=nncf)
     except (ImportError, AttributeError) as error:
         raise ImportError(f"the {format} export needs pip install 'thresher[{format}]': {error}") from error
+
+
+@contextmanager
+def _executorch_patches():
+    """What the exporter changes of torch and ExecuTorch while it works; and ``sort``, which becomes the ``topk`` that
+    there is a portable kernel of."""
+    from transformers.exporters.utils import apply_patches, patch_attributes
+
+    def by_topk(original):
+        def sort(input, dim=-1, descending=False, stable=False):
+            return input.topk(input.shape[dim], dim=dim, largest=descending, sorted=True)
+
+        return sort
+
+    mine = patch_attributes([(torch.Tensor, "sort", by_topk)])
+    with apply_patches("executorch"), apply_patches("executorch.xnnpack"), mine:
+        yield
+
+
+def executorch_program(model: Any, methods: Iterable[tuple[str, dict[str, Tensor]]], int8: bool) -> Any:
+    """An ExecutorchProgramManager for XNNPACK, with ``methods`` by name, of the shapes of their inputs. They share
+    constants; the model is traced as each is looked up. ``int8``: weights of linear layers per channel, their
+    activations dynamic.
+
+    Raises:
+        ImportError: a package is missing.
+    """
+    try:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xnnpack
+        from executorch.exir.program import to_edge_transform_and_lower
+        from transformers import exporters
+        from transformers.exporters import exporter_executorch as own
+        from transformers.exporters.utils import apply_fx_node_fixes, apply_fx_program_fixes
+
+        exporter = exporters.ExecutorchExporter()
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"the executorch export needs pip install 'thresher[mobile]': {error}") from error
+    traced = {}
+    with _executorch_patches():
+        for name, given in methods:
+            quantizer = None
+            if int8:
+                config = xnnpack.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+                linear = xnnpack.XNNPACKQuantizer().set_operator_type(torch.ops.aten.linear.default, config)
+                linear.transform_for_annotation = lambda graph: graph  # which makes floats of whole numbers
+                quantizer = exporters.PT2EQuantizer(linear, [given])
+            config = exporters.ExecutorchConfig(backend="xnnpack", quantizer=quantizer)
+            program, _ = exporters.DynamoExporter.export_program(exporter, model, given, config=config)
+            apply_fx_program_fixes("executorch", program)
+            apply_fx_node_fixes("executorch", program.graph_module)
+            traced[name] = program
+        lowered = to_edge_transform_and_lower(
+            traced, partitioner=[XnnpackPartitioner()], compile_config=own._get_edge_compile_config("xnnpack")
+        )
+        return lowered.to_executorch()
+
+
+def executorch_methods(file: str, threads: int) -> Any:
+    """The ``executorch.runtime.Program`` in a file. The threads are those of the process."""
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+
+    if portable_lib._threadpool_get_thread_count() != threads:
+        portable_lib._unsafe_reset_threadpool(threads)
+    return Runtime.get().load_program(file)
 
 
 def open_exported(folder: str, **options: Any) -> tuple[Any, tuple[str, ...]]:

@@ -435,10 +435,11 @@ class TokenPruner(Pruner):
             )
 
     # --- one site ------------------------------------------------------------------------------------------------
-    def best(self, score: Tensor, protected: Tensor, alive: Tensor) -> Tensor:
-        """(B, N) bool: the ``min_keep`` best tokens of each row among those ``alive``, the protected ones first."""
+    def best(self, score: Tensor, protected: Tensor, alive: Tensor, count: int | None = None) -> Tensor:
+        """(B, N) bool: the ``count`` (``min_keep``) best tokens of each row among those ``alive``, protected ones
+        first."""
         order = score.masked_fill(protected, float("inf")).masked_fill(~alive, float("-inf"))
-        return order >= order.topk(min(self.min_keep, order.shape[1])).values[:, -1:]
+        return order >= order.topk(min(count or self.min_keep, order.shape[1])).values[:, -1:]
 
     def select(self, site: Site) -> None:
         """Make the score and the choice of a site: live tokens alone, protected ones always, ``min_keep`` at least."""
@@ -452,13 +453,18 @@ class TokenPruner(Pruner):
             best = site.score.masked_fill(~view.alive, float("-inf")).argmax(1, keepdim=True)
             only = torch.zeros_like(keep).scatter(1, best, True) & view.alive
             keep = keep | only & ~keep.any(1, keepdim=True)
+        if site.capped:
+            keep = keep & self.best(site.score, view.protected, keep, site.width)
         site.choice = dataclasses.replace(choice, keep=keep)
 
     def reduce(self, site: Site) -> Tokens:
         """The tokens after a site: the others are dropped, or merged."""
         choice = site.choice
         assert choice is not None, "select() comes first"
-        width = None if self.min_tokens > 1 else self.width(choice.keep.shape[1], site.number)
+        width, graph = site.width, torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        # in a graph of all shapes widths that follow from the shape make formulas of formulas: there the data says
+        if width is None and graph and self.min_tokens < 2:
+            width = self.width(choice.keep.shape[1], site.number)
         if choice.into is None:
             return site.tokens.drop(choice.keep, width)
         return site.tokens.merge(choice.keep, choice.into, choice.weight, width, self.sized, choice.longest)

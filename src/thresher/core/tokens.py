@@ -339,9 +339,7 @@ class Padded(Tokens):
         if not torch.compiler.is_compiling():
             fewest, widest = (int(count) for count in keep.sum(1).aminmax())
             even = fewest == widest
-        elif width is None or torch.compiler.is_exporting():
-            # data-dependent; and so in a graph for good, where widths that follow from the shape make formulas of
-            # formulas
+        elif width is None:
             widest = most(keep)
         new = self._copy()
         new.source = slots_of(keep, widest)

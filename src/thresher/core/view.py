@@ -59,6 +59,14 @@ class Panel:
         return slots_of(voters, self.count)
 
 
+@dataclass(frozen=True)
+class Widths:
+    """How many slots go on after each site of a graph of one shape."""
+
+    slots: tuple[int, ...]
+    capped: bool  # whether a row may want to keep more: then its best go on
+
+
 @dataclass(eq=False, repr=False)
 class Site:
     """One layer of one forward at which tokens may leave: what the layer shows, and what is decided."""
@@ -87,6 +95,8 @@ class Site:
     rotary: tuple[Tensor, Tensor] | None = None  # see ``View.rotary``
     spectrum: Tensor | None = None  # (B, F, T), see ``View.spectrum``
     panel: Panel | None = None  # the rows that these are
+    width: int | None = None  # slots that go on, where a graph under construction has one shape
+    capped: bool = False  # whether more may be kept than that, of which the best go on
 
     @property
     def acts(self) -> bool:

@@ -1,4 +1,4 @@
-"""Write a saved model as a graph, with its tokenizer; int8 in OpenVINO is calibrated on texts that are not tested."""
+"""Write a saved model as a graph, with its tokenizer; what is calibrated is so on texts that are not tested."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ CALIBRATED = 300  # texts, NNCF's own number
 def export(spec: ExportSpec, *, progress: Callable[[str, int, int | None], Any] | None = None) -> dict[str, Any]:
     """Write a saved model as a graph into ``out`` (see ``exporting.export``); returns what its thresher.json says."""
     net = load_embedder(spec.model)[0] if is_embedder(spec.model) else load(spec.model)[0]
-    task = load_task(spec) if spec.wants_data else None  # cut as bench cuts it, so that no tested text calibrates
+    # cut as bench cuts it, so that no tested text calibrates
+    task = load_task(spec) if spec.wants_data or (spec.data and spec.format == exporting.MOBILE) else None
     if progress:
         progress(f"writing a graph for {spec.format}", 0, None)
     how = {"format": spec.format, "precision": spec.precision, "max_length": clip(spec.max_length, net.config)}
-    return export_model(net, spec.model, spec.out, task, **how)
+    return export_model(net, spec.model, spec.out, task, lengths=spec.lengths, **how)
 
 
 def export_model(
     net: PreTrainedModel | Embedder, folder: str, out: Path, task: Task | None, **how: Any
 ) -> dict[str, Any]:
-    """Export a model with the tokenizer in ``folder``; ``how``: format, precision and max_length."""
+    """Export a model with the tokenizer in ``folder``; ``how``: format, precision, max_length and lengths."""
     tokenizer = reading(AutoTokenizer.from_pretrained, folder)
-    static = task is not None and (how["format"], how["precision"]) == STATIC
-    calibration = calibration_of(net, tokenizer, task, how["max_length"]) if static else None
+    static = (how["format"], how["precision"]) == STATIC or how["format"] == exporting.MOBILE
+    calibration = calibration_of(net, tokenizer, task, how["max_length"]) if task is not None and static else None
     return exporting.export(net, out, tokenizer=tokenizer, calibration=calibration, **how)
 
 

@@ -115,7 +115,7 @@ class BenchSpec(CacheSpec, TaskSpec):
     model: str | None = option("The folder of a pruned model, or a decoder.", metavar="DIR", argument=True)
     contexts: tuple[int, ...] = option("Of a decoder: tokens of a prompt.", (1024, 4096), metavar="M[,N]")
     against: str | None = option("Another model to compare with.", metavar="MODEL")
-    runtime: tuple[str, ...] = option("torch, onnx, openvino.", ("torch",), metavar="A[,B]")
+    runtime: tuple[str, ...] = option("torch, onnx, openvino, executorch.", ("torch",), metavar="A[,B]")
     precision: tuple[str, ...] = option("fp32, bf16, int8.", ("fp32",), metavar="A[,B]")
     batch_size: tuple[int, ...] = option("Texts in a batch.", (1, 32), metavar="M[,N]")
     layout: str = option("auto, mask, padded or packed, of the pruned model in torch.", "auto", metavar="NAME")
@@ -148,13 +148,14 @@ class AuditSpec(TaskSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSpec(TaskSpec):
-    """Say what graph ``export`` writes; texts of the train part of the data calibrate int8 in OpenVINO."""
+    """Say what graph ``export`` writes; texts of the train part calibrate int8 in OpenVINO, thresholds for phones."""
 
     lacking: ClassVar[str] = "int8 in OpenVINO needs texts to calibrate on: name the data (--data)"
 
     out: Path = option("The folder for the graph.", MISSING, writes="folder", metavar="DIR")
-    format: str = option("onnx or openvino.", "onnx", metavar="NAME")
+    format: str = option("onnx, openvino or executorch.", "onnx", metavar="NAME")
     precision: str = option("fp32, bf16 (openvino) or int8.", "fp32", metavar="NAME")
+    lengths: tuple[int, ...] = option("Of executorch: tokens that its methods take.", (), metavar="M[,N]")
     metric: str | None = None  # nothing is measured
 
     @property

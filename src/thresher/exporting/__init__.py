@@ -1,1 +1,1 @@
-"""Graphs of models for ONNX Runtime and OpenVINO, and what runs them."""
+"""Graphs of models for ONNX Runtime, OpenVINO and ExecuTorch, compiled code, and what runs them."""

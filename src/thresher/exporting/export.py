@@ -1,9 +1,9 @@
-"""A model, pruned or not, as a graph for ONNX Runtime or OpenVINO: the tokens that leave are absent from its tensors.
+"""A model, pruned or not, as a graph for ONNX Runtime, OpenVINO or ExecuTorch: tokens that leave are absent from it.
 
 transformers' exporters do the work; here is what pruning adds: the layout that a graph can hold, inputs on which every
 branch is traced, calibration of int8, and a check of the graph against the model on other shapes than the traced ones.
 
-Shapes: B batch, N tokens; both stay open in the graph.
+Shapes: B batch, N tokens; both stay open in the graph, but of ExecuTorch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict
 from io import StringIO
@@ -27,13 +27,16 @@ from transformers import PreTrainedModel
 from ..api import MODULE
 from ..core.compat import graph_exporter
 from ..core.pruner import token_pruner_of
+from ..core.view import Widths
 from ..data.embedder import PROMPTED, Embedder, facts_of
 from ..data.models import positions
 from ..evaluation.hardware import environment
 from ..evaluation.rows import folder_written_whole
+from .shapes import check_lengths, length_for, one_shape, outputs_of, row_of, spread, widths_of
 
 HEADS = ("ForSequenceClassification", "ForQuestionAnswering")
-FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
+FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "executorch": ("fp32", "int8")}
+MOBILE = "executorch"  # of which a program takes one text at a time, of some lengths
 SPEC = "thresher.json"
 # At which a graph is compared with its model, besides the longest text; at the last one inexact remainders show.
 SHAPES = ((1, 1), (1, 7), (3, 24), (2, 60), (1, 451))
@@ -49,26 +52,33 @@ def export(
     precision: str = "fp32",
     calibration: Iterable[dict[str, Tensor]] | None = None,
     max_length: int | None = None,
+    lengths: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Write ``model`` as a graph with open batch size and length, and what is needed to run it, into ``folder``.
 
-    The folder gets the graph (``model.onnx`` or ``openvino_model.xml``), config.json, the tokenizer and thresher.json;
-    ``load_runtime`` runs it, and so do plain onnxruntime and openvino. Thresholds and masks of trained methods are
-    constants of the graph. The model is as before afterwards.
+    The folder gets the graph (``model.onnx``, ``openvino_model.xml`` or ``model.pte``), config.json, the tokenizer and
+    thresher.json; ``load_runtime`` runs it, and so does the plain runtime. Thresholds and masks of trained methods are
+    constants of the graph. The model is as before afterwards. An ExecuTorch program takes one text at a time: it has a
+    method for each of some lengths, which share their weights.
 
     Args:
         model: a text model that classifies, ranks or answers questions, or an embedder, whose pooling is then part of
             the graph; pruned or not.
         tokenizer: saved with the graph, which takes the inputs that it makes; without one the graph takes all that the
             model tells apart, and ``load_runtime`` takes tensors alone.
-        format, precision: "onnx" or "openvino"; "fp32", "bf16" (in which OpenVINO computes), or "int8": weights per
-            channel, activations dynamic (onnxruntime.quantization) or static (nncf).
-        calibration: batches of inputs, for int8 in OpenVINO; a few hundred examples of the training part.
+        format, precision: "onnx", "openvino" or "executorch"; "fp32", "bf16" (in which OpenVINO computes), or "int8":
+            weights per channel, activations dynamic (onnxruntime.quantization, XNNPACK) or static (nncf).
+        calibration: batches of inputs, a few hundred examples of the training part: for int8 in OpenVINO, and in
+            ExecuTorch for methods of which the data says how many tokens stay.
         max_length: tokens of the longest input to serve, default 512 or what the positions allow; for the check, and
             where ``load_runtime`` cuts.
+        lengths: of ExecuTorch: one text at a time runs in the least of these lengths that has room for it; default: 32,
+            64, 128, 256 and 512 as far as ``max_length`` goes.
 
     Returns:
-        What thresher.json says; ``difference``: the largest one of logits, over random inputs of several shapes.
+        What thresher.json says; ``difference``: the largest one of logits, over random inputs of several shapes;
+        ``megabytes``: of the graph; ``cut``: by length, the share of calibration texts of which tokens leave that would
+        have stayed.
 
     Raises:
         ValueError: unknown format or precision, int8 in OpenVINO without calibration, another kind of model, a folder
@@ -79,13 +89,11 @@ def export(
     _check_request(model, format, precision, calibration)
     _check_folder(folder)
     spec = _spec_of(model, format, precision, max_length)
-    longest = spec["max_length"]
-    with _padded(model):
-        with _quiet():
-            exporter, config = graph_exporter(format, precision == "int8", calibration)
-            exported = exporter.export(model, inputs_of(model, tokenizer, 2, min(16, longest)), config=config)
+    with padded_layout(model):
+        exported = (_program if format == MOBILE else _graph)(model, tokenizer, spec, calibration, lengths)
         with folder_written_whole(folder, replace=True) as aside:
             exported.save_pretrained(aside)
+            spec["megabytes"] = round(sum(file.stat().st_size for file in aside.iterdir()) / 1e6, 2)
             if tokenizer is not None:
                 tokenizer.save_pretrained(aside)
             (aside / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
@@ -93,6 +101,34 @@ def export(
             (aside / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
             _check_folder(folder)  # what came there meanwhile is not ours to replace
     return spec
+
+
+def _graph(
+    model: PreTrainedModel | Embedder, tokenizer: Any, spec: dict[str, Any], calibration: Any, lengths: Sequence[int]
+) -> Any:
+    """The graph of a model for texts of any length."""
+    if lengths:
+        raise ValueError(f"lengths={tuple(lengths)}: a graph for {spec['format']} takes any; they are for {MOBILE}")
+    with _quiet():
+        exporter, config = graph_exporter(spec["format"], spec["precision"] == "int8", calibration)
+        return exporter.export(model, inputs_of(model, tokenizer, 2, min(16, spec["max_length"])), config=config)
+
+
+def _program(
+    model: PreTrainedModel | Embedder, tokenizer: Any, spec: dict[str, Any], calibration: Any, lengths: Sequence[int]
+) -> Any:
+    """The program of a model for ExecuTorch; ``spec`` is told what it takes and gives."""
+    from .mobile import lowered
+
+    found = list(check_lengths(lengths, spec["max_length"]))
+    widths, cut = widths_of(model, found, calibration)
+    inputs = {n: inputs_of(model, tokenizer, 1, n) for n in found}
+    outputs = outputs_of(model, inputs_of(model, tokenizer, 1, 2), inputs_of(model, tokenizer, 1, 3))
+    spec |= {"max_length": found[-1], "lengths": found, "inputs": list(inputs[found[0]]), "outputs": dict(outputs)}
+    spec |= {"widths": {str(n): each and list(each.slots) for n, each in widths.items()}}
+    spec["cut"] = {str(n): share for n, share in cut.items()}
+    with _quiet():
+        return lowered(model, inputs, widths, spec["precision"] == "int8")
 
 
 def _spec_of(model: PreTrainedModel | Embedder, format: str, precision: str, max_length: int | None) -> dict[str, Any]:
@@ -125,7 +161,7 @@ def _check_request(model: PreTrainedModel | Embedder, format: str, precision: st
     """Raise ValueError for a graph that cannot be made."""
     token_pruner_of(model, "export")
     if format not in FORMATS:
-        raise ValueError(f"format={format!r}: expected {' or '.join(FORMATS)}")
+        raise ValueError(f"format={format!r}: expected {', '.join(FORMATS)}")
     if precision not in FORMATS[format]:
         reason = " (onnxruntime has no bf16 on processors)" if precision == "bf16" else ""
         raise ValueError(f"precision={precision!r}: {format} takes {', '.join(FORMATS[format])}{reason}")
@@ -146,7 +182,8 @@ def _checked(model: PreTrainedModel | Embedder, tokenizer: Any, folder: Path, sp
     """The largest difference of logits; ValueError where an fp32 graph answers otherwise than its model."""
     longest = spec["max_length"]
     least = 1 if _separator(model) is None else 3  # tokens, two of them the query
-    shapes = [shape for shape in SHAPES if least <= shape[1] <= longest] + [(1, longest)]
+    each = [(1, n) for length in spec.get("lengths", ()) for n in (max(1, length * 3 // 4), length)]
+    shapes = [shape for shape in (*SHAPES, *each) if least <= shape[1] <= longest] + [(1, longest)]
     difference = _difference(model, tokenizer, folder, shapes)
     if spec["precision"] == "fp32" and not difference <= CLOSE:  # nor where it is no number
         raise ValueError(
@@ -207,7 +244,7 @@ def inputs_of(model: PreTrainedModel | Embedder, tokenizer: Any, batch: int, len
 
 
 @contextmanager
-def _padded(model: PreTrainedModel | Embedder) -> Iterator[None]:
+def padded_layout(model: PreTrainedModel | Embedder) -> Iterator[None]:
     """In evaluation mode, pruned, and in the one layout that a graph can hold."""
     pruner, training = getattr(model, MODULE, None), model.training
     before = None if pruner is None else pruner.hooks.layout
@@ -250,12 +287,27 @@ def _difference(
     graph, worst = load_runtime(folder), torch.zeros(())
     for shape in shapes:
         inputs = inputs_of(model, tokenizer, *shape)
-        real = inputs["attention_mask"].bool()
+        real, here = inputs["attention_mask"].bool(), _answers(model, inputs, graph.spec)
         for name, there in graph.forward(**inputs).items():
-            difference = (getattr(model(**inputs), name).float() - there.to(model.device).float()).abs()
+            difference = (here[name].float() - there.to(model.device).float()).abs()
             difference = difference[real] if difference.shape == real.shape else difference
             worst = torch.maximum(worst, difference.max().cpu())  # which is no number as soon as one of them is none
     return float(worst)
+
+
+def _answers(model: PreTrainedModel | Embedder, inputs: dict[str, Tensor], spec: dict[str, Any]) -> dict[str, Tensor]:
+    """What the model answers; of a program that cuts texts row by row, cut as the program does."""
+    if not spec.get("cut"):
+        return model(**inputs)
+    wide, rows = inputs["input_ids"].shape[1], []
+    for row in (row_of(inputs, i) for i in range(len(inputs["input_ids"]))):
+        tokens = row["input_ids"].shape[1]
+        slots = spec["widths"][str(length_for(spec["lengths"], tokens))]
+        with one_shape(model, Widths(tuple(slots), capped=True)):
+            found = model(**row)
+        each = spec["outputs"].items()
+        rows.append({name: spread(found[name], tokens, wide) if spans else found[name] for name, spans in each})
+    return {name: torch.cat([row[name] for row in rows]) for name in spec["outputs"]}
 
 
 def _check_folder(folder: Path) -> None:

@@ -102,7 +102,7 @@ def _version(format: str) -> str:
     """Of the package that runs the graphs."""
     from importlib.metadata import version
 
-    return version("onnxruntime" if format == "onnx" else "openvino")
+    return version({"onnx": "onnxruntime"}.get(format, format))
 
 
 def _four(model: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Run what ``export`` wrote: texts in, labels, answers, ranks or vectors out. Needs onnxruntime or openvino.
+"""Run what ``export`` wrote, in its runtime: texts in, labels, answers, ranks or vectors out.
 
 Shapes: B batch, N tokens, K classes, C channels.
 """
@@ -198,7 +198,7 @@ def padded_masks(masks: Sequence[list[int]], attention_mask: Tensor) -> Tensor:
 
 
 def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Iterable[int] = ()) -> Runtime:
-    """Open what ``export`` wrote, in onnxruntime or OpenVINO.
+    """Open what ``export`` wrote, in onnxruntime, OpenVINO or ExecuTorch.
 
     Args:
         threads: of the runtime; default: torch's number of threads now.
@@ -217,14 +217,14 @@ def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Ite
     """
     try:
         spec = json.loads((Path(folder) / "thresher.json").read_text())
-        kind, precision = spec["format"], spec["precision"]
+        kind, _ = spec["format"], spec["precision"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no exported model (thresher export makes one): {error}") from None
     try:
-        options = _options(kind, precision, threads or torch.get_num_threads())
-        exported, names = open_exported(str(folder), **options)
+        exported, names = _opened(Path(folder), spec, threads or torch.get_num_threads())
     except ImportError as error:
-        raise ImportError(f"running {folder} needs pip install 'thresher[{kind}]': {error}") from error
+        extra = {"executorch": "mobile"}.get(kind, kind)
+        raise ImportError(f"running {folder} needs pip install 'thresher[{extra}]': {error}") from error
     if "pooling" not in spec:
         settle_activation(str(folder), exported.config)
     tokenizer = None
@@ -233,6 +233,15 @@ def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Ite
 
         tokenizer = reading(AutoTokenizer.from_pretrained, str(folder))
     return Runtime(exported, tokenizer, spec | {"inputs": names}, lengths)
+
+
+def _opened(folder: Path, spec: dict, threads: int) -> tuple[Any, Sequence[str]]:
+    """The model in a folder, ready to run, and the names of its inputs."""
+    if spec["format"] == "executorch":
+        from .mobile import Program
+
+        return Program(folder, spec, threads), spec["inputs"]
+    return open_exported(str(folder), **_options(spec["format"], spec["precision"], threads))
 
 
 def _options(kind: str, precision: str, threads: int) -> dict[str, Any]:

@@ -325,6 +325,16 @@ class ToP(TokenPruner):
     def keeps_all(self, site: int) -> bool:
         return bool(self.current[site].all())
 
+    def width(self, slots: int, site: int) -> int | None:
+        protect = self.protected_positions
+        if protect is None or torch.compiler.is_compiling():  # which cannot look at masks
+            return None
+        mask = self.current[site : site + 1]
+        free = torch.arange(max(0, slots - len(protect)) + 1.0, device=mask.device)
+        stay = kept_of_bins(mask if self.holes else first_bins(mask), len(free), self.floor)
+        most = len(protect) + int(stay(0, free).max()) + self.fuse
+        return max(1, min(slots, most))
+
     # --- the Lagrangian ------------------------------------------------------------------------------------------
     def loss(self, forward: RunAgain, batch: Batch, record: Record, teacher: Any = None) -> Tensor | float:
         if self.soft:

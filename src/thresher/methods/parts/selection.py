@@ -16,7 +16,7 @@ def ranks(score: Tensor, alive: Tensor) -> Tensor:
     """Rank by score: (B, N) long, 0 for the best live token, dead ones behind. Ties go to the lower position."""
     order = score.masked_fill(~alive, float("-inf")).sort(dim=1, descending=True, stable=True).indices
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter(1, order, places)
+    return torch.zeros_like(order).scatter(1, order, places)
 
 
 def top_k(score: Tensor, k: Tensor, alive: Tensor) -> Tensor:

@@ -1,0 +1,338 @@
+"""One text at a time, int8, phones and targets of time: what is left of pruning where little is to be computed.
+
+    python benchmarks/floor.py graphs [NAME ...]   write the graphs that a timing needs, once
+    python benchmarks/floor.py time NAME ...       one interleaved run each; rows in results/floor
+    python benchmarks/floor.py target RUNTIME PRECISION    ask for milliseconds, and measure what was reached
+
+| name | what |
+|---|---|
+| `batch1-minilm-l6`, `batch1-bert-base` | texts of 25, 53, 128 and 512 tokens, 2.4x and 3.5x fewer FLOPs at 128: torch as it is and compiled, ONNX Runtime fp32 and int8, OpenVINO fp32 |
+| `int8-8x128` | BERT-base's shape, 8 texts of 128 tokens, 2.1x, 4x and 8x: int8 in ONNX Runtime and OpenVINO |
+| `phone` | MiniLM-L6 with a linear head on SST-2, 2.4x: ExecuTorch fp32 and int8, megabytes, agreement with torch (in the environment of the extra `mobile`) |
+
+Weights are random, but of MiniLM-L6 where texts are answered: time does not depend on them. Each pruned row is compared with
+the fastest dense one of its runtime. `--threads N` are those of every runtime; `THRESHER_DATA` names the data. `--tiny` shows
+that it works.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from weights import pretrained  # noqa: E402
+
+RUNS, RESULTS = HERE.parent / "runs" / "benchmarks" / "floor", HERE / "results" / "floor"
+DATA = Path(os.environ.get("THRESHER_DATA", "data"))
+LENGTHS, BUCKETS = (25, 53, 128, 512), (32, 64, 128, 512)
+SHAPES = {"minilm-l6": (384, 12, 6), "bert-base": (768, 12, 12)}  # width, heads, layers
+AT = {"minilm-l6": (0, 1, 3), "bert-base": (1, 3, 6)}
+RATIOS = {"2.4x": 2.4, "3.5x": 3.5}
+GRAPHS = (("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32"))
+HARD = {"2.1x": (0.66, (1, 3, 6)), "4x": (0.4, (1, 3, 6)), "8x": (0.3, (0, 2, 5))}  # of int8-8x128
+PHONE, TEXTS = (32, 64, 128), 400
+ASKED = 0.6  # of the dense model's milliseconds
+OF: dict[str, Any] = {"folder": RUNS, "results": RESULTS, "backend": "inductor"}  # of this call
+
+
+def network(shape: str) -> Any:
+    """A classifier of a shape, with random weights."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    width, heads, layers = SHAPES[shape]
+    sizes = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
+    return BertForSequenceClassification(BertConfig(**sizes, intermediate_size=4 * width)).eval()
+
+
+def text(tokens: int, batch: int = 1) -> dict[str, torch.Tensor]:
+    """Random texts of so many tokens."""
+    draw = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(1000, 30_000, (batch, tokens), generator=draw)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+
+@torch.no_grad()
+def ratio_of(net: Any, given: dict) -> float:
+    """How many times fewer MACs a pruned model needs."""
+    net(**given)
+    return 1 / float(net.token_pruner.last_record().flops_fraction())
+
+
+def keep_for(shape: str, ratio: float) -> float:
+    """The share of ``TopK`` at the sites of a shape that leaves so many times fewer MACs of 128 tokens; remembered."""
+    from thresher import TopK, prune, unprune
+
+    place = OF["folder"] / "keeps.json"
+    known = json.loads(place.read_text()) if place.exists() else {}
+    name = f"{shape} {ratio}"
+    if name not in known:
+        net, low, high = network(shape), 0.02, 1.0
+        while high - low > 0.002:
+            middle = (low + high) / 2
+            prune(net, TopK(keep=middle, at=AT[shape]), check=False)
+            low, high = (middle, high) if ratio_of(net, text(128)) > ratio else (low, middle)
+            unprune(net)
+        known[name] = round(high, 3)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(known))
+    return known[name]
+
+
+def variants(shape: str) -> dict[str, Any]:
+    """The dense model of a shape, and those that are pruned."""
+    from thresher import TopK, prune
+
+    found = {"dense": network(shape)}
+    for name, ratio in RATIOS.items():
+        found[name] = prune(network(shape), TopK(keep=keep_for(shape, ratio), at=AT[shape]))
+    return found
+
+
+def hard() -> dict[str, Any]:
+    """The models of int8-8x128."""
+    from thresher import TopK, prune
+
+    pruned = {name: prune(network("bert-base"), TopK(keep=keep, at=at)) for name, (keep, at) in HARD.items()}
+    return {"dense": network("bert-base"), **pruned}
+
+
+def graph(net: Any, folder: str, format: str, precision: str, longest: int = 512) -> Any:
+    """The runtime of a graph, which is exported where it is missing."""
+    from speed import graph_of
+
+    calibration = [text(128)] * 4 if (format, precision) == ("openvino", "int8") else None
+    return graph_of(net, OF["folder"] / folder, longest, format=format, precision=precision, calibration=calibration)
+
+
+Call = Callable[[dict], Any]
+
+
+def timed(calls: dict[str, Call], batches: dict[str, dict], repeats: int) -> dict[tuple[str, str], list[float]]:
+    """ms of each call on each batch, interleaved, after three that do not count."""
+    taken: dict[tuple[str, str], list[float]] = {}
+    with torch.inference_mode():
+        for size, given in batches.items():
+            for turn in range(-3, repeats):
+                for name, call in calls.items():
+                    start = perf_counter()
+                    call(given)
+                    if turn >= 0:
+                        taken.setdefault((name, size), []).append(1000 * (perf_counter() - start))
+    return taken
+
+
+def rows_of(
+    taken: dict[tuple[str, str], list[float]], ratios: dict[tuple[str, str], float], **fields: Any
+) -> list[dict]:
+    """Rows of calls "runtime precision model" on sizes "batch x tokens"; compiled code and torch are one runtime."""
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.rows import row
+
+    middle = {key: statistics.median(times) for key, times in taken.items()}
+    rows = []
+    for (name, size), times in taken.items():
+        (runtime, precision, model), (batch, tokens) = name.split(), map(int, size.split("x"))
+        same = {"torch", "compiled"} if runtime in ("torch", "compiled") else {runtime}
+        dense = min(
+            middle[f"{one} {precision} dense", size] for one in same if (f"{one} {precision} dense", size) in middle
+        )
+        low, _, high = statistics.quantiles(times, n=4)
+        ratio, gain = ratios.get((model, size), 1.0), dense / middle[name, size]
+        common = {"task": "synthetic", "method": "dense" if model == "dense" else "topk", "runtime": runtime}
+        common |= {"precision": precision, "mode": "dense" if model == "dense" else "pruned", "batch_size": batch}
+        common |= {"threads": torch.get_num_threads(), "max_length": tokens, "tokens_mean": tokens, "split": "none"}
+        common |= {"flops_ratio": ratio, "latency_ms_p50": middle[name, size], "speedup_unpadded": gain}
+        common |= {"efficiency": gain / ratio, "spread": (high - low) / middle[name, size], "repeats": len(times)}
+        rows.append(row(**common, recipe=f"untrained, {model}", **fields, **environment()))
+    return rows
+
+
+def batch1(shape: str, ready: bool) -> list[dict] | None:
+    """One text at a time; graphs alone where they are not ``ready`` to be timed."""
+    from thresher import compiled
+
+    nets, calls = variants(shape), {}
+    for name, net in nets.items():
+        for format, precision in GRAPHS:
+            run = graph(net, f"{shape}-{name}-{format}-{precision}", format, precision)
+            calls[f"{format} {precision} {name}"] = lambda given, run=run: run.forward(**given)
+        fast = compiled(net, BUCKETS, backend=OF["backend"])  # the second time most of it is read from disk
+        calls[f"compiled fp32 {name}"] = lambda given, fast=fast: fast(**given)
+        calls[f"torch fp32 {name}"] = lambda given, net=net: net(**given)
+    if not ready:
+        return None
+    batches = {f"1x{n}": text(n) for n in LENGTHS}
+    ratios = {(name, f"1x{n}"): ratio_of(nets[name], text(n)) for name in RATIOS for n in LENGTHS}
+    return rows_of(timed(calls, batches, 30 if shape == "minilm-l6" else 10), ratios, model=shape)
+
+
+def int8(ready: bool) -> list[dict] | None:
+    """Eight texts of 128 tokens in int8."""
+    nets, calls = hard(), {}
+    for name, net in nets.items():
+        for format in ("onnx", "openvino"):
+            run = graph(net, f"bert-base-{name}-{format}-int8", format, "int8", 128)
+            calls[f"{format} int8 {name}"] = lambda given, run=run: run.forward(**given)
+    if not ready:
+        return None
+    ratios = {(name, "8x128"): ratio_of(nets[name], text(128, 8)) for name in HARD}
+    return rows_of(timed(calls, {"8x128": text(128, 8)}, 20), ratios, model="bert-base")
+
+
+@torch.no_grad()
+def with_head(net: Any, tokenizer: Any, texts: Any) -> Any:
+    """``net`` with a linear head on its pooled states, fitted on labelled ``texts``."""
+    from sklearn.linear_model import LogisticRegression
+
+    states = []
+    for i in range(0, len(texts), 32):
+        given = tokenizer(texts["sentence"][i : i + 32], padding=True, return_tensors="pt")
+        states.append(net.bert(**given).pooler_output)
+    fitted = LogisticRegression(max_iter=1000).fit(torch.cat(states).numpy(), texts["label"])
+    weight, bias = torch.tensor(fitted.coef_[0]).float(), float(fitted.intercept_[0])
+    net.classifier.weight.copy_(torch.stack([-weight, weight]) / 2)
+    net.classifier.bias.copy_(torch.tensor([-bias, bias]) / 2)
+    return net
+
+
+def phone(ready: bool) -> list[dict] | None:
+    """MiniLM-L6 in ExecuTorch, pruned and dense."""
+    from datasets import load_dataset
+
+    from speed import graph_of
+    from thresher import TopK, prune
+    from thresher.data.models import load
+
+    data = load_dataset(
+        "parquet", data_files={p: str(DATA / f"glue/sst2/{p}*.parquet") for p in ("train", "validation")}
+    )
+    nets, calls, runs = {}, {}, {}
+    for name in ("dense", "2.4x"):
+        net, tokenizer = load(pretrained("minilm-l6"), num_labels=2)
+        if name != "dense":
+            prune(net, TopK(keep=keep_for("minilm-l6", RATIOS[name]), at=AT["minilm-l6"]))
+        nets[name] = with_head(net.eval(), tokenizer, data["train"].shuffle(seed=0).select(range(2000)))
+        for precision in ("fp32", "int8"):
+            how = {"tokenizer": tokenizer, "format": "executorch", "precision": precision, "lengths": PHONE}
+            run = graph_of(net, RUNS / f"phone-{name}-{precision}", max(PHONE), **how)
+            runs[precision, name] = run
+            calls[f"executorch {precision} {name}"] = lambda given, run=run: run.forward(**given)
+    if not ready:
+        return None
+    texts = [tokenizer(one, return_tensors="pt") for one in data["validation"]["sentence"][:TEXTS]]
+    notes = {key: agreement(nets[key[1]], run, texts) for key, run in runs.items()}
+    batches = {f"1x{n}": text(n) for n in PHONE}
+    ratios = {("2.4x", f"1x{n}"): ratio_of(nets["2.4x"], text(n)) for n in PHONE}
+    rows = rows_of(timed(calls, batches, 30), ratios, model="minilm-l6")
+    return [{**one, "note": notes[one["precision"], one["recipe"].split(", ")[1]]} for one in rows]
+
+
+@torch.no_grad()
+def agreement(net: Any, run: Any, texts: list[dict]) -> str:
+    """How far a program's logits are from the model's, how many labels are equal, and its megabytes."""
+    worst, same = 0.0, 0
+    for given in texts:
+        here, there = net(**given).logits, run.forward(**given)["logits"]
+        worst, same = max(worst, float((here - there).abs().max())), same + int(here.argmax() == there.argmax())
+    equal = 100 * same / len(texts)
+    return (
+        f"{run.spec['megabytes']} MB, logits differ by {worst:.2g} at most, {equal:.1f} % of {len(texts)} labels equal"
+    )
+
+
+KINDS: dict[str, Callable[[bool], Any]] = {
+    "batch1-minilm-l6": lambda ready: batch1("minilm-l6", ready),
+    "batch1-bert-base": lambda ready: batch1("bert-base", ready),
+    "int8-8x128": int8,
+    "phone": phone,
+}
+
+
+def target(runtime: str, precision: str) -> None:
+    """Ask ``tune`` for a share of the dense model's milliseconds on MRPC, and write what was reached."""
+    from thresher.data.models import load
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.rows import row, write_rows
+    from thresher.experiments.tune import SUMMARY, tune
+
+    model = RUNS / "minilm-l6-mrpc"
+    if not model.exists():
+        net, tokenizer = load(pretrained("minilm-l6"), num_labels=2)
+        net.save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    given = {"data": str(DATA / "glue" / "mrpc"), "runtime": runtime, "precision": precision, "max_length": 128}
+    dense = json.loads((RUNS / "dense-ms.json").read_text()) if (RUNS / "dense-ms.json").exists() else {}
+    name = f"{runtime} {precision}"
+    if name not in dense:
+        from thresher import load_runtime
+
+        run = load_runtime(RUNS / f"minilm-l6-dense-{runtime}-{precision}")
+        times = timed({"dense": lambda batch: run.forward(**batch)}, {"1x53": text(53)}, 20)
+        dense[name] = statistics.median(times["dense", "1x53"])
+        (RUNS / "dense-ms.json").write_text(json.dumps(dense))
+    asked = round(ASKED * dense[name], 2)
+    place = RUNS / f"target-{runtime}-{precision}"
+    tune(model=str(model), target_latency_ms=asked, out=place, **given)
+    reached = json.loads((place / SUMMARY).read_text())["reached"]
+    common = {"task": "mrpc", "model": "minilm-l6", "method": "topk", "runtime": runtime, "precision": precision}
+    common |= {"batch_size": 1, "threads": torch.get_num_threads(), "split": "validation", "mode": "pruned"}
+    note = f"asked {asked:g} ms, reached {reached['latency_ms']:.3g}, dense {reached['latency_ms_dense']:.3g}"
+    one = row(**common, latency_ms_p50=reached["latency_ms"], note=note, **environment())
+    write_rows(RESULTS / f"target-{runtime}-{precision}.json", [one])
+    print(note)
+
+
+def main() -> None:
+    """Run a step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("graphs", "time", "target"))
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--tiny", action="store_true", help="small models, to see that it works; no rows")
+    given = parser.parse_args()
+    if given.tiny:
+        SHAPES.update({name: (64, 2, layers) for name, (_, _, layers) in SHAPES.items()})
+        OF.update(folder=RUNS / "tiny", results=None, backend="eager")
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    if given.step == "target":
+        target(*given.names)
+        return
+    from thresher.evaluation.rows import write_rows
+
+    for name in given.names or KINDS:
+        rows = KINDS[name](given.step == "time")
+        if rows:
+            if OF["results"]:
+                write_rows(OF["results"] / f"{name}.json", rows)
+            for one in rows:
+                told = (
+                    "runtime",
+                    "precision",
+                    "recipe",
+                    "max_length",
+                    "latency_ms_p50",
+                    "speedup_unpadded",
+                    "efficiency",
+                )
+                print(
+                    *(f"{one[key]:.3g}" if isinstance(one[key], float) else one[key] for key in told),
+                    one.get("note", ""),
+                )
+
+
+if __name__ == "__main__":
+    main()

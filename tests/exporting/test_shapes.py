@@ -1,0 +1,170 @@
+"""Graphs of one length: widths follow from the length, kept counts from the text, and the answers are the model's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support.families import FAMILIES
+from support.methods import METHODS
+from support.tiny import tiny_tokenizer
+from thresher import LTP, Threshold, ToP, TopK, compiled, prune
+from thresher.core.view import Widths
+from thresher.data.embedder import Embedder
+from thresher.exporting.export import inputs_of, padded_layout
+from thresher.exporting.shapes import check_lengths, counts_of, filled, one_shape, widths_by_length, widths_of
+
+LENGTH = 24
+LEFT_TO_THE_DATA = {"adapler", "ltmp", "ltp", "ltp-fused", "threshold", "transkimmer", "trbert"}
+USUAL = {"topk", "top", "evit", "threshold"}
+
+
+def classifier(method=None, **options):
+    """A tiny model whose scores are far apart, so that no rounding decides which token leaves."""
+    model = FAMILIES["bert"].build(pad_token_id=0, vocab_size=len(tiny_tokenizer()), **options)
+    return model if method is None else prune(model, method)
+
+
+def texts(model, longest: int = LENGTH) -> list[dict]:
+    return [inputs_of(model, tiny_tokenizer(), 1, n) for n in range(1, longest + 1)]
+
+
+def slow_but(usual: set[str]):
+    return [n if n in usual else pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "lazyllm"]
+
+
+# --- the property ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", slow_but(USUAL))
+def test_a_graph_of_one_length_answers_as_its_model(name):
+    model = classifier(METHODS[name][1]())
+    with padded_layout(model), torch.no_grad():
+        widths, cut = widths_of(model, (LENGTH,), texts(model))
+        assert bool(cut) == (name in LEFT_TO_THE_DATA)
+        with one_shape(model, widths[LENGTH]):
+            graph = torch.export.export(model, args=(), kwargs=texts(model)[-1], strict=False).module()
+    worst = 0.0
+    for given in texts(model):
+        with torch.no_grad():
+            found = graph(**filled(given, LENGTH, 0)).logits
+            with one_shape(model, widths[LENGTH] if cut else None):
+                expected = model(**given).logits
+        worst = max(worst, float((found - expected).abs().max()))
+    assert worst <= 1e-5
+
+
+def test_it_holds_no_symbol_and_no_sum_of_the_data():
+    model = classifier(TopK(keep=0.5))
+    with padded_layout(model), torch.no_grad(), one_shape(model, widths_by_length(model.token_pruner, LENGTH)):
+        graph = torch.export.export(model, args=(), kwargs=texts(model)[-1], strict=False).graph
+    names = {str(node.target) for node in graph.nodes}
+    assert not any("item" in name or "sym_" in name or "_local_scalar" in name for name in names)
+    states = [node.meta["val"].shape for node in graph.nodes if "layer_norm" in str(node.target)]
+    assert all(isinstance(size, int) for shape in states for size in shape)
+    assert {shape[1] for shape in states} == {24, 12, 6, 3}, "as wide as the longest text keeps"
+
+
+@pytest.mark.parametrize("name", sorted({*METHODS} - LEFT_TO_THE_DATA - {"lazyllm"}))
+def test_no_text_keeps_more_than_the_width(name):
+    model = classifier(METHODS[name][1]())
+    widths = widths_by_length(model.token_pruner, LENGTH)
+    most = counts_of(model, texts(model))[:, 1:].max(0).values
+    assert not widths.capped and all(int(n) <= width for n, width in zip(most, widths.slots, strict=True))
+    spare = [width - int(n) for n, width in zip(most, widths.slots, strict=True)]
+    assert name in ("ats", "top-holes") or max(spare) <= 1, spare
+
+
+@pytest.mark.parametrize("options, slots", [({"min_tokens": 20}, (19, 19)), ({"protect": (0, 1, 2, 3, -1)}, (7, 5))])
+def test_widths_know_of_what_never_leaves(options, slots):
+    model = classifier(TopK(keep=0.3, at=(0, 1), **options))
+    assert widths_by_length(model.token_pruner, 22).slots == slots
+    most = counts_of(model, texts(model, 22))[:, 1:].max(0).values
+    assert most.tolist() == list(slots)
+
+
+# --- thresholds ------------------------------------------------------------------------------------------------------
+def test_of_a_text_that_wants_more_the_best_go_on():
+    model = classifier(Threshold(0.0, at=(1,)))
+    given = texts(model)[-1]
+    with torch.no_grad():
+        model(**given)
+        site = model.token_pruner.record.sites[0]
+        free, wanted = site.score.clone(), int(site.keep.sum())
+        assert wanted == LENGTH
+        with one_shape(model, Widths((6,), capped=True)):
+            model(**given)
+    kept = model.token_pruner.record.sites[0].keep[0]
+    free[:, 0] = torch.inf  # the class token never leaves
+    assert set(kept.nonzero()[:, 0].tolist()) == set(free[0].topk(6).indices.tolist())
+
+
+def test_the_texts_that_are_cut_are_counted():
+    model = classifier(LTP(init=1.4))
+    given = texts(model)
+    counts = counts_of(model, given)
+    widths, cut = widths_of(model, (12, LENGTH), given)
+    for shorter, length in ((0, 12), (12, LENGTH)):
+        own = counts[(counts[:, 0] > shorter) & (counts[:, 0] <= length), 1:]
+        assert cut[length] == pytest.approx(float((own > torch.tensor(widths[length].slots)).any(1).float().mean()))
+    with pytest.raises(ValueError, match="ltp keeps as many tokens as the text wants"):
+        widths_of(model, (LENGTH,), None)
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+def check(fast, model, lengths=(1, 2, 5, 8, 9, 16)) -> None:
+    for n in lengths:
+        given = inputs_of(model, tiny_tokenizer(), 1, n)
+        with torch.no_grad():
+            expected = model(**given)
+        for name, x in fast(**given).items():
+            torch.testing.assert_close(x, expected[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "dense", "reader", "embedder"])
+def test_compiled_code_answers_as_the_model(kind):
+    method = None if kind == "dense" else TopK(keep=0.5)
+    if kind == "embedder":
+        model = Embedder(prune(classifier().bert, method))
+    elif kind == "reader":
+        from transformers import BertForQuestionAnswering
+
+        model = prune(BertForQuestionAnswering(classifier().config).eval(), method)
+    else:
+        model = classifier(method)
+    fast = compiled(model, (8, 16), tokenizer=tiny_tokenizer(), backend="eager")
+    check(fast, model)
+    assert fast.lengths == [8, 16] and not model.training
+
+
+def test_nothing_is_compiled_in_service():
+    model = classifier(TopK(keep=0.5))
+    fast = compiled(model, (8, 16), tokenizer=tiny_tokenizer(), backend="eager")
+    threads = torch.get_num_threads()
+    try:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            check(fast, model)
+            torch.set_num_threads(threads + 1)
+            check(fast, model)
+            with torch.inference_mode():
+                check(fast, model)
+    finally:
+        torch.set_num_threads(threads)
+    batch = inputs_of(model, tiny_tokenizer(), 3, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**batch).logits, model(**batch).logits)
+        longer = inputs_of(model, tiny_tokenizer(), 1, 17)
+        torch.testing.assert_close(fast(**longer).logits, model(**longer).logits)
+
+
+def test_lengths_are_checked():
+    assert check_lengths((), 100) == (32, 64, 100) and check_lengths((64, 8, 8), 64) == (8, 64)
+    for wrong in ((0,), (65,), (8.5,)):
+        with pytest.raises(ValueError, match="expected numbers of tokens from 1 to 64"):
+            check_lengths(wrong, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_code_of_inductor_answers_as_the_model():
+    model = classifier(ToP(target_flops=0.5))
+    model.token_pruner.mask[:, 12:] = False
+    check(compiled(model, (8, 16), tokenizer=tiny_tokenizer()), model)
