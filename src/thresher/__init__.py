@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .methods.vispruner import VisPruner
     from .prompts.compress import Compressed, compress
     from .prompts.gemfilter import GemFilter
+    from .prompts.llmlingua2 import LLMLingua2, likelihood_labels
     from .training.trainer import PruningTrainer
 
 __version__ = "0.1.0"
@@ -81,6 +82,7 @@ __all__ = [
     "KVzip",
     "KeyDiff",
     "Knorm",
+    "LLMLingua2",
     "LTPCache",
     "LazyLLM",
     "PoWERBERT",
@@ -106,6 +108,7 @@ __all__ = [
     "compress",
     "dense",
     "export",
+    "likelihood_labels",
     "load_runtime",
     "prune",
     "unprune",
@@ -156,6 +159,7 @@ _HOMES = {
     "core.pruner": ("TokenPruner",),
     "prompts.compress": ("Compressed", "compress"),
     "prompts.gemfilter": ("GemFilter",),
+    "prompts.llmlingua2": ("LLMLingua2", "likelihood_labels"),
     "exporting.runtime": ("load_runtime",),
     "training.trainer": ("PruningTrainer",),
 }
