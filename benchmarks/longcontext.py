@@ -64,13 +64,17 @@ def opened(options: argparse.Namespace) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def methods_of(tokenizer: Any, kvzip: bool) -> dict[str, Any]:
-    """All methods at all shares; KVzip, which takes as long as all others, alone."""
+def methods_of(tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """All methods, or those that are named, at all shares; KVzip, which takes as long as all others, alone: as in the
+    paper, and with equal shares of all heads and layers."""
     from thresher.evaluation.longcontext import repeat_request
 
-    if kvzip:
-        return {f"kvzip@{keep}": KVzip(keep=keep, request=repeat_request(tokenizer)) for keep in (0.5, 0.3, 0.2)}
-    return {f"{name}@{keep}": kind(keep=keep) for keep in KEEPS for name, kind in METHODS.items()}
+    if options.kvzip:
+        request, own = repeat_request(tokenizer), {"heads": "own", "layers": "equal"}
+        shares, kinds = (0.5, 0.3, 0.2), {"kvzip": KVzip, "kvzip-own": partial(KVzip, **own)}
+        return {f"{name}@{keep}": kinds[name](keep=keep, request=request) for keep in shares for name in kinds}
+    names = options.methods.split(",") if options.methods else METHODS
+    return {f"{name}@{keep}": METHODS[name](keep=keep) for keep in KEEPS for name in names}
 
 
 def quality(options: argparse.Namespace) -> None:
@@ -83,7 +87,7 @@ def quality(options: argparse.Namespace) -> None:
     task = load_task(os.path.join(os.environ["THRESHER_DATA"], "squad"))
     book = book_of(task.test, task.text_columns, lambda text: len(tokenizer(text, verbose=False)["input_ids"]))
     when = ("after",) if options.kvzip else tuple(options.when.split(","))
-    judge = Judge(model, tokenizer, methods_of(tokenizer, options.kvzip), when)
+    judge = Judge(model, tokenizer, methods_of(tokenizer, options), when)
     tasks = tuple(options.tasks.split(","))
     texts = contexts(book, tasks, options.length, options.count, keys=options.keys, digits=options.digits)
     if options.ask:
@@ -103,7 +107,7 @@ def fluency(options: argparse.Namespace) -> None:
     text = "\n\n".join(dict.fromkeys(task.test["context"]))
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     size = options.length + 64
-    methods = methods_of(tokenizer, options.kvzip)
+    methods = methods_of(tokenizer, options)
     pieces = ((n, ids[:, n * size : (n + 1) * size]) for n in range(min(options.count, ids.shape[1] // size)))
     name = f"fluency-{options.length}" + "+kvzip" * options.kvzip
     resume(options, name, ((n, lambda i=i: measured(model, i, 64, methods)) for n, i in pieces))
@@ -137,11 +141,21 @@ def land(options: argparse.Namespace, step: str, rows: list[dict]) -> None:
     place = RESULTS / "longcontext" / f"{model}-{step}.json"
     place.parent.mkdir(parents=True, exist_ok=True)
     command = f"python benchmarks/longcontext.py {step} --model {model}"
+    rows = [{**row, "command": command, **environment()} for row in rows]
+    made = {alike(row) for row in rows}
+    there = json.loads(place.read_text())["rows"] if place.exists() else []
+    rows = [*(row for row in there if alike(row) not in made), *rows]
     with whole(place) as aside:
-        aside.write_text(as_json({"rows": [{**row, "command": command, **environment()} for row in rows]}))
+        aside.write_text(as_json({"rows": rows}))
     for row in rows:
         print({key: value for key, value in row.items() if key not in ("model", "precision", "threads", "gains")})
     print(f"wrote {place}")
+
+
+def alike(row: dict) -> tuple:
+    """What a later row has in common with the one whose place it takes; all others stay."""
+    names = ["precision", "digits", "length", "task", "when", "method", "keep", "context", "prompt"]
+    return (*map(row.get, names + ["tokens"] * ("n_examples" not in row)),)
 
 
 def rows(options: argparse.Namespace) -> None:
@@ -155,11 +169,12 @@ def rows(options: argparse.Namespace) -> None:
             groups.setdefault(file.stem.partition("+")[0], []).extend(results(file))
         for name, found in groups.items():
             if kind == "fluency":
-                made += means(found)
+                made += [{"length": int(name.rpartition("-")[2])} | row for row in means(found)]
                 continue
             against = [f"{name}@{keep}" for keep in KEEPS for name in BASELINES]
-            digits = {"digits": int(name.rpartition("-")[2])}
-            made += [digits | row | split(row["method"]) for row in summary(found, against)]
+            length, digits = map(int, name.split("-")[-2:])
+            known = {"length": length, "digits": digits}
+            made += [known | row | split(row["method"]) for row in summary(found, against)]
         if made:
             land(options, kind, [about(options) | row for row in made])
 
@@ -228,7 +243,7 @@ def time(options: argparse.Namespace) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     found: dict[tuple, list] = {}
     for turn in range(TURNS + 1):
-        for entries in ENTRIES:
+        for entries in options.entries:
             for name in ("full", *HOLDING):
                 kind = HOLDING.get(name)
                 if kind is not None:
@@ -259,6 +274,7 @@ def memory(options: argparse.Namespace) -> None:
     made = []
     for name in ("full", "keydiff", "streamingllm"):
         command = [sys.executable, __file__, "prefill", "--model", options.model, "--precision", options.precision]
+        command += ["--entries", *map(str, options.entries), "--threads", str(options.threads)]
         run = subprocess.run([*command, "--method", name], check=True, capture_output=True, text=True)
         made.append(about(options) | json.loads(run.stdout.splitlines()[-1]))
     land(options, "memory", made)
@@ -276,7 +292,7 @@ def prefill(options: argparse.Namespace) -> None:
     model, _ = opened(options)
     if options.method != "full":
         prune(model, HOLDING[options.method](hold=HELD, every=EVERY))
-    cache, tokens = DynamicCache(config=model.config), max(ENTRIES)
+    cache, tokens = DynamicCache(config=model.config), max(options.entries)
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, perf_counter()
     for first in range(0, tokens, CHUNK):
@@ -354,9 +370,11 @@ def main() -> int:
     parser.add_argument("--when", default="after,before", help="when the question is read, see thresher compare")
     parser.add_argument("--ask", help="one of the tasks, whose questions alone are asked")
     parser.add_argument("--keys", type=int, default=4, help="codes in a text of multikey")
+    parser.add_argument("--methods", help="some of them, with commas between; default: all")
     parser.add_argument("--kvzip", action="store_true", help="KVzip alone, which reads each text twice")
     parser.add_argument("--digits", type=int, default=3, help="of a key; each of them is a token")
     parser.add_argument("--method", default="full", help="of prefill")
+    parser.add_argument("--entries", type=int, nargs="+", default=ENTRIES, help="of a cache, 1,024 or more; of time")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     STEPS[options.step](options)

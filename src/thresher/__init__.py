@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .methods.vispruner import VisPruner
     from .prompts.compress import Compressed, compress
     from .prompts.gemfilter import GemFilter
+    from .prompts.llmlingua2 import LLMLingua2, likelihood_labels
     from .training.trainer import PruningTrainer
 
 __version__ = "0.1.0"
@@ -86,6 +87,7 @@ __all__ = [
     "KVzip",
     "KeyDiff",
     "Knorm",
+    "LLMLingua2",
     "LTPCache",
     "LazyLLM",
     "PoWERBERT",
@@ -114,6 +116,7 @@ __all__ = [
     "compress",
     "dense",
     "export",
+    "likelihood_labels",
     "load_runtime",
     "prune",
     "unprune",
@@ -168,6 +171,7 @@ _HOMES = {
     "core.pruner": ("TokenPruner",),
     "prompts.compress": ("Compressed", "compress"),
     "prompts.gemfilter": ("GemFilter",),
+    "prompts.llmlingua2": ("LLMLingua2", "likelihood_labels"),
     "exporting.runtime": ("load_runtime",),
     "training.trainer": ("PruningTrainer",),
 }

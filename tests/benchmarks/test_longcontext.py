@@ -17,7 +17,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import longcontext
 
-    small = {"ENTRIES": (64, 128), "HELD": 40, "EVERY": 4, "TOKENS": 300, "BLOCK": 100, "WINDOWS": 3, "TAIL": 5}
+    small = {"HELD": 40, "EVERY": 4, "TOKENS": 300, "BLOCK": 100, "WINDOWS": 3, "TAIL": 5}
     for name, value in {**small, "CHUNK": 32, "RUNS": tmp_path / "runs", "RESULTS": tmp_path / "results"}.items():
         monkeypatch.setattr(longcontext, name, value)
     rows = fields(40)
@@ -35,7 +35,7 @@ def bench(monkeypatch, tmp_path):
         "digits": 3,
         "when": "after,before",
     }
-    options = Namespace(**common, ask=None, kvzip=False, method="keydiff")
+    options = Namespace(**common, ask=None, kvzip=False, methods=None, method="keydiff", entries=(64, 128))
 
     def run(step: str, **more) -> list[dict]:
         longcontext.STEPS[step](Namespace(**vars(options) | more))
@@ -50,8 +50,12 @@ def test_qualities_land_with_their_intervals(bench):
     bench("quality", kvzip=True, ask="needle")
     rows = bench("rows")
     methods = {(row["method"], row["keep"]) for row in rows}
-    assert len(methods) == 1 + 2 * 9 + 3 and {row["n_examples"] for row in rows} == {2}
+    assert len(methods) == 1 + 2 * 9 + 2 * 3 and {row["n_examples"] for row in rows} == {2}
     assert {row["task"] for row in rows if row["method"] == "kvzip"} == {"needle"}
+    bench("quality", methods="snapkv,tova", digits=4)
+    more = bench("rows")
+    assert {row["method"] for row in more if row["digits"] == 4} == {"full", "snapkv", "tova"}
+    assert [row for row in more if row["digits"] == 3] == rows or len(more) > len(rows)
     snapkv = next(row for row in rows if row["method"] == "snapkv" and row["keep"] == 0.5)
     assert {*snapkv["gains"]} == {f"{name}@{keep}" for name in ("random-cache", "streamingllm") for keep in (0.5, 0.2)}
 

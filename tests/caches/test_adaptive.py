@@ -23,7 +23,7 @@ from support.decoders import (
     prompts,
     run,
 )
-from thresher import TOVA, KeyDiff, StreamingLLM, dense, prune, unprune
+from thresher import TOVA, KeyDiff, KVzip, StreamingLLM, dense, prune, unprune
 from thresher.caches.adaptive import shares
 from thresher.caches.hooks import ours
 from thresher.caches.ragged import RaggedLayer
@@ -206,3 +206,67 @@ def test_what_cannot_share_is_refused():
     for family, options in (("deepseek-v3", {}), ("llama", {"num_key_value_heads": 1})):
         with pytest.raises(ValueError, match=r"heads='adaptive' is not possible with \w+, whose layers have one key"):
             prune(build(family, **options), KeyDiff(keep=64, heads="adaptive"))
+
+
+# --- layers that share a budget: KVzip, whose scores are there before anything leaves --------------------------------
+SHARING = {"heads": "adaptive", "layers": "adaptive"}
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "lookup"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_what_layers_evict_together_is_as_if_hidden(way, implementation):
+    for batch in (prompts(LENGTHS[:1]), prompts()):
+        evicted, hidden = (
+            run(prune(build("llama", implementation), make("kvzip", **SHARING), layout=layout), batch, way)
+            for layout in ("evict", "mask")
+        )
+        assert difference(evicted, hidden) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2", "gemma3"])
+def test_layers_share_in_other_families(family):
+    evicted, hidden = (
+        run(prune(build(family), make("kvzip", "share", **SHARING), layout=layout), prompts(), "turn")
+        for layout in ("evict", "mask")
+    )
+    assert difference(evicted, hidden) <= 1e-5
+
+
+def test_layers_share_and_a_row_answers_in_a_batch_as_alone():
+    batch, steps = prompts(), [1, 1, 9, 1]
+    together = feed(prune(build("llama"), make("kvzip", **SHARING)), batch, [40, *steps])
+    for row, length in enumerate(LENGTHS):
+        single = feed(prune(build("llama"), make("kvzip", **SHARING)), alone(batch, row), [length, *steps])
+        assert difference([x[row : row + 1] for x in together], single) <= 1e-5
+    whole = run(prune(build("llama"), make("kvzip", keep=1.0, **SHARING)), batch, "turn")
+    assert all(torch.equal(a, b) for a, b in zip(whole, run(build("llama"), batch, "turn"), strict=True))
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS[:1], LENGTHS])
+def test_the_best_of_all_layers_stay_in_the_bytes_of_the_formula(lengths):
+    """No entry that has left is better than one that stayed, in any head of any layer."""
+    rows, model = len(lengths), prune(build("llama"), make("kvzip", **SHARING), layout="mask")
+    whole = ours(filled(model, prompts(lengths)))
+    unprune(model)
+    layers = ours(filled(prune(model, make("kvzip", **SHARING)), prompts(lengths)))
+    assert sum(layer.nbytes for layer in layers.values()) == rows * 3 * 2 * 12 * ENTRY
+    assert len({tuple(map(tuple, layer.store.lengths)) for layer in layers.values()}) > 1
+    for row in range(rows):
+        stayed, left = [], []
+        for number, layer in whole.items():
+            real = layer.position[row] >= 0
+            free = real & (layer.position[row] >= 2) & (layer.position[row] < lengths[row] - 4)
+            stayed.append(layer.received[row][free & layer.live[row]])
+            left.append(layer.received[row][free & ~layer.live[row]])
+            assert bool(layer.live[row][real & ~free].all())
+            assert layers[number].store.lengths[row] == layer.live[row].sum(-1).tolist()
+        assert torch.cat(stayed).min() >= torch.cat(left).max()
+
+
+def test_a_single_head_of_each_layer_shares_with_other_layers_not():
+    with pytest.raises(ValueError, match=r"have one key head, .*give heads='own', layers='equal'"):
+        prune(build("deepseek-v3"), KVzip(keep=64))
+    with pytest.raises(ValueError, match="layers='adaptive' shares a budget between layers: it is for KVzip, which"):
+        KeyDiff(keep=64, **SHARING)
+    with pytest.raises(ValueError, match="between layers: it is for heads='adaptive'"):
+        KVzip(keep=64, heads="own")

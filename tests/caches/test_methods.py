@@ -132,7 +132,8 @@ def test_kvzip_keeps_what_a_repetition_sees(shown):
     q, k = seen["q"][:, N:], seen["k"].repeat_interleave(2, 0)
     products = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(~torch.ones(N + 2, 2 * N + 2).tril(N).bool(), -torch.inf)
     most = products.softmax(-1)[..., :N].amax(1).unflatten(0, (2, 2)).amax(1)
-    assert torch.equal(kept(KVzip(keep=K, request=(9, 8), **SMALL)), best(most))
+    own = {"heads": "own", "layers": "equal", **SMALL}
+    assert torch.equal(kept(KVzip(keep=K, request=(9, 8), **own)), best(most))
 
 
 def test_random_keeps_others_in_each_head_and_layer_and_the_same_again():

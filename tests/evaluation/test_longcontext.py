@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ TEXT = "the farmer sows. the pass key is 4711. the farmer reaps wheat and grain.
 EXACT = Case("needle", "what is the pass key?", "the pass key is", (" 4711",), depth=0.4)
 FREE = replace(EXACT, task="squad", exact=False)
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}<assistant>"
+ADAPTIVE = partial(make, "kvzip", heads="adaptive", layers="adaptive")
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +58,12 @@ def as_users_do(model, tokenizer, judge, case, when, method):
 def test_answers_are_those_of_a_pruned_model(model, tokenizer, when):
     one = replace(EXACT, answers=(" ",))  # a single token, so that its log probability is that of the first step
     methods = {name: make(name, "count") for name in ("snapkv", "h2o", "keydiff", "streamingllm")}
+    methods |= {"shared": ADAPTIVE()} if when == "after" else {}
     judge = Judge(model, tokenizer, methods, (when,))
     found = {row["method"]: row for row in judge(Context(0, TEXT, (one,)))}
     assert {*found} == {FULL, *methods}
     for name, row in found.items():
-        method = make(name, "count") if name in methods else None
+        method = (ADAPTIVE() if name == "shared" else make(name, "count")) if name in methods else None
         logprob, said = as_users_do(model, tokenizer, judge, one, when, method)
         assert row["logprob"] == pytest.approx(logprob, abs=1e-4)
         assert row["said"] == said and row["score"] == float(said == " ")

@@ -11,9 +11,16 @@ from support.decoders import METHODS, build, make, prompts
 from support.visual import VISUAL
 from thresher import LTPCache, RandomCache, SnapKV, TriAttention, dense, prune, unprune
 from thresher.caches.hooks import ours
-from thresher.evaluation.prompt import read_prompt, stacked
+from thresher.evaluation.prompt import going_on, read_prompt, stacked, uneven
 
 EVEN = [name for name in METHODS if name != "ltp-cache"]  # methods that leave all layers and heads equally full
+
+UNEVEN = {
+    "pyramid": lambda: make("snapkv", layers="pyramid"),
+    "heads": lambda: make("h2o", heads="adaptive"),
+    "layers": lambda: make("kvzip", heads="adaptive", layers="adaptive"),
+    "thresholds": lambda: make("ltp-cache", heads="adaptive"),
+}
 
 
 def next_logits(model, ids, cache):
@@ -91,10 +98,20 @@ def test_a_pruned_model_is_refused():
         read_prompt(model, prompts((40,))["input_ids"])
 
 
-def test_caches_that_need_masks_are_refused():
-    prompt = read_prompt(build("llama"), prompts((40,))["input_ids"])
-    with pytest.raises(ValueError, match="unequally full"):
-        prompt.evicted(make("snapkv", "count", layers="pyramid"))
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("method", UNEVEN)
+def test_an_uneven_cache_goes_on_as_that_of_a_pruned_model(family, method):
+    model, ids = build(family), prompts((40,))["input_ids"]
+    before, after = ids[:, :34], ids[:, 34:]
+    prompt = read_prompt(model, before)
+    for _ in range(2):
+        wanted, _ = both(model, UNEVEN[method](), before, after)
+        cache = prompt.evicted(UNEVEN[method]())
+        assert uneven(cache)
+        with going_on(model, cache):
+            found = next_logits(model, after, cache)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert not hasattr(model, "token_pruner") and not uneven(prompt.full())
 
 
 @pytest.mark.parametrize(("method", "said"), [(TriAttention, "knows no centres"), (LTPCache, "no thresholds")])

@@ -55,6 +55,9 @@ def test_bench_times_named_methods_and_the_folders_own(saved):
         ("dense", {"keep": 0.5}, "name it"),
         ("dense", {"method": "topk", "keep": 0.5}, "prunes tokens"),
         ("dense", {"method": "snapkv", "keep": 0.5, "runtime": ("onnx",)}, "timed in torch alone"),
+        ("dense", {"method": "snapkv", "keep": 0.5, "precision": ("bf16",)}, "leave precision out"),
+        ("dense", {"method": "snapkv", "keep": 0.5, "batch_size": (4,)}, "leave batch_size out"),
+        ("dense", {"method": "snapkv", "keep": 0.5, "metric": "f1"}, "leave metric out"),
         ("dense", {"method": "snapkv", "keep": 0.5, "contexts": (1,)}, "2 tokens or more"),
         ("dense", {"method": "snap", "keep": 0.5}, "unknown pruning method"),
         ("dense", {"method": "ltp-cache", "keep": 0.5}, "has to learn .* in Python"),
@@ -110,6 +113,10 @@ def test_compare_asks_over_every_cache_and_resumes(saved, tmp_path):
         ({"at": (1,)}, "leave at out"),
         ({"batch_size": 32}, "leave batch_size out"),
         ({"dropout": 0.0}, "leave dropout out"),
+        ({"time": False}, "neither trained nor timed: leave time out"),
+        ({"label": "text"}, "leave label out"),
+        ({"metric": "accuracy"}, "leave metric out"),
+        ({"repeats": 1}, "leave repeats out"),
     ],
 )
 def test_compare_refuses(saved, tmp_path, options, said):
@@ -154,6 +161,8 @@ def test_show_tells_which_tokens_are_held(saved, tmp_path):
     assert "held by 100%" in (tmp_path / "page.html").read_text()
     with pytest.raises(ValueError, match="not pruned by one method"):
         followed_texts(saved.dense, texts=[text])
+    with pytest.raises(ValueError, match="one by one: leave pair out"):
+        followed_texts(saved.pruned, texts=[text], pair="wheat")
 
 
 def test_a_method_of_a_cache_is_refused_where_there_is_none(tmp_path):

@@ -8,7 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from prompts.test_compress import TEXT, tokenizer
+from prompts.test_llmlingua2 import LONG, classifier
 from support.decoders import build
+from support.tiny import tiny_tokenizer
+from thresher import LLMLingua2, TopK, compress, prune
 from thresher.cli.app import app
 from thresher.experiments.compress import compressed
 
@@ -65,3 +68,14 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path):
         (line,) = told.stderr.splitlines()
         assert told.exit_code == 2 and line.startswith("error: ") and what in line and not told.stdout
     assert "prompt is empty" in run(folder, input="").stderr
+
+
+def test_a_token_classifier_shortens_as_it_is_pruned(tmp_path):
+    prune(classifier(), TopK(keep=0.5)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    told = run(tmp_path, "--keep", "0.5", input=LONG)
+    wanted = compress(prune(classifier(), TopK(keep=0.5)), LONG, LLMLingua2(0.5), tokenizer=tiny_tokenizer())
+    assert told.exit_code == 0, told.stderr
+    assert told.stdout == wanted.text and "3 of 3 layers" in told.stderr
+    told = run(tmp_path, "--at", "1", input=LONG)
+    assert told.exit_code != 0 and "only a decoder takes at: leave it out" in " ".join(told.stderr.split())

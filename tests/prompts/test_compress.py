@@ -12,8 +12,8 @@ from support.families import FAMILIES
 from support.visual import VISUAL
 from thresher import GemFilter, KeyDiff, TopK, compress, prune
 from thresher.core.scoring import repeat_heads
-from thresher.prompts.compress import choose, cuts_of, read_text
-from thresher.prompts.gemfilter import shown
+from thresher.prompts.gemfilter import chosen, shown
+from thresher.prompts.words import cuts_of, read_text
 
 SMALL = {"sinks": 2, "recent": 4}
 TEXT = "one code is 48213 . " + "the farmer keeps wheat and grain " * 9 + "\nwhich code ?"
@@ -136,9 +136,9 @@ def test_special_tokens_never_leave():
 def test_units_fill_a_budget_best_first():
     scores, units = torch.tensor([0.0, 5.0, 1.0, 4.0, 3.0, 2.0]), [0, 1, 1, 1, 2, 3]
     stays = torch.tensor([True, False, False, False, False, False])
-    assert choose(scores, stays, units, 4) == [0, 1, 2, 3]
-    assert choose(scores, stays, units, 3) == [0, 4, 5]  # the best one does not fit
-    assert choose(scores, stays, units, 1) == choose(scores, stays, units, 0) == [0]
+    assert chosen(scores, stays, units, 4) == [0, 1, 2, 3]
+    assert chosen(scores, stays, units, 3) == [0, 4, 5]  # the best one does not fit
+    assert chosen(scores, stays, units, 1) == chosen(scores, stays, units, 0) == [0]
 
 
 def test_a_word_without_end_is_cut_between_its_tokens():

@@ -89,7 +89,7 @@ METHODS = {
     "tova": TOVA,
     "h2o": H2O,
     "expectedattention": ExpectedAttention,
-    "kvzip": partial(KVzip, request=(9, 8, 7), part=15, overlap=3),
+    "kvzip": partial(KVzip, heads="own", layers="equal", request=(9, 8, 7), part=15, overlap=3),
     "triattention": Centred,
     "ltp-cache": partial(Levelled, heads="own"),
 }

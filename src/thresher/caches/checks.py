@@ -1,13 +1,15 @@
-"""What cannot be: layers that use the entries of others, tokens that are fed twice."""
+"""What cannot be: layers that use the entries of others, tokens that are fed twice; and what hardly helps."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
 from ..core import compat
-from .layer import PrunedLayer
+from .layer import KINDS, PrunedLayer
 
 if TYPE_CHECKING:
     from .hooks import CacheHooks
@@ -43,3 +45,17 @@ def check_own_entries(hooks: CacheHooks, layers: int) -> None:
             f"{hooks.name} is not possible with {arch.name}: {which} the keys and values of other layers, so "
             "that what leaves would leave there, too"
         )
+
+
+def warn_of_bounded(name: str, report: Sequence[dict]) -> bool:
+    """Warn where layers that slide, and are left alone, hold most of a cache; returns whether they do."""
+    dense, bounded = (sum(row["dense_bytes"] for row in report if row["kind"] in kinds) for kinds in (KINDS, KINDS[1:]))
+    if 2 * bounded <= dense:
+        return False
+    share = sum(row["bytes"] for row in report) / dense
+    warnings.warn(
+        f"layers that slide, and are left alone, hold {bounded / dense:.0%} of this cache: {name} leaves {share:.0%} "
+        "of all bytes",
+        stacklevel=3,
+    )
+    return True

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,10 +29,10 @@ from ..core.method import pruner_of
 from ..core.pictures import Prompt
 from ..core.pruner import Options
 from ..core.view import AttentionInputs
-from .checks import check_own_entries, check_places
+from .checks import check_own_entries, check_places, warn_of_bounded
 from .costs import measured
 from .kvzip import CacheOptions, KVzip
-from .layer import KINDS, Coming, PrunedLayer, last_real, ours, row_of
+from .layer import Coming, PrunedLayer, last_real, ours, row_of
 from .pruner import CachePruner
 from .ragged import RaggedLayer
 from .rope import Rotation, close_gap, rotations, two_places
@@ -56,6 +55,7 @@ class CacheCall:
     padded: bool = False  # whether some of them are padding
     prompt: bool = False  # whether they are a part of a prompt
     draft: bool = False  # whether they may be taken back
+    quotas: dict[int, Tensor] = field(default_factory=dict)  # (B, KV, 1) of layers that share a budget
 
 
 @dataclass(eq=False)
@@ -469,13 +469,14 @@ class CacheHooks(Attachment):
         room = self.room(call.cache, len(layer.real), layer.entry_bytes)
         budget = method.budget(layer.arrived, call.prompt, place, room)
         kept = layer.counts if budget is None else budget.kept(layer.counts)
-        if kept != layer.counts or method.sums_attention:
+        leave = kept != layer.counts or site.number in call.quotas
+        if leave or method.sums_attention:
             with layer.unrolled():
                 inputs = self.shown(site)
                 if method.sums_attention:
                     sums = attention_received(self.view(site, inputs, inputs.query, asks, None), inputs.query, asks)
                     layer.received = sums if layer.received is None else layer.received + sums
-                if kept != layer.counts:
+                if leave:
                     self.choose(site, replace(inputs, query=query), places, kept)
         layer.seconds += time.perf_counter() - begun
 
@@ -535,6 +536,7 @@ class CacheHooks(Attachment):
             received=received,
             block=self.blocks[site.number],
             rotation=self.rotation(site.number) if method.turns_back else None,
+            quota=site.call.quotas.get(site.number),
         )
 
     def room(self, cache: Any, rows: int, size: int) -> int:
@@ -559,17 +561,8 @@ class CacheHooks(Attachment):
             self.repeat(self.pruner, call, kwargs)
         held = ((n, layer) for n, layer in enumerate(call.cache.layers) if getattr(layer, "keys", None) is not None)
         self.pruner.report = report = [row_of(number, layer) for number, layer in held]
-        dense, bounded = (
-            sum(row["dense_bytes"] for row in report if row["kind"] in kinds) for kinds in (KINDS, KINDS[1:])
-        )
-        if any(layer.evictions for layer in call.layers.values()) and 2 * bounded > dense and not self.warned:
-            self.warned = True
-            share = sum(row["bytes"] for row in report) / dense
-            warnings.warn(
-                f"layers that slide, and are left alone, hold {bounded / dense:.0%} of this cache: {self.pruner.name} "
-                f"leaves {share:.0%} of all bytes",
-                stacklevel=2,
-            )
+        if any(layer.evictions for layer in call.layers.values()) and not self.warned:
+            self.warned = warn_of_bounded(self.pruner.name, report)
         return output
 
     @torch.no_grad()
@@ -592,9 +585,10 @@ class CacheHooks(Attachment):
         for layer in slides:
             layer.record_past = False
         assert call.asks is not None
-        for number, layer in call.layers.items():
-            layer.seconds += (time.perf_counter() - begun) / len(call.layers)
+        layers = {number: layer for number, layer in call.layers.items() if number in self.full}
+        one = CacheCall(call.options, False, call.cache, call.layers, prompt=True, quotas=method.quotas(layers))
+        for number, layer in layers.items():
+            layer.seconds += (time.perf_counter() - begun) / len(layers)
             heads = self.architecture.base.config.num_attention_heads
             nobody = layer.keys.new_empty(len(ids), heads, 0, layer.keys.shape[-1])
-            one = CacheCall(call.options, False, call.cache, call.layers, prompt=True)
             self.decide(CacheSite(number, layer, one, call.asks[:, :0], self.inputs_of(number, layer, nobody)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..core.pruner import Options
 from ..core.scoring import full_precision, repeat_heads
 from ..core.view import AttentionInputs
+from .adaptive import over_layers
 from .layer import PrunedLayer
 from .pruner import CachePruner
 from .view import CacheView
@@ -46,11 +48,14 @@ class KVzip(CachePruner):
 
     | paper | here | why |
     |---|---|---|
-    | ranked over all heads and layers | of a head; with ``heads="adaptive"`` of a layer | layers hold their budget |
+    | nothing is said of the last tokens | the last ``recent`` ones stay | as in every method |
     | a sentence asks for the repetition | ``request``, ids of such a sentence | a method has no tokenizer |
 
     Args:
         keep: as in ``CachePruner``; there is no budget while decoding.
+        heads, layers: as in ``CachePruner``; "adaptive" as in the paper: entries are ranked over all heads and layers.
+            A head that finds things needs most of its entries, others need few: at three tenths an equal share of each
+            head loses what the text says.
         request: ids of the tokens that ask for the repetition, as ``tokenizer("Repeat the text.").input_ids``.
         part: tokens that are repeated at a time.
         overlap: tokens before a part that are repeated with it.
@@ -59,6 +64,9 @@ class KVzip(CachePruner):
     request: tuple[int, ...] = field(default=(), kw_only=True)
     part: int = field(default=2048, kw_only=True)
     overlap: int = field(default=8, kw_only=True)
+
+    heads: str = field(default="adaptive", kw_only=True)
+    layers: str = field(default="adaptive", kw_only=True)
 
     name: ClassVar[str] = "kvzip"
     repeats: ClassVar[bool] = True
@@ -108,3 +116,22 @@ class KVzip(CachePruner):
     def score(self, view: CacheView) -> Tensor:
         assert view.received is not None
         return view.received
+
+    def quotas(self, layers: Mapping[int, PrunedLayer]) -> dict[int, Tensor]:
+        """Of each layer (B, KV, 1), how many entries each head keeps, once all have listened; nothing where layers do
+        not share, or where nothing has to leave."""
+        if self.layers != "adaptive":
+            return {}
+        ranked, total, there = [], 0, 0
+        for layer in layers.values():
+            budget = self.budget(layer.arrived, True, (0, 1), 0)
+            assert budget is not None
+            with layer.unrolled():
+                assert layer.position is not None and layer.received is not None
+                live, heads = layer.live, layer.position.shape[1]
+                protected = self.protection(layer.position.masked_fill(~live, -1), live)
+                ranked.append(layer.received.masked_fill(protected, math.inf).masked_fill(~live, -math.inf))
+            total, there = total + heads * torch.tensor(budget.hold), there + live.sum((1, 2)).cpu()
+        if bool((there <= total).all()):
+            return {}
+        return dict(zip(layers, over_layers(ranked, total.tolist()), strict=True))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .hooks import CacheHooks
 
 HEADS = ("own", "shared", "adaptive")
-LAYERS = ("equal", "pyramid")
+LAYERS = ("equal", "pyramid", "adaptive")
 BUDGETS = ("keep", "hold", "target_cache_mb", "target_ms_per_token")
 STEEPNESS = 20  # of the pyramid: its last layer keeps a twentieth of the mean
 EVERY = 64  # steps between evictions while decoding
@@ -80,6 +80,7 @@ class CachePruner(Pruner):
             heads of a layer share its budget (AdaKV); no byte is held for what a head lacks, but a step of decoding
             goes through the heads one after the other.
         layers: "equal": each layer holds as much. "pyramid": the first ones more (Cai et al., "PyramidKV", 2024).
+            "adaptive", of ``KVzip`` alone: all heads of all layers share one budget.
         value: "vatp" multiplies the score by the value's norm (Guo et al., 2024). "critical" fills half of the budget
             by the score, the rest by the score times what the value adds to the state (Feng et al., 2025).
     """
@@ -96,6 +97,7 @@ class CachePruner(Pruner):
     value: str = field(default="none", kw_only=True)
 
     layouts: ClassVar[tuple[str, ...]] = ("mask", "evict")
+    repeats: ClassVar[bool] = False  # whether the text is fed once more before anything leaves
     sums_attention: ClassVar[bool] = False  # whether the attention received is summed over all steps
     weighs_values: ClassVar[bool] = False  # whether its score is attention, which ``value`` can weigh
     serves_latents: ClassVar[bool] = True  # whether it can serve a cache of latents (MLA)
@@ -115,6 +117,9 @@ class CachePruner(Pruner):
         for name, known in (("heads", HEADS), ("layers", LAYERS), ("value", VALUES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected {', '.join(known)}")
+        if self.layers == "adaptive" and not (self.repeats and self.heads == "adaptive"):
+            what = "heads='adaptive'" if self.repeats else "KVzip, which alone scores them all before any leaves"
+            raise ValueError(f"layers='adaptive' shares a budget between layers: it is for {what}")
         if self.value != "none" and not self.weighs_values:
             raise ValueError(f"value={self.value!r} weighs attention, which {kind} does not look at: leave it out")
         self._check_budget(given[0])
@@ -171,9 +176,10 @@ class CachePruner(Pruner):
             )
         one = hooks.latent or getattr(hooks.architecture.base.config, "num_key_value_heads", None) == 1
         if self.heads == "adaptive" and one:
+            equal = ", layers='equal'" if self.layers == "adaptive" else ""
             raise ValueError(
                 f"heads='adaptive' is not possible with {hooks.architecture.name}, whose layers have one key head, "
-                "with which no other can share: leave heads at 'own'"
+                f"with which no other can share: give heads='own'{equal}"
             )
 
     # --- what is the same for all ----------------------------------------------------------------------------------
@@ -213,7 +219,7 @@ class CachePruner(Pruner):
 
         What a layer holds beyond its share, for the tokens that never leave, the others give up.
         """
-        if self.layers == "equal" or layers == 1 or mean <= self.floor:
+        if self.layers != "pyramid" or layers == 1 or mean <= self.floor:
             return max(self.floor, mean)
         last = 1 / STEEPNESS
         shares = [(2 - last) + (2 * last - 2) * other / (layers - 1) for other in range(layers)]
@@ -245,7 +251,7 @@ class CachePruner(Pruner):
         few, most, least = torch.tensor(kept, device=scores.device)[:, None, None], max(kept), min(kept)
         if self.heads == "adaptive":
             plain = scores if self.value == "critical" else weighted(self.value, scores, view, few)
-            few = shares(plain, view.protected, view.live, few)
+            few = shares(plain, view.protected, view.live, few) if view.quota is None else view.quota
             most, least = int(few.max()), int(few.min())
         ranked = weighted(self.value, scores, view, few).expand(-1, view.heads, -1)
         ranked = ranked.masked_fill(view.protected, math.inf).masked_fill(~view.live, -math.inf)

@@ -71,6 +71,13 @@ class RaggedLayer(PrunedLayer):
             ``counts`` are means over the heads.
     """
 
+    @classmethod
+    def of(cls, layer: PrunedLayer) -> RaggedLayer:
+        """What a layer from which nothing has left holds, in one whose heads can hold different numbers of entries."""
+        made = cls()
+        vars(made).update(vars(layer))
+        return made
+
     def _clear(self) -> None:
         super()._clear()
         self.store: Store | None = None

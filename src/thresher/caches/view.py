@@ -30,6 +30,7 @@ class CacheView:
         received: (B, KV, P) fp32, the attention received so far, where the method sums it.
         block: the attention block of the layer.
         rotation: how the layer's positions turn queries and keys; None: it has no rotary positions.
+        quota: (B, KV, 1), how many entries stay, where the layers share a budget.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class CacheView:
     received: Tensor | None
     block: nn.Module
     rotation: Rotation | None
+    quota: Tensor | None = None
 
     @property
     def heads(self) -> int:

@@ -9,7 +9,8 @@ from .console import Screen
 
 
 def compress(spec: CompressSpec, screen: Screen) -> None:
-    """Shorten a prompt to what its end asks for; the text that is left can be read by any engine.
+    """Shorten a prompt to what its end asks for, by a decoder, or to what it says, by a token classifier; the text that
+    is left can be read by any engine.
 
     \b
     Examples:

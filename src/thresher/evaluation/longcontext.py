@@ -25,7 +25,7 @@ from ..caches.pruner import CachePruner
 from ..data.longcontext import Case, Context
 from ..data.qa import f1
 from ..stats.paired import interval
-from .prompt import ReadPrompt, copied, read_prompt, stacked
+from .prompt import ReadPrompt, copied, going_on, read_prompt, stacked, uneven
 
 FULL = "full"  # the cache of which nothing has left
 WHEN = ("after", "before")  # the question is read after entries have left, or before, with the text, as by generate()
@@ -87,7 +87,7 @@ class Judge:
         return [
             about | row | one
             for group in groups
-            for row, one in zip(group.rows, self.said(copied(group.cache), asked, ready, case), strict=True)
+            for row, one in zip(group.rows, self.answered(copied(group.cache), asked, ready, case), strict=True)
         ]
 
     def groups(self, read: ReadPrompt, methods: Mapping[str, CachePruner]) -> list[Group]:
@@ -95,14 +95,22 @@ class Judge:
         caches = {FULL: read.full(), **{name: read.evicted(method) for name, method in methods.items()}}
         equal: dict[tuple, list[str]] = defaultdict(list)
         for name, cache in caches.items():
-            equal[tuple(layer.held for layer in ours(cache).values())].append(name)
+            own = (name,) if uneven(cache) else ()
+            equal[own + tuple((type(layer), layer.held) for layer in ours(cache).values())].append(name)
         groups = []
-        for held, names in equal.items():
+        for names in equal.values():
             sizes = [sum(layer.nbytes for layer in ours(caches[name]).values()) for name in names]
-            known = {"held": float(np.mean(held)), "tokens": read.ids.shape[1]}
+            entry = sum(layer.entry_bytes for layer in ours(caches[names[0]]).values())  # in all layers
+            known = {"held": sizes[0] / entry, "tokens": read.ids.shape[1]}
             rows = [known | {"method": name, "bytes": size} for name, size in zip(names, sizes, strict=True)]
-            groups.append(Group(stacked([caches.pop(name) for name in names]), rows))
+            own = [caches.pop(name) for name in names]
+            groups.append(Group(stacked(own) if len(own) > 1 else own[0], rows))
         return groups
+
+    def answered(self, cache: DynamicCache, asked: list[int], ready: Tensor | None, case: Case) -> list[dict]:
+        """What ``said`` says over any cache."""
+        with going_on(self.model, cache):
+            return self.said(cache, asked, ready, case)
 
     @torch.no_grad()
     def said(self, cache: DynamicCache, asked: list[int], ready: Tensor | None, case: Case) -> list[dict]:
@@ -184,7 +192,8 @@ def fluency(model: PreTrainedModel, ids: Tensor, continued: int, methods: Mappin
     read, rest = read_prompt(model, ids[:, :-continued]), ids[:, -continued:]
     own = {}
     for name, cache in {FULL: read.full(), **{name: read.evicted(method) for name, method in methods.items()}}.items():
-        later = model(input_ids=rest[:, :-1], past_key_values=cache).logits
+        with going_on(model, cache):
+            later = model(input_ids=rest[:, :-1], past_key_values=cache).logits
         own[name] = torch.cat([read.logits[:, None], later], 1).float().log_softmax(-1)
     full = own[FULL]
     return [

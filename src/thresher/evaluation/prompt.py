@@ -27,6 +27,7 @@ from ..caches.hooks import CacheCall, CacheHooks, CacheSite, ours
 from ..caches.kvzip import KVzip
 from ..caches.layer import PrunedLayer
 from ..caches.pruner import CachePruner
+from ..caches.ragged import RaggedLayer
 from ..core.architecture import find_architecture
 from ..core.method import pruner_of
 
@@ -61,12 +62,12 @@ class ReadPrompt:
 
     @torch.no_grad()
     def evicted(self, method: CachePruner) -> DynamicCache:
-        """The cache of the model pruned with ``method`` when it has read this prompt, to go on with by the model as it
-        is.
+        """The cache of the model pruned with ``method`` when it has read this prompt.
+
+        Go on with the model as it is; where layers or heads are unequally full (``uneven``), within ``going_on``.
 
         Raises:
-            ValueError: the method cannot serve the model, or has not learned what it needs, or leaves layers or
-                heads unequally full, which needs masks that only a pruned model has.
+            ValueError: the method cannot serve the model, or has not learned what it needs.
         """
         cache, known = self.full(), {}
         if isinstance(method, KVzip):
@@ -76,12 +77,6 @@ class ReadPrompt:
         with pruned(self.model, method) as hooks:
             hooks.check_ready(cache, len(self.ids), True)
             self._decide(hooks, cache, known)
-        layers = ours(cache).values()
-        if method.heads == "adaptive" or len({layer.held for layer in layers}) > 1 or any(x.dead for x in layers):
-            raise ValueError(
-                f"{method.name} leaves layers or heads unequally full, and the model as it is has no masks for them: "
-                "prune(model, method) and let it read the prompt itself"
-            )
         return cache
 
     def _decide(self, hooks: CacheHooks, cache: DynamicCache, known: dict[int, Tensor], new: int | None = None) -> None:
@@ -89,11 +84,16 @@ class ReadPrompt:
         last queries."""
         new = (0 if known else self.ids.shape[1]) if new is None else new
         first = self.ids.shape[1] - new
-        layers = ours(cache)
+        for number, layer in ours(cache).items():
+            layer.received = known.get(number)
+            if hooks.ragged:
+                cache.layers[number] = RaggedLayer.of(layer)
+        layers, method = ours(cache), hooks.pruner
         call, asks = CacheCall(hooks.options, False, cache, layers, prompt=True), self._places[:, first:]
+        if isinstance(method, KVzip):
+            call.quotas = method.quotas(layers)
         for number, layer in layers.items():
-            layer.received, layer.queries = known.get(number), self.queries[number]
-            layer.query_position = self._places
+            layer.queries, layer.query_position = self.queries[number], self._places
             inputs = hooks.inputs_of(number, layer, self.queries[number][:, :, first:])
             hooks.decide(CacheSite(number, layer, call, asks, inputs), remembered=True)
             layer.queries = layer.query_position = None
@@ -117,7 +117,7 @@ class ReadPrompt:
         """What a repetition of the prompt attends to in each layer; it is repeated once for all budgets."""
         options = {name: getattr(method, name) for name in ("request", "part", "overlap", "sinks")}
         if (key := tuple(options.values())) not in self.repeated:
-            cache, listener = self.full(), KVzip(keep=1.0, **options)
+            cache, listener = self.full(), KVzip(keep=1.0, heads="own", layers="equal", **options)
             with pruned(self.model, listener) as hooks:
                 call = CacheCall(hooks.options, False, cache, ours(cache), self._places, prompt=True)
                 hooks.repeat(listener, call, {"input_ids": self.ids})
@@ -159,6 +159,23 @@ def pruned(model: PreTrainedModel, method: CachePruner) -> Iterator[CacheHooks]:
         yield method.attached()
     finally:
         unprune(model)
+
+
+def uneven(cache: DynamicCache) -> bool:
+    """Whether layers or heads of a cache are unequally full, which needs masks that only a model with hooks has."""
+    layers = ours(cache).values()
+    ragged = any(isinstance(layer, RaggedLayer) and layer.store is not None for layer in layers)
+    return ragged or len({layer.held for layer in layers}) > 1 or any(layer.dead for layer in layers)
+
+
+@contextmanager
+def going_on(model: PreTrainedModel, cache: DynamicCache) -> Iterator[None]:
+    """Within the context the model as it is goes on over a cache from which entries have left, and none leaves."""
+    if not uneven(cache):
+        yield
+        return
+    with pruned(model, RandomCache(keep=1.0)) as hooks, hooks.asking(mode="dense"):
+        yield
 
 
 def received_in(cache: DynamicCache) -> dict[int, Tensor]:

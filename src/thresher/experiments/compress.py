@@ -1,11 +1,11 @@
-"""Shorten a prompt to what its end asks for: a text in, a text out."""
+"""Shorten a prompt to what its end asks for, or to what it says: a text in, a text out."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..data.spec import option
 from .spec import ModelSpec, job, one_share
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressSpec(ModelSpec):
-    """Name the decoder that chooses, the prompt, and how much of it stays."""
+    """Name the decoder or token classifier that chooses, the prompt, and how much of it stays."""
 
     file: Path | None = option("A text with the question at its end; - or none: standard input.", argument=True)
     keep: float | int = option(
@@ -33,18 +33,29 @@ def compressed(spec: CompressSpec, prompt: str | None = None) -> Compressed:
     """The shorter prompt; ``prompt``: the text, in place of the file's.
 
     Raises:
-        ValueError: no decoder lies there, or the text cannot be read or shortened.
+        ValueError: no such model, an option of decoders for a classifier, or a text that cannot be read or shortened.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-    from ..data.models import reading
+    from ..data.models import opened, reading
     from ..prompts.compress import compress
     from ..prompts.gemfilter import GemFilter
+    from ..prompts.llmlingua2 import LLMLingua2
 
-    method = GemFilter(spec.keep, at=spec.at, sinks=spec.sinks, recent=spec.recent)
+    method: Any = GemFilter(spec.keep, at=spec.at, sinks=spec.sinks, recent=spec.recent)
+    kind: Any = AutoModelForCausalLM
+    known = reading(AutoConfig.from_pretrained, spec.model).architectures or ()
+    if any(name.endswith("ForTokenClassification") for name in known):
+        usual = {one.name: one.default for one in fields(spec)}
+        if given := [name for name in ("at", "sinks", "recent") if getattr(spec, name) != usual[name]]:
+            raise ValueError(f"{spec.model} is a token classifier, and only a decoder takes {given[0]}: leave it out")
+        method, kind = LLMLingua2(spec.keep), AutoModelForTokenClassification
     text = prompt_of(spec.file) if prompt is None else prompt
     tokenizer = reading(AutoTokenizer.from_pretrained, spec.model)
-    model = reading(AutoModelForCausalLM.from_pretrained, spec.model).eval()
+    if kind is AutoModelForCausalLM:
+        model = reading(kind.from_pretrained, spec.model).eval()
+    else:
+        model = opened(lambda: reading(kind.from_pretrained, spec.model), spec.model, "auto")
     return compress(model, text, method, tokenizer=tokenizer)
 
 

@@ -29,9 +29,11 @@ from ..evaluation.rows import row, whole, write_csv
 from ..reports import compare_page
 from ..reports.prompts import PromptTrace, html
 from .cache_spec import cache_method
-from .spec import BenchSpec, CompareSpec, ShowSpec, TaskSpec, TrainingSpec
+from .spec import BenchSpec, CompareSpec, ShowSpec, TaskSpec, remembered
 
+SHARED = ("model", "method", "keep", "hold", "layout", "threads", "max_length")  # that all commands read, or check
 COLUMNS = ("config", "text", "test_split", "train_split")  # what says which texts are read of the data
+DATA = ("data", "limit", *COLUMNS)
 CLAIM, ANSWERS, TABLE, PAGE = "compare.json", "answers.jsonl", "compare.csv", "compare.html"
 BASELINES = ("random-cache", "streamingllm")
 TEXTS = 100  # that are asked about, where no limit is given
@@ -55,6 +57,16 @@ def opened(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any, Cach
     return net, tokenizer, method
 
 
+def check_read(spec: TaskSpec, names: Sequence[str], what: str) -> None:
+    """Raise ValueError for an option that a command does not read where the model is a decoder, which is ``what``;
+    ``names``: those that it reads, besides ``SHARED``."""
+    known = remembered(spec.model)
+    for one in fields(spec):
+        value = getattr(spec, one.name)
+        if one.name not in (*SHARED, *names) and value not in (one.default, known.get(one.name, one.default)):
+            raise ValueError(f"{spec.model} is a decoder, which is {what}: leave {one.name} out")
+
+
 def options_of(tokenizer: Any) -> dict[str, dict]:
     """What some methods have to be told of a tokenizer."""
     return {"kvzip": {"request": repeat_request(tokenizer)}}
@@ -68,9 +80,7 @@ def bench_decoder(spec: BenchSpec, *, progress: Tell | None = None) -> list[dict
     Raises:
         ValueError: no method is named, neither by the folder nor by ``method``; or what only encoders have.
     """
-    given = [name for name in ("against", "graphs", "plot", "data") if getattr(spec, name) is not None]
-    if given or spec.runtime != ("torch",):
-        raise ValueError(f"{spec.model} is a decoder, timed in torch alone: leave {(*given, 'runtime')[0]} out")
+    check_read(spec, ("contexts", "repeats"), "timed in torch alone, on any tokens")
     net, tokenizer, own = opened(spec.model, spec.layout)
     methods = spec.cache_methods(options_of(tokenizer)) or ({} if own is None else {own.name: own})
     if not methods:
@@ -92,10 +102,14 @@ def compare_decoder(spec: CompareSpec, *, progress: Tell | None = None) -> list[
         Rows: for each task and time of the question the full cache, then at each target the methods, best first.
 
     Raises:
-        ValueError: a task, method or target that is none, a setting of trainings, several seeds, data that cannot be
-            asked about, or an ``out`` that belongs to another comparison.
+        ValueError: a task, method or target that is none, an option that only trainings read, several seeds, data that
+            cannot be asked about, or an ``out`` that belongs to another comparison.
     """
-    _untrained(spec)
+    check_read(
+        spec, ("out", "methods", "targets", "seeds", "tasks", "when", *DATA), "asked, and neither trained nor timed"
+    )
+    if len(spec.seeds) != 1:
+        raise ValueError(f"seeds={spec.seeds}: a decoder is asked about the texts of one seed, give one")
     net, tokenizer, own = opened(spec.model)
     if own is not None:
         raise ValueError(f"{spec.model} is pruned already: compare from its dense model")
@@ -124,16 +138,6 @@ def compare_decoder(spec: CompareSpec, *, progress: Tell | None = None) -> list[
     if made:
         compare_page.html(made, spec.out / PAGE)
     return made
-
-
-def _untrained(spec: CompareSpec) -> None:
-    """Raise ValueError for what is asked for of trainings."""
-    usual, shared = {f.name: f.default for f in fields(spec)}, {f.name for f in fields(TaskSpec)}
-    names = [f.name for f in fields(TrainingSpec) if f.name not in shared] + ["untrained", "at"]
-    if given := [name for name in names if getattr(spec, name) != usual[name]]:
-        raise ValueError(f"{spec.model} is a decoder, which compare asks and does not train: leave {given[0]} out")
-    if len(spec.seeds) != 1:
-        raise ValueError(f"seeds={spec.seeds}: a decoder is asked about the texts of one seed, give one")
 
 
 def _methods(spec: CompareSpec, more: dict[str, dict]) -> dict[str, CachePruner]:
@@ -215,6 +219,7 @@ def followed_prompts(spec: ShowSpec, texts: Sequence[str]) -> list[PromptTrace]:
     Raises:
         ValueError: no method is named, or a text has no tokens.
     """
+    check_read(spec, ("texts", "file", "html", *DATA), "shown texts one by one")
     net, tokenizer, own = opened(spec.model, spec.layout)
     methods = [*spec.cache_methods(options_of(tokenizer)).values()] or ([] if own is None else [own])
     if len(methods) != 1:
@@ -229,7 +234,8 @@ def followed_prompts(spec: ShowSpec, texts: Sequence[str]) -> list[PromptTrace]:
         cache = read_prompt(net, torch.tensor([ids], device=net.device)).evicted(method)
         held = {}
         for number, layer in ours(cache).items():
-            places = layer.position[0]
+            with layer.unrolled():
+                places = layer.position[0]
             counts = torch.zeros(len(ids), dtype=torch.long)
             for head in places:
                 counts[head[head >= 0].cpu().long()] += 1

@@ -5,10 +5,9 @@ Shapes: N tokens of a prompt, H query heads, KV key heads, d channels of a head.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,12 +23,13 @@ from ..core.attention import PREFIX, register
 from ..core.method import pruner_of
 from ..core.scoring import full_precision, repeat_heads
 from ..core.view import AttentionInputs
+from .words import Prompt, Shortener, fitting
 
 DEPTH = 13 / 32  # where the layer lies that chooses: the paper's of Llama 3.1
 
 
 @dataclass(frozen=True)
-class GemFilter:
+class GemFilter(Shortener):
     """Choose the tokens of a prompt whose keys point where its last query does, in an early layer (Shi et al.,
     "Discovering the Gems in Early Layers: Accelerating Long-Context LLMs with 1000x Input Token Reduction", 2024, arXiv
     2409.17422).
@@ -53,20 +53,17 @@ class GemFilter:
     """
 
     keep: float | int = 0.25
-    at: int | None = None
-    kernel: int = 5
-    sinks: int = 4
-    recent: int = 32
-    words: bool = True
+    at: int | None = field(default=None, kw_only=True)
+    kernel: int = field(default=5, kw_only=True)
+    sinks: int = field(default=4, kw_only=True)
+    recent: int = field(default=32, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         keep = self.keep
-        share, count = isinstance(keep, float) and 0 < keep <= 1, isinstance(keep, int) and not isinstance(keep, bool)
-        if not (share or (count and keep >= 1)):
-            raise ValueError(f"keep={keep!r}: expected a share in (0, 1] as 0.25, or a number of tokens as 1024")
         if self.sinks < 0 or self.recent < 1:
             raise ValueError(f"sinks={self.sinks}, recent={self.recent}: expected 0 or more, and 1 or more, tokens")
-        if count and keep < self.sinks + self.recent:
+        if isinstance(keep, int) and keep < self.sinks + self.recent:
             raise ValueError(
                 f"keep={keep} is below the {self.sinks} first and {self.recent} last tokens that stay: give "
                 f"{self.sinks + self.recent} or more, or smaller sinks and recent"
@@ -94,9 +91,14 @@ class GemFilter:
         whole = [n for n, kind in enumerate(kinds) if not isinstance(kind, DynamicSlidingWindowLayer)]
         return next((n for n in whole if n >= first), whole[-1] if whole else first)
 
-    def count(self, tokens: int) -> int:
-        """How many of ``tokens`` stay."""
-        return min(tokens, self.keep if isinstance(self.keep, int) else math.ceil(self.keep * tokens - 1e-9))
+    def check(self, info: Architecture, model: PreTrainedModel) -> None:
+        self.layer(info)
+
+    def choose(self, model: PreTrainedModel, prompt: Prompt, count: int, tokenizer: Any) -> tuple[list[int], int]:
+        stays = torch.tensor(prompt.special)
+        stays[: self.sinks] = stays[-self.recent :] = True
+        scores = self.scores(model, torch.tensor([prompt.ids]))
+        return chosen(scores, stays, prompt.units, count), self.layer(find_architecture(inner_model(model))) + 1
 
     def scores(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
         """(N,) fp32 scores of the tokens ``ids`` (1, N)."""
@@ -110,6 +112,16 @@ class GemFilter:
         with full_precision(query.device):
             products = query @ repeat_heads(given.key, given.query)[0].float().transpose(-1, -2)
         return F.avg_pool1d(products.sum(0), self.kernel, 1, self.kernel // 2, count_include_pad=False)[0].cpu()
+
+
+def chosen(scores: Tensor, stays: Tensor, units: Sequence[int], count: int) -> list[int]:
+    """The places of the tokens that are kept, rising: those of the units that score best, as many as fit into ``count``
+    tokens; and those of units with a token that ``stays`` (N,) bool, in any case. A unit scores as its best token."""
+    of = torch.tensor(units) - units[0]
+    sizes = of.bincount()
+    best = torch.full((len(sizes),), -torch.inf).scatter_reduce(0, of, scores, "amax")
+    fixed = torch.zeros(len(sizes)).scatter_reduce(0, of, stays.float(), "amax") > 0
+    return fitting(best, sizes, fixed, count)[of].nonzero()[:, 0].tolist()
 
 
 class Seen(Exception):
