@@ -122,7 +122,7 @@ class KVzip(CachePruner):
         not share, or where nothing has to leave."""
         if self.layers != "adaptive":
             return {}
-        ranked, total, there = [], 0, 0
+        ranked, totals, sizes = [], [], []
         for layer in layers.values():
             budget = self.budget(layer.arrived, True, (0, 1), 0)
             assert budget is not None
@@ -131,7 +131,9 @@ class KVzip(CachePruner):
                 live, heads = layer.live, layer.position.shape[1]
                 protected = self.protection(layer.position.masked_fill(~live, -1), live)
                 ranked.append(layer.received.masked_fill(protected, math.inf).masked_fill(~live, -math.inf))
-            total, there = total + heads * torch.tensor(budget.hold), there + live.sum((1, 2)).cpu()
+            totals.append(heads * torch.tensor(budget.hold))
+            sizes.append(live.sum((1, 2)).cpu())
+        total, there = torch.stack(totals).sum(0), torch.stack(sizes).sum(0)
         if bool((there <= total).all()):
             return {}
         return dict(zip(layers, over_layers(ranked, total.tolist()), strict=True))

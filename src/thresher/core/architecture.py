@@ -232,8 +232,9 @@ def linear_size(module: nn.Module) -> int:
     """Weights of all linear maps below ``module``: its MACs per token. Those that torch quantized give theirs when
     called."""
     plain = sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, compat.Conv1D)))
-    quantized = [m for m in module.modules() if callable(getattr(m, "weight", None)) and hasattr(m, "in_features")]
-    return plain + sum(int(m.in_features) * int(m.out_features) for m in quantized)  # type: ignore[arg-type]
+    known: list[Any] = [*module.modules()]
+    quantized = [m for m in known if callable(getattr(m, "weight", None)) and hasattr(m, "in_features")]
+    return plain + sum(m.in_features * m.out_features for m in quantized)
 
 
 def layer_cost(layer: nn.Module, block: str, config) -> LayerCost:

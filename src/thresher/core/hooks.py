@@ -305,9 +305,8 @@ class Hooks(Attachment):
         call.spent = 0 if site.choice is None else site.choice.macs
         if after is tokens:
             return hidden
-        left = after.take(hidden)
+        call.tokens, left = after, after.take(hidden)
         after.leave(tokens, hidden)
-        call.tokens = after
         return left
 
     # --- hooks, in the order in which they run -----------------------------------------------------------------------
@@ -334,8 +333,7 @@ class Hooks(Attachment):
         call.states = hidden
         site = call.site = self.open(call, tokens, hidden, call.layer)
         if call.wants:
-            states = tokens.put_back(hidden) if "hidden_states" in call.wants else None
-            call.seen.append((states, tokens))
+            call.seen.append((tokens.put_back(hidden) if "hidden_states" in call.wants else None, tokens))
         shown = site if site is not None and (site.acts or isinstance(tokens, Packed)) else None
         masks = arch.causal and not arch.shows_inputs  # eager attention takes no mask for no mask, and not for causal
         if not (shown or masks or tokens.touched):
@@ -344,8 +342,7 @@ class Hooks(Attachment):
             self.narrow(tokens, hidden, kwargs)
         if shown is None:
             return (hidden,), kwargs
-        if shown.acts and self.pruner.needs_rotary:
-            shown.rotary = kwargs.get("position_embeddings")
+        shown.rotary = kwargs.get("position_embeddings") if shown.acts and self.pruner.needs_rotary else None
         if shown.acts and not arch.shows_inputs and "output_attentions" in arguments:
             kwargs["output_attentions"] = True
         if arch.passes_arguments:
@@ -375,12 +372,11 @@ class Hooks(Attachment):
             if self.widths is not None:
                 site.width, site.capped = self.widths.slots[number], self.widths.capped
             if call.pictures is not None:
-                site.pictures = call.pictures.to(tokens.index.device).gather(1, tokens.index)
-                site.pictures = site.pictures.masked_fill(~tokens.alive, -1)
+                pictures = call.pictures.to(tokens.index.device).gather(1, tokens.index)
+                site.pictures = pictures.masked_fill(~tokens.alive, -1)
                 site.passed = site.passed or not bool((tokens.alive & ~protected).any())
                 if call.places is not None:
-                    index = tokens.index.expand(3, -1, -1)
-                    site.places = call.places.to(index.device).gather(2, index)
+                    site.places = call.places.to(tokens.index.device).gather(2, tokens.index.expand(3, -1, -1))
                 if self.watch is not None and not site.passed:
                     site.tower = self.scored_by(self.watch, call).gather(1, tokens.index)
             if pruner.needs_attention and pruner.scores_all and not site.passed and not call.options.gates:

@@ -95,7 +95,8 @@ def run(model: PreTrainedModel, inputs: Mapping[str, Any], new: int) -> Run:
         whole = seconds_of(partial(model, **inputs, past_key_values=cache, logits_to_keep=1), model)
     pruner = pruner_of(model)
     report = {} if pruner is None else pruner.picture_report
-    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
+    layers: list[Any] = [*cache.layers]
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.keys is not None)
     word = next(i for i in range(9) if i not in placeholders(model.config).values())
     step = partial(model, input_ids=torch.full((1, 1), word, device=model.device), past_key_values=cache)
     steps = [seconds_of(step, model) for _ in range(new)]

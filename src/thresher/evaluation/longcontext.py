@@ -103,8 +103,8 @@ class Judge:
             entry = sum(layer.entry_bytes for layer in ours(caches[names[0]]).values())  # in all layers
             known = {"held": sizes[0] / entry, "tokens": read.ids.shape[1]}
             rows = [known | {"method": name, "bytes": size} for name, size in zip(names, sizes, strict=True)]
-            own = [caches.pop(name) for name in names]
-            groups.append(Group(stacked(own) if len(own) > 1 else own[0], rows))
+            alike = [caches.pop(name) for name in names]
+            groups.append(Group(stacked(alike) if len(alike) > 1 else alike[0], rows))
         return groups
 
     def answered(self, cache: DynamicCache, asked: list[int], ready: Tensor | None, case: Case) -> list[dict]:

@@ -63,7 +63,7 @@ def methods_of(spec: ShowSpec | BenchSpec, own: TokenPruner | None) -> dict[str,
             raise ValueError(f"{name} takes entries from a cache: expected a method of pictures, as divprune or fastv")
     if not made and own is None:
         raise ValueError(f"{spec.model} is not pruned: name a method, as in --method divprune --keep 0.25")
-    return made or {own.name: own}  # type: ignore[union-attr]
+    return made or {own.name: own}
 
 
 def followed_questions(spec: ShowSpec) -> list[Asked]:
@@ -78,7 +78,7 @@ def followed_questions(spec: ShowSpec) -> list[Asked]:
     methods = methods_of(spec, own)
     if len(methods) != 1:
         raise ValueError(f"{len(methods)} methods: show follows one")
-    (method,), picture, found = methods.values(), read_picture(spec.image), []  # type: ignore[arg-type]
+    (method,), picture, found = methods.values(), read_picture(spec.image), []
     say = lambda ids: processor.decode(ids, skip_special_tokens=True).strip()  # noqa: E731
     for question in spec.ask:
         inputs = {name: value.to(net.device) for name, value in asked(processor, picture, question).items()}
@@ -225,7 +225,8 @@ def judged(net: PreTrainedModel, method: TokenPruner, pairs: Sequence[Pair]) -> 
             same += int((log.argmax(-1) == pair.log.argmax(-1)).sum())
             shares.append(share)
             count += len(log)
-        found = {"at": [*method.sites], "keep": [*method.shares]}  # type: ignore[attr-defined]
+        known: Any = method
+        found = {"at": [*known.sites], "keep": [*known.shares]}
     return found | {
         "flops_fraction": sum(shares) / len(shares),
         "divergence": apart / count,

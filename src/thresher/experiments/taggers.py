@@ -6,7 +6,7 @@ Shapes: N entities of the dense model, over all texts.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,7 +88,7 @@ def compare_tags(spec: AuditSpec, progress: Callable[[str, int, int], Any] | Non
     )
 
 
-def entities_of(logits: Any, ids: list[list[int]], special: set[int], names: dict[int, str]) -> list[list[Entity]]:
+def entities_of(logits: Any, ids: list[list[int]], special: set[int], names: Mapping[Any, str]) -> list[list[Entity]]:
     """The entities of each text, of ``logits`` (n, K) of its tokens ``ids``; special tokens have no label."""
     found = []
     for own, row in zip(ids, logits, strict=True):

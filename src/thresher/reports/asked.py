@@ -85,7 +85,7 @@ def parts(model: Any, processor: Any, inputs: dict[str, Any], image: str | os.Pa
         cells = [(place // shape[1], place % shape[1]) for place in range(len(own))]
         patches = tuple(Patch(*cell, layers[i], scores[i]) for cell, i in zip(cells, own, strict=True))
         left = {s.layer: sum(p.layer is None or p.layer > s.layer for p in patches) for s in sites}
-        known = (float(record.flops_fraction()), {}, False, name_of(model), pruner.name)
+        known: Any = (float(record.flops_fraction()), {}, False, name_of(model), pruner.name)
         found.append(PatchTrace(name, *shape, patches, (), left, macs, *known, picture=picture))
     return tuple(found)
 

@@ -93,7 +93,7 @@ def lines_of(rows: Sequence[dict]) -> list[Line]:
     for row in (row for row in rows if not is_dense(row)):
         key = (text(row["method"]), _budget(row))
         ends = row.get("interval_low"), row.get("interval_high")
-        about = (row.get("group") or "", row["quality"], row["quality_dense"], *ends, row.get("note") or "")
+        about: Any = (row.get("group") or "", row["quality"], row["quality_dense"], *ends, row.get("note") or "")
         found.setdefault(key, Line(*key, *about)).saved.update(_saved(row))
     return list(found.values())
 
