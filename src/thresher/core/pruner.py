@@ -144,17 +144,14 @@ class TokenPruner(Pruner):
             ``{"ids": [...]}`` for token ids; ``{"until": [...]}`` for all up to the first of these ids behind the first
             token, the query of a pair; "query" for that with the separator of the model's configuration, or of a
             CrossEncoder's tokenizer. Default: the first token of text encoders, the last of decoders, class,
-            distillation and register tokens of vision models; the query of a CrossEncoder. Tokens of one batch:
-            ``calling(model, protect=...)``.
+            distillation and register tokens of vision models; the query of a CrossEncoder. See also ``calling``.
         votes: whose attention makes the score: that of "all" tokens, or of the "protected" ones alone. Default: all;
-            where the method protects a query the protected ones, so that a text keeps what the query looks at; in a
-            decoder all.
+            where an encoder's query is protected the protected ones, so that a text keeps what that looks at.
         min_tokens: rows with fewer tokens are left alone.
         modality: what may leave of the prompt of a model that reads pictures or sounds: "image", "video", "audio" or
             "all" of them, which is the default. The text never leaves.
         pooling: what pools the states of an embedder: "put-back", all tokens, those that left with their last states;
-            "survivors", those in ``output.token_mask`` (B, N) alone, which a SentenceTransformer, pruned as a whole,
-            then pools.
+            "survivors", those in ``output.token_mask`` (B, N) alone, as a SentenceTransformer pruned as a whole does.
     """
 
     at: tuple[int, ...] | None = field(default=None, kw_only=True)
@@ -526,12 +523,10 @@ class TokenPruner(Pruner):
         text = record.started - whole.sum(1)
         entering = [count.n_attention for count in record.counts]
         by_layer = [int((tokens - text).sum()) for tokens in entering]
+        pairs = zip(kept.tolist(), whole.tolist(), strict=True)
         return {
             "pictures": [[n for n in row if n] for row in whole.tolist()],
-            "kept": [
-                [n for n, size in zip(*rows, strict=True) if size]
-                for rows in zip(kept.tolist(), whole.tolist(), strict=True)
-            ],
+            "kept": [[n for n, size in zip(*rows, strict=True) if size] for rows in pairs],
             "by_layer": by_layer,
             "mean": sum(by_layer) / len(by_layer),
             "flops_fraction": float(record.flops_fraction()),
@@ -583,8 +578,7 @@ def check_protect(protect: Any) -> None:
 
 
 def query_of(separator: int | None, protect: Any = None) -> dict[str, Any]:
-    """The option of a method that keeps the query of a pair; none where ``protect`` says otherwise, or no token ends
-    it."""
+    """The option of a method that keeps the query of a pair; none where ``protect`` is given, or no token ends it."""
     return {} if separator is None or protect is not None else {"protect": {"until": [separator]}}
 
 
