@@ -134,8 +134,9 @@ def register(base: str) -> str:
 def key_mask(
     batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, **kwargs
 ):
-    """transformers' mask for sdpa. Where it hides keys alone, one row of it stands for all queries, in torch as a view:
-    rows (B, N) are cut and gathered where else (B, N, N) are."""
+    """transformers' mask for sdpa. Where it hides keys alone, one row of it stands for all queries, as a view: rows
+    (B, N) are cut and gathered where else (B, N, N) are. In graphs of one shape, whose runtimes may have no views, it
+    is the row itself."""
     given = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
     plain = mask_function is compat.bidirectional_mask_function and kwargs.get("local_size") is None
     if not plain or attention_mask is None or attention_mask.shape != (batch_size, kv_length) or kv_offset:
@@ -144,4 +145,5 @@ def key_mask(
     if skips and bool(attention_mask.all()):
         return None
     row = attention_mask.bool()[:, None, None]
-    return row if torch.compiler.is_exporting() else row.expand(-1, -1, q_length, -1)
+    fixed = torch.compiler.is_exporting() and isinstance(q_length, int)
+    return row if fixed else row.expand(-1, -1, q_length, -1)
