@@ -1,7 +1,7 @@
 """The README's picture: a text in a pruned model, a line for each layer, with the tokens that are left.
 
-python benchmarks/leaving.py runs/quickstart/model            docs/img/leaving.svg, of an article of BBC News' test part
-python benchmarks/leaving.py MODEL --text "..." --out FILE    of any model that ``thresher show`` follows
+python examples/classify.py && python benchmarks/leaving.py runs/classify/model    docs/img/leaving.svg, as it is there
+python benchmarks/leaving.py MODEL --name NAME --text "..." --out FILE             of any model that ``show`` follows
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ text { font: 12px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; fill
 """
 
 
-def drawn(trace) -> str:
+def drawn(trace, name: str) -> str:
     """The picture, as SVG; ``trace`` is of ``thresher.reports.trace.trace``."""
     words = [token.text.removeprefix("##") if token.part is not None else token.text for token in trace.tokens]
     starts = [0, *accumulate(len(word) + 1 for word in words)]
@@ -46,7 +46,7 @@ def drawn(trace) -> str:
     answer, chance = next(iter(trace.prediction.items()), ("", 0.0))
     told = f"{answer}, {chance:.0%}, with {trace.macs:.0%} of the dense model's work" if answer else f"{trace.macs:.0%}"
     lines.append(f'<text x="{LEFT}" y="{height - 14}">{escape(told)}</text>')
-    lines.append(f'<text class="soft" x="8" y="20">{escape(trace.model)}, pruned by {escape(trace.method)}</text>')
+    lines.append(f'<text class="soft" x="8" y="20">{escape(name)}, pruned by {escape(trace.method)}</text>')
     lines.append(f'<text class="soft" x="{width - RIGHT + 12:.1f}" y="20">tokens left</text>')
     size = f'viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" height="{height}"'
     return (
@@ -66,6 +66,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--name", default="MiniLM-L6 on BBC News")
     parser.add_argument("--text")
     parser.add_argument("--row", type=int, default=0, help="article of the test part")
     parser.add_argument("--tokens", type=int, default=22)
@@ -77,7 +78,8 @@ def main() -> None:
         text = task.test[options.row][task.text_columns[0]]
     net, tokenizer = load(options.model)
     with whole(options.out) as temporary:
-        temporary.write_text(drawn(trace(net, tokenizer, text, max_length=options.tokens)), encoding="utf-8")
+        traced = trace(net, tokenizer, text, max_length=options.tokens)
+        temporary.write_text(drawn(traced, options.name), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Nothing is trained here. ``thresher train --task embed`` brings the vectors near
 
 from __future__ import annotations
 
+import warnings
 from importlib.resources import files
 
 import torch
@@ -17,6 +18,7 @@ from thresher.data.load import load_task
 
 def main(articles: int = 100) -> dict[str, float]:
     """What share of so many headlines find their own article first, and how near the vectors are to the dense ones."""
+    warnings.filterwarnings("ignore", message=".*repeat another article")
     task = load_task("bbc-news")
     texts = [text.partition("\n") for text in task.test[:articles]["text"]]
     headlines, bodies = [head for head, _, _ in texts], [body.strip() for _, _, body in texts]

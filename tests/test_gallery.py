@@ -43,7 +43,7 @@ def test_long_prompt(capsys):
 
 
 def test_pictures(tmp_path, capsys):
-    found = example("pictures").main(tmp_path, steps=60)
+    found = example("pictures").main(tmp_path, steps=150)
     assert found["dense"] > 0.5 and found["ToMe"] > found["dense"] - 0.15
     assert (tmp_path / "digit.html").stat().st_size > 5000 and "of the MACs" in capsys.readouterr().out
 

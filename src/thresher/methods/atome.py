@@ -25,18 +25,13 @@ class AToMe(ToMe):
 
     The rest is as in ``ToMe``.
 
-    ================================  ==============================  ==============================================
-    paper                             here                            why
-    ================================  ==============================  ==============================================
-    a ratio, or a threshold           both may be given               a threshold alone bounds no time
-    trains with it                    no training needed, possible    pretrained encoders
-    the shorter sequence goes on      put back after the last layer   decoders and heads of transformers count frames
-    to the joint network
-    merges between the attention      where other methods drop        as with all methods here
-    and the FFN
-    no word on sizes in the           the logarithm of the size on    ToMe's proportional attention
-    attention                         the keys
-    ================================  ==============================  ==============================================
+    | paper | here | why |
+    |---|---|---|
+    | a ratio, or a threshold | both may be given | a threshold alone bounds no time |
+    | trains with it | no training needed, possible | pretrained encoders |
+    | the shorter sequence goes on to the joint network | put back after the last layer | decoders and heads of transformers count frames |
+    | merges between the attention and the FFN | where other methods drop | as with all methods here |
+    | no word on sizes in the attention | the logarithm of the size on the keys | ToMe's proportional attention |
     """
 
     threshold: float | None = None

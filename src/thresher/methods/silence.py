@@ -36,14 +36,10 @@ class Silence(AToMe):
             which the decoder has never seen.
         at: -1 and layers; default: with every layer where ``r`` is given.
 
-    ================================  ==============================  ==============================================
-    paper                             here                            why
-    ================================  ==============================  ==============================================
-    silence is merged as all else,    before the first layer, by      there it costs no layer; Whisper fills every
-    half of it in a layer             what can be heard               sound up to 30 seconds
-    any two neighbours                what stands for silence is not  its size would outweigh the sound
-                                      merged with sound
-    ================================  ==============================  ==============================================
+    | paper | here | why |
+    |---|---|---|
+    | silence is merged as all else, half of it in a layer | before the first layer, by what can be heard | there it costs no layer; Whisper fills every sound up to 30 seconds |
+    | any two neighbours | what stands for silence is not merged with sound | its size would outweigh the sound |
     """
 
     r: float | int | tuple = 0

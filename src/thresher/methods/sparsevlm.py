@@ -37,21 +37,14 @@ class SparseVLM(TopK):
             (0.52, 0.67, 0.55): 300, 200 and 110.
         at: default: the paper's after layers 2, 6 and 15 of 32, at the same shares of the depth.
 
-    ===================================  ===============================  =============================================
-    paper                                here                             why
-    ===================================  ===============================  =============================================
-    raters by the states that enter the  by those that enter the layer    a site shows no others
-    language model                       of the site
-    counts by the rank of attention, or  ``keep``                         budgets are compared
-    from a table
-    the decay as it is                   0.1 at least                     it falls to 0 and below far away and in
-                                                                          small heads
-    one picture                          raters, heads and counts of      else the second picture of a prompt may
-                                         each                             leave as a whole
-    who leaves is clustered and put      left out, as in the later form   it is random, and renumbers positions
-    back
-    no words behind the picture          the last token of the prompt     somebody has to rate
-    ===================================  ===============================  =============================================
+    | paper | here | why |
+    |---|---|---|
+    | raters by the states that enter the language model | by those that enter the layer of the site | a site shows no others |
+    | counts by the rank of attention, or from a table | ``keep`` | budgets are compared |
+    | the decay as it is | 0.1 at least | it falls to 0 and below far away and in small heads |
+    | one picture | raters, heads and counts of each | else the second picture of a prompt may leave as a whole |
+    | who leaves is clustered and put back | left out, as in the later form | it is random, and renumbers positions |
+    | no words behind the picture | the last token of the prompt | somebody has to rate |
     """
 
     keep: float | int | str | tuple = 0.58
