@@ -32,6 +32,14 @@ def int8(family: str):
     return model
 
 
+def pruned(make, family: str, method, layout: str = "auto"):
+    """A model of that precision, pruned; of int8 it is said that its rounding hides whether it was pruned rightly."""
+    if make is bf16:
+        return prune(make(family), method, layout=layout)
+    with pytest.warns(UserWarning, match="pruned without a trial: its weights are quantised"):
+        return prune(make(family), method, layout=layout)
+
+
 def asked(family: str, model, pictures=(2, 2), gap: int = 2) -> dict:
     batch = VISUAL[family].batch(tiny(family), pictures, gap=gap)
     return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
@@ -46,8 +54,8 @@ def test_all_kept_is_dense_and_dropped_is_hidden_as_far_as_the_precision_goes(fa
     of all tokens of a call, so that it changes where some are gone."""
     batch = asked(family, make(family)) if make is bf16 else asked(family, make(family), (2,), 0)  # padding counts, too
     dense = states(make(family), batch)
-    assert torch.equal(states(prune(make(family), method(keep=1.0)), batch), dense)
-    dropped, hidden = prune(make(family), method(keep=0.5)), prune(make(family), method(keep=0.5), layout="mask")
+    assert torch.equal(states(pruned(make, family, method(keep=1.0)), batch), dense)
+    dropped, hidden = (pruned(make, family, method(keep=0.5), layout) for layout in ("auto", "mask"))
     answer, reference = states(dropped, batch), states(hidden, batch)
     first, other = (model.token_pruner.record.sites[0] for model in (dropped, hidden))
     if method in (DivPrune, CDPruner, VisionZip):  # of the same states the same tokens stay
@@ -62,7 +70,7 @@ def test_all_kept_is_dense_and_dropped_is_hidden_as_far_as_the_precision_goes(fa
 @pytest.mark.parametrize("make", [bf16, int8], ids=["bf16", "int8"])
 @torch.no_grad()
 def test_generate_goes_on_from_what_is_left(make):
-    model = prune(make("llava"), DivPrune(keep=9))
+    model = pruned(make, "llava", DivPrune(keep=9))
     batch = asked("llava", model, (1,), 0)
     found = model.generate(**batch, **QUIET, return_dict_in_generate=True)
     text = batch["attention_mask"].sum() - 36

@@ -145,7 +145,7 @@ def test_what_cannot_be_asked_is_said(place, tmp_path):
     ask = (*image, "--ask", WHAT)
     assert "name a method" in fails("show", dense, *ask)
     assert "unknown pruning method 'divprun'" in fails("show", dense, *ask, "--method", "divprun")
-    assert "takes entries from a cache" in fails("show", dense, *ask, "--method", "snapkv", "--keep", 4)
+    assert "takes entries from a cache" in fails("show", dense, *ask, "--method", "snapkv", "--keep", 0.5)
     assert "show follows one" in fails("show", dense, *ask, "--method", "fastv,divprune")
     assert "keep belongs to a method" in fails("bench", dense, "--keep", 0.5)
     assert "timed in torch alone" in fails("bench", dense, "--method", "fastv", "--runtime", "onnx")

@@ -27,7 +27,7 @@ def top_k(score: Tensor, k: Tensor, alive: Tensor) -> Tensor:
 def fused(keep: Tensor, score: Tensor, view: View, mean: bool = True) -> Choice:
     """Choose to ``keep`` (B, N) bool and to fuse what leaves of each row into one token more: the mean of its states by
     ``score`` (B, N), or their sum times it. It takes the place of the best of them; where nothing leaves there is
-    none."""
+    none, and what would leave alone stays as it is."""
     keep = keep & view.alive | view.protected
     gone = view.alive & ~keep
     best = score.masked_fill(~gone, -1.0).argmax(1, keepdim=True)
@@ -35,7 +35,8 @@ def fused(keep: Tensor, score: Tensor, view: View, mean: bool = True) -> Choice:
     weight = score.masked_fill(~gone, 0.0)
     if mean:
         weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
-    return Choice(keep | holder, into=best.expand_as(keep), weight=weight.masked_fill(~gone, 1.0))
+    many = gone & (gone.sum(1, keepdim=True) > 1)
+    return Choice(keep | holder, into=best.expand_as(keep), weight=weight.masked_fill(~many, 1.0))
 
 
 def check_fusing(model: Architecture) -> None:
