@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
 
 from support.families import FAMILIES, TEXT
-from thresher import LAT, LTP, DynamicViT, FirstK, PoWERBERT, Random, Threshold, ToP, TopK, prune
+from thresher import LAT, LTP, DynamicViT, EViT, FirstK, PoWERBERT, Random, Threshold, ToP, TopK, dense, prune
 from thresher.api import calling
 from thresher.core.pruner import METHODS, TokenPruner
 from thresher.core.tokens import LAYOUTS
@@ -399,6 +399,22 @@ def test_where_tokens_are_asked_one_by_one_nothing_is_fused(name):
         with pytest.raises(ValueError, match=f"fuse=True is not possible with {kind.__name__}, whose head asks each"):
             prune(model, method(fuse=True))
         assert not hasattr(model, "token_pruner")
+
+
+@pytest.mark.parametrize("layout", ["mask", "padded", "packed"])
+@torch.no_grad()
+def test_what_would_be_fused_alone_stays_as_it_is(layout):
+    """Of three tokens one leaves: nothing, beside no other text and beside one that loses many."""
+    model = prune(FAMILIES["bert"].build(), EViT(keep=0.6), layout=layout)
+    ids = torch.randint(5, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 3:] = 0
+    beside = model(input_ids=ids, attention_mask=mask).logits[0]
+    alone = model(input_ids=ids[:1, :3]).logits[0]
+    with dense(model):
+        whole = model(input_ids=ids[:1, :3]).logits[0]
+    torch.testing.assert_close(beside, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone, whole, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
