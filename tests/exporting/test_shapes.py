@@ -10,7 +10,7 @@ from support.methods import METHODS
 from support.tiny import tiny_tokenizer
 from thresher import LTP, Threshold, ToP, TopK, compiled, prune
 from thresher.core.view import Widths
-from thresher.data.embedder import Embedder
+from thresher.data.embedder import Embedder, Pooling
 from thresher.exporting.export import inputs_of, padded_layout
 from thresher.exporting.shapes import check_lengths, counts_of, filled, one_shape, widths_by_length, widths_of
 
@@ -134,6 +134,21 @@ def test_compiled_code_answers_as_the_model(kind):
     fast = compiled(model, (8, 16), tokenizer=tiny_tokenizer(), backend="eager")
     check(fast, model)
     assert fast.lengths == [8, 16] and not model.training
+
+
+def test_what_code_of_one_length_would_answer_wrongly_is_refused():
+    with pytest.raises(ValueError, match="is a decoder: compiled code of fixed lengths"):
+        compiled(FAMILIES["gpt2"].build(), (8,), tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="is being trained, and compiled code has no dropout"):
+        compiled(classifier(TopK(keep=0.5)).train(), (8,), tokenizer=tiny_tokenizer())
+
+
+def test_a_prompt_that_is_read_and_not_pooled_may_be_left_out():
+    model = Embedder(classifier().bert, Pooling(include_prompt=False)).eval()
+    fast = compiled(model, (8,), tokenizer=tiny_tokenizer(), backend="eager")
+    given = {name: x for name, x in inputs_of(model, tiny_tokenizer(), 1, 5).items() if name != "pooling_mask"}
+    with torch.no_grad():
+        torch.testing.assert_close(*(run(**given)["sentence_embedding"] for run in (fast, model)), atol=1e-5, rtol=0)
 
 
 def test_nothing_is_compiled_in_service():

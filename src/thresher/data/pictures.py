@@ -58,7 +58,9 @@ def asked(processor: Any, picture: Image, question: str) -> dict[str, Any]:
         text = f"{token}\n{question}"
     else:
         raise ValueError(f"{type(processor).__name__} has no chat template, and does not say what stands for a picture")
-    return dict(processor(images=[picture], text=[text], return_tensors="pt"))
+    begins = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+    once = {"add_special_tokens": False} if begins and text.startswith(begins) else {}  # where the template has it
+    return dict(processor(images=[picture], text=[text], return_tensors="pt", **once))
 
 
 def read_pairs(spec: DataSpec) -> list[tuple[Path, str]]:
@@ -69,7 +71,9 @@ def read_pairs(spec: DataSpec) -> list[tuple[Path, str]]:
     place = Path(os.path.abspath(os.path.expanduser(spec.data)))
     require(place.exists(), f"there is no {spec.data}: expected a table with the columns {' and '.join(columns)}")
     name, parts = read(spec.data, spec.config, (spec.train_split, spec.test_split))
-    frame = parts.get(spec.train_split or "train", next(iter(parts.values())))
+    part = spec.train_split or next((one for one in ("train", "validation") if one in parts), "train")
+    require(part in parts, f"{name} has no part {part}, but {', '.join(parts)}: test chooses nothing, name a part")
+    frame = parts[part]
     for column in columns:
         require(column in frame, f"{name} has no column {column!r}: expected {' and '.join(columns)}")
     folder = place if place.is_dir() else place.parent

@@ -42,14 +42,16 @@ def compressed(spec: CompressSpec, prompt: str | None = None) -> Compressed:
     from ..prompts.gemfilter import GemFilter
     from ..prompts.llmlingua2 import LLMLingua2
 
-    method: Any = GemFilter(spec.keep, at=spec.at, sinks=spec.sinks, recent=spec.recent)
-    kind: Any = AutoModelForCausalLM
     known = reading(AutoConfig.from_pretrained, spec.model).architectures or ()
+    method: Any = None
+    kind: Any = AutoModelForCausalLM
     if any(name.endswith("ForTokenClassification") for name in known):
         usual = {one.name: one.default for one in fields(spec)}
         if given := [name for name in ("at", "sinks", "recent") if getattr(spec, name) != usual[name]]:
             raise ValueError(f"{spec.model} is a token classifier, and only a decoder takes {given[0]}: leave it out")
         method, kind = LLMLingua2(spec.keep), AutoModelForTokenClassification
+    else:
+        method = GemFilter(spec.keep, at=spec.at, sinks=spec.sinks, recent=spec.recent)
     text = prompt_of(spec.file) if prompt is None else prompt
     tokenizer = reading(AutoTokenizer.from_pretrained, spec.model)
     if kind is AutoModelForCausalLM:

@@ -73,7 +73,7 @@ def compare_tags(spec: AuditSpec, progress: Callable[[str, int, int], Any] | Non
     after = run("pruned", net)
     with nullcontext() if other else dense(net):
         before = run("dense", other or net)
-    special, ids = {*tokenizer.all_special_ids}, rows["input_ids"]
+    special, ids = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}, rows["input_ids"]
     wanted, said = [entities_of(p.logits, ids, special, net.config.id2label) for p in (before, after)]
     both = [{*one} & {*another} for one, another in zip(wanted, said, strict=True)]
     if not any(wanted):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..api import inner_model
+from ..core.architecture import find_architecture
 from ..core.pruner import token_pruner_of
 from ..data.embedder import Embedder
 from ..data.models import positions
@@ -67,7 +69,8 @@ class Compiled:
             return self.model(**inputs)
         if other := {*inputs} - {*self.inputs}:
             raise ValueError(f"{', '.join(sorted(other))}: this code takes {', '.join(self.inputs)}")
-        usual = {"attention_mask": torch.ones_like(ids)}  # segments are 0, as in the model
+        mask = inputs.get("attention_mask", torch.ones_like(ids))  # segments are 0, as in the model
+        usual = {"attention_mask": mask, "pooling_mask": mask}
         given = {name: inputs.get(name, usual.get(name, torch.zeros_like(ids))) for name in self.inputs}
         whole = filled(given, length, self._pad)
         found = self._code[length](*(whole[name].to(self.device, torch.long) for name in self.inputs))
@@ -89,7 +92,7 @@ def compiled(
     """Compile ``model``, pruned or not, for one text at a time, of up to each of ``lengths`` tokens.
 
     Kept counts follow from the text, widths from the length, so that the answers are those of the model. Nothing is
-    compiled later, whatever changes around it. The model is as before.
+    compiled later, whatever changes around it: new weights and another method need new code. The model is as before.
 
     Args:
         lengths: default: 32, 64, 128, 256 and 512 as far as the positions go.
@@ -100,13 +103,19 @@ def compiled(
         backend: of ``torch.compile``.
 
     Raises:
-        ValueError: a length that the model does not take; the method needs ``calibration``.
+        ValueError: a decoder, which would answer from the padding; a model that is being trained; a length that the
+            model does not take; the method needs ``calibration``.
 
     Example:
         >>> fast = compiled(model, lengths=(8, 16), backend="eager")
         >>> logits = fast(**tokenizer("the wheat", return_tensors="pt")).logits
     """
     token_pruner_of(model, "compiled")
+    name = type(model).__name__
+    if find_architecture(inner_model(model)).causal:
+        raise ValueError(f"{name} is a decoder: compiled code of fixed lengths would answer from the padding")
+    if model.training:
+        raise ValueError(f"{name} is being trained, and compiled code has no dropout: call model.eval() first")
     found, code = check_lengths(lengths, positions(model) or 512), {}
     with padded_layout(model):
         widths, cut = widths_of(model, found, calibration)

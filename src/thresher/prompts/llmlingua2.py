@@ -172,12 +172,18 @@ def likelihood_labels(
         raise ValueError(f"{type(inner_model(teacher)).__name__} is no decoder, and foresees no words")
     if not 0 < keep < 1:
         raise ValueError(f"keep={keep}: expected a share between 0 and 1")
+    if not getattr(teacher_tokenizer, "is_fast", False):
+        raise ValueError("teacher_tokenizer: expected the decoder's fast one, which says where its tokens stand")
     before, behind = around(tokenizer)
+    if (room := window - len(before) - len(behind)) < 1:
+        raise ValueError(
+            f"window={window} has no room beside {window - room} special tokens: give {window - room + 1} or more"
+        )
     rows = []
     for text in texts:
         read = read_text(text, tokenizer, True, False)
         ends = [*itertools.accumulate(map(len, read.parts))]
-        for a, b in windows_of(read.units, window - len(before) - len(behind)) if read.ids else ():
+        for a, b in windows_of(read.units, room) if read.ids else ():
             first, last = read.units[a], read.units[b - 1]
             begin = ends[first - 1] if first else 0
             within = [end - begin for end in ends[first : last + 1]]
