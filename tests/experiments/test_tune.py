@@ -361,7 +361,7 @@ def test_the_command(farm, tmp_path):
         (["--target-flops", 0.01], r"target_flops=0.01 is out of reach on these texts: expected from 0."),
         (
             ["--target-flops", 0.5, "--method", "ltp"],
-            "ltp has no share to keep, or to merge, at each site: expected auto or one of ats",
+            "ltp has no share to keep, or to merge, at each site: expected auto or one of atome, ats",
         ),
         (["--target-flops", 0.5, "--method", "nothing"], "unknown pruning method 'nothing'"),
         (["--max-drop", 0.1], "a drop of accuracy is measured on labelled texts: no label column"),

@@ -326,7 +326,7 @@ def test_the_command(tmp_path, exported):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"format": "tensorrt"}, "expected onnx or openvino"),
+        ({"format": "tensorrt"}, "expected onnx, openvino, executorch"),
         ({"precision": "bf16"}, "onnxruntime has no bf16"),
         ({"format": "openvino", "precision": "fp16"}, "openvino takes fp32, bf16, int8"),
         ({"format": "openvino", "precision": "int8"}, "needs inputs to calibrate on"),
