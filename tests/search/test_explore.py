@@ -74,7 +74,7 @@ def test_the_scores_of_a_method():
         (
             "ltp",
             {},
-            "ltp has no share to keep, or to merge, at each site: expected auto or one of atome, ats.* tofu, tome, topk",
+            "ltp has no share to keep, or to merge, at each site: expected auto or one of atome, ats.* tome, topk",
         ),
         ("tome", {"r": 0.5}, "r is what is searched for"),
         ("nothing", {}, "unknown pruning method 'nothing'"),
