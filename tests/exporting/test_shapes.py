@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Thread
+
 import pytest
 import torch
 
@@ -98,6 +100,34 @@ def test_of_a_text_that_wants_more_the_best_go_on():
     assert set(kept.nonzero()[:, 0].tolist()) == set(free[0].topk(6).indices.tolist())
 
 
+def test_of_equals_the_first_go_on():
+    """Protected tokens are equals, and more of them than the width: the model keeps what its graph has room for."""
+    model = classifier(Threshold(0.0, at=(1,), protect=tuple(range(9))))
+    given, widths = texts(model)[-1], Widths((6,), capped=True)
+    with padded_layout(model), torch.no_grad(), one_shape(model, widths):
+        expected = model(**given).logits
+        kept = model.token_pruner.record.sites[0].keep[0]
+        graph = torch.export.export(model, args=(), kwargs=given, strict=False).module()
+        torch.testing.assert_close(graph(**given).logits, expected, atol=1e-5, rtol=0)
+    assert kept.nonzero()[:, 0].tolist() == list(range(6))
+
+
+def test_other_threads_prune_as_ever_while_a_graph_is_made():
+    model = classifier(Threshold(0.0, at=(1,)))
+    given, found = texts(model)[-1], []
+
+    @torch.no_grad()
+    def ask():
+        model(**given)
+        found.append(int(model.token_pruner.last_record().sites[0].keep.sum()))
+
+    with one_shape(model, Widths((6,), capped=True)):
+        ask()
+        (other := Thread(target=ask)).start()
+        other.join()
+    assert found == [6, LENGTH]
+
+
 def test_the_texts_that_are_cut_are_counted():
     model = classifier(LTP(init=1.4))
     given = texts(model)
@@ -137,7 +167,7 @@ def test_compiled_code_answers_as_the_model(kind):
 
 
 def test_what_code_of_one_length_would_answer_wrongly_is_refused():
-    with pytest.raises(ValueError, match="is a decoder: compiled code of fixed lengths"):
+    with pytest.raises(ValueError, match="is a decoder: of fixed lengths it would answer"):
         compiled(FAMILIES["gpt2"].build(), (8,), tokenizer=tiny_tokenizer())
     with pytest.raises(ValueError, match="is being trained, and compiled code has no dropout"):
         compiled(classifier(TopK(keep=0.5)).train(), (8,), tokenizer=tiny_tokenizer())

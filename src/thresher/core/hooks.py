@@ -23,7 +23,7 @@ from .possible import check_kind, check_possible
 from .pruner import EARLY, PROTECTED, SURVIVORS, Options, Record, TokenPruner
 from .tokens import LAYOUTS, Masked, Packed, Padded, Tokens, with_a_token
 from .tower import Watch
-from .view import Panel, Site, Widths
+from .view import Panel, Site
 
 CACHES = ("past_key_values", "layer_past")  # names of the cache among the arguments of layers
 # The per-token arguments of layers, besides the mask, and their token dimensions; all else is passed on as it is.
@@ -92,7 +92,6 @@ class Hooks(Attachment):
     def __init__(self, model: PreTrainedModel, pruner: TokenPruner, layout: str, original: str | None = None):
         super().__init__(model, pruner, layout, original)
         self.passed: frozenset[int] = frozenset()  # sites that a graph under construction passes by
-        self.widths: Widths | None = None  # of the sites of a graph under construction that has one shape
         self.unserved = ""  # why no companion keeps the caches of a decoder
         arch = self.architecture
         seen = arch.reader is not None and pruner.needs_tower
@@ -369,8 +368,8 @@ class Hooks(Attachment):
         if number >= 0:
             site.previous, site.counts, site.passed = call.previous, call.options.counts, self.passes_by(pruner, number)
             site.spectrum = call.spectrum
-            if self.widths is not None:
-                site.width, site.capped = self.widths.slots[number], self.widths.capped
+            if (widths := call.options.widths) is not None:
+                site.width, site.capped = widths.slots[number], widths.capped
             if call.pictures is not None:
                 pictures = call.pictures.to(tokens.index.device).gather(1, tokens.index)
                 site.pictures = pictures.masked_fill(~tokens.alive, -1)

@@ -32,9 +32,9 @@ from .method import pruner_in as pruner_in
 from .method import pruner_of as pruner_of
 from .method import read_state as read_state
 from .pictures import ALL, KINDS
-from .scoring import Statistic, columns, full_precision
+from .scoring import Statistic, columns, first_best, full_precision
 from .tokens import Tokens
-from .view import Site, View
+from .view import Site, View, Widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,6 +124,7 @@ class Options:
         counts: (B, S) long, how many tokens each row keeps, for ``keep="replay"``.
         gates: in place of the method's own soft gates, see ``TokenPruner.gates``.
         calls: gets the record and the arguments of each forward, where one step of a training has several.
+        widths: of the sites of a graph under construction that has one shape.
     """
 
     mode: str = "pruned"
@@ -131,6 +132,7 @@ class Options:
     counts: Tensor | None = None
     gates: Callable[[Tensor, View], Tensor] | None = None
     calls: list[tuple[Record, Batch]] | None = None
+    widths: Widths | None = None
 
 
 class TokenPruner(Pruner):
@@ -432,11 +434,10 @@ class TokenPruner(Pruner):
             )
 
     # --- one site ------------------------------------------------------------------------------------------------
-    def best(self, score: Tensor, protected: Tensor, alive: Tensor, count: int | None = None) -> Tensor:
-        """(B, N) bool: the ``count`` (``min_keep``) best tokens of each row among those ``alive``, protected ones
-        first."""
+    def best(self, score: Tensor, protected: Tensor, alive: Tensor) -> Tensor:
+        """(B, N) bool: the ``min_keep`` best tokens of each row among those ``alive``, protected ones first."""
         order = score.masked_fill(protected, float("inf")).masked_fill(~alive, float("-inf"))
-        return order >= order.topk(min(count or self.min_keep, order.shape[1])).values[:, -1:]
+        return order >= order.topk(min(self.min_keep, order.shape[1])).values[:, -1:]
 
     def select(self, site: Site) -> None:
         """Make the score and the choice of a site: live tokens alone, protected ones always, ``min_keep`` at least."""
@@ -451,7 +452,7 @@ class TokenPruner(Pruner):
             only = torch.zeros_like(keep).scatter(1, best, True) & view.alive
             keep = keep | only & ~keep.any(1, keepdim=True)
         if site.capped:
-            keep = keep & self.best(site.score, view.protected, keep, site.width)
+            keep = keep & first_best(site.score.masked_fill(view.protected, float("inf")), keep, site.width)
         site.choice = dataclasses.replace(choice, keep=keep)
 
     def reduce(self, site: Site) -> Tokens:

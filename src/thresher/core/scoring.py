@@ -27,6 +27,14 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+def first_best(score: Tensor, alive: Tensor, count: int | None) -> Tensor:
+    """(B, N) bool: the ``count`` best tokens of each row among those ``alive``, of equals the first."""
+    order = score.masked_fill(~alive, float("-inf"))
+    least = order.topk(min(count or order.shape[1], order.shape[1])).values[:, -1:]
+    better, equal = order > least, (order == least) & alive
+    return better | equal & (equal.cumsum(1) <= (count or order.shape[1]) - better.sum(1, keepdim=True))
+
+
 @dataclass(frozen=True, eq=False)
 class Logits:
     """How an attention function makes logits of products: scale, cap softly, and let each head's sink take a share."""

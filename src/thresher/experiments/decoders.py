@@ -58,13 +58,13 @@ def opened(model: str, layout: str = "auto") -> tuple[PreTrainedModel, Any, Cach
 
 
 def check_read(spec: TaskSpec, names: Sequence[str], what: str) -> None:
-    """Raise ValueError for an option that a command does not read where the model is a decoder, which is ``what``;
-    ``names``: those that it reads, besides ``SHARED``."""
+    """Raise ValueError for an option that a command does not read of a model, and say ``what`` is done with such;
+    ``names``: those that it reads."""
     known = remembered(spec.model)
     for one in fields(spec):
         value = getattr(spec, one.name)
-        if one.name not in (*SHARED, *names) and value not in (one.default, known.get(one.name, one.default)):
-            raise ValueError(f"{spec.model} is a decoder, which is {what}: leave {one.name} out")
+        if one.name not in names and value not in (one.default, known.get(one.name, one.default)):
+            raise ValueError(f"{spec.model} {what}: leave {one.name} out")
 
 
 def options_of(tokenizer: Any) -> dict[str, dict]:
@@ -80,7 +80,7 @@ def bench_decoder(spec: BenchSpec, *, progress: Tell | None = None) -> list[dict
     Raises:
         ValueError: no method is named, neither by the folder nor by ``method``; or what only encoders have.
     """
-    check_read(spec, ("contexts", "repeats"), "timed in torch alone, on any tokens")
+    check_read(spec, (*SHARED, "contexts", "repeats"), "is a decoder, which is timed in torch alone, on any tokens")
     net, tokenizer, own = opened(spec.model, spec.layout)
     methods = spec.cache_methods(options_of(tokenizer)) or ({} if own is None else {own.name: own})
     if not methods:
@@ -106,7 +106,9 @@ def compare_decoder(spec: CompareSpec, *, progress: Tell | None = None) -> list[
             cannot be asked about, or an ``out`` that belongs to another comparison.
     """
     check_read(
-        spec, ("out", "methods", "targets", "seeds", "tasks", "when", *DATA), "asked, and neither trained nor timed"
+        spec,
+        (*SHARED, "out", "methods", "targets", "seeds", "tasks", "when", *DATA),
+        "is a decoder, which is asked, and neither trained nor timed",
     )
     if len(spec.seeds) != 1:
         raise ValueError(f"seeds={spec.seeds}: a decoder is asked about the texts of one seed, give one")
@@ -219,7 +221,7 @@ def followed_prompts(spec: ShowSpec, texts: Sequence[str]) -> list[PromptTrace]:
     Raises:
         ValueError: no method is named, or a text has no tokens.
     """
-    check_read(spec, ("texts", "file", "html", *DATA), "shown texts one by one")
+    check_read(spec, (*SHARED, "texts", "file", "html", *DATA), "is a decoder, which is shown texts one by one")
     net, tokenizer, own = opened(spec.model, spec.layout)
     methods = [*spec.cache_methods(options_of(tokenizer)).values()] or ([] if own is None else [own])
     if len(methods) != 1:

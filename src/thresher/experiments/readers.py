@@ -24,11 +24,13 @@ from ..evaluation.hardware import environment
 from ..evaluation.rows import folder_written_whole
 from ..methods.parts.budget import OutOfReach
 from ..reports.asked import Asked, html, name_of, parts, picture_name, png
+from .decoders import SHARED, check_read
 from .spec import SUMMARY, BenchSpec, ShowSpec, TuneSpec, located
 
 NOISE, QUESTION = 448, "What is in the picture?"  # pixels of a side, and the question, where none is given
 TUNED = ("divprune", "cdpruner", "visionzip", "vispruner", "fastv", "pyramiddrop", "sparsevlm", "grid")
 COUNTED, ANSWER = 4, 16  # pairs on which MACs are counted while a share is searched for, tokens of an answer
+TUNING = "it is tuned under one budget, --target-flops, in torch"
 Tell = Callable[[str, int, "int | None"], Any]
 
 
@@ -103,9 +105,9 @@ def bench_reader(spec: BenchSpec, *, progress: Tell | None = None) -> list[dict]
     Raises:
         ValueError: no method is named, neither by the folder nor by ``method``; or what only encoders have.
     """
-    given = [name for name in ("against", "graphs", "plot", "data") if getattr(spec, name) is not None]
-    if given or spec.runtime != ("torch",):
-        raise ValueError(f"{spec.model} reads pictures and is timed in torch alone: leave {(*given, 'runtime')[0]} out")
+    check_read(
+        spec, (*SHARED, "image", "ask", "repeats"), "reads pictures and is timed in torch alone, one question at a time"
+    )
     net, processor, own = reader(spec.model, spec.layout)
     methods = methods_of(spec, own)
     if spec.image is None:
@@ -142,9 +144,10 @@ def tune_reader(spec: TuneSpec, *, progress: Tell | None = None) -> list[dict]:
         ValueError: another budget than ``target_flops``, a pruned model, a method without shares, no pairs, a folder
             that is not empty.
     """
-    others = [n for n in ("target_latency_ms", "max_disagreement", "max_drop") if getattr(spec, n) is not None]
-    if spec.target_flops is None or others:
-        raise ValueError("a model that reads pictures is tuned under one budget, --target-flops")
+    read = ("method_options", "target_flops", "out", "data", "config", "text", "train_split", "limit")
+    check_read(spec, (*SHARED, *read), f"reads pictures: {TUNING}")
+    if spec.target_flops is None:
+        raise ValueError(f"{spec.model} reads pictures: {TUNING}")
     out, began, tell = Path(spec.out), time.time(), progress or (lambda *_: None)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there and not empty: choose another folder for the result")

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..api import inner_model
-from ..core.architecture import find_architecture
 from ..core.pruner import token_pruner_of
 from ..data.embedder import Embedder
 from ..data.models import positions
 from .export import inputs_of, padded_layout
-from .shapes import Answer, check_lengths, filled, length_for, one_shape, outputs_of, widths_of
+from .shapes import Answer, check_encoder, check_lengths, filled, length_for, one_shape, outputs_of, widths_of
 
 Code = Callable[..., tuple[Tensor, ...]]  # of tensors (1, N), in the order of their names
 
@@ -111,11 +109,11 @@ def compiled(
         >>> logits = fast(**tokenizer("the wheat", return_tensors="pt")).logits
     """
     token_pruner_of(model, "compiled")
-    name = type(model).__name__
-    if find_architecture(inner_model(model)).causal:
-        raise ValueError(f"{name} is a decoder: compiled code of fixed lengths would answer from the padding")
+    check_encoder(model)
     if model.training:
-        raise ValueError(f"{name} is being trained, and compiled code has no dropout: call model.eval() first")
+        raise ValueError(
+            f"{type(model).__name__} is being trained, and compiled code has no dropout: call model.eval() first"
+        )
     found, code = check_lengths(lengths, positions(model) or 512), {}
     with padded_layout(model):
         widths, cut = widths_of(model, found, calibration)

@@ -32,7 +32,7 @@ from ..data.embedder import PROMPTED, Embedder, facts_of
 from ..data.models import positions
 from ..evaluation.hardware import environment
 from ..evaluation.rows import folder_written_whole
-from .shapes import check_lengths, length_for, one_shape, outputs_of, row_of, spread, widths_of
+from .shapes import check_encoder, check_lengths, length_for, one_shape, outputs_of, row_of, spread, widths_of
 
 HEADS = ("ForSequenceClassification", "ForQuestionAnswering")
 FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "executorch": ("fp32", "int8")}
@@ -120,6 +120,7 @@ def _program(
     """The program of a model for ExecuTorch; ``spec`` is told what it takes and gives."""
     from .mobile import lowered
 
+    check_encoder(model)
     found = list(check_lengths(lengths, spec["max_length"]))
     widths, cut = widths_of(model, found, calibration)
     inputs = {n: inputs_of(model, tokenizer, 1, n) for n in found}

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..api import MODULE
+from ..api import MODULE, inner_model
+from ..core.architecture import find_architecture
 from ..core.pruner import TokenPruner
 from ..core.view import Widths
 
@@ -40,6 +41,13 @@ def check_lengths(lengths: Sequence[int], longest: int) -> tuple[int, ...]:
     if not all(isinstance(n, int) and 0 < n <= longest for n in lengths):
         raise ValueError(f"lengths={tuple(lengths)}: expected numbers of tokens from 1 to {longest}")
     return tuple(sorted(set(lengths)))
+
+
+def check_encoder(model: Any) -> None:
+    """Raise ValueError where padding behind a text would be read: of a decoder."""
+    inner = inner_model(model)
+    if find_architecture(inner).causal:
+        raise ValueError(f"{type(inner).__name__} is a decoder: of fixed lengths it would answer from the padding")
 
 
 def length_for(lengths: Sequence[int], tokens: int) -> int | None:
@@ -143,11 +151,8 @@ def one_shape(model: Any, widths: Widths | None) -> Iterator[None]:
     if pruner is None:
         yield
         return
-    pruner.hooks.widths = widths
-    try:
+    with pruner.hooks.asking(widths=widths):
         yield
-    finally:
-        pruner.hooks.widths = None
 
 
 def row_of(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
