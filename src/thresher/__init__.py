@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from .prompts.llmlingua2 import LLMLingua2, likelihood_labels
     from .training.trainer import PruningTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ATS",
     "DART",

@@ -195,7 +195,7 @@ def raising(error: BaseException, command: str = "eval") -> typer.Typer:
     [
         (ValueError("no such\nthing"), "no such"),
         (FileNotFoundError(2, "No such file", "x"), "x: No such file"),
-        (ImportError("pip install 'thresher[onnx]'"), "pip install 'thresher[onnx]'"),
+        (ImportError("pip install 'thresher-pruning[onnx]'"), "pip install 'thresher-pruning[onnx]'"),
     ],
     ids=lambda value: type(value).__name__,
 )

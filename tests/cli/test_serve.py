@@ -50,7 +50,7 @@ def test_missing_packages_are_named(tmp_path):
     hidden = "import sys; sys.modules['uvicorn'] = None; from thresher.cli.app import main; main()"
     command = [sys.executable, "-c", hidden, "serve", str(model)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and "pip install 'thresher[serve]'" in result.stderr
+    assert result.returncode == 2 and "pip install 'thresher-pruning[serve]'" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

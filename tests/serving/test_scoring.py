@@ -293,7 +293,7 @@ def test_actors_need_a_number_and_ray(model, data, tmp_path, monkeypatch):
     call = ("--data", data, "--out", tmp_path / "out", "--ray", "auto")
     assert "say how many actors there are to be (--workers N)" in fails(model, *call)
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
-    assert "pip install 'thresher[ray]'" in fails(model, *call, "--workers", 2)
+    assert "pip install 'thresher-pruning[ray]'" in fails(model, *call, "--workers", 2)
     assert not (tmp_path / "out").exists()
 
 

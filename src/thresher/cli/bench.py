@@ -25,7 +25,7 @@ def bench(spec: BenchSpec, screen: Screen) -> None:
     if spec.model is None:
         raise ValueError("name the folder of a pruned model, or ask for --roofline alone")
     if spec.plot is not None and find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'thresher[plot]'")
+        raise ValueError("--plot needs matplotlib: pip install 'thresher-pruning[plot]'")
     from ..experiments.bench import bench as job
     from ..experiments.cache_spec import decodes, reads
     from ..reports import asked

@@ -329,7 +329,7 @@ def graph_exporter(format: str, int8: bool, calibration: Any = None) -> tuple[An
         nncf = exporters.NNCFOpenVINOQuantizer(None, calibration) if int8 else None
         return exporters.OpenVINOExporter(), exporters.OpenVINOConfig(dynamic=True, quantizer=nncf)
     except (ImportError, AttributeError) as error:
-        raise ImportError(f"the {format} export needs pip install 'thresher[{format}]': {error}") from error
+        raise ImportError(f"the {format} export needs pip install 'thresher-pruning[{format}]': {error}") from error
 
 
 @contextmanager
@@ -367,7 +367,7 @@ def executorch_program(model: Any, methods: Iterable[tuple[str, dict[str, Tensor
 
         exporter = exporters.ExecutorchExporter()
     except (ImportError, AttributeError) as error:
-        raise ImportError(f"the executorch export needs pip install 'thresher[mobile]': {error}") from error
+        raise ImportError(f"the executorch export needs pip install 'thresher-pruning[mobile]': {error}") from error
     traced = {}
     with _executorch_patches():
         for name, given in methods:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ from ..core.compat import instructions
 from .rows import whole
 
 Measured = TypeVar("Measured")
-VERSIONS = ("torch", "transformers", "thresher")
+VERSIONS = ("torch", "transformers")  # of packages, in a row
 
 
 def has_bf16() -> bool:
@@ -71,12 +71,10 @@ def command() -> str:
 
 def environment() -> dict[str, str]:
     """hardware, versions, command and date of a row."""
-    known = [f"python {platform.python_version()}"]
-    for name in VERSIONS:
-        try:
-            known.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
+    from .. import __version__
+
+    known = [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in VERSIONS)]
+    known.append(f"thresher {__version__}")
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"hardware": hardware(), "versions": ", ".join(known), "command": command(), "date": date}
 

@@ -119,7 +119,7 @@ def _check_places(out: Path, plot: Path | None) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there and not empty: choose another folder for the result")
     if plot is not None and find_spec("matplotlib") is None:
-        raise ValueError("the picture needs matplotlib, which is missing: pip install 'thresher[plot]'")
+        raise ValueError("the picture needs matplotlib, which is missing: pip install 'thresher-pruning[plot]'")
 
 
 def finished(model: str) -> tuple[Any, Any]:

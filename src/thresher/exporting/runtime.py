@@ -224,7 +224,7 @@ def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Ite
         exported, names = _opened(Path(folder), spec, threads or torch.get_num_threads())
     except ImportError as error:
         extra = {"executorch": "mobile"}.get(kind, kind)
-        raise ImportError(f"running {folder} needs pip install 'thresher[{extra}]': {error}") from error
+        raise ImportError(f"running {folder} needs pip install 'thresher-pruning[{extra}]': {error}") from error
     if "pooling" not in spec:
         settle_activation(str(folder), exported.config)
     tokenizer = None

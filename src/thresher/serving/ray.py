@@ -76,7 +76,7 @@ def _imported() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ImportError(f"scoring on a Ray cluster needs pip install 'thresher[ray]': {error}") from None
+        raise ImportError(f"scoring on a Ray cluster needs pip install 'thresher-pruning[ray]': {error}") from None
     return ray
 
 

@@ -21,7 +21,7 @@ try:
     from starlette.responses import Response
     from starlette.routing import Route
 except ImportError as error:
-    raise ImportError(f"serving needs pip install 'thresher[serve]': {error}") from error
+    raise ImportError(f"serving needs pip install 'thresher-pruning[serve]': {error}") from error
 
 from .service import Reply, Service
 from .wire import Body, Order, Refusal
