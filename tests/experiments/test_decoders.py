@@ -166,5 +166,7 @@ def test_show_tells_which_tokens_are_held(saved, tmp_path):
 
 
 def test_a_method_of_a_cache_is_refused_where_there_is_none(tmp_path):
-    with pytest.raises(ValueError, match="is no decoder"):
-        followed_texts(save_tiny(tmp_path / "encoder", TopK(keep=0.5)), texts=["wheat"], method="snapkv", keep=0.5)
+    folder = save_tiny(tmp_path / "encoder", TopK(keep=0.5))
+    for given in ({"method": "snapkv", "keep": 0.5}, {"keep": 0.5}, {"hold": 64}):
+        with pytest.raises(ValueError, match="is no decoder"):
+            followed_texts(folder, texts=["wheat"], **given)

@@ -77,6 +77,12 @@ def test_caches_are_compared_by_what_they_hold():
     assert [line.saved["× smaller cache"] for line in lines_of(rows[:2])] == [2, 4]
 
 
+def test_tasks_of_several_metrics_name_their_own(rows):
+    page = html([*rows, *({**one, "task": "moods", "metric": "spearman"} for one in rows)])
+    assert "<h2>farm: accuracy</h2>" in page and "<h2>moods: spearman</h2>" in page
+    assert "Quality is accuracy or spearman in points" in page and "<h2>farm</h2>" in html(rows)
+
+
 def test_nothing_is_no_page(rows):
     with pytest.raises(ValueError, match="no row holds a quality"):
         html(rows[-1:])

@@ -22,8 +22,8 @@ def followed_texts(spec: ShowSpec) -> list[Any]:
     Returns ``Trace`` or ``PromptTrace``."""
     if decodes(spec.model):
         return followed_prompts(spec, [text for text, _ in texts_of(spec)])
-    if spec.method is not None:
-        raise ValueError(f"{spec.model} is no decoder: --method and --keep name what prunes the cache of one")
+    if (spec.method, spec.keep, spec.hold) != (None, None, None):
+        raise ValueError(f"{spec.model} is no decoder: --method, --keep and --hold name what prunes the cache of one")
     pruned, tokenizer = load(spec.model, spec.layout)
     max_length = clip(spec.max_length, pruned.config)
     traces = [trace(pruned, tokenizer, text, pair, max_length=max_length) for text, pair in texts_of(spec)]
@@ -38,8 +38,9 @@ def followed_picture(spec: ShowSpec) -> patches.PatchTrace | list[Asked]:
     page and a drawing of it where they are asked for."""
     if reads(spec.model):
         return followed_questions(spec)
-    if spec.ask or spec.method is not None:
-        raise ValueError(f"{spec.model} answers no questions: --ask and --method are for language models that do")
+    if spec.ask or (spec.method, spec.keep, spec.hold) != (None, None, None):
+        what = "--ask, --method, --keep and --hold"
+        raise ValueError(f"{spec.model} answers no questions: {what} are for language models that do")
     traced = patches.trace(*load_vision(spec.model, spec.layout), spec.image)
     if spec.html:
         patches.html([traced], spec.html)

@@ -107,14 +107,16 @@ def html(rows: Sequence[dict], path: str | os.PathLike | None = None) -> str:
     if not any(row["quality"] is not None for row in rows):
         raise ValueError("there is nothing to show: no row holds a quality")
     body: list[str] = []
+    metrics = dict.fromkeys(row["metric"] for row in rows)
     panels = dict.fromkeys((row["task"], row.get("when")) for row in rows)
     for number, (task, when) in enumerate(panels):
         own = [row for row in rows if (row["task"], row.get("when")) == (task, when)]
         name = f"{task}, question {when}" if when else task
+        name += f": {own[0]['metric']}" if len(metrics) > 1 else ""
         body.append(f"<section><h2>{escape(text(name))}</h2>{_panel(own, number)}</section>")
-    first = rows[0]
+    what = escape(" or ".join(map(text, metrics)))
     intro = (
-        f"{escape(text(first['model']))}. Quality is {escape(text(first['metric']))} in points, with the 95 % interval "
+        f"{escape(text(rows[0]['model']))}. Quality is {what} in points, with the 95 % interval "
         "of the difference to the dense model (dashed). The broad line joins what nothing beats in both. Methods of a "
         "budget that share a letter cannot be told apart. Point at a mark, or walk through the plot with the arrow "
         "keys, for its figures; a head of the table sorts."
