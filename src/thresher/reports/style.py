@@ -41,7 +41,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError("the figure needs matplotlib, which is missing: pip install 'thresher-pruning[plot]'") from None
+        raise ValueError("the figure needs matplotlib: pip install 'thresher-pruning[plot]'") from None
 
 
 @contextmanager
