@@ -415,6 +415,7 @@ def embedder_for(
     freeze_embeddings: bool = False,
     layers: int | None = None,
     again: bool = False,
+    learns: bool = True,
 ) -> Embedder:
     """Return an embedder to train, in fp32; arguments as those of ``models.for_task``.
 
@@ -423,7 +424,7 @@ def embedder_for(
     """
     if layers is not None:
         raise ValueError(f"layers={layers}: an embedder is trained with all its layers")
-    on_cpu: dict[str, Any] = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+    on_cpu: dict[str, Any] = {"attn_implementation": "eager"} if learns and not torch.cuda.is_available() else {}
     net, _ = load_embedder(model, dtype=torch.float32, **on_cpu)
     if net.token_pruner is not None:
         if not again:

@@ -159,12 +159,14 @@ def for_task(
     freeze_embeddings: bool = False,
     layers: int | None = None,
     again: bool = False,
+    learns: bool = True,
 ) -> PreTrainedModel:
     """Return a model to train for ``task`` on the weights in ``model``, in fp32; a head of another size is made anew.
 
     Args:
         layers: take so many of the first layers alone.
         again: take the weights of a pruned checkpoint, without its pruning.
+        learns: whether there are gradients; a model that only answers has the attention that is quickest forward.
 
     Raises:
         ValueError: the checkpoint is pruned, or cannot be read.
@@ -194,7 +196,7 @@ def for_task(
         config.num_hidden_layers = layers
     # The fused attention of CPUs has a slow backward: at 53 tokens, eager attention trains 2-3 times as fast.
     on_cpu = not torch.cuda.is_available()
-    options: dict[str, Any] = {"attn_implementation": "eager"} if on_cpu else {}
+    options: dict[str, Any] = {"attn_implementation": "eager"} if on_cpu and learns else {}
     if config.dtype not in (None, torch.float32):
         warnings.warn(f"{model} is saved in {name_of(config.dtype)}: it is trained in float32", stacklevel=2)
     options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}  # in fp16 AdamW's epsilon is 0

@@ -107,6 +107,10 @@ class Run:
             return cast("Any", embedder_for(str(folder), **own, **options))
         return for_task(str(folder), self.data.task, **own, **options)
 
+    def dense(self, folder: Path) -> PreTrainedModel:
+        """A dense model that only answers."""
+        return self.model(folder, learns=False).eval()
+
     def finished(self, folder: Path) -> PreTrainedModel:
         """A model that was trained here, as it lies in a folder."""
         return cast("Any", load_embedder(str(folder))[0]) if self.embeds else load(str(folder))[0]
@@ -195,7 +199,7 @@ def graded(run: Run, dense: Path) -> Run:
         return run
     if not run.embeds and not run.data.task.metric.startswith("ndcg"):
         raise DataError(f"{run.spec.data} has no labels: {run.data.task.metric!r} needs them, use ndcg@10")
-    net, parts = run.model(dense).eval(), {}
+    net, parts = run.dense(dense), {}
     for part in ("validation", "test"):
         rows = getattr(run.data, part)
         said: Any = run.ask(net, dense, rows, batch_size=run.spec.batch_size).logits
@@ -215,7 +219,7 @@ def teach(run: Run, dense: Path, part: str = "train") -> Dataset:
         return load_from_disk(str(folder))
     rows = run.data.train if part == "train" else watched(run.data.validation)
     rows = rows.remove_columns("labels") if run.data.task.label_column is None and part != "train" else rows
-    net, method = run.model(dense).eval(), method_of(spec, run.options())
+    net, method = run.dense(dense), method_of(spec, run.options())
     columns: dict[str, Any] = {}
     ranking = Ranking.like(method) if method is not None and method.ranks_teacher else None
     by = None if ranking is None else ranking.by

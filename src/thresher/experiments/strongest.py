@@ -64,7 +64,7 @@ def strongest(run: Run, dense: Path, max_drop: float) -> Path:
     final = run.work.folder / "pruned"
     if final.exists():
         return final
-    before = asked(run.model(dense).eval(), dense, run.data.validation, batch_size=run.spec.batch_size)
+    before = asked(run.dense(dense), dense, run.data.validation, batch_size=run.spec.batch_size)
     low, high, best, start, rungs = 0, len(LADDER), None, None, []
     rows, metric = run.data.validation, run.data.task.metric
     known, least = quality(before, rows, metric), trivial(metric, outcome(before, rows, metric)[1])
@@ -132,7 +132,7 @@ def milder(run: Run, dense: Path, folder: Path, target: float) -> dict[str, floa
     A method with thresholds or masks is calibrated anew, shares are taken of the widest schedule of the family.
     """
     rows, metric = run.data.validation, run.data.task.metric
-    best = quality(asked(run.model(dense).eval(), dense, rows, batch_size=run.spec.batch_size), rows, metric)
+    best = quality(asked(run.dense(dense), dense, rows, batch_size=run.spec.batch_size), rows, metric)
     net = run.finished(folder)
     if best - quality(predict(net, rows, batch_size=run.spec.batch_size), rows, metric) <= NOTICED:
         return None

@@ -75,7 +75,7 @@ def measure(run: Run, dense: Path, pruned: Path) -> dict[str, Any]:
     """What came of it, on the test part, which chose nothing: thresher.json, but for the time that it took."""
     spec, data = run.spec, run.data
     stage = json.loads((pruned / "stage.json").read_text())
-    before = run.ask(run.model(dense).eval(), dense, data.test, batch_size=spec.batch_size)
+    before = run.ask(run.dense(dense), dense, data.test, batch_size=spec.batch_size)
     counts = None
     if spec.replay:
         counts = run.ask(load(spec.replay)[0], Path(spec.replay), data.test, batch_size=spec.batch_size).kept
