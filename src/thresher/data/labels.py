@@ -27,7 +27,7 @@ def find_columns(
     problem = f"{len(columns)} text columns among {brief(*frame)}: name one or two"
     require(0 < len({*columns}) == len(columns) < 3, problem)
     label = label or next((n for n in LABELS if n in frame and (n != "score" or frame[n].dtype.kind == "f")), None)
-    require(label or not need_labels, f"no label column among {brief(*frame)}: name yours")
+    require(label or not need_labels, f"no label column among {brief(*frame)}: name yours, label=... or --label")
     require(label not in columns, f"the column {label!r} is named as text and as label: name two")
     return tuple(columns), label
 

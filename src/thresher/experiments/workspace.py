@@ -69,5 +69,6 @@ class Workspace:
         other = [f"{k}: {there.get(k)!r} there, {v!r} asked" for k, v in self.recipe.items() if there.get(k) != v]
         if other:
             raise ValueError(
-                f"{folder} belongs to another recipe ({'; '.join(other)}): choose another folder or start afresh"
+                f"{folder} belongs to another recipe ({'; '.join(other)}): choose another folder, or start afresh "
+                "(--fresh)"
             )

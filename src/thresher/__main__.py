@@ -1,0 +1,5 @@
+"""``python -m thresher``, the command."""
+
+from .cli.app import main
+
+main()
