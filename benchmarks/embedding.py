@@ -4,7 +4,9 @@
     python benchmarks/embedding.py merge      the same share merged in every layer, by keys or states, nothing chosen
     python benchmarks/embedding.py train      and trained by the dense model's vectors
     python benchmarks/embedding.py measure    Cranfield and 20 Newsgroups: nDCG@10, overlap, cosine
-    python benchmarks/embedding.py time       documents per second beside dense unpadded
+    python benchmarks/embedding.py time       documents per second beside dense unpadded, int8 graphs too
+
+``measure`` and ``time`` cut texts to ``--length`` tokens (256).
 
 The texts to learn from are the train part of 20 Newsgroups; Cranfield is not seen. Each step resumes and is not run
 again once it is done. ``THRESHER_PEERS`` names the python of an environment with other libraries (see ``peers.py``),
@@ -25,6 +27,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from peers import ENGINES  # noqa: E402
 from weights import pretrained  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "benchmarks" / "embedding"
@@ -35,8 +38,12 @@ MERGED = {  # by what tokens are compared: share of the tokens in each layer
     "tome-states": {"1.9x": 0.222},
 }
 BY_STATES = {"metric": "states", "rounds": 2, "min_tokens": 64}
-LONGEST, TEXTS, POSTS, SAME = 256, 6000, 2000, 10  # tokens; to train on; to judge; neighbours that are judged
+LONGEST, PAUSE = 256, 0.5  # tokens of a text; seconds between turns
+TEXTS, POSTS, SAME = 6000, 2000, 10  # to train on; to judge; neighbours that are judged
 TIMED, REPEATS = 200, 3
+GRAPHED = {"dense": None, "tome-trained-2x": ("tome-trained", "2x"), "tome-trained-3x": ("tome-trained", "3x")}
+GRAPHS = (("onnx", "int8"), ("openvino", "int8"))
+CALIBRATING = 128  # texts to train on, for int8 in OpenVINO
 WAYS = ("tuned", "topk", "top", *MERGED, "tome-trained")
 
 
@@ -75,29 +82,39 @@ def merge() -> None:
                 prune(net, method).save_pretrained(aside, tokenizer)
 
 
+def unlabelled() -> str:
+    """Where the posts to learn from are, without what they are about."""
+    from thresher.data.load import load_task
+    from thresher.evaluation.rows import whole
+
+    place = RUNS / "data" / "posts.parquet"
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with whole(place) as aside:
+            load_task(str(DATA / "20newsgroups")).train.select_columns(["text"]).to_parquet(str(aside))
+    return str(place)
+
+
 def train() -> None:
-    """Train to the budgets: as the command does by itself, TopK by the schedule that held-out texts choose, and ToP."""
+    """Train to the budgets, as ``thresher train --task embed`` does where no method is named."""
     from thresher.experiments.train import train as job
 
     for budget, target in TARGETS.items():
-        for way, method in (("tome-trained", None), ("topk", "topk"), ("top", "top")):
-            given = {"data": str(DATA / "20newsgroups"), "text": ("text",), "max_length": LONGEST, "limit": TEXTS}
-            own = {"task": "embed", "method": method, "target_flops": target, "threads": 1}
-            own |= (
-                {"batch_size": 16, "prune_epochs": 1, "prune_lr": 1e-4, "freeze_embeddings": True} if not method else {}
-            )
-            job(model=pretrained("minilm-l6"), out=folder(way, budget), progress=False, **given, **own)
+        given = {"data": unlabelled(), "text": ("text",), "max_length": LONGEST, "limit": TEXTS, "threads": 1}
+        given |= {"task": "embed", "target_flops": target}
+        own = {"batch_size": 16, "epochs": 0, "prune_epochs": 1, "prune_lr": 1e-4}
+        job(model=pretrained("minilm-l6"), out=folder("tome-trained", budget), progress=False, **given, **own)
 
 
-def tokens_of(texts: list[str], tokenizer: Any) -> Any:
+def tokens_of(texts: list[str], tokenizer: Any, length: int) -> Any:
     """Tokenized rows of some texts, cut."""
     from datasets import Dataset
 
-    encoded = tokenizer(texts, truncation=True, max_length=LONGEST)
+    encoded = tokenizer(texts, truncation=True, max_length=length)
     return Dataset.from_dict({name: encoded[name] for name in ("input_ids", "token_type_ids")})
 
 
-def judged(task: str, name: tuple[str, str], answers: Any, gains: tuple[Any, Any]) -> dict[str, Any]:
+def judged(task: str, name: tuple[str, str], answers: Any, gains: tuple[Any, Any], length: int) -> dict[str, Any]:
     """The row of a model on a task; ``gains``: of each query, of the dense model and of this one."""
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row
@@ -120,7 +137,7 @@ def judged(task: str, name: tuple[str, str], answers: Any, gains: tuple[Any, Any
         flops_ratio=answers.macs_dense / answers.macs_used,
         split="test",
         selected_on="validation part of 20newsgroups",
-        max_length=LONGEST,
+        max_length=length,
         n_examples=len(values),
         tokens_mean=answers.tokens_mean,
         trained_steps=steps.get("prune"),
@@ -128,7 +145,7 @@ def judged(task: str, name: tuple[str, str], answers: Any, gains: tuple[Any, Any
     )
 
 
-def measure() -> None:
+def measure(length: int) -> None:
     """Judge all models on what they have not seen. Rows of models that are not here stay."""
     import numpy as np
 
@@ -146,7 +163,7 @@ def measure() -> None:
     dense, tokenizer = load_embedder(pretrained("minilm-l6"))
     nets = {("dense", ""): dense} | {name: load_embedder(str(place))[0] for name, place in models().items()}
     texts = {"documents": cranfield.documents, "queries": cranfield.queries, "posts": list(posts["text"])}
-    parts = {name: tokens_of(own, tokenizer) for name, own in texts.items()}
+    parts = {name: tokens_of(own, tokenizer, length) for name, own in texts.items()}
     kept = {"place": RUNS / "answers", "most": None}
     said = {
         name: {part: kept_answers(net, folder(*name), rows, **kept) for part, rows in parts.items()}
@@ -174,16 +191,16 @@ def measure() -> None:
         for task, values in gains.items():
             before, parted = first["gains"][task], ("posts",) if task == "20newsgroups" else ("documents",)
             low, high = bootstrap_interval("ndcg@10", np.ones(len(before)), before, values)
-            said_of = judged(task, name, own[parted[0]], (before, values))
+            said_of = judged(task, name, own[parted[0]], (before, values), length)
             rows.append(said_of | {"interval_low": low, "interval_high": high, **near[task]})
-    land("quality", rows)
+    land("quality", rows, length)
 
 
 class Peer:
     """Another library, in a process of its own that waits between turns."""
 
-    def __init__(self, python: str, engine: str, texts: Path):
-        command = [python, str(HERE / "peers.py"), engine, pretrained("minilm-l6"), str(texts)]
+    def __init__(self, python: str, engine: str, texts: Path, length: int):
+        command = [python, str(HERE / "peers.py"), engine, pretrained("minilm-l6"), str(texts), str(length)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -205,16 +222,41 @@ class Peer:
         return self.said()["seconds"]
 
 
-def time() -> None:
-    """Time documents of 20 Newsgroups, interleaved: dense in sorted batches and packed, and pruned; other libraries."""
+def graphs(length: int) -> dict[str, Any]:
+    """int8 graphs of the dense model and of the trained ones, by name; made where they are missing."""
+    import torch
+
+    from speed import graph_of
+    from thresher.data.embedder import load_embedder
+    from thresher.data.load import load_task
+
+    texts = load_task(str(DATA / "20newsgroups")).train.shuffle(seed=0).select(range(CALIBRATING))["text"]
+    found = {}
+    for name, own in GRAPHED.items():
+        if own and own not in models():
+            continue
+        net, tokenizer = load_embedder(str(folder(*own)) if own else pretrained("minilm-l6"))
+        rows = tokens_of([*texts], tokenizer, length)
+        calibration = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows]
+        how = {"tokenizer": tokenizer, "calibration": calibration}
+        for runtime, precision in GRAPHS:
+            place = RUNS / "graphs" / f"{name}-{length}-{runtime}-{precision}"
+            found[f"{name} {runtime} {precision}"] = graph_of(
+                net, place, length, format=runtime, precision=precision, **how
+            )
+    return found
+
+
+def time(length: int, engines: list[str]) -> None:
+    """Time documents of 20 Newsgroups, interleaved: dense in sorted batches and packed, and pruned, in torch and as
+    int8 graphs; other libraries. Texts become tokens within the time of graphs and of other libraries."""
     from statistics import median
     from tempfile import TemporaryDirectory
-    from time import perf_counter
+    from time import perf_counter, sleep
 
     import numpy as np
     import torch
 
-    from peers import ENGINES
     from thresher.data.embedder import load_embedder
     from thresher.data.load import load_task
     from thresher.evaluation.hardware import environment
@@ -222,25 +264,29 @@ def time() -> None:
 
     texts = list(load_task(str(DATA / "20newsgroups")).test.shuffle(seed=1).select(range(TIMED))["text"])
     dense, tokenizer = load_embedder(pretrained("minilm-l6"))
-    rows, nets = tokens_of(texts, tokenizer), {"dense": plain(dense), "dense-packed": packed(dense)}
+    rows, nets = tokens_of(texts, tokenizer, length), {"dense": plain(dense), "dense-packed": packed(dense)}
     nets |= {"-".join(name): load_embedder(str(place))[0] for name, place in models().items()}
-    python = os.environ.get("THRESHER_PEERS")
+    opened, python = graphs(length), os.environ.get("THRESHER_PEERS")
+    vectors: dict[str, Any] = {}
     with TemporaryDirectory() as place:
         file = Path(place) / "texts.json"
         file.write_text(json.dumps(texts))
-        peers = {name: Peer(python, name, file) for name in ENGINES} if python else {}
-        spent: dict[str, list[float]] = {name: [] for name in (*nets, *peers)}
+        peers = {name: Peer(python, name, file, length) for name in engines} if python else {}
+        spent: dict[str, list[float]] = {name: [] for name in (*nets, *opened, *peers)}
         for turn in range(REPEATS + 1):
             for name in spent:
+                sleep(PAUSE)  # threads of the runtime before it still spin
                 start = perf_counter()
                 if name in peers:
                     peers[name].turn()
+                elif name in opened:
+                    vectors[name] = opened[name].encode(texts)
                 else:
-                    predict(nets[name], rows)
+                    vectors[name] = predict(nets[name], rows).logits.numpy()
                 if turn:
                     spent[name].append(perf_counter() - start)
-        ours = predict(nets["dense"], rows).logits.numpy()
-        near = {name: float((np.load(peer.vectors) * ours).sum(1).mean()) for name, peer in peers.items()}
+        vectors |= {name: np.load(peer.vectors) for name, peer in peers.items()}
+    near = {name: float((own * vectors["dense"]).sum(1).mean()) for name, own in vectors.items()}
     best = min(median(spent[name]) for name in ("dense", "dense-packed"))
     land(
         "time",
@@ -249,27 +295,33 @@ def time() -> None:
                 "method": name,
                 "documents_per_second": TIMED / median(own),
                 "speedup": best / median(own),
-                "cosine": near.get(name),
+                "cosine": near[name],
                 "spread": (max(own) - min(own)) / median(own),
                 "threads": torch.get_num_threads(),
-                "max_length": LONGEST,
+                "max_length": length,
                 **environment(),
             }
             for name, own in spent.items()
         ],
+        length,
     )
 
 
-def land(name: str, rows: list[dict]) -> None:
+def land(name: str, rows: list[dict], length: int) -> None:
     """Write rows where they belong, as a whole."""
     from run import RESULTS, as_json
     from thresher.evaluation.rows import whole
 
-    rows = [{**row, "command": f"python benchmarks/embedding.py {name.replace('quality', 'measure')}"} for row in rows]
+    command = f"python benchmarks/embedding.py {name.replace('quality', 'measure')} --length {length}"
+    rows = [{**row, "command": command} for row in rows]
     place = RESULTS / "embedding" / f"minilm-l6-{name}.json"
-    if name == "quality" and place.exists():
-        new = {(row["task"], row["method"]) for row in rows}
-        rows = [row for row in json.loads(place.read_text())["rows"] if (row["task"], row["method"]) not in new] + rows
+    if place.exists():
+        old = json.loads(place.read_text())["rows"]
+        if name == "time":  # one run, one table
+            rows = [row for row in old if row["max_length"] != length] + rows
+        else:
+            new = {which(row) for row in rows}
+            rows = [row for row in old if which(row) not in new] + rows
     place.parent.mkdir(parents=True, exist_ok=True)
     with whole(place) as aside:
         aside.write_text(as_json({"rows": rows}))
@@ -277,14 +329,28 @@ def land(name: str, rows: list[dict]) -> None:
         print({key: value for key, value in row.items() if value is not None and key not in ("versions", "command")})
 
 
-STEPS = {"tune": tune, "merge": merge, "train": train, "measure": measure, "time": time}
+def which(row: dict) -> tuple:
+    """What no two rows of a file have in common."""
+    return row.get("task"), row["method"], row["max_length"]
+
+
+STEPS: dict[str, Any] = {"tune": tune, "merge": merge, "train": train, "measure": measure, "time": time}
 
 
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=STEPS)
-    STEPS[parser.parse_args().step]()
+    parser.add_argument("--engines", default=",".join(ENGINES), help="other libraries, in time (default: all)")
+    parser.add_argument("--length", type=int, default=LONGEST, help="tokens of a text, in measure and time")
+    given = parser.parse_args()
+    length, engines = given.length, [name for name in given.engines.split(",") if name]
+    if given.step == "time":
+        time(length, engines)
+    elif given.step == "measure":
+        measure(length)
+    else:
+        STEPS[given.step]()
     return 0
 
 

@@ -128,6 +128,7 @@ def reranked(results: Path) -> Iterator[Case]:
 def embedded(results: Path) -> Iterator[Case]:
     """Documents to embed: the trained merging at half of the MACs."""
     judged, timed = (rows_of(results / f"embedding/minilm-l6-{part}.json") for part in ("quality", "time"))
+    judged, timed = ([row for row in rows if row["max_length"] == 256] for rows in (judged, timed))
     speed = {row["method"]: f"{row['speedup']:.1f}" for row in timed}
     for row in (r for r in judged if r["method"] == "tome-trained-2x"):
         name = {"cranfield": "Cranfield's abstracts", "20newsgroups": "20 Newsgroups' posts"}[row["task"]]

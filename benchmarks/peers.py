@@ -1,4 +1,4 @@
-"""Other libraries on the same texts and weights: ``python benchmarks/peers.py ENGINE MODEL TEXTS``.
+"""Other libraries on the same texts and weights: ``python benchmarks/peers.py ENGINE MODEL TEXTS LENGTH``.
 
 To be run with the python of an environment that holds them, which ask for other versions than Thresher:
 pip install "torch==2.13.0" "infinity-emb[torch]" fastembed "optimum[onnxruntime]" "numpy<2"
@@ -20,7 +20,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-LONGEST, BATCH, THREADS = 256, 32, 2
+BATCH, THREADS = 32, 2
+LONGEST = int(sys.argv[4]) if len(sys.argv) > 4 else 256  # tokens of a text
 Embed = Callable[[list[str]], Any]
 
 
@@ -86,7 +87,7 @@ ENGINES["sentence-transformers-onnx-int8"] = sentence_transformers_onnx_int8
 
 def main() -> int:
     """Embed the texts once for each line of input."""
-    engine, model, texts = sys.argv[1:]
+    engine, model, texts = sys.argv[1:4]
     rows = json.loads(Path(texts).read_text())
     with tempfile.TemporaryDirectory() as folder:
         embed = ENGINES[engine](model, Path(folder))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,21 +56,8 @@ def test_a_score_is_that_of_the_second_class_over_the_first():
     assert scores_of(torch.tensor([[1.0], [2.0]])).tolist() == [1, 2]
 
 
-def test_embeddings_are_near_by_themselves_and_to_each_other():
+def test_embeddings_are_near_by_their_directions():
     student, teacher = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1)).unbind()
-    total = 0.0
-    for i in range(5):
-        near = [
-            torch.stack([F.cosine_similarity(x[i], x[j], dim=0) for j in range(5) if j != i]) / 0.05
-            for x in (student, teacher)
-        ]
-        total += 1 - F.cosine_similarity(student[i], teacher[i], dim=0)
-        total += F.kl_div(near[0].log_softmax(0), near[1].softmax(0), reduction="sum")
-    torch.testing.assert_close(embedding_loss(student, teacher), total / 5)
+    own = [1 - student[i] @ teacher[i] / student[i].norm() / teacher[i].norm() for i in range(5)]
+    torch.testing.assert_close(embedding_loss(student, teacher), sum(own) / 5)
     assert embedding_loss(3 * teacher, teacher).item() == pytest.approx(0, abs=1e-5), "length does not count"
-    turned = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(2)))[0]
-    away = 1 - F.cosine_similarity(teacher @ turned, teacher).mean()
-    torch.testing.assert_close(embedding_loss(teacher @ turned, teacher), away, atol=1e-4, rtol=1e-4)
-    pair = embedding_loss(student[:2], teacher[:2])
-    torch.testing.assert_close(pair, (1 - F.cosine_similarity(student[:2], teacher[:2])).mean())
-    assert math.isfinite(pair)

@@ -39,7 +39,7 @@ from ..search.schedules import WIDTHS, Space, protected_by
 from ..training.checkpoints import last_checkpoint, step_of
 from ..training.interrupt import Interrupt
 from ..training.monitor import WATCHED, Watch
-from ..training.trainer import Collator, FineTuner, PruningTrainer, Ranking, ranking_of
+from ..training.trainer import CALIBRATION_ROWS, Collator, FineTuner, PruningTrainer, Ranking, ranking_of
 from ..training.until import UntilTrained
 from .service import Service
 from .spec import FIXED, SUMMARY, TrainSpec, task_entry
@@ -350,7 +350,7 @@ def choose_pooling(run: Run, stage: str, make: Callable[..., Any]) -> dict[str, 
         trainer = make(epochs=0)
         if not run.pools(trainer.model):
             return {}
-        trainer.calibrate()
+        trainer.calibrate(CALIBRATION_ROWS)
         return {"pooling": best_pooling(trainer.model, lambda: judged(trainer.model, run.data)[0])["chosen"]}
 
     return remembering(run.work.folder / f"{stage}-pooling.json", find) if run.embeds else {}

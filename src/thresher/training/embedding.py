@@ -1,4 +1,4 @@
-"""Train a pruned embedder: its teacher's vectors, how near they are to each other, and what is known of pairs.
+"""Train a pruned embedder: its teacher's vectors, and what is known of pairs.
 
 Shapes: B texts of a batch, C components of a vector.
 """
