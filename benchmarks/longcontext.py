@@ -325,8 +325,8 @@ BLOCK, WINDOWS, TAIL = 1000, 40, 32  # tokens of a row; windows read anew, and t
 
 @torch.no_grad()
 def endless(options: argparse.Namespace) -> None:
-    """Feed a text token by token to a cache that returns to 1,024 entries, for ``--minutes`` at most; then windows of as
-    many tokens are read anew."""
+    """Feed a text token by token to a cache that returns to 1,024 entries, for ``--minutes`` at most; then read windows
+    of as many tokens anew."""
     import torch.nn.functional as F
 
     from thresher import prune, unprune
