@@ -39,6 +39,7 @@ from weights import SMOLLM2, available, pretrained  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "longcontext"
 KEEPS = (0.5, 0.2)
+KEYS = 4  # codes in a text of multikey, also of rows that do not say it
 SAME = 100  # texts of which the name of a file has a digest
 METHODS: dict[str, Any] = {
     "random-cache": RandomCache,
@@ -170,6 +171,7 @@ def land(options: argparse.Namespace, step: str, rows: list[dict]) -> None:
 
 def alike(row: dict) -> tuple:
     """What a later row has in common with the one whose place it takes; all others stay."""
+    row = {"keys": KEYS, **row}
     names = ["precision", "digits", "keys", "length", "task", "when", "method", "keep", "context", "prompt"]
     return (*map(row.get, names + ["tokens"] * ("n_examples" not in row)),)
 
@@ -388,7 +390,7 @@ def main() -> int:
     parser.add_argument("--tasks", default="needle,multikey", help="asked about each text")
     parser.add_argument("--when", default="after,before", help="when the question is read, see thresher compare")
     parser.add_argument("--ask", help="one of the tasks, whose questions alone are asked")
-    parser.add_argument("--keys", type=int, default=4, help="codes in a text of multikey")
+    parser.add_argument("--keys", type=int, default=KEYS, help="codes in a text of multikey")
     parser.add_argument("--methods", help="some of them, with commas between; default: all")
     parser.add_argument("--kvzip", action="store_true", help="KVzip alone, which reads each text twice")
     parser.add_argument("--digits", type=int, default=3, help="of a key; each of them is a token")
