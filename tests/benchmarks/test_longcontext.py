@@ -17,7 +17,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import longcontext
 
-    small = {"HELD": 40, "EVERY": 4, "BLOCK": 100, "WINDOWS": 3, "TAIL": 5}
+    small = {"HELD": 40, "EVERY": 4, "BLOCK": 100, "WINDOWS": 2, "TAIL": 5}
     for name, value in {**small, "CHUNK": 32, "RUNS": tmp_path / "runs", "RESULTS": tmp_path / "results"}.items():
         monkeypatch.setattr(longcontext, name, value)
     rows = fields(40)
@@ -36,7 +36,15 @@ def bench(monkeypatch, tmp_path):
         "when": "after,before",
     }
     options = Namespace(
-        **common, ask=None, kvzip=False, methods=None, method="keydiff", entries=(64, 128), tokens=300, minutes=9.0, results=None
+        **common,
+        ask=None,
+        kvzip=False,
+        methods=None,
+        method="keydiff",
+        entries=(64, 128),
+        tokens=300,
+        minutes=9.0,
+        results=None,
     )
 
     def run(step: str, **more) -> list[dict]:
@@ -91,6 +99,17 @@ def test_a_file_resumes_only_what_has_the_same_prompts_and_options(bench, tmp_pa
     assert {(row["keys"], row["n_examples"]) for row in bench("rows") if row["length"] == 300} >= {(3, 2), (2, 1)}
 
 
+def test_rows_of_fewer_examples_do_not_take_the_place_of_others(bench, tmp_path):
+    asked = {"methods": "snapkv", "tasks": "needle", "when": "before"}
+    bench("quality", **asked, count=2)
+    assert {row["n_examples"] for row in bench("rows")} == {2}
+    (file,) = (tmp_path / "runs").iterdir()
+    file.write_text(file.read_text().splitlines()[0] + "\n")
+    assert {row["n_examples"] for row in bench("rows")} == {2}
+    bench("quality", **asked, count=3)
+    assert {row["n_examples"] for row in bench("rows")} == {3}
+
+
 def test_steps_and_prompts_are_timed(bench, capsys):
     rows = bench("time")
     assert {(row["context"], row["method"]) for row in rows} >= {(64, "full"), (128, "full"), (128, "tova")}
@@ -103,7 +122,9 @@ def test_steps_and_prompts_are_timed(bench, capsys):
 
 
 def test_a_text_without_end_is_read_in_the_same_bytes(bench):
-    assert [row.get("tokens") for row in bench("endless", minutes=0.0)] == [100, None], "no time but for one block"
+    assert [row.get("tokens") for row in bench("endless", minutes=0.0)] == [100, 200, None], (
+        "no time but for what windows need"
+    )
     *blocks, anew = bench("endless")
     assert [row["tokens"] for row in blocks] == [100, 200, 300]
     assert len({row["bytes"] for row in blocks}) == 1 and blocks[0]["bytes"] < 44 * 384 + 1
