@@ -149,7 +149,7 @@ def prompted(results: Path) -> Iterator[Case]:
     rows = rows_of(results / "longcontext/smollm2-135m-dequantised-quality.json")
     wanted = {
         ("before", "snapkv"): ("a prompt that ends in its question", "SnapKV"),
-        ("after", "kvzip-own"): ("a prompt that is asked about later", "KVzip, the same share in every head"),
+        ("after", "kvzip"): ("a prompt that is asked about later", "KVzip"),
     }
     alike = {"task": "needle", "keep": 0.5, "precision": "bf16", "length": 300, "digits": 3}
     rows = [row for row in rows if alike.items() <= row.items() and row["n_examples"] >= ENOUGH]

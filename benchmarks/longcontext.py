@@ -19,8 +19,9 @@ import argparse
 import json
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
@@ -38,6 +39,8 @@ from weights import SMOLLM2, available, pretrained  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "longcontext"
 KEEPS = (0.5, 0.2)
+KEYS = 4  # codes in a text of multikey, also of rows that do not say it
+SAME = 100  # texts of which the name of a file has a digest
 METHODS: dict[str, Any] = {
     "random-cache": RandomCache,
     "streamingllm": StreamingLLM,
@@ -72,7 +75,8 @@ def methods_of(tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
     if options.kvzip:
         request, own = repeat_request(tokenizer), {"heads": "own", "layers": "equal"}
         shares, kinds = (0.5, 0.3, 0.2), {"kvzip": KVzip, "kvzip-own": partial(KVzip, **own)}
-        return {f"{name}@{keep}": kinds[name](keep=keep, request=request) for keep in shares for name in kinds}
+        names = options.methods.split(",") if options.methods else kinds
+        return {f"{name}@{keep}": kinds[name](keep=keep, request=request) for keep in shares for name in names}
     names = options.methods.split(",") if options.methods else METHODS
     return {f"{name}@{keep}": METHODS[name](keep=keep) for keep in KEEPS for name in names}
 
@@ -89,12 +93,14 @@ def quality(options: argparse.Namespace) -> None:
     when = ("after",) if options.kvzip else tuple(options.when.split(","))
     judge = Judge(model, tokenizer, methods_of(tokenizer, options), when)
     tasks = tuple(options.tasks.split(","))
-    texts = contexts(book, tasks, options.length, options.count, keys=options.keys, digits=options.digits)
+    made = partial(contexts, book, tasks, options.length, keys=options.keys, digits=options.digits)
+    first = [(one.text, [*map(astuple, one.cases)]) for one in made(SAME)]
+    texts = made(options.count)
     if options.ask:
         texts = (replace(one, cases=tuple(c for c in one.cases if c.task in options.ask)) for one in texts)
-    parts = f"+{options.when}" + f"+{options.ask}" * bool(options.ask) + "+kvzip" * options.kvzip
-    name = f"quality-{'-'.join(tasks)}-{options.length}-{options.digits}{parts}"
-    resume(options, name, ((c.number, lambda c=c: judge(c)) for c in texts))
+    sizes = f"{options.length}-{options.keys}-{options.digits}"
+    name = f"quality-{'-'.join(tasks)}-{sizes}-{digest(first)}+{'-'.join(when)}" + f"+{options.ask}" * bool(options.ask)
+    resume(options, f"{name}+{told(judge.methods)}", ((c.number, lambda c=c: judge(c)) for c in texts))
 
 
 def fluency(options: argparse.Namespace) -> None:
@@ -109,12 +115,22 @@ def fluency(options: argparse.Namespace) -> None:
     size = options.length + 64
     methods = methods_of(tokenizer, options)
     pieces = ((n, ids[:, n * size : (n + 1) * size]) for n in range(min(options.count, ids.shape[1] // size)))
-    name = f"fluency-{options.length}" + "+kvzip" * options.kvzip
+    name = f"fluency-{options.length}-{digest(ids.tolist())}+{told(methods)}"
     resume(options, name, ((n, lambda i=i: measured(model, i, 64, methods)) for n, i in pieces))
 
 
-def resume(options: argparse.Namespace, name: str, parts: Iterator[tuple[int, Callable[[], list[dict]]]]) -> None:
-    """Run the parts that have not run yet; a line of JSON for each."""
+def told(methods: dict[str, Any]) -> str:
+    """What methods and shares a file is of, and a digest of all their options."""
+    return f"{len(methods)}-{digest({name: method.to_dict() for name, method in methods.items()})}"
+
+
+def digest(known: Any) -> str:
+    """Eight characters that differ where what is known differs."""
+    return f"{zlib.crc32(json.dumps(known).encode()):08x}"
+
+
+def resume(options: argparse.Namespace, name: str, parts: Iterator[tuple[int, Callable[[], list[dict]]]]) -> Path:
+    """Run the parts that have not run yet; a line of JSON for each. Returns the file of these lines."""
     file = RUNS / f"{Path(options.model).name}-{options.precision}-{name}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     done = {json.loads(line)["number"] for line in file.read_text().splitlines()} if file.exists() else set()
@@ -126,6 +142,7 @@ def resume(options: argparse.Namespace, name: str, parts: Iterator[tuple[int, Ca
         with file.open("a") as out:
             out.write(json.dumps({"number": number, "rows": rows}) + "\n")
         print(f"{name} {number}: {process_time() - spent:.1f} s of {perf_counter() - began:.1f}", flush=True)
+    return file
 
 
 def results(file: Path) -> list[dict]:
@@ -134,27 +151,31 @@ def results(file: Path) -> list[dict]:
 
 
 def land(options: argparse.Namespace, step: str, rows: list[dict]) -> None:
-    """Write rows where they belong, as a whole."""
+    """Write rows where they belong, as a whole; one of fewer examples than the row that is there does not take its
+    place."""
     from thresher.evaluation.rows import whole
 
     model = Path(options.model).name
-    place = RESULTS / "longcontext" / f"{model}-{step}.json"
+    place = (options.results or RESULTS) / "longcontext" / f"{model}-{step}.json"
     place.parent.mkdir(parents=True, exist_ok=True)
     command = f"python benchmarks/longcontext.py {step} --model {model}"
     rows = [{**row, "command": command, **environment()} for row in rows]
-    made = {alike(row) for row in rows}
     there = json.loads(place.read_text())["rows"] if place.exists() else []
-    rows = [*(row for row in there if alike(row) not in made), *rows]
+    counted = {alike(row): row.get("n_examples", 0) for row in there}
+    new = [row for row in rows if row.get("n_examples", 0) >= counted.get(alike(row), 0)]
+    made = {alike(row) for row in new}
+    rows = [*(row for row in there if alike(row) not in made), *new]
     with whole(place) as aside:
         aside.write_text(as_json({"rows": rows}))
-    for row in rows:
+    for row in new:
         print({key: value for key, value in row.items() if key not in ("model", "precision", "threads", "gains")})
     print(f"wrote {place}")
 
 
 def alike(row: dict) -> tuple:
     """What a later row has in common with the one whose place it takes; all others stay."""
-    names = ["precision", "digits", "length", "task", "when", "method", "keep", "context", "prompt"]
+    row = {"keys": KEYS, **row}
+    names = ["precision", "digits", "keys", "length", "task", "when", "method", "keep", "context", "prompt"]
     return (*map(row.get, names + ["tokens"] * ("n_examples" not in row)),)
 
 
@@ -169,11 +190,11 @@ def rows(options: argparse.Namespace) -> None:
             groups.setdefault(file.stem.partition("+")[0], []).extend(results(file))
         for name, found in groups.items():
             if kind == "fluency":
-                made += [{"length": int(name.rpartition("-")[2])} | row for row in means(found)]
+                made += [{"length": int(name.split("-")[-2])} | row for row in means(found)]
                 continue
             against = [f"{name}@{keep}" for keep in KEEPS for name in BASELINES]
-            length, digits = map(int, name.split("-")[-2:])
-            known = {"length": length, "digits": digits}
+            length, keys, digits = map(int, name.split("-")[-4:-1])
+            known = {"length": length, "digits": digits, "keys": keys}
             made += [known | row | split(row["method"]) for row in summary(found, against)]
         if made:
             land(options, kind, [about(options) | row for row in made])
@@ -234,7 +255,7 @@ def steps(model: Any, cache: Any, count: int) -> list[float]:
 
 def time(options: argparse.Namespace) -> None:
     """Milliseconds of a token, of all ways in turn."""
-    from statistics import mean, median
+    from statistics import mean
 
     from thresher import prune, unprune
     from thresher.caches.hooks import ours
@@ -256,15 +277,21 @@ def time(options: argparse.Namespace) -> None:
                     unprune(model)
                 if turn:
                     found.setdefault((entries, name), []).append((mean(spent), scored, size))
-    made = []
+        if turn:
+            land(options, "time", [about(options) | row | {"weights_bytes": weights} for row in timed(found)])
+
+
+def timed(found: dict[tuple, list]) -> Iterator[dict]:
+    """The rows of what each way took in the turns so far."""
+    from statistics import median
+
     for (entries, name), own in found.items():
         total, scored, sizes = zip(*own, strict=True)
         dense = median(one[0] for one in found[entries, "full"])
         row = {"method": name, "context": entries, "held": entries if name == "full" else HELD, "bytes": sizes[0]}
-        row |= {"ms_per_token": 1e3 * median(total), "ms_scoring": 1e3 * median(scored), "weights_bytes": weights}
+        row |= {"ms_per_token": 1e3 * median(total), "ms_scoring": 1e3 * median(scored), "turns": len(own)}
         row |= {"speedup": dense / median(total), "spread": (max(total) - min(total)) / median(total)}
-        made.append(about(options) | row)
-    land(options, "time", made)
+        yield row
 
 
 def memory(options: argparse.Namespace) -> None:
@@ -277,7 +304,7 @@ def memory(options: argparse.Namespace) -> None:
         command += ["--entries", *map(str, options.entries), "--threads", str(options.threads)]
         run = subprocess.run([*command, "--method", name], check=True, capture_output=True, text=True)
         made.append(about(options) | json.loads(run.stdout.splitlines()[-1]))
-    land(options, "memory", made)
+        land(options, "memory", made)
 
 
 @torch.no_grad()
@@ -304,49 +331,65 @@ def prefill(options: argparse.Namespace) -> None:
 
 
 # --- without end ------------------------------------------------------------------------------------------------------
-TOKENS, BLOCK, WINDOWS, TAIL = 20_000, 1000, 40, 32  # fed one by one; of a row; windows read anew, and tokens of each
+BLOCK, WINDOWS, TAIL = 1000, 2, 32  # tokens of a row; windows of a block that are read anew, and tokens of each
 
 
 @torch.no_grad()
 def endless(options: argparse.Namespace) -> None:
-    """Feed a text token by token to a cache that returns to 1,024 entries; then windows of as many tokens are read
-    anew."""
-    import torch.nn.functional as F
-
-    from thresher import prune, unprune
+    """Feed a text token by token to a cache that returns to 1,024 entries; after each block of tokens, read windows of
+    as many tokens anew, and write what was found so far."""
+    from thresher import dense, prune
     from thresher.data.load import load_task
 
     model, tokenizer = opened(options)
     task = load_task(os.path.join(os.environ["THRESHER_DATA"], "squad"))
     text = "\n\n".join(dict.fromkeys(task.test["context"]))
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, : TOKENS + 1]
-    state: dict[str, Any] = {"cache": None, "nll": [], "ms": [], "bytes": []}
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, : options.tokens + 1]
+    cache, made, nll, anew, streamed = None, [], [], [], []
+    until = perf_counter() + 60 * options.minutes
     prune(model, StreamingLLM(hold=HELD, every=EVERY))
-    for place in range(read := ids.shape[1] - 1):
+    for first in range(0, ids.shape[1] - BLOCK, BLOCK):
+        cache, row = streamed_block(model, ids[:, first : first + BLOCK + 1], cache, nll)
+        made.append(about(options) | {"method": "streamingllm", "held": HELD, "tokens": first + BLOCK} | row)
+        if first + BLOCK < 4 * HELD and first + 2 * BLOCK < ids.shape[1]:
+            continue  # the beginning, of which both know all
+        for end in torch.linspace(max(HELD, first + BLOCK // 2), first + BLOCK, WINDOWS).long().tolist():
+            with dense(model):
+                anew.append(read_anew(model, ids[:, end - HELD : end + 1]))
+            streamed.append(sum(nll[end - TAIL : end]) / TAIL)
+        seconds, found = zip(*anew, strict=True)
+        row = {"method": "window read anew", "held": HELD, "ms_per_token": 1e3 * sorted(seconds)[len(anew) // 2]}
+        row |= {"nll": sum(found) / len(anew), "nll_streamed_there": sum(streamed) / len(anew)}
+        land(options, "endless", [*made, about(options) | row | {"windows": len(anew), "tail": TAIL}])
+        if perf_counter() > until:
+            break
+
+
+def streamed_block(model: Any, ids: torch.Tensor, cache: Any, nll: list[float]) -> tuple[Any, dict]:
+    """Feed all but the last of ``ids`` (1, n + 1) one by one; ``nll`` gets how well each next one was foreseen. Returns
+    the cache and what is known of the block."""
+    import torch.nn.functional as F
+
+    spent, sizes, before = [], [], len(nll)
+    for place in range(ids.shape[1] - 1):
         began = perf_counter()
-        output = model(input_ids=ids[:, place : place + 1], past_key_values=state["cache"], use_cache=True)
-        state["cache"] = output.past_key_values
-        state["ms"].append(1e3 * (perf_counter() - began))
-        state["nll"].append(float(F.cross_entropy(output.logits[0].float(), ids[:, place + 1])))
-        state["bytes"].append(sum(layer.nbytes for layer in state["cache"].layers))
-    unprune(model)
-    made = []
-    for first in range(0, read, BLOCK):
-        block = slice(first, first + BLOCK)
-        row = {"tokens": first + BLOCK, "ms_per_token": sorted(state["ms"][block])[BLOCK // 2]}
-        row |= {"bytes": max(state["bytes"][block]), "nll": sum(state["nll"][block]) / BLOCK}
-        made.append(about(options) | {"method": "streamingllm", "held": HELD} | row)
-    anew, streamed = [], []
-    for end_ in torch.linspace(4 * HELD, read, WINDOWS).long().tolist():
-        began = perf_counter()
-        logits = model(input_ids=ids[:, end_ - HELD : end_], logits_to_keep=TAIL).logits[0].float()
-        spent = perf_counter() - began
-        anew.append((spent, float(F.cross_entropy(logits, ids[0, end_ - TAIL + 1 : end_ + 1]))))
-        streamed.append(sum(state["nll"][end_ - TAIL : end_]) / TAIL)
-    row = {"method": "window read anew", "held": HELD, "ms_per_token": 1e3 * sorted(anew)[WINDOWS // 2][0]}
-    row |= {"nll": sum(n for _, n in anew) / WINDOWS, "nll_streamed_there": sum(streamed) / WINDOWS}
-    made.append(about(options) | row | {"windows": WINDOWS, "tail": TAIL})
-    land(options, "endless", made)
+        output = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        spent.append(1e3 * (perf_counter() - began))
+        nll.append(float(F.cross_entropy(output.logits[0].float(), ids[:, place + 1])))
+        sizes.append(sum(layer.nbytes for layer in cache.layers))
+    row = {"ms_per_token": sorted(spent)[len(spent) // 2], "bytes": max(sizes)}
+    return cache, row | {"nll": sum(nll[before:]) / len(spent)}
+
+
+def read_anew(model: Any, ids: torch.Tensor) -> tuple[float, float]:
+    """Seconds that a window takes, all but the last of ``ids`` (1, n + 1), and how well its end is foreseen."""
+    import torch.nn.functional as F
+
+    began = perf_counter()
+    logits = model(input_ids=ids[:, :-1], logits_to_keep=TAIL).logits[0].float()
+    spent = perf_counter() - began
+    return spent, float(F.cross_entropy(logits, ids[0, -TAIL:]))
 
 
 def about(options: argparse.Namespace) -> dict:
@@ -369,11 +412,14 @@ def main() -> int:
     parser.add_argument("--tasks", default="needle,multikey", help="asked about each text")
     parser.add_argument("--when", default="after,before", help="when the question is read, see thresher compare")
     parser.add_argument("--ask", help="one of the tasks, whose questions alone are asked")
-    parser.add_argument("--keys", type=int, default=4, help="codes in a text of multikey")
+    parser.add_argument("--keys", type=int, default=KEYS, help="codes in a text of multikey")
     parser.add_argument("--methods", help="some of them, with commas between; default: all")
     parser.add_argument("--kvzip", action="store_true", help="KVzip alone, which reads each text twice")
     parser.add_argument("--digits", type=int, default=3, help="of a key; each of them is a token")
     parser.add_argument("--method", default="full", help="of prefill")
+    parser.add_argument("--tokens", type=int, default=20_000, help="of endless, fed one by one")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of endless")
+    parser.add_argument("--results", type=Path, help="where rows go")
     parser.add_argument("--entries", type=int, nargs="+", default=ENTRIES, help="of a cache, 1,024 or more; of time")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -8,6 +8,9 @@ pieces of 32 words by
 * ``prefix``: the dense model on all that was read so far, up to its 512 tokens;
 
 and by ``early``: the stream again, with the margin that the validation part allows. Rows go to ``--out``.
+
+``python benchmarks/streaming.py draw DATA FOLDER`` writes a few texts of DATA to a folder, to train a small model on:
+``thresher train minilm --data FOLDER --max-length 256 --epochs 2 --prune-epochs 1 --lr 1e-4 --method topk --keep 0.5``.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+TRAIN, TEST = 1500, 400  # texts that ``draw`` takes of each part
 WORDS, LIMIT = 32, 0.05  # of a piece; share of early answers that may differ from the last one
 
 
@@ -63,6 +67,16 @@ class Again:
         return Said(label, float(best.values[0] - best.values[1]), len(self.ids), spent)
 
 
+def draw(source: Path, target: Path) -> None:
+    """Write a few texts of each part to a folder; seed 0."""
+    import datasets
+
+    target.mkdir(parents=True, exist_ok=True)
+    for part, count in (("train", TRAIN), ("test", TEST)):
+        rows = datasets.load_dataset("parquet", data_files=str(source / f"{part}.parquet"))["train"]
+        rows.shuffle(seed=0).select(range(count)).to_parquet(target / f"{part}.parquet")
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,6 +87,9 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=300, help="texts of a part")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.dense == "draw":
+        draw(Path(options.pruned), Path(options.data))
+        return 0
 
     from run import as_json
     from thresher.data.load import load_task
@@ -86,7 +103,8 @@ def main() -> int:
     (dense, tokenizer), (pruned, _) = load(options.dense), load(options.pruned)
 
     def part(rows: Any) -> tuple[list[str], list[str]]:
-        rows = rows.shuffle(seed=0).select(range(min(len(rows), options.limit)))
+        rows = rows.filter(lambda row: bool(row["text"].split())).shuffle(seed=0)
+        rows = rows.select(range(min(len(rows), options.limit)))
         return list(rows["text"]), [dense.config.id2label[label] for label in rows["label"]]
 
     (texts, labels), (held_out, _) = part(task.test), part(task.validation)

@@ -95,6 +95,35 @@ def test_several_questions_do_not_disturb_each_other(model, tokenizer):
     assert {row["when"] for row in alone if row["method"] == "tova"} == {"after", "before"}
 
 
+def test_an_answer_with_other_words_before_it_counts_once_it_is_begun(model):
+    tokenizer = byte_tokenizer()
+    judge = Judge(model, tokenizer, {})
+
+    class Foresees:
+        """Foresees the letters that it is told, whatever is fed."""
+
+        device = model.device
+
+        def __init__(self, text):
+            self.ids = torch.tensor(tokenizer(text)["input_ids"])
+
+        def __call__(self, input_ids, past_key_values, logits_to_keep):
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(self.ids, 257)[None].float())
+
+    def scores(text):
+        cache = DynamicCache(config=model.config)
+        prune(model, SnapKV(keep=1.0))
+        with torch.no_grad():
+            model(input_ids=judge.ids([5, 6]), past_key_values=cache)
+        unprune(model)
+        (row,) = replace(judge, model=Foresees(text)).said(cache, [7], None, EXACT)
+        return row["score"], row["score_begun"]
+
+    assert [scores(text) for text in (" 4711", "a4711", " 4712", "a471.")] == [(1, 1), (0, 1), (0, 0), (0, 0)]
+    assert judge.blank(torch.tensor(tokenizer("  4 ")["input_ids"])) == 2
+    assert judge.blank(torch.tensor(tokenizer("  ")["input_ids"])) == 1
+
+
 class Speaker(torch.nn.Module):
     """Says what it is given, row by row, a token a call."""
 
@@ -171,7 +200,8 @@ def test_losses_are_paired():
             "tokens": 20,
             "exact": True,
         }
-        return known | {"method": method, "number": number, "score": score}
+        later = float(method != "b@0.5" or score)
+        return known | {"method": method, "number": number, "score": score, "score_begun": later}
 
     scores = {FULL: [1, 1, 1, 0], "a@0.5": [1, 1, 0, 0], "b@0.5": [1, 0, 0, 0]}
     rows = summary(
@@ -179,6 +209,8 @@ def test_losses_are_paired():
     )
     assert [row["quality"] for row in rows] == [75, 50, 25]
     assert [row["drop"] for row in rows] == [0, 25, 50]
+    assert [row["quality_begun"] for row in rows] == [100, 100, 25]
+    assert [row["drop_begun"][0] for row in rows] == [0, 0, 75] and len(rows[2]["drop_begun"]) == 3
     assert rows[1]["gains"]["b@0.5"][0] == 25 and rows[2]["gains"] == {}
     assert all(row["interval_low"] <= row["drop"] <= row["interval_high"] for row in rows)
     assert np.isfinite([row["interval_low"] for row in rows]).all() and all(row["exact"] for row in rows)

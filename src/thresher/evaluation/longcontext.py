@@ -60,8 +60,9 @@ class Judge:
     longest: int = LONGEST
 
     def __call__(self, context: Context) -> list[dict]:
-        """Results of all questions: ``score`` (0 to 1), the ``logprob`` of the first right answer, what was ``said``,
-        entries ``held`` and ``bytes`` of the cache that was asked; KVzip is asked "after" alone."""
+        """Results of all questions: ``score`` (0 to 1), ``score_begun``, the same when the space before an exact answer
+        is given, the ``logprob`` of the first right answer, what was ``said``, entries ``held`` and ``bytes`` of the
+        cache that was asked; KVzip is asked "after" alone."""
         results: list[dict] = []
         text: ReadPrompt | None = None
         later: list[Group] = []
@@ -127,15 +128,20 @@ class Judge:
         if case.exact:  # greedy decoding says the answer where each of its tokens is the most likely one
             best = likely.argmax(-1)
             said = [self.tokenizer.decode(row) for row in best]
-            scores = (best == gold).all(1).float().tolist()
+            right = best == gold
+            scores, begun = (right[:, n:].all(1).float().tolist() for n in (0, self.blank(gold[0])))
         else:
             first = self.ids(asked) if ready is None else ready.argmax(-1)[None]
             said = self.generated(cache, first.expand(rows, -1), ready is not None)
-            scores = [max(f1(text, answer) for answer in case.answers) for text in said]
+            scores = begun = [max(f1(text, answer) for answer in case.answers) for text in said]
         return [
-            {"score": score, "logprob": logprob, "said": text}
-            for score, logprob, text in zip(scores, found, said, strict=True)
+            {"score": score, "score_begun": later, "logprob": logprob, "said": text}
+            for score, later, logprob, text in zip(scores, begun, found, said, strict=True)
         ]
+
+    def blank(self, gold: Tensor) -> int:
+        """How many of the first tokens of an answer are spaces alone, the last one not counted."""
+        return sum(1 for _ in takewhile(lambda token: not self.tokenizer.decode([token]).strip(), gold[:-1].tolist()))
 
     def generated(self, cache: DynamicCache, asked: Tensor, begun: bool) -> list[str]:
         """The first line of what each row answers, greedily; ``begun``: whether ``asked`` is its first token."""
@@ -209,7 +215,9 @@ def fluency(model: PreTrainedModel, ids: Tensor, continued: int, methods: Mappin
 
 def summary(results: Iterable[Mapping], against: Sequence[str] = ()) -> list[dict]:
     """Means of results: of each task, ``when`` and method the quality in points, what was lost against the full cache
-    with its paired 95 % interval, and the mean gain over the methods ``against``, with theirs.
+    with its paired 95 % interval, and the mean gain over the methods ``against``, with theirs; ``quality_begun`` and
+    ``drop_begun`` (the loss and its interval) of answers of which the space before them is given: a model may have a
+    number, and begin with other words.
 
     A loss is an example's score over the full cache minus its score over this one.
     """
@@ -224,6 +232,8 @@ def summary(results: Iterable[Mapping], against: Sequence[str] = ()) -> list[dic
             row["quality"] = POINTS * _mean(own, "score")
             row |= {name: _mean(own, name) for name in ("logprob", "held", "bytes", "tokens")}
             row["drop"], row["interval_low"], row["interval_high"] = _paired(methods[FULL], own, exact)
+            row["quality_begun"] = POINTS * _mean(own, "score_begun")
+            row["drop_begun"] = _paired(methods[FULL], own, exact, "score_begun")
             row["gains"] = {
                 other: _paired(own, methods[other], exact) for other in against if other in methods and other != method
             }
@@ -235,9 +245,9 @@ def _mean(own: Mapping[int, Mapping], name: str) -> float:
     return float(np.mean([one[name] for one in own.values()]))
 
 
-def _paired(a: Mapping[int, Mapping], b: Mapping[int, Mapping], exact: bool) -> tuple:
+def _paired(a: Mapping[int, Mapping], b: Mapping[int, Mapping], exact: bool, name: str = "score") -> tuple:
     """The mean of a - b over the examples that both have, in points, and its interval."""
     both = sorted({*a} & {*b})
-    change = POINTS * np.array([a[number]["score"] - b[number]["score"] for number in both])
+    change = POINTS * np.array([a[number][name] - b[number][name] for number in both])
     low, high = interval(change, POINTS if exact else None) or (None, None)
     return float(change.mean()), low, high
