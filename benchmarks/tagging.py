@@ -28,7 +28,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "tagging"
 LONGEST, BATCH = 256, 16
 COUNTS = {"sentences": 300, "letters": 80, "posts": 40}
 CHOICE, FEW = 32, 8  # texts, of others than the test part's, on which layers are chosen, and budgets met
-FEWER = (1.5, 2.0)  # times fewer MACs
+FEWER, DEPTH = (1.5, 2.0), 6  # times fewer MACs, of the layers
 WHERE = (None, (2,))  # layers at which tokens leave, of which the best is taken; None: the method's own
 
 FIRST = ["Maria", "James", "Aisha", "Wei", "Olga", "Carlos", "Priya", "Tom", "Fatima", "Noah", "Ingrid", "Kofi", "Yuki"]
@@ -150,13 +150,17 @@ def found(net: Any, rows: list[list[int]], pad: int) -> tuple[list, float, float
 
 def methods() -> dict[str, Callable[..., Any]]:
     """The methods, by name: functions of a budget and of layers."""
-    from thresher import ATS, VATP, Entropy, Random, ToMe, TopK
+    from thresher import ATS, VATP, Cut, Entropy, Random, ToMe, TopK
 
     def states(**given: Any) -> Any:
         return ToMe(metric="states", r=0.2, **given)
 
+    def cut(target_flops: float, at: Any) -> Any:
+        """All tokens pass the first layers, and leave; the labels are read off what they were then."""
+        return Cut(at=(round(DEPTH * target_flops) - 1,))
+
     named = (Random, TopK, VATP, Entropy, ToMe, ATS)
-    return {method.name: method for method in named} | {"tome-states": states}
+    return {method.name: method for method in named} | {"tome-states": states, "cut": cut}
 
 
 def pruned(net: Any, make: Callable[..., Any], target: float, at: Any, rows: list[list[int]], pad: int) -> Any:
@@ -258,8 +262,9 @@ def measure() -> None:
             write_rows(target, rows)
 
 
-def time() -> None:
-    """Seconds of a pass over letters and over sentences, dense and pruned in turns, batches of 16 of one length."""
+def time(tiny: bool) -> None:
+    """Seconds of a pass over letters and over sentences, dense and pruned in turns, batches of 16 of one length;
+    ``tiny``: one batch, once, and no rows."""
     import numpy as np
     import torch
     from transformers import AutoModelForTokenClassification, AutoTokenizer
@@ -269,11 +274,11 @@ def time() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(pretrained(RAMPART))
     net, pad = AutoModelForTokenClassification.from_pretrained(pretrained(RAMPART)).eval(), tokenizer.pad_token_id
-    rows = []
+    rows, count, repeats = [], *((BATCH, 1) if tiny else (4 * BATCH, 5))
     for kind in ("sentences", "letters"):
         asked, choice = (
             tokenizer(texts(kind, n, seed), truncation=True, max_length=LONGEST)["input_ids"]
-            for n, seed in ((64, 0), (CHOICE, 1))
+            for n, seed in ((count, 0), (CHOICE, 1))
         )
         nets = {("dense", None): net}
         for name in ("topk", "tome-states"):
@@ -282,9 +287,10 @@ def time() -> None:
                 own = pruned(net, methods()[name], 1 / fewer, at, choice, pad)
                 if own is not None:
                     nets[name, fewer] = own
-        calls, taken = [inputs for _, inputs in batches(asked, BATCH, pad)], np.empty((len(nets), 8, 4))
+        calls = [inputs for _, inputs in batches(asked, BATCH, pad)]
+        taken = np.empty((len(nets), 1 + repeats, len(calls)))
         with torch.inference_mode():
-            for repeat in range(8):
+            for repeat in range(1 + repeats):
                 for c, inputs in enumerate(calls):
                     for turn in range(len(nets)):
                         i = (turn + repeat + c) % len(nets)
@@ -296,23 +302,28 @@ def time() -> None:
         for i, ((name, fewer), one) in enumerate(nets.items()):
             own = {"task": kind, "model": RAMPART, "method": name, "target_flops": fewer and 1 / fewer}
             own |= {"runtime": "torch", "precision": "fp32", "batch_size": BATCH, "threads": torch.get_num_threads()}
-            own |= {"mode": "pruned" if i else "dense-unpadded", "n_timed": len(asked), "repeats": 7}
+            own |= {"mode": "pruned" if i else "dense-unpadded", "n_timed": len(asked), "repeats": repeats}
             own |= {"latency_ms_p50": float(1000 * np.median(taken[i])), "speedup_unpadded": totals[0] / totals[i]}
             own |= {"spread": float(np.subtract(*np.percentile(taken[i].sum(1), (75, 25))) / totals[i])}
             if i:
                 _, used, dense = found(one, asked, pad)
                 own |= {"flops_ratio": dense / used, "efficiency": totals[0] / totals[i] / (dense / used)}
             rows.append(row(**own, **environment()))
-    write_rows(RESULTS / "time.json", rows)
+    if not tiny:
+        write_rows(RESULTS / "time.json", rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("measure", "time"))
-    step = parser.parse_args().step
+    parser.add_argument("--tiny", action="store_true", help="of time: try it, and write no rows")
+    given = parser.parse_args()
     if not available(RAMPART):
         parser.error(f"{pretrained(RAMPART)} is not there: python benchmarks/weights.py {RAMPART}")
-    {"measure": measure, "time": time}[step]()
+    if given.step == "measure":
+        measure()
+    else:
+        time(given.tiny)
     return 0
 
 

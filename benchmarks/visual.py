@@ -64,10 +64,11 @@ PALETTE = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [
 
 @dataclass(frozen=True)
 class Run:
-    """A training: its pictures have one of the ``sides``, patches in a row."""
+    """A training: a step takes ``batch`` pictures, which have one of the ``sides``, patches in a row."""
 
     seed: int
     steps: int
+    batch: int
     sides: tuple[int, ...]
     rate: float
 
@@ -84,28 +85,20 @@ def shapes() -> Tensor:
 
 
 def scenes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pictures (count, 3, 64, 64) and objects (count, 6, 3): row, column and shape of the object of each colour, of
-    which the first three of a random order have the others at their right."""
-    objects = torch.zeros(count, COLOURS, 3, dtype=torch.long)
-    right = torch.full((count, COLOURS), -1)
-    for scene in range(count):
-        colours = torch.randperm(COLOURS, generator=generator)
-        places = torch.randperm(CELLS * (CELLS // 2), generator=generator)[:PAIRS]
-        for pair, place in enumerate(places.tolist()):
-            row, column = divmod(place, CELLS // 2)
-            left, other = colours[2 * pair], colours[2 * pair + 1]
-            found = torch.randint(SHAPES, (2,), generator=generator)
-            objects[scene, left] = torch.tensor([row, 2 * column, found[0]])
-            objects[scene, other] = torch.tensor([row, 2 * column + 1, found[1]])
-            right[scene, left] = other
+    """Pictures (count, 3, 64, 64) and objects (count, 6, 4): row, column and shape of the object of each colour, and
+    the colour of what is right of it, -1 of nothing; three have the others at their right."""
+    colours = torch.rand(count, COLOURS, generator=generator).argsort(1).view(count, PAIRS, 2)
+    places = torch.rand(count, CELLS * (CELLS // 2), generator=generator).argsort(1)[:, :PAIRS, None].expand(-1, -1, 2)
+    column = 2 * (places % (CELLS // 2)) + torch.arange(2)
+    found = torch.randint(SHAPES, (count, PAIRS, 2), generator=generator)
+    right = torch.stack([colours[..., 1], torch.full((count, PAIRS), -1)], 2)
+    told = torch.stack([places // (CELLS // 2), column, found, right], 3).flatten(1, 2)
+    objects = torch.empty_like(told).scatter_(1, colours.flatten(1)[..., None].expand_as(told), told)
     pixels = 0.3 * torch.randn(count, 3, CELLS * PATCH, CELLS * PATCH, generator=generator)
-    view = pixels.view(count, 3, CELLS, PATCH, CELLS, PATCH)
-    drawn = shapes()
-    for scene in range(count):
-        for colour in range(COLOURS):
-            row, column, shape = objects[scene, colour].tolist()
-            view[scene, :, row, :, column] += 1.5 * PALETTE[colour][:, None, None] * drawn[shape]
-    return pixels, torch.cat([objects, right[..., None]], 2)
+    cells = pixels.view(count, 3, CELLS, PATCH, CELLS, PATCH).permute(0, 2, 4, 1, 3, 5)
+    row, column, shape, _ = objects.unbind(2)
+    cells[torch.arange(count)[:, None], row, column] += 1.5 * PALETTE[:, :, None, None] * shapes()[shape][:, :, None]
+    return pixels, objects
 
 
 def ask(objects: Tensor, kind: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,10 +144,10 @@ def seen(model: LlavaForConditionalGeneration, pixels: Tensor, side: int = CELLS
     return model.get_image_features(pixels, interpolate_pos_encoding=side != CELLS)
 
 
-def loss_of(model: LlavaForConditionalGeneration, head: nn.Module, generator: torch.Generator, sides: tuple) -> Any:
-    """The loss of 64 new pictures with four questions each, of one of the ``sides``; and that with what ``head`` says
-    of each cell, where the picture is whole."""
-    batch, side = 64, sides[int(torch.randint(len(sides), (1,), generator=generator))]
+def loss_of(model: LlavaForConditionalGeneration, head: nn.Module, generator: torch.Generator, run: Run) -> Any:
+    """The loss of new pictures with four questions each, all of one side; and that with what ``head`` says of each
+    cell, where the picture is whole."""
+    batch, side = run.batch, run.sides[int(torch.randint(len(run.sides), (1,), generator=generator))]
     pixels, objects = scenes(batch, generator)
     asked = [ask(objects, kind, generator)[:2] for kind in range(4)]
     order = torch.randperm(4, generator=generator)
@@ -178,7 +171,7 @@ def loss_of(model: LlavaForConditionalGeneration, head: nn.Module, generator: to
 
 
 def train(model: LlavaForConditionalGeneration, run: Run, target: Path) -> dict:
-    """Train; goes on from ``target``, which is written every hundred steps. Returns the loss of the last hundred steps
+    """Train; goes on from ``target``, which is written every fifty steps. Returns the loss of the last hundred steps
     and the seconds of the processor."""
     head = nn.Linear(HIDDEN, COLOURS + 1 + SHAPES + 1)
     generator = torch.Generator().manual_seed(run.seed)
@@ -197,14 +190,14 @@ def train(model: LlavaForConditionalGeneration, run: Run, target: Path) -> dict:
         step, losses, seconds = kept["step"], kept["losses"], kept["seconds"]
     begun = time.process_time() - seconds
     while step < run.steps:
-        loss, together = loss_of(model, head, generator, run.sides)
+        loss, together = loss_of(model, head, generator, run)
         optimizer.zero_grad()
         together.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         losses, step = [*losses[-99:], loss.item()], step + 1
-        if step % 100 == 0 or step == run.steps:
+        if step % 50 == 0 or step == run.steps:
             seconds = time.process_time() - begun
             kept = {name: part.state_dict() for name, part in parts.items()}
             kept |= {"run": asdict(run), "step": step, "losses": losses, "seconds": seconds}
@@ -339,9 +332,10 @@ def table(folder: Path) -> list[str]:
     return lines
 
 
-def models(seed: int, steps: int, lower_steps: int) -> tuple[Any, Any, dict]:
+def models(seed: int, steps: int, lower_steps: int, batch: int) -> tuple[Any, Any, dict]:
     """The model, the one that went on with lower resolutions, and how their trainings went."""
-    runs = {"model": Run(seed, steps, (CELLS,), 2e-3), "lower": Run(seed, lower_steps, tuple(SIDES.values()), 1e-3)}
+    sides = tuple(SIDES.values())
+    runs = {"model": Run(seed, steps, batch, (CELLS,), 2e-3), "lower": Run(seed, lower_steps, batch, sides, 1e-3)}
     model = build(seed)
     told = {"model": train(model, runs["model"], RUNS / f"seed{seed}.pt")}
     lower = copy.deepcopy(model)
@@ -355,15 +349,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--lower-steps", type=int, default=600, help="with pictures of lower resolutions, afterwards")
-    parser.add_argument("--pictures", type=int, default=1000, help="of the test")
+    parser.add_argument("--batch", type=int, default=32, help="pictures of a step, with four questions each")
+    parser.add_argument("--pictures", type=int, default=600, help="of the test")
     args = parser.parse_args()
     if args.step == "table":
         print("\n".join(table(RESULTS / "visual")))
         return
     torch.set_num_threads(1)
-    model, lower, told = models(args.seed, args.steps, args.lower_steps)
+    model, lower, told = models(args.seed, args.steps, args.lower_steps, args.batch)
     if args.step == "ask":
-        settings = {"seed": args.seed, "steps": args.steps, "pictures": args.pictures, "trained": told}
+        settings = {"seed": args.seed, "steps": args.steps, "batch": args.batch, "pictures": args.pictures}
+        settings |= {"trained": told}
         evaluate(model, lower, settings, RESULTS / "visual" / f"seed{args.seed}.json")
 
 
