@@ -1,6 +1,7 @@
 """A tagger of personal data (Rampart, MiniLM-L6, 17 types): which entities of the dense model a pruned one still finds.
 
     python benchmarks/tagging.py measure     rows land in results/tagging, method by method
+    python benchmarks/tagging.py why         what random tokens lose that leave early, late, or for some layers alone
     python benchmarks/tagging.py time        seconds, in turns; nothing else may run on the machine
 
 Wants ``python benchmarks/weights.py rampart-dequantised`` and ``THRESHER_DATA``, with ``squad`` and ``20newsgroups``.
@@ -262,6 +263,53 @@ def measure() -> None:
             write_rows(target, rows)
 
 
+def away(net: Any, ids: list[int], first: int, back: int, keep: float, draw: random.Random) -> list[str]:
+    """The labels of a text's tokens, of which a share ``keep``, drawn at random, alone passes the layers from ``first``
+    on; the others are put back, as they were, before layer ``back``, the depth: behind the last one."""
+    import torch
+
+    inner = range(1, len(ids) - 1)
+    chosen = [0, *sorted(draw.sample(inner, round(keep * len(inner)))), len(ids) - 1]
+    states = whole = net.bert.embeddings(input_ids=torch.tensor([ids]))
+    for i, layer in enumerate([*net.bert.encoder.layer, None]):
+        if i == first:
+            whole, states = states, states[:, chosen]
+        if i == back:
+            whole[:, chosen] = states
+            states = whole
+        if layer is not None:
+            states = layer(states)
+    return [net.config.id2label[i] for i in net.classifier(states)[0].argmax(-1).tolist()]
+
+
+def why() -> None:
+    """Rows of F1 in sentences of random tokens that are away for so many layers as cost a third of the MACs."""
+    import torch
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    from thresher.evaluation.entities import entities
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.rows import row, write_rows
+
+    tokenizer = AutoTokenizer.from_pretrained(pretrained(RAMPART))
+    net = AutoModelForTokenClassification.from_pretrained(pretrained(RAMPART)).eval()
+    asked, rows = tokenizer(texts("sentences", COUNTS["sentences"], 0))["input_ids"], []
+    dense = found(net, asked, tokenizer.pad_token_id)[0]
+    for first, back in ((1, 6), (2, 6), (3, 6), (4, 6), (0, 5), (1, 5), (2, 5), (0, 4), (1, 4)):
+        keep, draw = 1 - (DEPTH - DEPTH / FEWER[0]) / (back - first), random.Random(0)
+        with torch.inference_mode():
+            labels = [away(net, ids, first, back, keep, draw) for ids in asked]
+        answers = [entities([None, *own[1:-1], None]) for own in labels]
+        own = {"task": "sentences", "model": RAMPART, "method": f"random, away in layers {first} to {back - 1}"}
+        own |= {"runtime": "torch", "precision": "fp32", "seed": 0, "metric": "entity f1", "quality_dense": 100.0}
+        own |= {"quality": 100 * score(dense, answers).f1, "n_examples": len(asked), "keep": keep, "split": "test"}
+        low, high = interval(dense, answers)
+        own |= {"interval_low": low, "interval_high": high, "threads": torch.get_num_threads(), **environment()}
+        rows.append(row(**own, mode="put back", flops_ratio=FEWER[0], note=f"{keep:.0%} of the tokens stay"))
+        print(f"{own['method']}: keep {keep:.2f}, F1 {own['quality']:.1f}", flush=True)
+    write_rows(RESULTS / "why.json", rows)
+
+
 def time(tiny: bool) -> None:
     """Seconds of a pass over letters and over sentences, dense and pruned in turns, batches of 16 of one length;
     ``tiny``: one batch, once, and no rows."""
@@ -315,15 +363,12 @@ def time(tiny: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("measure", "time"))
+    parser.add_argument("step", choices=("measure", "why", "time"))
     parser.add_argument("--tiny", action="store_true", help="of time: try it, and write no rows")
     given = parser.parse_args()
     if not available(RAMPART):
         parser.error(f"{pretrained(RAMPART)} is not there: python benchmarks/weights.py {RAMPART}")
-    if given.step == "measure":
-        measure()
-    else:
-        time(given.tiny)
+    {"measure": measure, "why": why, "time": lambda: time(given.tiny)}[given.step]()
     return 0
 
 
