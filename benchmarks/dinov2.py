@@ -2,7 +2,7 @@
 
     saliency   how much of the map of what is salient is left, untrained, at 30 and 50 % fewer MACs (224 pixels)
     head       fit a head for CIFAR-10's classes on the model as it is (112 pixels), and try the methods, untrained
-    train      fine-tune model and head on a part of CIFAR-10, then each method from it; resumes
+    train      fine-tune model and head on a part of CIFAR-10, then the --methods from it; resumes
     untrained  the methods on the fine-tuned model as they are
     time       pictures per second; nothing else may run on the machine
 
@@ -19,7 +19,7 @@ import copy
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ METHODS = ("random", "topk", "evit", "tome", "ats", "dynamicvit")
 UNTRAINED = tuple(method for method in METHODS if method != "dynamicvit")  # which is nothing before it has learned
 FEW = 2  # pictures, on which a budget of fixed shares is met
 TRAINING = {"per_device_train_batch_size": 32, "weight_decay": 0.05, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
-MAPS = 48  # pictures of CIFAR-10, and as many crops of photographs
+MAPS = 32  # pictures of CIFAR-10, and as many crops of photographs
 
 
 def cifar(part: str, count: int, side: int, seed: int = 0) -> list[dict]:
@@ -190,6 +190,7 @@ def trained(net: Any, folder: Path, rows: list[dict], calm: list[dict], epochs: 
     from transformers.trainer_utils import get_last_checkpoint
 
     from thresher import PruningTrainer
+    from thresher.evaluation.hardware import has_bf16
 
     log = folder.with_suffix(".log")
     args = TrainingArguments(
@@ -203,9 +204,12 @@ def trained(net: Any, folder: Path, rows: list[dict], calm: list[dict], epochs: 
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        bf16=has_bf16(),
         **TRAINING,
     )
     pruned = hasattr(net, "token_pruner")
+    if not pruned:
+        net.set_attn_implementation("eager")  # whose backward in bf16 takes two thirds of the time of sdpa's
     trainer: Any = PruningTrainer if pruned else Trainer
     trainer = trainer(net, args, train_dataset=rows, **({"calibration_dataset": calm} if pruned else {}))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(log)) if log.exists() else None)
@@ -276,8 +280,8 @@ def row_of(name: str, target: float | None, test: list[dict], base: list[int], o
     }
 
 
-def classes(start_from: Callable[[], Any], task: str, untrained: bool) -> None:
-    """Accuracy of the methods on a classifier as they are, or trained on for ``LESSONS`` pictures with its answers
+def classes(start_from: Callable[[], Any], task: str, methods: Sequence[str], untrained: bool) -> None:
+    """Accuracy of ``methods`` on a classifier as they are, or trained on for ``LESSONS`` pictures with its answers
     distilled; "dense-continued": the same steps without pruning."""
     from transformers import Dinov2ForImageClassification
 
@@ -287,7 +291,7 @@ def classes(start_from: Callable[[], Any], task: str, untrained: bool) -> None:
     rest, test = cifar("train", TRAIN + VALIDATION, SIDE), cifar("test", TEST, SIDE)
     calm, lessons = rest[TRAIN:], None
     base = told(prune(copy.deepcopy(net), method_of("dense", 1.0)), test)[0]
-    wanted = [(method, target) for target in reversed(TARGETS) for method in (UNTRAINED if untrained else METHODS)]
+    wanted = [(method, target) for target in reversed(TARGETS) for method in methods]
     if not untrained:
         wanted.insert(0, ("dense", 1.0))
     for method, target in wanted:
@@ -317,27 +321,29 @@ def classes(start_from: Callable[[], Any], task: str, untrained: bool) -> None:
         land(f"{task}-{name}-{target:g}", [{**row, "task": task}])
 
 
-def time() -> None:
-    """Pictures per second beside the dense model, in turns, at batches of 32 and 1, of 112 and 224 pixels."""
+def time(tiny: bool) -> None:
+    """Pictures per second beside the dense model, in turns, at batches of 32 and 1, of 112 and 224 pixels; ``tiny``:
+    the small pictures once, two in a batch, and no rows."""
     import numpy as np
     import torch
     from transformers import Dinov2ForImageClassification
 
     net = Dinov2ForImageClassification.from_pretrained(pretrained(DINOV2), num_labels=10).eval()  # weights cost nothing
-    for side in (SIDE, WIDE):
-        part = photographs(64, side)
+    repeats, large = (1, 2) if tiny else (4, 32)
+    for side in (SIDE,) if tiny else (SIDE, WIDE):
+        part = photographs(large, side)
         for target in TARGETS:
             nets = {"dense": net}
-            for method in ("topk", "evit", "tome", "random"):
+            for method in ("topk", "evit", "tome"):
                 if (own := budgeted(net, method, target, part)) is not None:
                     nets[method] = own
             rows = []
-            for size, calls in ((32, batches(part, 32)[:1]), (1, batches(part, 1)[:8])):
-                taken = timed(list(nets.values()), calls, 5)
+            for size, calls in ((large, batches(part, large)), (1, batches(part, 1)[:6])):
+                taken = timed(list(nets.values()), calls, repeats)
                 totals = np.median(taken, 1).sum(1)
                 for i, (method, one) in enumerate(nets.items()):
                     own = {"task": "speed", "method": method, "mode": "dense-unpadded" if not i else "pruned"}
-                    own |= {"batch_size": size, "max_length": (side // 14) ** 2 + 1, "repeats": 5}
+                    own |= {"batch_size": size, "max_length": (side // 14) ** 2 + 1, "repeats": repeats}
                     own |= {"samples_per_second": size * len(calls) / totals[i], "n_timed": size * len(calls)}
                     own |= {"latency_ms_p50": float(1000 * np.median(taken[i]))}
                     own |= {"speedup_unpadded": totals[0] / totals[i]}
@@ -349,26 +355,29 @@ def time() -> None:
                         own |= {"target_flops": target, "flops_ratio": ratio}
                         own |= {"efficiency": totals[0] / totals[i] / ratio}
                     rows.append(own)
-            land(f"time-{side}-{target:g}", rows)
+            if not tiny:
+                land(f"time-{side}-{target:g}", rows)
 
 
-STEPS = {
-    "saliency": saliency,
-    "head": lambda: classes(with_head, "cifar10-head", untrained=True),
-    "train": lambda: classes(fine_tuned, "cifar10", untrained=False),
-    "untrained": lambda: classes(fine_tuned, "cifar10", untrained=True),
-    "time": time,
+STEPS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "saliency": lambda _: saliency(),
+    "head": lambda _: classes(with_head, "cifar10-head", UNTRAINED, untrained=True),
+    "train": lambda given: classes(fine_tuned, "cifar10", given.methods, untrained=False),
+    "untrained": lambda _: classes(fine_tuned, "cifar10", UNTRAINED, untrained=True),
+    "time": lambda given: time(given.tiny),
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=STEPS)
-    step = parser.parse_args().step
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="of train; default: all")
+    parser.add_argument("--tiny", action="store_true", help="of time: try it, and write no rows")
+    given = parser.parse_args()
     if not available(DINOV2):
         parser.error(f"{pretrained(DINOV2)} is not there: python benchmarks/weights.py {DINOV2}")
     RUNS.mkdir(parents=True, exist_ok=True)
-    STEPS[step]()
+    STEPS[given.step](given)
     return 0
 
 

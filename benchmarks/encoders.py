@@ -1,5 +1,6 @@
-"""Write what ``tagging.py``, ``speech.py`` and ``dinov2.py`` have found into ``docs/vision.md``: ``python
-benchmarks/encoders.py``. Tables of what was not measured are left out; without any row the page stays as it is."""
+"""Write what ``tagging.py``, ``speech.py`` and ``dinov2.py`` have found into ``docs/vision.md``, and what ``visual.py``
+and ``visual_time.py`` have into ``docs/pictures.md``: ``python benchmarks/encoders.py``. Tables of what was not
+measured are left out; without any row a page stays as it is."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SEEN = ROOT / "benchmarks" / "results" / "visual"
 SHOWN = "tome-untrained"  # the tagger by type
-PAGE, BEGIN, END = ROOT / "docs" / "vision.md", "<!-- encoders.py writes from here -->\n", "<!-- to here -->\n"
+BEGIN, END = "<!-- encoders.py writes from here -->\n", "<!-- to here -->\n"
 
 
 def rows(folder: str) -> list[dict]:
@@ -97,7 +99,7 @@ def by_type(kind: str, own: list[dict]) -> Iterator[str]:
 
 def tagging() -> Iterator[str]:
     """F1 of each method on each kind of text, then that of one by type."""
-    own = [row for row in rows("tagging") if row["metric"]]
+    own = [row for row in rows("tagging") if row["metric"] and row["mode"] == "pruned"]
     whole = [row for row in own if row.get("interval_low") is not None]
     kinds = [kind for kind in ("sentences", "letters", "posts") if any(row["task"] == kind for row in whole)]
     targets = sorted({row["target_flops"] for row in whole}, reverse=True)
@@ -115,6 +117,16 @@ def tagging() -> Iterator[str]:
     yield from table(head, body)
     for kind in kinds:
         yield from by_type(kind, [row for row in own if row["task"] == kind and row["method"] == SHOWN])
+    body = [
+        [row["method"].partition(", ")[2], f"{100 * row['keep']:.0f} %", f"{row['quality']:.1f} ({interval(row)})"]
+        for row in rows("tagging")
+        if row["mode"] == "put back"
+    ]
+    if body:
+        yield "Sentences at 1.5 times fewer MACs, tokens drawn at random, put back before the next layer; in brackets"
+        yield "what is lost (95 %):"
+        yield ""
+    yield from table(["the others are", "stay", "F1"], body)
     yield from times([row for row in rows("tagging") if not row["metric"]], "batches of 16")
 
 
@@ -143,17 +155,60 @@ def dinov2() -> Iterator[str]:
     yield from times([row for row in own if row["task"] == "speed"], "in turns")
 
 
+def learned() -> Iterator[str]:
+    """Accuracy of the model that learned to see."""
+    import visual
+
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(SEEN.glob("seed*.json"))]
+    if runs:
+        dense, blind = (
+            ", ".join(f"{next(row for row in run['rows'] if row['method'] == name)['accuracy']:.1f}" for run in runs)
+            for name in ("dense", "no picture")
+        )
+        seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
+        yield f"Right answers in percent, mean of {seeds}, {runs[0]['pictures']} pictures with four questions each; in"
+        yield "brackets the points over Random in the same table, with their 95 % interval over pictures."
+        yield f"Dense: {dense}; no picture: {blind}."
+        yield ""
+    yield from visual.page(SEEN)
+
+
+def first_pass() -> Iterator[str]:
+    """Milliseconds of prompts with pictures."""
+    file = SEEN / "time.json"
+    timed = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    body = []
+    for row in timed:
+        dense = next(one for one in timed if (one["task"], one["method"]) == (row["task"], "dense"))
+        cells = [row["task"], f"`{row['method']}`", f"{row['visual_mean']:.0f}", f"{row['flops_ratio']:.1f}"]
+        cells += [f"{row['prefill_ms']:.0f} ({dense['prefill_ms'] / row['prefill_ms']:.1f}×)"]
+        cells += [f"{row['latency_ms_p50']:.0f}", f"{row['cache_mb']:.1f}", f"{row['tower_ms']:.0f}"]
+        whole = (dense["prefill_ms"] + row["tower_ms"]) / (row["prefill_ms"] + row["tower_ms"])
+        body.append([*cells, f"{whole:.2f}"])
+    if timed:
+        yield f"{timed[0]['model']}, {timed[0]['threads']} threads, fp32, {timed[0]['hardware']}:"
+        yield ""
+    head = ["picture", "method", "tokens, mean of layers", "× fewer MACs", "first pass, ms (× as fast)", "ms a token"]
+    yield from table([*head, "cache, MB", "tower, ms", "tower and first pass, × as fast"], body)
+
+
+PAGES = {
+    "vision.md": {"Speech": speech, "Entities": tagging, "A vision transformer of real size": dinov2},
+    "pictures.md": {"Answers": learned, "Time": first_pass},
+}
+
+
 def main() -> int:
-    sections = {"Speech": speech, "Entities": tagging, "A vision transformer of real size": dinov2}
-    lines = []
-    for title, told in sections.items():
-        if found := list(told()):
-            lines += [f"### {title}: rows", "", *found]
-    if lines:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        PAGE.write_text(before + BEGIN + "\n" + "\n".join(lines) + END + after, encoding="utf-8")
-    print(f"{len(lines)} lines in {PAGE}")
+    for name, sections in PAGES.items():
+        page, lines = ROOT / "docs" / name, []
+        for title, told in sections.items():
+            if found := list(told()):
+                lines += [f"### {title}: rows", "", *found]
+        if lines:
+            before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+            after = rest.partition(END)[2]
+            page.write_text(before + BEGIN + "\n" + "\n".join(lines) + END + after, encoding="utf-8")
+        print(f"{len(lines)} lines in {page}")
     return 0
 
 

@@ -32,7 +32,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "speech"
 RUNS = Path(__file__).resolve().parent.parent / "runs" / "benchmarks" / "speech"
 RATE, LONGEST, PAUSE = 16_000, 27.0, 0.3
 VOICES = ("en-us", "en-gb")
-SENTENCES, FULL, CALM = 40, 8, 2  # windows; of the last, of other sentences, budgets are met on
+SENTENCES, FULL, CALM = 24, 6, 2  # windows; of the last, of other sentences, budgets are met on
 PHRASES = Path("/usr/share/sounds/alsa")
 TARGETS = (0.7, 0.5)  # of the encoder's MACs
 BUDGETED = ("atome", "random", "topk", "tome")
@@ -66,15 +66,15 @@ def spoken(text: str, voice: str) -> Any:
         return read(file)
 
 
-def sounds() -> dict[str, list[tuple[str, Any]]]:
+def sounds(sentences: int = SENTENCES, full: int = FULL) -> dict[str, list[tuple[str, Any]]]:
     """What is said in each window, and its samples, by part; "calm" is for the budgets."""
     import numpy as np
 
     known = captions()
     voice = [VOICES[i % len(VOICES)] for i in range(len(known))]
-    parts = {"sentences": [(text, spoken(text, voice[i])) for i, text in enumerate(known[:SENTENCES])], "full": []}
+    parts = {"sentences": [(text, spoken(text, voice[i])) for i, text in enumerate(known[:sentences])], "full": []}
     pause, at = np.zeros(int(PAUSE * RATE), np.float32), SENTENCES
-    for _ in range(FULL + CALM):
+    for _ in range(full + CALM):
         words, heard = [], []
         while True:
             sound = spoken(known[at], voice[0])
@@ -217,8 +217,9 @@ def measure(model: str) -> None:
             known.write_text(json.dumps({name: own.tolist() for name, own in base.items()}))
 
 
-def time(model: str) -> None:
-    """Milliseconds of the encoder on one window of a sentence and on a full one, at batch 1, in turns."""
+def time(model: str, tiny: bool) -> None:
+    """Milliseconds of the encoder on one window of a sentence and on a full one, at batch 1, in turns; ``tiny``: on one
+    window of each, once, and no rows."""
     import copy
 
     import numpy as np
@@ -227,7 +228,8 @@ def time(model: str) -> None:
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row, write_rows
 
-    (net, (extractor, _)), parts = opened(model), sounds()
+    windows, repeats = (1, 1) if tiny else (3, 4)
+    (net, (extractor, _)), parts = opened(model), sounds(windows, windows)
     nets, rows = {("dense", None): net}, []
     for name in ("silence", "silence+atome-0.2", "atome", "topk"):
         for target in TARGETS if name in ("atome", "topk") else (None,):
@@ -235,10 +237,10 @@ def time(model: str) -> None:
             budgeted(own, methods()[name](target), parts["calm"], extractor)
             nets[name, target] = own
     for part in ("sentences", "full"):
-        calls = [extractor(s, sampling_rate=RATE, return_tensors="pt").input_features for _, s in parts[part][:4]]
-        taken = np.empty((len(nets), 6, len(calls)))
+        calls = [extractor(s, sampling_rate=RATE, return_tensors="pt").input_features for _, s in parts[part]]
+        taken = np.empty((len(nets), 1 + repeats, len(calls)))
         with torch.inference_mode():
-            for repeat in range(6):
+            for repeat in range(1 + repeats):
                 for c, given in enumerate(calls):
                     for turn in range(len(nets)):
                         i = (turn + repeat + c) % len(nets)
@@ -248,7 +250,7 @@ def time(model: str) -> None:
         totals = np.median(taken[:, 1:], 1).sum(1)
         for i, ((name, target), one) in enumerate(nets.items()):
             own = {"task": part, "model": model, "method": name, "target_flops": target, "runtime": "torch"}
-            own |= {"precision": "fp32", "batch_size": 1, "threads": torch.get_num_threads(), "repeats": 5}
+            own |= {"precision": "fp32", "batch_size": 1, "threads": torch.get_num_threads(), "repeats": repeats}
             own |= {"mode": "pruned" if i else "dense-unpadded", "n_timed": len(calls)}
             own |= {"latency_ms_p50": float(1000 * np.median(taken[i, 1:])), "speedup_unpadded": totals[0] / totals[i]}
             sums = taken[i, 1:].sum(1)
@@ -260,17 +262,22 @@ def time(model: str) -> None:
                     shares.append(float(one.token_pruner.record.flops_fraction()))
                 own |= {"flops_ratio": 1 / np.mean(shares), "efficiency": totals[0] / totals[i] * np.mean(shares)}
             rows.append(row(**own, **environment()))
-    write_rows(RESULTS / f"{model}-time.json", rows)
+    if not tiny:
+        write_rows(RESULTS / f"{model}-time.json", rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("words", "time"))
     parser.add_argument("model", nargs="?", default=TINY)
+    parser.add_argument("--tiny", action="store_true", help="of time: try it, and write no rows")
     given = parser.parse_args()
     if not available(given.model):
         parser.error(f"{pretrained(given.model)} is not there: python benchmarks/weights.py {given.model}")
-    {"words": measure, "time": time}[given.step](given.model)
+    if given.step == "words":
+        measure(given.model)
+    else:
+        time(given.model, given.tiny)
     return 0
 
 

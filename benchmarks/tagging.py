@@ -1,6 +1,7 @@
 """A tagger of personal data (Rampart, MiniLM-L6, 17 types): which entities of the dense model a pruned one still finds.
 
     python benchmarks/tagging.py measure     rows land in results/tagging, method by method
+    python benchmarks/tagging.py why         what random tokens lose that leave early, late, or for some layers alone
     python benchmarks/tagging.py time        seconds, in turns; nothing else may run on the machine
 
 Wants ``python benchmarks/weights.py rampart-dequantised`` and ``THRESHER_DATA``, with ``squad`` and ``20newsgroups``.
@@ -28,7 +29,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "tagging"
 LONGEST, BATCH = 256, 16
 COUNTS = {"sentences": 300, "letters": 80, "posts": 40}
 CHOICE, FEW = 32, 8  # texts, of others than the test part's, on which layers are chosen, and budgets met
-FEWER = (1.5, 2.0)  # times fewer MACs
+FEWER, DEPTH = (1.5, 2.0), 6  # times fewer MACs, of the layers
 WHERE = (None, (2,))  # layers at which tokens leave, of which the best is taken; None: the method's own
 
 FIRST = ["Maria", "James", "Aisha", "Wei", "Olga", "Carlos", "Priya", "Tom", "Fatima", "Noah", "Ingrid", "Kofi", "Yuki"]
@@ -150,13 +151,17 @@ def found(net: Any, rows: list[list[int]], pad: int) -> tuple[list, float, float
 
 def methods() -> dict[str, Callable[..., Any]]:
     """The methods, by name: functions of a budget and of layers."""
-    from thresher import ATS, VATP, Entropy, Random, ToMe, TopK
+    from thresher import ATS, VATP, Cut, Entropy, Random, ToMe, TopK
 
     def states(**given: Any) -> Any:
         return ToMe(metric="states", r=0.2, **given)
 
+    def cut(target_flops: float, at: Any) -> Any:
+        """All tokens pass the first layers, and leave; the labels are read off what they were then."""
+        return Cut(at=(round(DEPTH * target_flops) - 1,))
+
     named = (Random, TopK, VATP, Entropy, ToMe, ATS)
-    return {method.name: method for method in named} | {"tome-states": states}
+    return {method.name: method for method in named} | {"tome-states": states, "cut": cut}
 
 
 def pruned(net: Any, make: Callable[..., Any], target: float, at: Any, rows: list[list[int]], pad: int) -> Any:
@@ -258,8 +263,56 @@ def measure() -> None:
             write_rows(target, rows)
 
 
-def time() -> None:
-    """Seconds of a pass over letters and over sentences, dense and pruned in turns, batches of 16 of one length."""
+def away(net: Any, ids: list[int], first: int, back: int, keep: float, draw: random.Random) -> list[str]:
+    """The labels of a text's tokens, of which a share ``keep``, drawn at random, alone passes the layers from ``first``
+    on; the others are put back, as they were, before layer ``back``, the depth: behind the last one."""
+    import torch
+
+    inner = range(1, len(ids) - 1)
+    chosen = [0, *sorted(draw.sample(inner, round(keep * len(inner)))), len(ids) - 1]
+    states = whole = net.bert.embeddings(input_ids=torch.tensor([ids]))
+    for i, layer in enumerate([*net.bert.encoder.layer, None]):
+        if i == first:
+            whole, states = states, states[:, chosen]
+        if i == back:
+            whole[:, chosen] = states
+            states = whole
+        if layer is not None:
+            states = layer(states)
+    return [net.config.id2label[i] for i in net.classifier(states)[0].argmax(-1).tolist()]
+
+
+def why() -> None:
+    """Rows of F1 in sentences of random tokens that are away for so many layers as cost a third of the MACs."""
+    import torch
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    from thresher.evaluation.entities import entities
+    from thresher.evaluation.hardware import environment
+    from thresher.evaluation.rows import row, write_rows
+
+    tokenizer = AutoTokenizer.from_pretrained(pretrained(RAMPART))
+    net = AutoModelForTokenClassification.from_pretrained(pretrained(RAMPART)).eval()
+    asked, rows = tokenizer(texts("sentences", COUNTS["sentences"], 0))["input_ids"], []
+    dense = found(net, asked, tokenizer.pad_token_id)[0]
+    for first, back in ((1, 6), (2, 6), (3, 6), (4, 6), (0, 5), (1, 5), (2, 5), (0, 4), (1, 4)):
+        keep, draw = 1 - (DEPTH - DEPTH / FEWER[0]) / (back - first), random.Random(0)
+        with torch.inference_mode():
+            labels = [away(net, ids, first, back, keep, draw) for ids in asked]
+        answers = [entities([None, *own[1:-1], None]) for own in labels]
+        own = {"task": "sentences", "model": RAMPART, "method": f"random, away in layers {first} to {back - 1}"}
+        own |= {"runtime": "torch", "precision": "fp32", "seed": 0, "metric": "entity f1", "quality_dense": 100.0}
+        own |= {"quality": 100 * score(dense, answers).f1, "n_examples": len(asked), "keep": keep, "split": "test"}
+        low, high = interval(dense, answers)
+        own |= {"interval_low": low, "interval_high": high, "threads": torch.get_num_threads(), **environment()}
+        rows.append(row(**own, mode="put back", flops_ratio=FEWER[0], note=f"{keep:.0%} of the tokens stay"))
+        print(f"{own['method']}: keep {keep:.2f}, F1 {own['quality']:.1f}", flush=True)
+    write_rows(RESULTS / "why.json", rows)
+
+
+def time(tiny: bool) -> None:
+    """Seconds of a pass over letters and over sentences, dense and pruned in turns, batches of 16 of one length;
+    ``tiny``: one batch, once, and no rows."""
     import numpy as np
     import torch
     from transformers import AutoModelForTokenClassification, AutoTokenizer
@@ -269,11 +322,11 @@ def time() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(pretrained(RAMPART))
     net, pad = AutoModelForTokenClassification.from_pretrained(pretrained(RAMPART)).eval(), tokenizer.pad_token_id
-    rows = []
+    rows, count, repeats = [], *((BATCH, 1) if tiny else (4 * BATCH, 5))
     for kind in ("sentences", "letters"):
         asked, choice = (
             tokenizer(texts(kind, n, seed), truncation=True, max_length=LONGEST)["input_ids"]
-            for n, seed in ((64, 0), (CHOICE, 1))
+            for n, seed in ((count, 0), (CHOICE, 1))
         )
         nets = {("dense", None): net}
         for name in ("topk", "tome-states"):
@@ -282,9 +335,10 @@ def time() -> None:
                 own = pruned(net, methods()[name], 1 / fewer, at, choice, pad)
                 if own is not None:
                     nets[name, fewer] = own
-        calls, taken = [inputs for _, inputs in batches(asked, BATCH, pad)], np.empty((len(nets), 8, 4))
+        calls = [inputs for _, inputs in batches(asked, BATCH, pad)]
+        taken = np.empty((len(nets), 1 + repeats, len(calls)))
         with torch.inference_mode():
-            for repeat in range(8):
+            for repeat in range(1 + repeats):
                 for c, inputs in enumerate(calls):
                     for turn in range(len(nets)):
                         i = (turn + repeat + c) % len(nets)
@@ -296,23 +350,25 @@ def time() -> None:
         for i, ((name, fewer), one) in enumerate(nets.items()):
             own = {"task": kind, "model": RAMPART, "method": name, "target_flops": fewer and 1 / fewer}
             own |= {"runtime": "torch", "precision": "fp32", "batch_size": BATCH, "threads": torch.get_num_threads()}
-            own |= {"mode": "pruned" if i else "dense-unpadded", "n_timed": len(asked), "repeats": 7}
+            own |= {"mode": "pruned" if i else "dense-unpadded", "n_timed": len(asked), "repeats": repeats}
             own |= {"latency_ms_p50": float(1000 * np.median(taken[i])), "speedup_unpadded": totals[0] / totals[i]}
             own |= {"spread": float(np.subtract(*np.percentile(taken[i].sum(1), (75, 25))) / totals[i])}
             if i:
                 _, used, dense = found(one, asked, pad)
                 own |= {"flops_ratio": dense / used, "efficiency": totals[0] / totals[i] / (dense / used)}
             rows.append(row(**own, **environment()))
-    write_rows(RESULTS / "time.json", rows)
+    if not tiny:
+        write_rows(RESULTS / "time.json", rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("measure", "time"))
-    step = parser.parse_args().step
+    parser.add_argument("step", choices=("measure", "why", "time"))
+    parser.add_argument("--tiny", action="store_true", help="of time: try it, and write no rows")
+    given = parser.parse_args()
     if not available(RAMPART):
         parser.error(f"{pretrained(RAMPART)} is not there: python benchmarks/weights.py {RAMPART}")
-    {"measure": measure, "time": time}[step]()
+    {"measure": measure, "why": why, "time": lambda: time(given.tiny)}[given.step]()
     return 0
 
 

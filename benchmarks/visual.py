@@ -1,6 +1,6 @@
 """A language model that learns to see in minutes: what is left of its answers when tokens of the picture leave.
 
-    python benchmarks/visual.py train --seed 0    # 1,800 steps, then 600 with pictures of lower resolutions; resumes
+    python benchmarks/visual.py train --seed 0  # 2 rounds of 1,200 steps, then 300 of lower resolutions; resumes
     python benchmarks/visual.py ask --seed 0      # a row for each method and number of tokens, as it is found; resumes
     python benchmarks/visual.py table             # of all seeds
 
@@ -19,6 +19,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -64,10 +65,13 @@ PALETTE = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [
 
 @dataclass(frozen=True)
 class Run:
-    """A training: its pictures have one of the ``sides``, patches in a row."""
+    """A training: a step takes ``batch`` pictures, which have one of the ``sides``, patches in a row; every kind of
+    question is asked ``times`` times of each."""
 
     seed: int
     steps: int
+    batch: int
+    times: int
     sides: tuple[int, ...]
     rate: float
 
@@ -84,28 +88,20 @@ def shapes() -> Tensor:
 
 
 def scenes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pictures (count, 3, 64, 64) and objects (count, 6, 3): row, column and shape of the object of each colour, of
-    which the first three of a random order have the others at their right."""
-    objects = torch.zeros(count, COLOURS, 3, dtype=torch.long)
-    right = torch.full((count, COLOURS), -1)
-    for scene in range(count):
-        colours = torch.randperm(COLOURS, generator=generator)
-        places = torch.randperm(CELLS * (CELLS // 2), generator=generator)[:PAIRS]
-        for pair, place in enumerate(places.tolist()):
-            row, column = divmod(place, CELLS // 2)
-            left, other = colours[2 * pair], colours[2 * pair + 1]
-            found = torch.randint(SHAPES, (2,), generator=generator)
-            objects[scene, left] = torch.tensor([row, 2 * column, found[0]])
-            objects[scene, other] = torch.tensor([row, 2 * column + 1, found[1]])
-            right[scene, left] = other
+    """Pictures (count, 3, 64, 64) and objects (count, 6, 4): row, column and shape of the object of each colour, and
+    the colour of what is right of it, -1 of nothing; three have the others at their right."""
+    colours = torch.rand(count, COLOURS, generator=generator).argsort(1).view(count, PAIRS, 2)
+    places = torch.rand(count, CELLS * (CELLS // 2), generator=generator).argsort(1)[:, :PAIRS, None].expand(-1, -1, 2)
+    column = 2 * (places % (CELLS // 2)) + torch.arange(2)
+    found = torch.randint(SHAPES, (count, PAIRS, 2), generator=generator)
+    right = torch.stack([colours[..., 1], torch.full((count, PAIRS), -1)], 2)
+    told = torch.stack([places // (CELLS // 2), column, found, right], 3).flatten(1, 2)
+    objects = torch.empty_like(told).scatter_(1, colours.flatten(1)[..., None].expand_as(told), told)
     pixels = 0.3 * torch.randn(count, 3, CELLS * PATCH, CELLS * PATCH, generator=generator)
-    view = pixels.view(count, 3, CELLS, PATCH, CELLS, PATCH)
-    drawn = shapes()
-    for scene in range(count):
-        for colour in range(COLOURS):
-            row, column, shape = objects[scene, colour].tolist()
-            view[scene, :, row, :, column] += 1.5 * PALETTE[colour][:, None, None] * drawn[shape]
-    return pixels, torch.cat([objects, right[..., None]], 2)
+    cells = pixels.view(count, 3, CELLS, PATCH, CELLS, PATCH).permute(0, 2, 4, 1, 3, 5)
+    row, column, shape, _ = objects.unbind(2)
+    cells[torch.arange(count)[:, None], row, column] += 1.5 * PALETTE[:, :, None, None] * shapes()[shape][:, :, None]
+    return pixels, objects
 
 
 def ask(objects: Tensor, kind: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,16 +147,16 @@ def seen(model: LlavaForConditionalGeneration, pixels: Tensor, side: int = CELLS
     return model.get_image_features(pixels, interpolate_pos_encoding=side != CELLS)
 
 
-def loss_of(model: LlavaForConditionalGeneration, head: nn.Module, generator: torch.Generator, sides: tuple) -> Any:
-    """The loss of 64 new pictures with four questions each, of one of the ``sides``; and that with what ``head`` says
-    of each cell, where the picture is whole."""
-    batch, side = 64, sides[int(torch.randint(len(sides), (1,), generator=generator))]
+def loss_of(model: LlavaForConditionalGeneration, head: nn.Module, generator: torch.Generator, run: Run) -> Any:
+    """The loss of new pictures with questions, all of one side; and that with what ``head`` says of each cell, where
+    the picture is whole."""
+    batch, side = run.batch, run.sides[int(torch.randint(len(run.sides), (1,), generator=generator))]
     pixels, objects = scenes(batch, generator)
-    asked = [ask(objects, kind, generator)[:2] for kind in range(4)]
-    order = torch.randperm(4, generator=generator)
+    asked = [ask(objects, kind, generator)[:2] for kind in range(len(KINDS)) for _ in range(run.times)]
+    order = torch.randperm(len(asked), generator=generator)
     colours = torch.stack([asked[k][0] for k in order], 1)
     told = torch.stack([asked[k][1] for k in order], 1)
-    ids = prompts(colours, order.expand(batch, -1), told, side)
+    ids = prompts(colours, (order // run.times).expand(batch, -1), told, side)
     labels = torch.full_like(ids, -100)
     labels[:, side * side + 3 :: 3] = ids[:, side * side + 3 :: 3]
     image = seen(model, pixels, side)
@@ -178,7 +174,7 @@ def loss_of(model: LlavaForConditionalGeneration, head: nn.Module, generator: to
 
 
 def train(model: LlavaForConditionalGeneration, run: Run, target: Path) -> dict:
-    """Train; goes on from ``target``, which is written every hundred steps. Returns the loss of the last hundred steps
+    """Train; goes on from ``target``, which is written every fifty steps. Returns the loss of the last hundred steps
     and the seconds of the processor."""
     head = nn.Linear(HIDDEN, COLOURS + 1 + SHAPES + 1)
     generator = torch.Generator().manual_seed(run.seed)
@@ -197,14 +193,14 @@ def train(model: LlavaForConditionalGeneration, run: Run, target: Path) -> dict:
         step, losses, seconds = kept["step"], kept["losses"], kept["seconds"]
     begun = time.process_time() - seconds
     while step < run.steps:
-        loss, together = loss_of(model, head, generator, run.sides)
+        loss, together = loss_of(model, head, generator, run)
         optimizer.zero_grad()
         together.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         losses, step = [*losses[-99:], loss.item()], step + 1
-        if step % 100 == 0 or step == run.steps:
+        if step % 50 == 0 or step == run.steps:
             seconds = time.process_time() - begun
             kept = {name: part.state_dict() for name, part in parts.items()}
             kept |= {"run": asdict(run), "step": step, "losses": losses, "seconds": seconds}
@@ -320,32 +316,70 @@ def gap(rows: list[dict], others: list[dict]) -> str:
     return f"{float(apart.mean()):+.1f} ± {half:.1f}"
 
 
-def table(folder: Path) -> list[str]:
-    """The rows of all seeds, a line for each method and number of tokens."""
+def read(folder: Path) -> dict[tuple[int, str], list[dict]]:
+    """The rows of all seeds by tokens kept and method, of those that every seed has."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("seed*.json"))]
     rows: dict[tuple[int, str], list[dict]] = {}
     for row in (row for run in found for row in run["rows"]):
         rows.setdefault((row["kept"], row["method"]), []).append(row)
-    rows = {key: some for key, some in rows.items() if len(some) == len(found)}
+    return {key: some for key, some in rows.items() if len(some) == len(found)}
+
+
+def average(some: list[dict], what: str) -> float:
+    return sum(row[what] for row in some) / len(some)
+
+
+def table(folder: Path) -> list[str]:
+    """A line for each method and number of tokens."""
+    rows = read(folder)
     head = ["kept of 64", "method", "accuracy of each seed", *KINDS, "tokens, mean of layers", "× fewer MACs"]
     head += ["points over Random", "over the oracle"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for (kept, name), some in rows.items():
         cells = [str(kept), name, ", ".join(f"{row['accuracy']:.1f}" for row in some)]
         cells += [f"{sum(row['by_kind'][kind] for row in some) / len(some):.0f}" for kind in KINDS]
-        cells += [f"{sum(row[what] for row in some) / len(some):.1f}" for what in ("tokens", "fewer")]
+        cells += [f"{average(some, what):.1f}" for what in ("tokens", "fewer")]
         cells += [gap(some, rows[kept, to]) if (kept, to) in rows else "" for to in ("Random", "oracle")]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def models(seed: int, steps: int, lower_steps: int) -> tuple[Any, Any, dict]:
-    """The model, the one that went on with lower resolutions, and how their trainings went."""
-    runs = {"model": Run(seed, steps, (CELLS,), 2e-3), "lower": Run(seed, lower_steps, tuple(SIDES.values()), 1e-3)}
-    model = build(seed)
-    told = {"model": train(model, runs["model"], RUNS / f"seed{seed}.pt")}
+def page(folder: Path) -> Iterator[str]:
+    """Three tables for readers: what leaves before the language model, within it, and within it at equal MACs."""
+    rows = read(folder)
+    for what, end, against in (
+        ("Before the language model", "", "Random"),
+        ("After layer 1", " after layer 1", "Random after layer 1"),
+        ("After layer 0, at the MACs of as many that leave before", " at equal MACs", "Random at equal MACs"),
+    ):
+        found: dict[str, dict[int, str]] = {}
+        for (kept, name), some in rows.items():
+            ends = " at equal MACs" if name.endswith(" at equal MACs") else " after layer 1"
+            inside = name.endswith(ends) or name == "PyramidDrop"
+            if kept not in SIDES or (ends if inside else "") != end:
+                continue
+            label = re.sub(r" \dx\d", "", name.removesuffix(end))
+            apart = "" if name == against else f" ({gap(some, rows[kept, against])})"
+            cell = f"{average(some, 'accuracy'):.1f}{apart}"
+            found.setdefault(label, {})[kept] = cell + (f", {average(some, 'fewer'):.1f}×" if label == "Random" else "")
+        kept = [many for many in SIDES if any(many in of for of in found.values())]
+        if found:
+            head = [what, *(f"{many} of {TOKENS}" for many in kept)]
+            yield from (f"| {' | '.join(head)} |", "|" + "---|" * len(head))
+            yield from (f"| {' | '.join([name, *(of.get(many, '') for many in kept)])} |" for name, of in found.items())
+            yield ""
+
+
+def models(seed: int, rounds: int, steps: int, lower_steps: int, batch: int) -> tuple[Any, Any, list[dict]]:
+    """The model, the one that went on with lower resolutions, and how their trainings went. In each round the rate
+    rises and falls anew; all but the first ask twice as much."""
+    model, told = build(seed), []
+    for number in range(rounds):
+        run = Run(seed + 1000 * number, steps, batch, 2 if number else 1, (CELLS,), 2e-3)
+        told.append(train(model, run, RUNS / f"seed{seed}{f'-{number + 1}' if number else ''}.pt"))
     lower = copy.deepcopy(model)
-    told["lower"] = train(lower, runs["lower"], RUNS / f"seed{seed}-lower.pt")
+    run = Run(seed, lower_steps, batch, 2, tuple(SIDES.values()), 1e-3)
+    told.append(train(lower, run, RUNS / f"seed{seed}-lower.pt"))
     return model.eval(), lower.eval(), told
 
 
@@ -353,17 +387,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("train", "ask", "table"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--lower-steps", type=int, default=600, help="with pictures of lower resolutions, afterwards")
-    parser.add_argument("--pictures", type=int, default=1000, help="of the test")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1200, help="of a round")
+    parser.add_argument("--lower-steps", type=int, default=300, help="with pictures of lower resolutions, afterwards")
+    parser.add_argument("--batch", type=int, default=32, help="pictures of a step")
+    parser.add_argument("--pictures", type=int, default=600, help="of the test")
     args = parser.parse_args()
     if args.step == "table":
         print("\n".join(table(RESULTS / "visual")))
         return
     torch.set_num_threads(1)
-    model, lower, told = models(args.seed, args.steps, args.lower_steps)
+    model, lower, told = models(args.seed, args.rounds, args.steps, args.lower_steps, args.batch)
     if args.step == "ask":
-        settings = {"seed": args.seed, "steps": args.steps, "pictures": args.pictures, "trained": told}
+        settings = {
+            "seed": args.seed,
+            "rounds": args.rounds,
+            "steps": args.steps,
+            "batch": args.batch,
+            "pictures": args.pictures,
+        }
+        settings |= {"trained": told}
         evaluate(model, lower, settings, RESULTS / "visual" / f"seed{args.seed}.json")
 
 

@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+PREFIXES = ("B-", "I-", "E-", "S-", "L-", "U-")
+BEGINS, ENDS = ("B", "S", "U"), ("E", "S", "L", "U")  # an entity with this token, or behind it
+
 
 class Entity(NamedTuple):
     """A run of tokens of one type, from ``start`` up to and without ``end``."""
@@ -31,18 +34,22 @@ class Agreement(NamedTuple):
 
 def entities(labels: Sequence[str | None]) -> list[Entity]:
     """Read entities off the labels of tokens: "B-X" begins one of type X, "I-X" goes on with it, and begins
-    one where none of that type is open (as seqeval's default and transformers' "simple" do). Of a type without a
-    prefix every run is an entity; "O" is none. None: the token, as [CLS], counts as "O"."""
+    one where none of that type is open (as seqeval's default and transformers' "simple" do). "E-X" and "L-X" go on as
+    "I-X" does and end it; "S-X" and "U-X" are one of a single token (BIOES, BILOU). Of a type without a prefix every
+    run is an entity; "O" is none. None: the token, as [CLS], counts as "O"."""
     found: list[Entity] = []
     opened, last = 0, None
     for i, label in enumerate([*labels, None]):
-        prefix, kind = label.split("-", 1) if label and label[:2] in ("B-", "I-") else ("", label)
+        prefix, kind = label.split("-", 1) if label and label[:2] in PREFIXES else ("", label)
         own = None if kind == "O" else kind
-        if last is not None and (own != last or prefix == "B"):
+        if last is not None and (own != last or prefix in BEGINS):
             found.append(Entity(last, opened, i))
             last = None
         if own is not None and last is None:
             opened, last = i, own
+        if own is not None and prefix in ENDS:
+            found.append(Entity(own, opened, i + 1))
+            last = None
     return found
 
 

@@ -29,7 +29,7 @@ from .spec import SUMMARY, BenchSpec, ShowSpec, TuneSpec, located
 
 NOISE, QUESTION = 448, "What is in the picture?"  # pixels of a side, and the question, where none is given
 TUNED = ("divprune", "cdpruner", "visionzip", "vispruner", "fastv", "pyramiddrop", "sparsevlm", "grid")
-COUNTED, ANSWER = 4, 16  # pairs on which MACs are counted while a share is searched for, tokens of an answer
+ANSWER = 16  # tokens
 TUNING = "it is tuned under one budget, --target-flops, in torch"
 Tell = Callable[[str, int, "int | None"], Any]
 
@@ -220,7 +220,7 @@ def judged(net: PreTrainedModel, method: TokenPruner, pairs: Sequence[Pair]) -> 
         return method.record
 
     with pruned_by(net, method):
-        method.calibrate(forward, pairs[:COUNTED])  # type: ignore[arg-type]
+        method.calibrate(forward, pairs)  # type: ignore[arg-type]
         apart, same, shares, count = 0.0, 0, [], 0
         for pair in pairs:
             log, share = told(net, pair.inputs, pair.answered)
