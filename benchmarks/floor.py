@@ -47,7 +47,7 @@ AT = {"minilm-l6": (0, 1, 3), "bert-base": (1, 3, 6)}
 RATIOS = {"2.4x": 2.4, "3.5x": 3.5}
 GRAPHS = (("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32"), ("openvino", "bf16"))
 HARD = {"2.1x": (0.66, (1, 3, 6)), "4x": (0.4, (1, 3, 6)), "8x": (0.3, (0, 2, 5))}  # of int8-8x128
-PHONE, TEXTS = (32, 64, 128), 400
+PHONE, TEXTS, HEAD = (32, 64, 128), 400, 1000  # lengths; texts that are answered, and that a head is fitted on
 ASKED = 0.6  # of the dense model's milliseconds
 REPEATS = {"minilm-l6": 20, "bert-base": 10, "int8": 15, "packed": 7, "phone": 20}
 OF: dict[str, Any] = {"folder": RUNS, "results": RESULTS, "backend": "inductor", "repeats": None}  # of this call
@@ -294,8 +294,11 @@ def ragged(ready: bool) -> list[dict] | None:
 
 
 @torch.no_grad()
-def with_head(net: Any, tokenizer: Any, texts: Any) -> Any:
-    """``net`` with a linear head on its pooled states, fitted on labelled ``texts``."""
+def with_head(net: Any, tokenizer: Any, texts: Any, place: Path) -> Any:
+    """``net`` with a linear head on its pooled states, fitted on labelled ``texts`` once and kept in ``place``."""
+    if place.exists():
+        net.classifier.load_state_dict(torch.load(place))
+        return net
     from sklearn.linear_model import LogisticRegression
 
     states = []
@@ -306,6 +309,8 @@ def with_head(net: Any, tokenizer: Any, texts: Any) -> Any:
     weight, bias = torch.tensor(fitted.coef_[0]).float(), float(fitted.intercept_[0])
     net.classifier.weight.copy_(torch.stack([-weight, weight]) / 2)
     net.classifier.bias.copy_(torch.tensor([-bias, bias]) / 2)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(net.classifier.state_dict(), place)
     return net
 
 
@@ -325,7 +330,8 @@ def phone(ready: bool) -> list[dict] | None:
         net, tokenizer = load(pretrained("minilm-l6"), num_labels=2)
         if name != "dense":
             prune(net, TopK(keep=keep_for("minilm-l6", RATIOS[name]), at=AT["minilm-l6"]))
-        nets[name] = with_head(net.eval(), tokenizer, data["train"].shuffle(seed=0).select(range(2000)))
+        some = data["train"].shuffle(seed=0).select(range(HEAD))
+        nets[name] = with_head(net.eval(), tokenizer, some, RUNS / f"phone-{name}-head.pt")
         for precision in ("fp32", "int8"):
             how = {"tokenizer": tokenizer, "format": "executorch", "precision": precision, "lengths": PHONE}
             run = graph_of(net, RUNS / f"phone-{name}-{precision}", max(PHONE), **how)
@@ -333,12 +339,28 @@ def phone(ready: bool) -> list[dict] | None:
             calls[f"executorch {precision} {name}"] = lambda given, run=run: run.forward(**given)
     if not ready:
         return None
-    asked = [tokenizer(one, return_tensors="pt") for one in data["validation"]["sentence"][:TEXTS]]
-    notes = {key: agreement(nets[key[1]], run, asked) for key, run in runs.items()}
+    asked = answered(tokenizer, data["validation"]["sentence"][:TEXTS])
+    notes = {
+        (*key, length): agreement(nets[key[1]], run, some)
+        for key, run in runs.items()
+        for length, some in asked.items()
+    }
     batches = {f"1x{n}": text(n) for n in PHONE}
     ratios = {("2.4x", f"1x{n}"): ratio_of(nets["2.4x"], text(n)) for n in PHONE}
     rows = rows_of(timed(calls, batches, OF["repeats"] or REPEATS["phone"]), ratios, model="minilm-l6")
-    return [{**one, "note": notes[one["precision"], one["recipe"].split(", ")[1]]} for one in rows]
+    return [{**one, "note": notes[one["precision"], one["recipe"].split(", ")[1], one["max_length"]]} for one in rows]
+
+
+def answered(tokenizer: Any, sentences: list[str]) -> dict[int, list[dict]]:
+    """Texts for each method of a program: one, two and five sentences, and none too long."""
+    found: dict[int, list[dict]] = {length: [] for length in PHONE}
+    for many in (1, 2, 5):
+        for i in range(0, len(sentences), many):
+            given = tokenizer(" ".join(sentences[i : i + many]), return_tensors="pt")
+            length = next((n for n in PHONE if n >= given["input_ids"].shape[1]), None)
+            if length is not None:
+                found[length].append(given)
+    return found
 
 
 @torch.no_grad()

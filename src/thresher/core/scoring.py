@@ -149,8 +149,8 @@ def attend_and_score(
             product = (q * scaling) @ k
             product = product if bias is None else product + of_heads(bias, some)
             weights = product.softmax(-1, dtype=torch.float32)
-            kept = dropped(weights, dropout) if dropout else weights
-            outputs.append((kept.to(v.dtype) @ v).to(value.dtype))
+            kept = weights.to(v.dtype)
+            outputs.append(((dropped(kept, dropout) if dropout else kept) @ v).to(value.dtype))
             total = total + reduce(weights, votes, None)
     return joined(outputs, 1).transpose(1, 2), total / heads
 
@@ -161,7 +161,8 @@ def attend_with_dropout(
     """(B, N, H, d): attention in training, of the shapes of ``attend_and_score``; torch draws its dropout number
     by number."""
     product = (query * scaling) @ repeat_heads(key, query).transpose(-1, -2)
-    product = product if bias is None else product + bias.to(product.dtype)
+    if bias is not None:  # of which the least number of fp32 would be infinite in bf16, and a row of these NaN
+        product = product + bias.to(product.dtype).clamp(min=torch.finfo(product.dtype).min)
     weights = dropped(product.softmax(-1).to(value.dtype), dropout)
     return (weights @ repeat_heads(value, query)).transpose(1, 2)
 
