@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import compat
 from .scoring import CHUNK, Logits, Statistic, additive, attend_and_score, attend_with_dropout, joined
-from .tokens import Packed
+from .tokens import ByLength, Packed
 from .view import AttentionInputs, Site
 
 PREFIX = "pruned|"
@@ -86,13 +86,16 @@ class PrunedAttention:
         query, key, value = given.query, given.key, given.value
         tokens: Any = site.tokens
         outputs, scores, fused = [], [], statistic is not None
+        each: list[Tensor | None] = [None] * len(tokens.lengths)
         if given.mask is not None:  # a part of it that lets everything through becomes None, which is not causal here
             kwargs = {**kwargs, "is_causal": False}
-        for sequence, length, run in tokens.runs(query, key, value):
+            each = [tokens.sequence_mask(given.mask, i) for i in range(len(each))]
+        alike = tokens.log_size is None and not any(mask is not None for mask in each)  # but in length
+        order = tokens.by_length if alike else ByLength(tokens.lengths)
+        query, key, value = order.sort(query), order.sort(key), order.sort(value)
+        for sequence, length, run in tokens.runs(query, key, value, lengths=order.lengths):
             count = len(run[0])
-            masks: list[Tensor | None] = [None] * count
-            if given.mask is not None:
-                masks = [tokens.sequence_mask(given.mask, sequence + i) for i in range(count)]
+            masks = each[sequence : sequence + count]
             if any(mask is not None for mask in masks):
                 step = 1
             else:
@@ -114,7 +117,8 @@ class PrunedAttention:
                 outputs.append(output.flatten(0, 1))
         if tokens.spare:
             outputs.append(outputs[0].new_zeros(tokens.spare, *outputs[0].shape[1:]))
-        return joined(outputs)[None].contiguous(), tokens.pad(joined(scores)[None]) if scores else None
+        states = order.restore(joined(outputs))[None].contiguous()
+        return states, tokens.pad(order.restore(joined(scores))[None]) if scores else None
 
 
 def with_dropout(
