@@ -6,13 +6,16 @@
 
 | name | what |
 |---|---|
-| `batch1-minilm-l6`, `batch1-bert-base` | texts of 25, 53, 128 and 512 tokens, 2.4x and 3.5x fewer FLOPs at 128: torch as it is and compiled, ONNX Runtime fp32 and int8, OpenVINO fp32 |
+| `batch1-minilm-l6`, `batch1-bert-base` | texts of 25, 53, 128 and 512 tokens, 2.4x and 3.5x fewer FLOPs at 128: torch as it is and compiled, ONNX Runtime fp32 and int8, OpenVINO fp32 and bf16 |
 | `int8-8x128` | BERT-base's shape, 8 texts of 128 tokens, 2.1x, 4x and 8x: int8 in ONNX Runtime and OpenVINO |
+| `int8-20newsgroups` | MiniLM-L6's shape, 64 texts as long as those of 20 Newsgroups, up to 512 tokens, by length in batches of 8, 2.4x and 3.5x: int8 in both |
+| `packed-bf16` | BERT-base's shape, 32 texts of 16 to 256 tokens in packed rows, 2.1x, 4x and 8x: torch in bf16 |
 | `phone` | MiniLM-L6 with a linear head on SST-2, 2.4x: ExecuTorch fp32 and int8, megabytes, agreement with torch (in the environment of the extra `mobile`) |
 
 Weights are random, but of MiniLM-L6 where texts are answered: time does not depend on them. Each pruned row is compared with
-the fastest dense one of its runtime. `--threads N` are those of every runtime; `THRESHER_DATA` names the data. `--tiny` shows
-that it works.
+the fastest dense one of its runtime. Runtimes take turns; each begins a turn when the threads of the one before are asleep,
+with a call that does not count. `--threads N` are those of every runtime, and in the names of what is written;
+`THRESHER_DATA` names the data. `--tiny` shows that it works.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -36,15 +40,18 @@ from weights import pretrained  # noqa: E402
 
 RUNS, RESULTS = HERE.parent / "runs" / "benchmarks" / "floor", HERE / "results" / "floor"
 DATA = Path(os.environ.get("THRESHER_DATA", "data"))
-LENGTHS, BUCKETS = (25, 53, 128, 512), (32, 64, 128, 512)
+LENGTHS = (25, 53, 128, 512)
+BUCKETS = {"minilm-l6": (32, 64, 128, 512), "bert-base": (32, 64, 128)}  # of compiled code, which takes long to make
 SHAPES = {"minilm-l6": (384, 12, 6), "bert-base": (768, 12, 12)}  # width, heads, layers
 AT = {"minilm-l6": (0, 1, 3), "bert-base": (1, 3, 6)}
 RATIOS = {"2.4x": 2.4, "3.5x": 3.5}
-GRAPHS = (("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32"))
+GRAPHS = (("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32"), ("openvino", "bf16"))
 HARD = {"2.1x": (0.66, (1, 3, 6)), "4x": (0.4, (1, 3, 6)), "8x": (0.3, (0, 2, 5))}  # of int8-8x128
-PHONE, TEXTS = (32, 64, 128), 400
+PHONE, TEXTS, HEAD = (32, 64, 128), 400, 1000  # lengths; texts that are answered, and that a head is fitted on
 ASKED = 0.6  # of the dense model's milliseconds
-OF: dict[str, Any] = {"folder": RUNS, "results": RESULTS, "backend": "inductor"}  # of this call
+REPEATS = {"minilm-l6": 20, "bert-base": 10, "int8": 15, "packed": 7, "phone": 20}
+OF: dict[str, Any] = {"folder": RUNS, "results": RESULTS, "backend": "inductor", "repeats": None}  # of this call
+SPEC = "thresher.json"
 
 
 def network(shape: str) -> Any:
@@ -59,16 +66,26 @@ def network(shape: str) -> Any:
 
 def text(tokens: int, batch: int = 1) -> dict[str, torch.Tensor]:
     """Random texts of so many tokens."""
-    draw = torch.Generator().manual_seed(tokens)
-    ids = torch.randint(1000, 30_000, (batch, tokens), generator=draw)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    return texts([tokens] * batch)
+
+
+def texts(lengths: list[int]) -> dict[str, torch.Tensor]:
+    """Random texts of these lengths."""
+    draw = torch.Generator().manual_seed(sum(lengths))
+    ids = torch.randint(1000, 30_000, (len(lengths), max(lengths)), generator=draw)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
 
 
 @torch.no_grad()
-def ratio_of(net: Any, given: dict) -> float:
+def ratio_of(net: Any, *batches: dict) -> float:
     """How many times fewer MACs a pruned model needs."""
-    net(**given)
-    return 1 / float(net.token_pruner.last_record().flops_fraction())
+    dense = used = 0.0
+    for given in batches:
+        net(**given)
+        record = net.token_pruner.last_record()
+        dense, used = dense + float(record.dense), used + float(record.used)
+    return dense / used
 
 
 def keep_for(shape: str, ratio: float) -> float:
@@ -109,29 +126,77 @@ def hard() -> dict[str, Any]:
     return {"dense": network("bert-base"), **pruned}
 
 
-def graph(net: Any, folder: str, format: str, precision: str, longest: int = 512) -> Any:
-    """The runtime of a graph, which is exported where it is missing."""
+def graph(net: Any, folder: str, format: str, precision: str) -> Any:
+    """The runtime of a graph, which is exported where it is missing; others than fp32 are made of that of fp32, as
+    ``export`` makes them, without tracing the model again."""
     from speed import graph_of
+    from thresher import load_runtime
+    from thresher.exporting.export import source_of
 
-    calibration = [text(128)] * 4 if (format, precision) == ("openvino", "int8") else None
-    return graph_of(net, OF["folder"] / folder, longest, format=format, precision=precision, calibration=calibration)
+    places = {one: OF["folder"] / f"{folder}-{format}-{one}" for one in ("fp32", precision)}
+    whole = graph_of(net, places["fp32"], 512, format=format)
+    if precision == "fp32":
+        return whole
+    if source_of(places[precision]) != source_of(places["fp32"]):
+        shutil.rmtree(places[precision], ignore_errors=True)
+        shutil.copytree(places["fp32"], places[precision])
+        if precision == "int8":
+            in_int8(places["fp32"], places[precision], format)
+        told = json.loads((places[precision] / SPEC).read_text())
+        (places[precision] / SPEC).write_text(json.dumps(told | {"precision": precision}))
+    return load_runtime(places[precision])
+
+
+def in_int8(source: Path, place: Path, format: str) -> None:
+    """Write the graph in ``source`` in int8."""
+    from thresher.core.compat import graph_exporter
+
+    exporter, config = graph_exporter(format, True, [text(128)] * 4)
+    name = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}[format]
+    made = config.quantizer.quantize(exporter.load_program(source / name), text(128), config.export_format)
+    exporter.save_program(made, place / name)
 
 
 Call = Callable[[dict], Any]
 
 
-def timed(calls: dict[str, Call], batches: dict[str, dict], repeats: int) -> dict[tuple[str, str], list[float]]:
-    """ms of each call on each batch, interleaved, after three that do not count."""
+def pool_of(name: str) -> str:
+    """Whose threads a call "runtime precision model" uses: compiled code has torch's."""
+    runtime = name.split()[0]
+    return "torch" if runtime == "compiled" else runtime
+
+
+def timed(calls: dict[str, Call], batches: dict[str, Any], repeats: int) -> dict[tuple[str, str], list[float]]:
+    """ms of each call on each batch, interleaved, after two rounds that do not count.
+
+    The calls of one runtime follow each other, another one first in each round; before them its threads get the
+    processor for themselves: what spins falls asleep, and one call wakes them.
+    """
+    from thresher.evaluation.benchmark import ASLEEP
+
+    pools: dict[str, list[str]] = {}
+    for name in calls:
+        pools.setdefault(pool_of(name), []).append(name)
     taken: dict[tuple[str, str], list[float]] = {}
     with torch.inference_mode():
         for size, given in batches.items():
-            for turn in range(-3, repeats):
-                for name, call in calls.items():
-                    start = perf_counter()
-                    call(given)
-                    if turn >= 0:
-                        taken.setdefault((name, size), []).append(1000 * (perf_counter() - start))
+            for turn in range(-2, repeats):
+                for pool in turned([*pools], turn):
+                    names = turned(pools[pool], turn)
+                    sleep(ASLEEP)
+                    calls[names[-1]](given)
+                    for name in names:
+                        start = perf_counter()
+                        calls[name](given)
+                        if turn >= 0:
+                            taken.setdefault((name, size), []).append(1000 * (perf_counter() - start))
     return taken
+
+
+def turned(names: list[str], turn: int) -> list[str]:
+    """``names`` from another one on."""
+    first = turn % len(names)
+    return names[first:] + names[:first]
 
 
 def rows_of(
@@ -145,9 +210,10 @@ def rows_of(
     rows = []
     for (name, size), times in taken.items():
         (runtime, precision, model), (batch, tokens) = name.split(), map(int, size.split("x"))
-        same = {"torch", "compiled"} if runtime in ("torch", "compiled") else {runtime}
         dense = min(
-            middle[f"{one} {precision} dense", size] for one in same if (f"{one} {precision} dense", size) in middle
+            ms
+            for (other, there), ms in middle.items()
+            if there == size and pool_of(other) == pool_of(name) and other.split()[1:] == [precision, "dense"]
         )
         low, _, high = statistics.quantiles(times, n=4)
         ratio, gain = ratios.get((model, size), 1.0), dense / middle[name, size]
@@ -167,34 +233,72 @@ def batch1(shape: str, ready: bool) -> list[dict] | None:
     nets, calls = variants(shape), {}
     for name, net in nets.items():
         for format, precision in GRAPHS:
-            run = graph(net, f"{shape}-{name}-{format}-{precision}", format, precision)
+            run = graph(net, f"{shape}-{name}", format, precision)
             calls[f"{format} {precision} {name}"] = lambda given, run=run: run.forward(**given)
-        fast = compiled(net, BUCKETS, backend=OF["backend"])  # the second time most of it is read from disk
-        calls[f"compiled fp32 {name}"] = lambda given, fast=fast: fast(**given)
-        calls[f"torch fp32 {name}"] = lambda given, net=net: net(**given)
     if not ready:
         return None
-    batches = {f"1x{n}": text(n) for n in LENGTHS}
+    for name, net in nets.items():
+        fast = compiled(net, BUCKETS[shape], backend=OF["backend"])
+        calls[f"compiled fp32 {name}"] = lambda given, fast=fast: fast(**given)
+        calls[f"torch fp32 {name}"] = lambda given, net=net: net(**given)
+    taken = {}
+    for n in LENGTHS:
+        some = {
+            name: call for name, call in calls.items() if n <= BUCKETS[shape][-1] or not name.startswith("compiled")
+        }
+        taken |= timed(some, {f"1x{n}": text(n)}, OF["repeats"] or REPEATS[shape])
     ratios = {(name, f"1x{n}"): ratio_of(nets[name], text(n)) for name in RATIOS for n in LENGTHS}
-    return rows_of(timed(calls, batches, 30 if shape == "minilm-l6" else 10), ratios, model=shape)
+    return rows_of(taken, ratios, model=shape)
 
 
 def int8(ready: bool) -> list[dict] | None:
     """Eight texts of 128 tokens in int8."""
-    nets, calls = hard(), {}
+    return batched(hard(), "bert-base", {"8x128": [text(128, 8)]}, ready)
+
+
+def newsgroups(ready: bool) -> list[dict] | None:
+    """Texts of 20 Newsgroups by length in int8."""
+    lengths = sorted(json.loads((HERE / "lengths-20newsgroups.json").read_text())[:64])
+    batches = [texts(lengths[i : i + 8]) for i in range(0, len(lengths), 8)]
+    return batched(variants("minilm-l6"), "minilm-l6", {"8x512": batches}, ready)
+
+
+def batched(nets: dict[str, Any], shape: str, sizes: dict[str, list[dict]], ready: bool) -> list[dict] | None:
+    """Batches in int8."""
+    calls: dict[str, Call] = {}
     for name, net in nets.items():
         for format in ("onnx", "openvino"):
-            run = graph(net, f"bert-base-{name}-{format}-int8", format, "int8", 128)
-            calls[f"{format} int8 {name}"] = lambda given, run=run: run.forward(**given)
+            run = graph(net, f"{shape}-{name}", format, "int8")
+            calls[f"{format} int8 {name}"] = lambda batches, run=run: [run.forward(**given) for given in batches]
     if not ready:
         return None
-    ratios = {(name, "8x128"): ratio_of(nets[name], text(128, 8)) for name in HARD}
-    return rows_of(timed(calls, {"8x128": text(128, 8)}, 20), ratios, model="bert-base")
+    ratios = {(name, size): ratio_of(nets[name], *of) for name in nets if name != "dense" for size, of in sizes.items()}
+    return rows_of(timed(calls, sizes, OF["repeats"] or REPEATS["int8"]), ratios, model=shape)
+
+
+def ragged(ready: bool) -> list[dict] | None:
+    """Texts of many lengths in packed rows, in bf16."""
+    from thresher.evaluation.predict import in_precision, packed
+
+    if not ready:
+        return None
+    draw = torch.Generator().manual_seed(0)
+    batches = [texts(torch.randint(16, 257, (32,), generator=draw).tolist()) for _ in range(2)]
+    nets = {name: in_precision(net, torch.bfloat16) for name, net in hard().items()}
+    ratios = {(name, "32x256"): ratio_of(net, *batches) for name, net in nets.items() if name != "dense"}
+    nets["dense"] = packed(nets["dense"])
+    calls: dict[str, Call] = {
+        f"torch bf16 {name}": lambda given, net=net: [net(**batch) for batch in given] for name, net in nets.items()
+    }
+    return rows_of(timed(calls, {"32x256": batches}, OF["repeats"] or REPEATS["packed"]), ratios, model="bert-base")
 
 
 @torch.no_grad()
-def with_head(net: Any, tokenizer: Any, texts: Any) -> Any:
-    """``net`` with a linear head on its pooled states, fitted on labelled ``texts``."""
+def with_head(net: Any, tokenizer: Any, texts: Any, place: Path) -> Any:
+    """``net`` with a linear head on its pooled states, fitted on labelled ``texts`` once and kept in ``place``."""
+    if place.exists():
+        net.classifier.load_state_dict(torch.load(place))
+        return net
     from sklearn.linear_model import LogisticRegression
 
     states = []
@@ -205,6 +309,8 @@ def with_head(net: Any, tokenizer: Any, texts: Any) -> Any:
     weight, bias = torch.tensor(fitted.coef_[0]).float(), float(fitted.intercept_[0])
     net.classifier.weight.copy_(torch.stack([-weight, weight]) / 2)
     net.classifier.bias.copy_(torch.tensor([-bias, bias]) / 2)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(net.classifier.state_dict(), place)
     return net
 
 
@@ -224,7 +330,8 @@ def phone(ready: bool) -> list[dict] | None:
         net, tokenizer = load(pretrained("minilm-l6"), num_labels=2)
         if name != "dense":
             prune(net, TopK(keep=keep_for("minilm-l6", RATIOS[name]), at=AT["minilm-l6"]))
-        nets[name] = with_head(net.eval(), tokenizer, data["train"].shuffle(seed=0).select(range(2000)))
+        some = data["train"].shuffle(seed=0).select(range(HEAD))
+        nets[name] = with_head(net.eval(), tokenizer, some, RUNS / f"phone-{name}-head.pt")
         for precision in ("fp32", "int8"):
             how = {"tokenizer": tokenizer, "format": "executorch", "precision": precision, "lengths": PHONE}
             run = graph_of(net, RUNS / f"phone-{name}-{precision}", max(PHONE), **how)
@@ -232,12 +339,28 @@ def phone(ready: bool) -> list[dict] | None:
             calls[f"executorch {precision} {name}"] = lambda given, run=run: run.forward(**given)
     if not ready:
         return None
-    texts = [tokenizer(one, return_tensors="pt") for one in data["validation"]["sentence"][:TEXTS]]
-    notes = {key: agreement(nets[key[1]], run, texts) for key, run in runs.items()}
+    asked = answered(tokenizer, data["validation"]["sentence"][:TEXTS])
+    notes = {
+        (*key, length): agreement(nets[key[1]], run, some)
+        for key, run in runs.items()
+        for length, some in asked.items()
+    }
     batches = {f"1x{n}": text(n) for n in PHONE}
     ratios = {("2.4x", f"1x{n}"): ratio_of(nets["2.4x"], text(n)) for n in PHONE}
-    rows = rows_of(timed(calls, batches, 30), ratios, model="minilm-l6")
-    return [{**one, "note": notes[one["precision"], one["recipe"].split(", ")[1]]} for one in rows]
+    rows = rows_of(timed(calls, batches, OF["repeats"] or REPEATS["phone"]), ratios, model="minilm-l6")
+    return [{**one, "note": notes[one["precision"], one["recipe"].split(", ")[1], one["max_length"]]} for one in rows]
+
+
+def answered(tokenizer: Any, sentences: list[str]) -> dict[int, list[dict]]:
+    """Texts for each method of a program: one, two and five sentences, and none too long."""
+    found: dict[int, list[dict]] = {length: [] for length in PHONE}
+    for many in (1, 2, 5):
+        for i in range(0, len(sentences), many):
+            given = tokenizer(" ".join(sentences[i : i + many]), return_tensors="pt")
+            length = next((n for n in PHONE if n >= given["input_ids"].shape[1]), None)
+            if length is not None:
+                found[length].append(given)
+    return found
 
 
 @torch.no_grad()
@@ -257,12 +380,15 @@ KINDS: dict[str, Callable[[bool], Any]] = {
     "batch1-minilm-l6": lambda ready: batch1("minilm-l6", ready),
     "batch1-bert-base": lambda ready: batch1("bert-base", ready),
     "int8-8x128": int8,
+    "int8-20newsgroups": newsgroups,
+    "packed-bf16": ragged,
     "phone": phone,
 }
 
 
 def target(runtime: str, precision: str) -> None:
     """Ask ``tune`` for a share of the dense model's milliseconds on MRPC, and write what was reached."""
+    from thresher import load_runtime
     from thresher.data.models import load
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row, write_rows
@@ -274,25 +400,24 @@ def target(runtime: str, precision: str) -> None:
         net.save_pretrained(model)
         tokenizer.save_pretrained(model)
     given = {"data": str(DATA / "glue" / "mrpc"), "runtime": runtime, "precision": precision, "max_length": 128}
-    dense = json.loads((RUNS / "dense-ms.json").read_text()) if (RUNS / "dense-ms.json").exists() else {}
-    name = f"{runtime} {precision}"
-    if name not in dense:
-        from thresher import load_runtime
-
-        run = load_runtime(RUNS / f"minilm-l6-dense-{runtime}-{precision}")
-        times = timed({"dense": lambda batch: run.forward(**batch)}, {"1x53": text(53)}, 20)
-        dense[name] = statistics.median(times["dense", "1x53"])
-        (RUNS / "dense-ms.json").write_text(json.dumps(dense))
-    asked = round(ASKED * dense[name], 2)
-    place = RUNS / f"target-{runtime}-{precision}"
-    tune(model=str(model), target_latency_ms=asked, out=place, **given)
+    run = load_runtime(RUNS / f"minilm-l6-dense-{runtime}-{precision}")
+    name, threads = f"{runtime} {precision} dense", torch.get_num_threads()
+    times = timed({name: lambda batch: run.forward(**batch)}, {"1x53": text(53)}, 20)
+    asked = round(ASKED * statistics.median(times[name, "1x53"]), 2)
+    place = RUNS / f"target-{runtime}-{precision}-{threads}-threads"
+    tune(model=str(model), target_latency_ms=asked, out=place, method="topk", **given)
     reached = json.loads((place / SUMMARY).read_text())["reached"]
     common = {"task": "mrpc", "model": "minilm-l6", "method": "topk", "runtime": runtime, "precision": precision}
-    common |= {"batch_size": 1, "threads": torch.get_num_threads(), "split": "validation", "mode": "pruned"}
+    common |= {"batch_size": 1, "threads": threads, "split": "validation", "mode": "pruned"}
     note = f"asked {asked:g} ms, reached {reached['latency_ms']:.3g}, dense {reached['latency_ms_dense']:.3g}"
     one = row(**common, latency_ms_p50=reached["latency_ms"], note=note, **environment())
-    write_rows(RESULTS / f"target-{runtime}-{precision}.json", [one])
+    write_rows(written(f"target-{runtime}-{precision}"), [one])
     print(note)
+
+
+def written(name: str) -> Path:
+    """The file of the rows of a step."""
+    return RESULTS / f"{name}-{torch.get_num_threads()}-threads.json"
 
 
 def main() -> None:
@@ -301,11 +426,13 @@ def main() -> None:
     parser.add_argument("step", choices=("graphs", "time", "target"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--repeats", type=int, help="of each timed call")
     parser.add_argument("--tiny", action="store_true", help="small models, to see that it works; no rows")
     given = parser.parse_args()
     if given.tiny:
         SHAPES.update({name: (64, 2, layers) for name, (_, _, layers) in SHAPES.items()})
         OF.update(folder=RUNS / "tiny", results=None, backend="eager")
+    OF["repeats"] = given.repeats
     if given.threads:
         torch.set_num_threads(given.threads)
     if given.step == "target":
@@ -317,7 +444,7 @@ def main() -> None:
         rows = KINDS[name](given.step == "time")
         if rows:
             if OF["results"]:
-                write_rows(OF["results"] / f"{name}.json", rows)
+                write_rows(written(name), rows)
             for one in rows:
                 told = (
                     "runtime",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from support.families import FAMILIES
-from thresher import TopK, prune
-from thresher.core.tokens import LAYOUTS, Masked, Packed, Padded, take
+from thresher import LTP, TopK, prune
+from thresher.core.tokens import LAYOUTS, ByLength, Masked, Packed, Padded, take
 
 LOWEST = torch.finfo(torch.float32).min
 # Packed rows cut their masks in the attention function, one sequence at a time: test_equivalence.py.
@@ -206,3 +209,35 @@ def test_what_a_site_shows_is_not_written_over():
     model = prune(FAMILIES["bert"].build(), Looks(keep=0.5, at=(0, 1, 2)), layout="packed")
     model(**FAMILIES["bert"].batch((12, 12, 12)))
     assert len(shown) == 6 and all(torch.equal(a, b) for a, b in zip(shown[::2], shown[1::2], strict=True))
+
+
+def test_by_length_puts_equal_ones_together_and_back():
+    lengths = [3, 1, 3, 1, 2, 3, 1, 3]
+    order = ByLength.of(lengths, torch.device("cpu"))
+    assert order.lengths == sorted(lengths)
+    row = torch.arange(sum(lengths) + 2.0)  # two spare ones behind
+    states = order.sort(row[None, None, :, None])
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    begins = [0, *accumulate(order.lengths)]
+    for i, length in enumerate(order.lengths):  # each run is one sequence, in its own order
+        rows = states[0, 0, begins[i] : begins[i] + length, 0]
+        assert (rows.diff() == 1).all() and len({*owner[rows.long()].tolist()}) == 1
+    back = order.restore(torch.cat([states[0, 0, :, 0], row[-2:]]))
+    assert torch.equal(back, row)
+    assert ByLength.of([3, 2, 2, 1], torch.device("cpu")).rows is None
+
+
+@pytest.mark.parametrize("method", (TopK(keep=0.6), TopK(keep=0.6, at=(0, 1, 2, 3)), LTP(init=0.9)))
+@pytest.mark.parametrize("family", ("bert", "modernbert"))
+def test_equal_lengths_apart_answer_as_padded(family, method):
+    family = FAMILIES[family]
+    batch = family.batch(lengths=(24, 10, 18, 24, 10, 18, 24, 10, 18, 10))
+    found = {}
+    for layout in ("mask", "packed"):
+        model = prune(family.build(), copy.deepcopy(method), layout=layout)
+        with torch.no_grad():
+            found[layout] = family.answers(model, batch)
+        if layout == "packed" and isinstance(method, TopK):
+            assert model.token_pruner.record.left.by_length.rows is not None
+    for name, states in found["mask"].items():
+        assert (states - found["packed"][name]).abs().max() <= 1e-5

@@ -6,15 +6,15 @@ for "sdpa" and so on; nothing of transformers is replaced. Shapes: B batch, N to
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import compat
-from .scoring import CHUNK, Logits, Statistic, attend_and_score, joined
-from .tokens import Packed
+from .scoring import CHUNK, Logits, Statistic, additive, attend_and_score, attend_with_dropout, joined
+from .tokens import ByLength, Packed
 from .view import AttentionInputs, Site
 
 PREFIX = "pruned|"
@@ -29,6 +29,8 @@ class PrunedAttention:
     def __call__(self, module, query, key, value, attention_mask, token_site=None, cache_site=None, **kwargs):
         function = compat.ALL_ATTENTION_FUNCTIONS.get(self.base) or compat.attention_function(module, self.base)
         scaling, dropout = kwargs.setdefault("scaling", None), kwargs.setdefault("dropout", 0.0)
+        quick = self._quick(query, dropout, kwargs)
+        function = partial(with_dropout, causal=self._causal(module, kwargs)) if quick else function
         if token_site is None and cache_site is None:
             return function(module, query, key, value, attention_mask, **kwargs)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -46,7 +48,7 @@ class PrunedAttention:
         site: Site = token_site
         site.inputs = given
         whole = logits.plain and site.voters is None  # where some rows vote these alone are made, beside the attention
-        statistic = site.statistic if whole and not (dropout and module.training) else None
+        statistic = site.statistic if whole and (quick or not (dropout and module.training)) else None
         if isinstance(site.tokens, Packed):
             output, site.scores = self._packed(function, given, site, statistic, kwargs)
             return output, None
@@ -54,15 +56,20 @@ class PrunedAttention:
         graph, bools = torch.compiler.is_compiling(), attention_mask is not None and attention_mask.dtype == torch.bool
         if graph and bools and attention_mask.shape[-2] > 1 and attention_mask.stride(-2):
             sees = attention_mask.any(-1)[:, 0]  # a query that sees nobody gets zeros, for which runtimes have others
-        if statistic is not None and graph:
+        if statistic is not None and (graph or quick):
             bias = given.bias(attention_mask, query.shape[-2])
-            output, site.scores = attend_and_score(query, key, value, bias, scaling, site.votes, statistic)
+            output, site.scores = attend_and_score(query, key, value, bias, scaling, site.votes, statistic, dropout)
             weights = None
         else:
             output, weights = function(module, query, key, value, attention_mask, **kwargs)
             if weights is not None and not (dropout and module.training):
                 site.weights = weights
         return output if sees is None else output * sees[..., None, None], weights
+
+    def _quick(self, query: Tensor, dropout: float, kwargs: dict) -> bool:
+        """Whether dropout is drawn our way, see ``dropped``: sdpa's, of scaled products, on a CPU."""
+        plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+        return self.base == "sdpa" and dropout > 0 and plain and query.is_cpu and not torch.compiler.is_compiling()
 
     def _causal(self, module, kwargs: dict) -> bool:
         """What the base function takes the absence of a mask for; sdpa takes a module that says nothing for causal."""
@@ -76,18 +83,19 @@ class PrunedAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Attend once per run of equally long neighbours, or once per sequence where a mask tells them apart; returns
         the states and, where a ``statistic`` is made with them, the scores (B, N)."""
-        query, key, value, dtype = given.query, given.key, given.value, given.value.dtype
+        query, key, value = given.query, given.key, given.value
         tokens: Any = site.tokens
         outputs, scores, fused = [], [], statistic is not None
-        if fused and query.is_cpu:  # products as small are no quicker in bf16, and each new shape costs a new kernel
-            query, key, value = query.float(), key.float(), value.float()
+        each: list[Tensor | None] = [None] * len(tokens.lengths)
         if given.mask is not None:  # a part of it that lets everything through becomes None, which is not causal here
             kwargs = {**kwargs, "is_causal": False}
-        for sequence, length, run in tokens.runs(query, key, value):
+            each = [tokens.sequence_mask(given.mask, i) for i in range(len(each))]
+        alike = tokens.log_size is None and not any(mask is not None for mask in each)  # but in length
+        order = tokens.by_length if alike else ByLength(tokens.lengths)
+        query, key, value = order.sort(query), order.sort(key), order.sort(value)
+        for sequence, length, run in tokens.runs(query, key, value, lengths=order.lengths):
             count = len(run[0])
-            masks: list[Tensor | None] = [None] * count
-            if given.mask is not None:
-                masks = [tokens.sequence_mask(given.mask, sequence + i) for i in range(count)]
+            masks = each[sequence : sequence + count]
             if any(mask is not None for mask in masks):
                 step = 1
             else:
@@ -99,14 +107,27 @@ class PrunedAttention:
                     bias = tokens.biased(bias, sequence + i, len(q), length)
                     mask = bias if tokens.log_size is not None else mask
                 if statistic is not None:
-                    output, score = attend_and_score(q, k, v, bias, given.logits.scaling, reduce=statistic)
+                    output, score = attend_and_score(
+                        q, k, v, bias, given.logits.scaling, reduce=statistic, dropout=kwargs["dropout"]
+                    )
                     scores.append(score.flatten())
                 else:
                     mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
                     output, _ = function(given.module, q, k, v, mask, **kwargs)
                 outputs.append(output.flatten(0, 1))
-        states = F.pad(joined(outputs).to(dtype), (0, 0, 0, 0, 0, tokens.spare))[None].contiguous()
-        return states, tokens.pad(joined(scores)[None]) if scores else None
+        if tokens.spare:
+            outputs.append(outputs[0].new_zeros(tokens.spare, *outputs[0].shape[1:]))
+        states = order.restore(joined(outputs))[None].contiguous()
+        return states, tokens.pad(order.restore(joined(scores))[None]) if scores else None
+
+
+def with_dropout(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, **kwargs
+) -> tuple[Tensor, None]:
+    """An attention function with quick dropout; ``kwargs`` as transformers gives them."""
+    scaling = query.shape[-1] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
+    bias = additive(mask, query.shape[-2], causal and query.shape[-2] > 1, query.device)
+    return attend_with_dropout(query, key, value, bias, scaling, kwargs["dropout"]), None
 
 
 def register(base: str) -> str:

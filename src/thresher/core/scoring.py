@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dropout import dropped
+
 CHUNK = 4_000_000  # attention probabilities held at once while scoring
 CACHED = 300_000  # and while attending as well, so that they do not leave a core's cache
 Statistic = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -122,30 +124,47 @@ def attend_and_score(
     scaling: float,
     votes: Tensor | None = None,
     reduce: Statistic = columns,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attend, and take a statistic of the probabilities on the way: one product of queries and keys instead of two.
 
     Shapes: query (B, H, N, d), key and value with H or fewer heads, ``votes`` (B, N) of the query rows, None where all
-    have one; returns (B, N, H, d) and (B, N) fp32.
+    have one; returns (B, N, H, d) and (B, N) fp32. The statistic is of the probabilities before ``dropout``.
     """
     batch, heads, length, _ = query.shape
-    query, key, value = query * scaling, repeat_heads(key, query).transpose(-1, -2), repeat_heads(value, query)
+    key, value = repeat_heads(key, query).transpose(-1, -2), repeat_heads(value, query)
     total: Any = 0
+    rounds, half = torch.is_autocast_enabled(query.device.type), query.dtype.itemsize < 4  # the scores
+    # small products are no quicker in bf16 on a CPU, and each new shape costs a new kernel
+    exact, whole = half and (rounds or query.is_cpu), half and query.is_cpu and not rounds
     step, outputs = heads, []  # a graph knows no sizes
     if not torch.compiler.is_compiling():
         step = max(1, CACHED // (batch * length * length))
     votes = torch.ones(batch, length, device=query.device) if votes is None else votes
-    if torch.is_autocast_enabled(query.device.type):  # which would round the scores
-        query, key = query.float(), key.float()
     with torch.autocast(query.device.type, enabled=False):
         for h in range(0, heads, step):
             some = slice(h, h + step)
-            product = query[:, some] @ key[:, some]
+            q, k, v = query[:, some], key[:, some], value[:, some]  # cast in parts that stay in a core's cache
+            q, k, v = q.float() if exact else q, k.float() if exact else k, v.float() if whole else v
+            product = (q * scaling) @ k
             product = product if bias is None else product + of_heads(bias, some)
             weights = product.softmax(-1, dtype=torch.float32)
-            outputs.append(weights.to(value.dtype) @ value[:, some])
+            kept = weights.to(v.dtype)
+            outputs.append(((dropped(kept, dropout) if dropout else kept) @ v).to(value.dtype))
             total = total + reduce(weights, votes, None)
     return joined(outputs, 1).transpose(1, 2), total / heads
+
+
+def attend_with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, dropout: float
+) -> Tensor:
+    """(B, N, H, d): attention in training, of the shapes of ``attend_and_score``; torch draws its dropout number
+    by number."""
+    product = (query * scaling) @ repeat_heads(key, query).transpose(-1, -2)
+    if bias is not None:  # of which the least number of fp32 would be infinite in bf16, and a row of these NaN
+        product = product + bias.to(product.dtype).clamp(min=torch.finfo(product.dtype).min)
+    weights = dropped(product.softmax(-1).to(value.dtype), dropout)
+    return (weights @ repeat_heads(value, query)).transpose(1, 2)
 
 
 def joined(parts: list[Tensor], dim: int = 0) -> Tensor:

@@ -15,7 +15,8 @@ One file, since each verb (enter, drop, merge, take, narrow, mask, restore) is o
 from __future__ import annotations
 
 import math
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -384,6 +385,33 @@ class Padded(Tokens):
         return take(torch.cat(pool, 1), self.placed(hidden), 1)
 
 
+@dataclass(frozen=True)
+class ByLength:
+    """Sequences of a packed row in another order; ``rows`` and ``back`` (T,) are None where it is the same one."""
+
+    lengths: list[int]
+    rows: Tensor | None = None  # the row that comes to each place
+    back: Tensor | None = None  # the place to which each row has come
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> ByLength:
+        """The order of sequences with these ``lengths``."""
+        if 2 * len(set(lengths)) > sum(1 for _ in groupby(lengths)):
+            return cls(lengths)
+        order, first = sorted(range(len(lengths)), key=lambda i: lengths[i]), [0, *accumulate(lengths)]
+        places = [row for i in order for row in range(first[i], first[i + 1])]
+        rows = torch.tensor(places, device=device)
+        return cls([lengths[i] for i in order], rows, rows.argsort())
+
+    def sort(self, x: Tensor) -> Tensor:
+        """A state (1, H, T, d) in this order."""
+        return x if self.rows is None else x.transpose(1, 2).index_select(1, self.rows).transpose(1, 2)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """(T + spare, ...) in the order of the row again."""
+        return x if self.back is None else torch.cat([x.index_select(0, self.back), x[len(self.back) :]])
+
+
 class Packed(Tokens):
     """All live tokens of the batch in one row, sequence after sequence."""
 
@@ -398,6 +426,7 @@ class Packed(Tokens):
     even: bool = False  # whether there are
     source: Tensor | None = None  # (T,) rows of the layout before
     owned: bool = False  # ``full`` is a copy of our own, so that without gradients it may be written in place
+    _order: ByLength | None = None  # see ``by_length``, once it was asked for
 
     def enter(self, hidden: Tensor) -> Tensor:
         self.touched = True
@@ -414,7 +443,7 @@ class Packed(Tokens):
         return torch.cat([rows, rows[-1:].expand(self.spare)]) if self.spare else rows
 
     def _lay_out(self, rows: Tensor, live: Tensor) -> None:
-        self.rows, self.lengths, self.masks, self._live = rows, live.tolist(), {}, live
+        self.rows, self.lengths, self.masks, self._live, self._order = rows, live.tolist(), {}, live, None
         width = max(self.lengths)
         self.alive = torch.arange(width, device=rows.device) < live[:, None]
         self.slots = None if min(self.lengths) == width else self.alive.flatten().nonzero()[:, 0]
@@ -470,10 +499,19 @@ class Packed(Tokens):
         super().leave(before, states)
         self.owned = len(before.rows) < before.full.shape[0] * before.full.shape[1]  # else it is ``states`` itself
 
-    def runs(self, *states: Tensor) -> list[tuple[int, int, list[Tensor]]]:
-        """(first sequence, length, parts (count, H, length, d) of the ``states``) of each run of equal neighbours."""
+    @property
+    def by_length(self) -> ByLength:
+        """The sequences in an order of which equally long ones are neighbours; as they are, where that would not halve
+        the runs."""
+        if self._order is None:
+            self._order = ByLength.of(self.lengths, self.rows.device)
+        return self._order
+
+    def runs(self, *states: Tensor, lengths: list[int] | None = None) -> list[tuple[int, int, list[Tensor]]]:
+        """(first sequence, length, parts (count, H, length, d) of the ``states``) of each run of equal neighbours;
+        ``lengths`` of the sequences, where they are in another order."""
         sequence, row, found = 0, 0, []
-        for length, group in groupby(self.lengths):
+        for length, group in groupby(self.lengths if lengths is None else lengths):
             count = len(list(group))
             rows, shape = slice(row, row + count * length), (count, length)
             found.append((sequence, length, [x[0, :, rows].unflatten(1, shape).transpose(0, 1) for x in states]))

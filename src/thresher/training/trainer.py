@@ -21,6 +21,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, Trai
 from ..api import inner_model, prune, unprune
 from ..core.architecture import Architecture, find_architecture
 from ..core.compat import TrainerNames, transformer_module
+from ..core.dropout import quick_dropout
 from ..core.pruner import MODULE, Batch, Choice, Record, TokenPruner, pruner_in, pruner_of, token_pruner_of
 from ..core.view import View
 from ..data.embedder import PROMPTED
@@ -247,7 +248,8 @@ class Pruning(Grouped):
         if ranked is not None:
             prune(ranked, Ranking.like(self.pruner), layout="mask")
         try:
-            return super().train(*args, **kwargs)
+            with quick_dropout(self.model):
+                return super().train(*args, **kwargs)
         finally:
             if ranked is not None:
                 unprune(ranked)

@@ -55,7 +55,8 @@ def kept_count(keep: float | int, live: Tensor, protected: Tensor | int = 0) -> 
         k = live.clamp(max=keep)
     else:
         k = live * round(keep * 1000) + 999
-        k = (k - k % 1000) // 1000  # OpenVINO fuses a division by whole numbers into one that rounds
+        # OpenVINO fuses a division by whole numbers into one that rounds, and ONNX has one operation for this alone
+        k = torch.div(k - k % 1000, 1000, rounding_mode="trunc")
     return torch.maximum(k.clamp(min=1), torch.as_tensor(protected, device=live.device))
 
 

@@ -1,0 +1,86 @@
+"""Dropout that draws four numbers at a time: its chances, its scale, and attention that differs by nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from support.families import FAMILIES
+from thresher import LTP, TopK, prune
+from thresher.core.dropout import Dropout, dropped, quick_dropout
+
+NEXT_TO_NONE = 1e-9  # a chance at which nothing is dropped
+OPTIONS = {
+    "bert": "attention_probs_dropout_prob",
+    "modernbert": "attention_dropout",
+    "llama": "attention_dropout",
+}
+METHODS = {
+    "soft": lambda: LTP(target_flops=0.5, init=1.6, soft_until=0.5),
+    "hard": lambda: TopK(keep=0.6),
+    "protected": lambda: TopK(keep=0.6, votes="protected"),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("p", (0.1, 0.5, 0.93))
+def test_chance_and_scale(dtype, p):
+    torch.manual_seed(0)
+    x = torch.ones(301, 333, dtype=dtype)
+    found = dropped(x, p)
+    assert found.shape == x.shape and found.dtype == dtype
+    assert {*found.unique().tolist()} == {0.0, torch.tensor(1 / (1 - round(p * 65536) / 65536), dtype=dtype).item()}
+    share = (found == 0).float().mean().item()
+    assert abs(share - p) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 1 / 65536
+    ways = (found == 0).flatten()[: x.numel() // 4 * 4].view(-1, 4).float()  # four of one draw know nothing of another
+    assert torch.corrcoef(ways.T).fill_diagonal_(0).abs().max() < 5 / len(ways) ** 0.5
+    assert (ways.mean(0) - p).abs().max() < 5 * (p * (1 - p) / len(ways)) ** 0.5 + 1 / 65536
+
+
+def test_seed_and_gradient():
+    x = torch.randn(7, 13, requires_grad=True)
+    torch.manual_seed(3)
+    first = dropped(x, 0.3)
+    torch.manual_seed(3)
+    assert torch.equal(first, dropped(x, 0.3))
+    assert not torch.equal(first, dropped(x, 0.3))
+    first.sum().backward()
+    assert torch.equal(x.grad, torch.where(first == 0, 0.0, x.grad.max()))
+
+
+def test_modules_within_alone():
+    class Own(nn.Dropout):
+        pass
+
+    model = nn.Sequential(nn.Dropout(0.5), Own(0.5))
+    x = torch.ones(1000)
+    with quick_dropout(model):
+        assert type(model[0]) is Dropout and type(model[1]) is Own
+        assert (model[0](x) == 0).any()
+        assert torch.equal(model.eval()[0](x), x)
+        assert (model.train()[0](x) == 0).any()
+    assert type(model[0]) is nn.Dropout
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", ("mask", "padded", "packed"))
+@pytest.mark.parametrize("family", OPTIONS)
+def test_attention_is_the_same(family, layout, method):
+    """As good as no dropout: the same states, scores and gradients as without."""
+    if method == "soft" and layout == "packed":
+        pytest.skip("packed rows have no soft stage")
+    found = []
+    for p in (0.0, NEXT_TO_NONE):
+        model = prune(FAMILIES[family].build(**{OPTIONS[family]: p}), METHODS[method](), layout=layout).train()
+        output = FAMILIES[family].answers(model, FAMILIES[family].batch(seed=1))["output"]
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        kept = [site.keep for site in model.token_pruner.record.sites]
+        found.append((output, kept, {name: x.grad for name, x in model.named_parameters() if x.grad is not None}))
+    (one, kept, expected), (other, also, gradients) = found
+    assert all(torch.equal(a, b) for a, b in zip(kept, also, strict=True))
+    assert (one - other).abs().max() <= 1e-5
+    largest = max(g.abs().max() for g in expected.values())
+    assert expected.keys() == gradients.keys()
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-6 * largest, name
