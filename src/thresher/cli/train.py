@@ -38,7 +38,7 @@ def train(spec: TrainSpec, screen: Screen) -> None:
         screen.say(line)
     if summary.get("contest"):
         screen.say(contest_line(summary["contest"]))
-    screen.say(f"the model is in {spec.out}")
+    screen.say(f"the model is in {spec.out}; how much faster it is: thresher bench {spec.out}")
 
 
 def contest_line(contest: dict) -> str:
