@@ -351,16 +351,19 @@ def endless(options: argparse.Namespace) -> None:
     for first in range(0, ids.shape[1] - BLOCK, BLOCK):
         cache, row = streamed_block(model, ids[:, first : first + BLOCK + 1], cache, nll)
         made.append(about(options) | {"method": "streamingllm", "held": HELD, "tokens": first + BLOCK} | row)
-        if first + BLOCK < 4 * HELD and first + 2 * BLOCK < ids.shape[1]:
-            continue  # the beginning, of which both know all
         for end in torch.linspace(max(HELD, first + BLOCK // 2), first + BLOCK, WINDOWS).long().tolist():
+            if end < min(2 * HELD, options.tokens):
+                continue  # the beginning, of which both know most
             with dense(model):
                 anew.append(read_anew(model, ids[:, end - HELD : end + 1]))
             streamed.append(sum(nll[end - TAIL : end]) / TAIL)
-        seconds, found = zip(*anew, strict=True)
-        row = {"method": "window read anew", "held": HELD, "ms_per_token": 1e3 * sorted(seconds)[len(anew) // 2]}
-        row |= {"nll": sum(found) / len(anew), "nll_streamed_there": sum(streamed) / len(anew)}
-        land(options, "endless", [*made, about(options) | row | {"windows": len(anew), "tail": TAIL}])
+        known = [*made]
+        if anew:
+            seconds, found = zip(*anew, strict=True)
+            row = {"method": "window read anew", "held": HELD, "ms_per_token": 1e3 * sorted(seconds)[len(anew) // 2]}
+            row |= {"nll": sum(found) / len(anew), "nll_streamed_there": sum(streamed) / len(anew)}
+            known.append(about(options) | row | {"windows": len(anew), "tail": TAIL})
+        land(options, "endless", known)
         if perf_counter() > until:
             break
 
