@@ -175,7 +175,7 @@ def land(options: argparse.Namespace, step: str, rows: list[dict]) -> None:
 def alike(row: dict) -> tuple:
     """What a later row has in common with the one whose place it takes; all others stay."""
     row = {"keys": KEYS, **row}
-    names = ["precision", "digits", "keys", "length", "task", "when", "method", "keep", "context", "prompt"]
+    names = ["precision", "digits", "keys", "length", "texts", "task", "when", "method", "keep", "context", "prompt"]
     return (*map(row.get, names + ["tokens"] * ("n_examples" not in row)),)
 
 
@@ -193,8 +193,8 @@ def rows(options: argparse.Namespace) -> None:
                 made += [{"length": int(name.split("-")[-2])} | row for row in means(found)]
                 continue
             against = [f"{name}@{keep}" for keep in KEEPS for name in BASELINES]
-            length, keys, digits = map(int, name.split("-")[-4:-1])
-            known = {"length": length, "digits": digits, "keys": keys}
+            *sizes, texts = name.split("-")[-4:]
+            known = dict(zip(("length", "keys", "digits"), map(int, sizes), strict=True)) | {"texts": texts}
             made += [known | row | split(row["method"]) for row in summary(found, against)]
         if made:
             land(options, kind, [about(options) | row for row in made])
