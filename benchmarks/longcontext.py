@@ -185,10 +185,7 @@ def rows(options: argparse.Namespace) -> None:
 
     for kind in ("quality", "fluency"):
         made: list[dict] = []
-        groups: dict[str, list[dict]] = {}  # files of the same texts
-        for file in sorted(RUNS.glob(f"{Path(options.model).name}-{options.precision}-{kind}-*.jsonl")):
-            groups.setdefault(file.stem.partition("+")[0], []).extend(results(file))
-        for name, found in groups.items():
+        for name, found in of_same_texts(RUNS.glob(f"{Path(options.model).name}-{options.precision}-{kind}-*.jsonl")):
             if kind == "fluency":
                 made += [{"length": int(name.split("-")[-2])} | row for row in means(found)]
                 continue
@@ -198,6 +195,22 @@ def rows(options: argparse.Namespace) -> None:
             made += [known | row | split(row["method"]) for row in summary(found, against)]
         if made:
             land(options, kind, [about(options) | row for row in made])
+
+
+def of_same_texts(files: Iterator[Path]) -> Iterator[tuple[str, list[dict]]]:
+    """What files of the same texts hold, and what their names begin with. Of a method that lies in several ones, with
+    other options maybe, the last file counts; the full cache is the same in all."""
+    from thresher.evaluation.longcontext import FULL
+
+    groups: dict[str, dict[tuple, list[dict]]] = {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        known, own = groups.setdefault(file.stem.partition("+")[0], {}), {}
+        for row in results(file):
+            own.setdefault((row["method"], row.get("task"), row.get("when")), []).append(row)
+        for key, rows in own.items():
+            known[key] = [*known.get(key, []), *rows] if key[0] == FULL else rows
+    for name, known in groups.items():
+        yield name, [row for rows in known.values() for row in rows]
 
 
 def means(found: list[dict]) -> list[dict]:
