@@ -175,7 +175,7 @@ def land(options: argparse.Namespace, step: str, rows: list[dict]) -> None:
 def alike(row: dict) -> tuple:
     """What a later row has in common with the one whose place it takes; all others stay."""
     row = {"keys": KEYS, **row}
-    names = ["precision", "digits", "keys", "length", "task", "when", "method", "keep", "context", "prompt"]
+    names = ["precision", "digits", "keys", "length", "texts", "task", "when", "method", "keep", "context", "prompt"]
     return (*map(row.get, names + ["tokens"] * ("n_examples" not in row)),)
 
 
@@ -185,19 +185,32 @@ def rows(options: argparse.Namespace) -> None:
 
     for kind in ("quality", "fluency"):
         made: list[dict] = []
-        groups: dict[str, list[dict]] = {}  # files of the same texts
-        for file in sorted(RUNS.glob(f"{Path(options.model).name}-{options.precision}-{kind}-*.jsonl")):
-            groups.setdefault(file.stem.partition("+")[0], []).extend(results(file))
-        for name, found in groups.items():
+        for name, found in of_same_texts(RUNS.glob(f"{Path(options.model).name}-{options.precision}-{kind}-*.jsonl")):
             if kind == "fluency":
                 made += [{"length": int(name.split("-")[-2])} | row for row in means(found)]
                 continue
             against = [f"{name}@{keep}" for keep in KEEPS for name in BASELINES]
-            length, keys, digits = map(int, name.split("-")[-4:-1])
-            known = {"length": length, "digits": digits, "keys": keys}
+            *sizes, texts = name.split("-")[-4:]
+            known = dict(zip(("length", "keys", "digits"), map(int, sizes), strict=True)) | {"texts": texts}
             made += [known | row | split(row["method"]) for row in summary(found, against)]
         if made:
             land(options, kind, [about(options) | row for row in made])
+
+
+def of_same_texts(files: Iterator[Path]) -> Iterator[tuple[str, list[dict]]]:
+    """What files of the same texts hold, and what their names begin with. Of a method that lies in several ones, with
+    other options maybe, the last file counts; the full cache is the same in all."""
+    from thresher.evaluation.longcontext import FULL
+
+    groups: dict[str, dict[tuple, list[dict]]] = {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        known, own = groups.setdefault(file.stem.partition("+")[0], {}), {}
+        for row in results(file):
+            own.setdefault((row["method"], row.get("task"), row.get("when")), []).append(row)
+        for key, rows in own.items():
+            known[key] = [*known.get(key, []), *rows] if key[0] == FULL else rows
+    for name, known in groups.items():
+        yield name, [row for rows in known.values() for row in rows]
 
 
 def means(found: list[dict]) -> list[dict]:
@@ -351,16 +364,19 @@ def endless(options: argparse.Namespace) -> None:
     for first in range(0, ids.shape[1] - BLOCK, BLOCK):
         cache, row = streamed_block(model, ids[:, first : first + BLOCK + 1], cache, nll)
         made.append(about(options) | {"method": "streamingllm", "held": HELD, "tokens": first + BLOCK} | row)
-        if first + BLOCK < 4 * HELD and first + 2 * BLOCK < ids.shape[1]:
-            continue  # the beginning, of which both know all
         for end in torch.linspace(max(HELD, first + BLOCK // 2), first + BLOCK, WINDOWS).long().tolist():
+            if end < 2 * HELD:
+                continue  # the beginning, of which both know most
             with dense(model):
                 anew.append(read_anew(model, ids[:, end - HELD : end + 1]))
             streamed.append(sum(nll[end - TAIL : end]) / TAIL)
-        seconds, found = zip(*anew, strict=True)
-        row = {"method": "window read anew", "held": HELD, "ms_per_token": 1e3 * sorted(seconds)[len(anew) // 2]}
-        row |= {"nll": sum(found) / len(anew), "nll_streamed_there": sum(streamed) / len(anew)}
-        land(options, "endless", [*made, about(options) | row | {"windows": len(anew), "tail": TAIL}])
+        known = [*made]
+        if anew:
+            seconds, found = zip(*anew, strict=True)
+            row = {"method": "window read anew", "held": HELD, "ms_per_token": 1e3 * sorted(seconds)[len(anew) // 2]}
+            row |= {"nll": sum(found) / len(anew), "nll_streamed_there": sum(streamed) / len(anew)}
+            known.append(about(options) | row | {"windows": len(anew), "tail": TAIL})
+        land(options, "endless", known)
         if perf_counter() > until:
             break
 
