@@ -64,6 +64,16 @@ def network(shape: str) -> Any:
     return BertForSequenceClassification(BertConfig(**sizes, intermediate_size=4 * width)).eval()
 
 
+def minilm() -> tuple[Any, Any]:
+    """MiniLM-L6 with a new head of two classes, and its tokenizer."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(0)
+    folder = pretrained("minilm-l6")
+    net = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    return net.eval(), AutoTokenizer.from_pretrained(folder)
+
+
 def text(tokens: int, batch: int = 1) -> dict[str, torch.Tensor]:
     """Random texts of so many tokens."""
     return texts([tokens] * batch)
@@ -320,14 +330,13 @@ def phone(ready: bool) -> list[dict] | None:
 
     from speed import graph_of
     from thresher import TopK, prune
-    from thresher.data.models import load
 
     data = load_dataset(
         "parquet", data_files={p: str(DATA / f"glue/sst2/{p}*.parquet") for p in ("train", "validation")}
     )
     nets, calls, runs = {}, {}, {}
     for name in ("dense", "2.4x"):
-        net, tokenizer = load(pretrained("minilm-l6"), num_labels=2)
+        net, tokenizer = minilm()
         if name != "dense":
             prune(net, TopK(keep=keep_for("minilm-l6", RATIOS[name]), at=AT["minilm-l6"]))
         some = data["train"].shuffle(seed=0).select(range(HEAD))
@@ -389,14 +398,13 @@ KINDS: dict[str, Callable[[bool], Any]] = {
 def target(runtime: str, precision: str) -> None:
     """Ask ``tune`` for a share of the dense model's milliseconds on MRPC, and write what was reached."""
     from thresher import load_runtime
-    from thresher.data.models import load
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row, write_rows
     from thresher.experiments.tune import SUMMARY, tune
 
     model = RUNS / "minilm-l6-mrpc"
     if not model.exists():
-        net, tokenizer = load(pretrained("minilm-l6"), num_labels=2)
+        net, tokenizer = minilm()
         net.save_pretrained(model)
         tokenizer.save_pretrained(model)
     given = {"data": str(DATA / "glue" / "mrpc"), "runtime": runtime, "precision": precision, "max_length": 128}

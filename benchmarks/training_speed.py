@@ -26,8 +26,7 @@ from transformers import TrainerCallback, TrainingArguments
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from floor import DATA, network  # noqa: E402
-from weights import pretrained  # noqa: E402
+from floor import DATA, minilm, network  # noqa: E402
 
 RESULTS = HERE / "results" / "training"
 SHAPES, ROWS = ("minilm-l6", "bert-base"), 32
@@ -73,11 +72,10 @@ def trainer_of(net: Any, tokenizer: Any, data: Dataset, steps: int, soft: int, f
 def speed(shape: str, label: str) -> list[dict]:
     """Tokens per second in both stages."""
     from thresher import LTP, prune
-    from thresher.data.models import load
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row
 
-    tokenizer, steps = load(pretrained("minilm-l6"), num_labels=2)[1], STEPS[shape]
+    tokenizer, steps = minilm()[1], STEPS[shape]
     data = texts(ROWS * 2 * steps)
     net = prune(network(shape), LTP(target_flops=0.4))
     clock, rows = Clock(), []
@@ -101,12 +99,11 @@ def curve(label: str, seed: int) -> list[dict]:
     """The loss of an epoch on MRPC, by fifths."""
     from thresher import LTP, prune
     from thresher.data.load import load_task
-    from thresher.data.models import load
     from thresher.data.tokenize import tokenize
     from thresher.evaluation.hardware import environment
     from thresher.evaluation.rows import row
 
-    net, tokenizer = load(pretrained("minilm-l6"), num_labels=2)
+    net, tokenizer = minilm()
     task = load_task(str(DATA / "glue" / "mrpc"))
     data = tokenize(task.train, task, tokenizer, 128)[0]
     torch.manual_seed(seed)
