@@ -6,7 +6,8 @@
 
 | name | what |
 |---|---|
-| `batch1-minilm-l6`, `batch1-bert-base` | texts of 25, 53, 128 and 512 tokens, 2.4x and 3.5x fewer FLOPs at 128: torch as it is and compiled, ONNX Runtime fp32 and int8, OpenVINO fp32 and bf16 |
+| `batch1-minilm-l6`, `batch1-bert-base` | texts of 25, 53, 128 and 512 tokens, 2.4x and 3.5x fewer FLOPs at 128: ONNX Runtime fp32 and int8, OpenVINO fp32 and bf16 |
+| `torch1-minilm-l6`, `torch1-bert-base` | the same, as far as code is compiled for them: torch as it is and compiled |
 | `int8-8x128` | BERT-base's shape, 8 texts of 128 tokens, 2.1x, 4x and 8x: int8 in ONNX Runtime and OpenVINO |
 | `int8-20newsgroups` | MiniLM-L6's shape, 64 texts as long as those of 20 Newsgroups, up to 512 tokens, by length in batches of 8, 2.4x and 3.5x: int8 in both |
 | `packed-bf16` | BERT-base's shape, 32 texts of 16 to 256 tokens in packed rows, 2.1x, 4x and 8x: torch in bf16 |
@@ -26,7 +27,7 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -49,7 +50,7 @@ GRAPHS = (("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32"), ("openvino",
 HARD = {"2.1x": (0.66, (1, 3, 6)), "4x": (0.4, (1, 3, 6)), "8x": (0.3, (0, 2, 5))}  # of int8-8x128
 PHONE, TEXTS, HEAD = (32, 64, 128), 400, 1000  # lengths; texts that are answered, and that a head is fitted on
 ASKED = 0.6  # of the dense model's milliseconds
-REPEATS = {"minilm-l6": 20, "bert-base": 10, "int8": 15, "packed": 7, "phone": 20}
+REPEATS = {"minilm-l6": 20, "bert-base": 10, "int8": 12, "packed": 5, "phone": 20}
 OF: dict[str, Any] = {"folder": RUNS, "results": RESULTS, "backend": "inductor", "repeats": None}  # of this call
 SPEC = "thresher.json"
 
@@ -124,7 +125,7 @@ def variants(shape: str) -> dict[str, Any]:
 
     found = {"dense": network(shape)}
     for name, ratio in RATIOS.items():
-        found[name] = prune(network(shape), TopK(keep=keep_for(shape, ratio), at=AT[shape]))
+        found[name] = prune(network(shape), TopK(keep=keep_for(shape, ratio), at=AT[shape]), check=False)
     return found
 
 
@@ -132,7 +133,9 @@ def hard() -> dict[str, Any]:
     """The models of int8-8x128."""
     from thresher import TopK, prune
 
-    pruned = {name: prune(network("bert-base"), TopK(keep=keep, at=at)) for name, (keep, at) in HARD.items()}
+    pruned = {
+        name: prune(network("bert-base"), TopK(keep=keep, at=at), check=False) for name, (keep, at) in HARD.items()
+    }
     return {"dense": network("bert-base"), **pruned}
 
 
@@ -168,6 +171,7 @@ def in_int8(source: Path, place: Path, format: str) -> None:
 
 
 Call = Callable[[dict], Any]
+Rows = Iterator[list[dict]]  # as they come
 
 
 def pool_of(name: str) -> str:
@@ -236,44 +240,51 @@ def rows_of(
     return rows
 
 
-def batch1(shape: str, ready: bool) -> list[dict] | None:
-    """One text at a time; graphs alone where they are not ``ready`` to be timed."""
-    from thresher import compiled
-
+def batch1(shape: str, ready: bool) -> Rows:
+    """One text at a time in graphs."""
     nets, calls = variants(shape), {}
     for name, net in nets.items():
         for format, precision in GRAPHS:
             run = graph(net, f"{shape}-{name}", format, precision)
             calls[f"{format} {precision} {name}"] = lambda given, run=run: run.forward(**given)
+    if ready:
+        yield from one_by_one(shape, nets, calls, LENGTHS)
+
+
+def torch1(shape: str, ready: bool) -> Rows:
+    """One text at a time in torch, as it is and compiled."""
+    from thresher import compiled
+
     if not ready:
-        return None
+        return
+    nets, calls = variants(shape), {}
     for name, net in nets.items():
         fast = compiled(net, BUCKETS[shape], backend=OF["backend"])
         calls[f"compiled fp32 {name}"] = lambda given, fast=fast: fast(**given)
         calls[f"torch fp32 {name}"] = lambda given, net=net: net(**given)
-    taken = {}
-    for n in LENGTHS:
-        some = {
-            name: call for name, call in calls.items() if n <= BUCKETS[shape][-1] or not name.startswith("compiled")
-        }
-        taken |= timed(some, {f"1x{n}": text(n)}, OF["repeats"] or REPEATS[shape])
-    ratios = {(name, f"1x{n}"): ratio_of(nets[name], text(n)) for name in RATIOS for n in LENGTHS}
-    return rows_of(taken, ratios, model=shape)
+    yield from one_by_one(shape, nets, calls, [n for n in LENGTHS if n <= BUCKETS[shape][-1]])
 
 
-def int8(ready: bool) -> list[dict] | None:
+def one_by_one(shape: str, nets: dict[str, Any], calls: dict[str, Call], lengths: Sequence[int]) -> Rows:
+    """The rows of each length as soon as it was timed."""
+    for n in lengths:
+        taken = timed(calls, {f"1x{n}": text(n)}, OF["repeats"] or REPEATS[shape])
+        yield rows_of(taken, {(name, f"1x{n}"): ratio_of(nets[name], text(n)) for name in RATIOS}, model=shape)
+
+
+def int8(ready: bool) -> Rows:
     """Eight texts of 128 tokens in int8."""
     return batched(hard(), "bert-base", {"8x128": [text(128, 8)]}, ready)
 
 
-def newsgroups(ready: bool) -> list[dict] | None:
+def newsgroups(ready: bool) -> Rows:
     """Texts of 20 Newsgroups by length in int8."""
     lengths = sorted(json.loads((HERE / "lengths-20newsgroups.json").read_text())[:64])
     batches = [texts(lengths[i : i + 8]) for i in range(0, len(lengths), 8)]
     return batched(variants("minilm-l6"), "minilm-l6", {"8x512": batches}, ready)
 
 
-def batched(nets: dict[str, Any], shape: str, sizes: dict[str, list[dict]], ready: bool) -> list[dict] | None:
+def batched(nets: dict[str, Any], shape: str, sizes: dict[str, list[dict]], ready: bool) -> Rows:
     """Batches in int8."""
     calls: dict[str, Call] = {}
     for name, net in nets.items():
@@ -281,17 +292,17 @@ def batched(nets: dict[str, Any], shape: str, sizes: dict[str, list[dict]], read
             run = graph(net, f"{shape}-{name}", format, "int8")
             calls[f"{format} int8 {name}"] = lambda batches, run=run: [run.forward(**given) for given in batches]
     if not ready:
-        return None
+        return
     ratios = {(name, size): ratio_of(nets[name], *of) for name in nets if name != "dense" for size, of in sizes.items()}
-    return rows_of(timed(calls, sizes, OF["repeats"] or REPEATS["int8"]), ratios, model=shape)
+    yield rows_of(timed(calls, sizes, OF["repeats"] or REPEATS["int8"]), ratios, model=shape)
 
 
-def ragged(ready: bool) -> list[dict] | None:
+def ragged(ready: bool) -> Rows:
     """Texts of many lengths in packed rows, in bf16."""
     from thresher.evaluation.predict import in_precision, packed
 
     if not ready:
-        return None
+        return
     draw = torch.Generator().manual_seed(0)
     batches = [texts(torch.randint(16, 257, (32,), generator=draw).tolist()) for _ in range(2)]
     nets = {name: in_precision(net, torch.bfloat16) for name, net in hard().items()}
@@ -300,7 +311,7 @@ def ragged(ready: bool) -> list[dict] | None:
     calls: dict[str, Call] = {
         f"torch bf16 {name}": lambda given, net=net: [net(**batch) for batch in given] for name, net in nets.items()
     }
-    return rows_of(timed(calls, {"32x256": batches}, OF["repeats"] or REPEATS["packed"]), ratios, model="bert-base")
+    yield rows_of(timed(calls, {"32x256": batches}, OF["repeats"] or REPEATS["packed"]), ratios, model="bert-base")
 
 
 @torch.no_grad()
@@ -324,7 +335,7 @@ def with_head(net: Any, tokenizer: Any, texts: Any, place: Path) -> Any:
     return net
 
 
-def phone(ready: bool) -> list[dict] | None:
+def phone(ready: bool) -> Rows:
     """MiniLM-L6 in ExecuTorch, pruned and dense."""
     from datasets import load_dataset
 
@@ -347,7 +358,7 @@ def phone(ready: bool) -> list[dict] | None:
             runs[precision, name] = run
             calls[f"executorch {precision} {name}"] = lambda given, run=run: run.forward(**given)
     if not ready:
-        return None
+        return
     asked = answered(tokenizer, data["validation"]["sentence"][:TEXTS])
     notes = {
         (*key, length): agreement(nets[key[1]], run, some)
@@ -357,7 +368,7 @@ def phone(ready: bool) -> list[dict] | None:
     batches = {f"1x{n}": text(n) for n in PHONE}
     ratios = {("2.4x", f"1x{n}"): ratio_of(nets["2.4x"], text(n)) for n in PHONE}
     rows = rows_of(timed(calls, batches, OF["repeats"] or REPEATS["phone"]), ratios, model="minilm-l6")
-    return [{**one, "note": notes[one["precision"], one["recipe"].split(", ")[1], one["max_length"]]} for one in rows]
+    yield [{**one, "note": notes[one["precision"], one["recipe"].split(", ")[1], one["max_length"]]} for one in rows]
 
 
 def answered(tokenizer: Any, sentences: list[str]) -> dict[int, list[dict]]:
@@ -385,9 +396,11 @@ def agreement(net: Any, run: Any, texts: list[dict]) -> str:
     )
 
 
-KINDS: dict[str, Callable[[bool], Any]] = {
+KINDS: dict[str, Callable[[bool], Rows]] = {
     "batch1-minilm-l6": lambda ready: batch1("minilm-l6", ready),
     "batch1-bert-base": lambda ready: batch1("bert-base", ready),
+    "torch1-minilm-l6": lambda ready: torch1("minilm-l6", ready),
+    "torch1-bert-base": lambda ready: torch1("bert-base", ready),
     "int8-8x128": int8,
     "int8-20newsgroups": newsgroups,
     "packed-bf16": ragged,
@@ -449,24 +462,15 @@ def main() -> None:
     from thresher.evaluation.rows import write_rows
 
     for name in given.names or KINDS:
-        rows = KINDS[name](given.step == "time")
-        if rows:
+        rows: list[dict] = []
+        for some in KINDS[name](given.step == "time"):
+            rows += some
             if OF["results"]:
                 write_rows(written(name), rows)
-            for one in rows:
-                told = (
-                    "runtime",
-                    "precision",
-                    "recipe",
-                    "max_length",
-                    "latency_ms_p50",
-                    "speedup_unpadded",
-                    "efficiency",
-                )
-                print(
-                    *(f"{one[key]:.3g}" if isinstance(one[key], float) else one[key] for key in told),
-                    one.get("note", ""),
-                )
+            for one in some:
+                told = (one["latency_ms_p50"], one["speedup_unpadded"], one["flops_ratio"], one["efficiency"])
+                what = (one["runtime"], one["precision"], one["recipe"], one["max_length"])
+                print(*what, *(f"{number:.3g}" for number in told), one.get("note", ""), flush=True)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def page() -> str:
     """All tables."""
     found: list[str] = []
     for shape in ("minilm-l6", "bert-base"):
-        rows = rows_of("floor", f"batch1-{shape}")
+        rows = rows_of("floor", f"batch1-{shape}") + rows_of("floor", f"torch1-{shape}")
         found += section(f"One text at a time, the shape of {shape}.", rows, gains(rows))
     titles = {
         "packed-bf16": "Packed rows in bf16, BERT-base's shape, 32 texts of 16 to 256 tokens, two batches a call.",
