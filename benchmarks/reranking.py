@@ -177,10 +177,12 @@ def timed_models(size: Size) -> dict[str, Path]:
         return {name: place for name, place in there.items() if name != "late-all"}
     made = {name: folder(f"{name}-{UNTRAINED}", size) for name in EXPORTED}
     if not made["dense"].exists():
-        from thresher.data.models import load
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
         from thresher.evaluation.rows import folder_written_whole
 
-        net, tokenizer = load(pretrained("minilm-l6"), num_labels=1)
+        net = AutoModelForSequenceClassification.from_pretrained(pretrained("minilm-l6"), num_labels=1)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained("minilm-l6"))
         with folder_written_whole(made["dense"]) as aside:
             net.save_pretrained(aside)
             tokenizer.save_pretrained(aside)

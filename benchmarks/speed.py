@@ -53,10 +53,11 @@ def measure_task(entry, runs: Path) -> list[dict]:
 def measure_efficiency(entry, runs: Path) -> list[dict]:
     """Efficiency at fixed FLOPs reductions, untrained: TopK schedules on the lengths of a task's first 256 test texts
     ("least": of those with so many tokens); "timing" holds other arguments of ``measure``."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     from entries import TASKS
     from thresher import TopK, prune, unprune
     from thresher.data.load import load_task
-    from thresher.data.models import load
     from thresher.data.tokenize import tokenize
     from thresher.evaluation.benchmark import measure
     from weights import pretrained
@@ -64,7 +65,9 @@ def measure_efficiency(entry, runs: Path) -> list[dict]:
     rows = []
     setting = TASKS[entry.task]
     task = load_task(setting.path, config=setting.config)
-    net, tokenizer = load(pretrained(entry.model), num_labels=max(2, len(task.labels)))
+    source, classes = pretrained(entry.model), max(2, len(task.labels))
+    net = AutoModelForSequenceClassification.from_pretrained(source, num_labels=classes).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
     longest, least = entry.options["max_length"], entry.options.get("least", 1)
     test = tokenize(task.test, task, tokenizer, longest)[0]
     test = test.select([i for i, ids in enumerate(test["input_ids"]) if len(ids) >= least][:256])
