@@ -303,7 +303,9 @@ def candidates(size: Size, tokenizer: Any, width: int, seed: int = 0) -> Any:
 
 
 def time(size: Size) -> None:
-    """Time 100 candidates of one question: dense as it is mostly run, without padding, and pruned."""
+    """Time 100 candidates of one question: dense as it is mostly run, without padding, and pruned. Rows of processors
+    with AMX have a file of their own."""
+    from thresher.core.compat import instructions
     from thresher.data.models import load
     from thresher.data.task import Task
     from thresher.evaluation.benchmark import measure as timed
@@ -335,7 +337,7 @@ def time(size: Size) -> None:
             spent = 1000 * CANDIDATES / row["samples_per_second"]
             note = f"{spent:.1f} ms for {CANDIDATES} candidates"
             found.append({**row, "note": note if trained else f"{note}; models of this shape, untrained"})
-    land(size, "time", {"rows": found})
+    land(size, "time-amx" if "AMX" in instructions() else "time", {"rows": found})
 
 
 def land(size: Size, name: str, result: dict[str, Any]) -> None:
@@ -344,7 +346,8 @@ def land(size: Size, name: str, result: dict[str, Any]) -> None:
     from thresher.evaluation.rows import whole
 
     place = RESULTS / "passages" if size.name == FULL.name else RUNS / size.name
-    command = f"python benchmarks/reranking.py {name.replace('quality', 'measure')}"
+    step = {"quality": "measure", "time-amx": "time"}.get(name, name)
+    command = f"python benchmarks/reranking.py {step}"
     rows = [{**row, "command": command} for row in result["rows"]]
     with whole(place / f"minilm-l6-{name}-s0.json") as aside:
         aside.write_text(as_json({**result, "rows": rows}))
