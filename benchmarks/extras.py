@@ -134,13 +134,14 @@ def known(name: str) -> list[dict[str, Any]]:
 def tables() -> None:
     """Write the tables of the page between their marks."""
     text = PAGE.read_text()
-    lines = ["| `pip install` | works | packages | MB | seconds to install |", "|---|---|---|---|---|"]
+    lines = ["", "Each extra in a fresh environment, with the versions of `constraints.txt`, used once:", ""]
+    lines += ["| `pip install` | works | packages | MB | seconds to install |", "|---|---|---|---|---|"]
     for row in known("extras"):
         what = f"'{DISTRIBUTION}[{row['extra']}]'" if row["extra"] else DISTRIBUTION
         cells = ("yes" if row["works"] else "**no**", row["packages"], f"{row['megabytes']:,}", row["install_seconds"])
         lines.append(f"| `{what}` | {' | '.join(map(str, cells))} |")
     for name, made in (("extras", lines), ("examples", example_table())):
-        marked = "\n".join([f"<!-- {name} -->", *made, f"<!-- /{name} -->"])
+        marked = "\n".join([f"<!-- {name} -->", *(made if known(name) else []), f"<!-- /{name} -->"])
         text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, said=marked: said, text, flags=re.S)
     PAGE.write_text(text)
 
@@ -149,7 +150,7 @@ def example_table() -> list[str]:
     """The lines of the table of the examples."""
     rows = known("examples")
     cells = [f"| [{r['example']}](../examples/{r['example']}.py) | {r['seconds']:g} |" for r in rows if r["works"]]
-    return ["| example | seconds |", "|---|---|", *cells]
+    return ["", "| example | seconds |", "|---|---|", *cells, ""]
 
 
 def main() -> int:

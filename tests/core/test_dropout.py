@@ -5,16 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback, TrainingArguments
 
 from support.families import FAMILIES
-from thresher import LTP, TopK, prune
+from thresher import LTP, PruningTrainer, TopK, prune
+from thresher.core.attention import with_dropout
 from thresher.core.dropout import Dropout, dropped, quick_dropout
+from thresher.core.scoring import attend_and_score, attend_with_dropout
 
 NEXT_TO_NONE = 1e-9  # a chance at which nothing is dropped
 OPTIONS = {
     "bert": "attention_probs_dropout_prob",
     "modernbert": "attention_dropout",
     "llama": "attention_dropout",
+    "layoutlm": "attention_probs_dropout_prob",  # whose file does not say whether it is causal
 }
 METHODS = {
     "soft": lambda: LTP(target_flops=0.5, init=1.6, soft_until=0.5),
@@ -84,3 +88,53 @@ def test_attention_is_the_same(family, layout, method):
     assert expected.keys() == gradients.keys()
     for name, gradient in expected.items():
         assert (gradients[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-6 * largest, name
+
+
+@pytest.mark.parametrize("attend", (attend_with_dropout, attend_and_score))
+def test_attention_drops_its_weights(attend):
+    """With the identity for values the output is what is left of the weights."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 2, 3, 40, 8)
+    value, weights = torch.eye(40).expand(2, 3, 40, 40), (query @ key.transpose(-1, -2)).softmax(-1).transpose(1, 2)
+    found, whole = (attend(query, key, value, None, 1.0, dropout=p) for p in (0.5, 0.0))
+    if attend is attend_and_score:
+        (found, scores), (whole, expected) = found, whole
+        torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(whole, weights)
+    torch.testing.assert_close(found, torch.where(found == 0, 0.0, 2 * weights))
+    assert abs((found == 0).float().mean() - 0.5) < 5 * 0.5 / found.numel() ** 0.5
+
+
+def test_compiled_code_draws_by_torch():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+    with quick_dropout(net):
+        found = torch.compile(net, fullgraph=True, backend="aot_eager")(torch.ones(200, 8))
+    assert 0.3 < (found == 0).float().mean() < 0.7
+
+
+def test_a_query_that_sees_nobody_gets_zeros():
+    query, key, value = torch.randn(3, 2, 3, 5, 8)
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    mask[0, 0, 2] = False
+    for given in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
+        found, _ = with_dropout(nn.Module(), query, key, value, given, scaling=None, dropout=NEXT_TO_NONE)
+        expected = nn.functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).nan_to_num()
+        torch.testing.assert_close(found, expected)
+        assert (found[0, 2] == 0).all()
+
+
+def test_training_gives_its_modules_back(tmp_path):
+    net = prune(FAMILIES["bert"].build(hidden_dropout_prob=0.1), TopK(keep=0.5))
+    seen = []
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            seen.extend(type(module) for module in net.modules() if isinstance(module, nn.Dropout))
+            raise RuntimeError("stop here")
+
+    data = [{"input_ids": [2, 5, 6, 3], "labels": 0}] * 4
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    with pytest.raises(RuntimeError, match="stop here"):
+        PruningTrainer(net, arguments, train_dataset=data, callbacks=[Stop()]).train()
+    assert {*seen} == {Dropout}
+    assert {type(module) for module in net.modules() if isinstance(module, nn.Dropout)} == {nn.Dropout}

@@ -36,3 +36,10 @@ def test_agreement_is_counted_by_type_and_to_the_token():
     assert together(agreement(dense, pruned).values()).f1 == 0.5
     assert agreement([], dense)["A"].f1 == 0.0
     assert together([]).f1 == 1.0
+
+
+def test_a_bare_type_is_no_prefix():
+    labels = ["E-MAIL", "E-MAIL", "O", "NAME", "S-BAHN"]
+    assert entities(labels) == [("E-MAIL", 0, 2), ("NAME", 3, 4), ("S-BAHN", 4, 5)]
+    assert entities(["E-MAIL", "E-MAIL"], ["O", "E-MAIL", "NAME"]) == [("E-MAIL", 0, 2)]
+    assert entities(["B-E-MAIL", "I-E-MAIL", "S-NAME"]) == [("E-MAIL", 0, 2), ("NAME", 2, 3)]

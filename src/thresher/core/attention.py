@@ -6,7 +6,6 @@ for "sdpa" and so on; nothing of transformers is replaced. Shapes: B batch, N to
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ class PrunedAttention:
     def __call__(self, module, query, key, value, attention_mask, token_site=None, cache_site=None, **kwargs):
         function = compat.ALL_ATTENTION_FUNCTIONS.get(self.base) or compat.attention_function(module, self.base)
         scaling, dropout = kwargs.setdefault("scaling", None), kwargs.setdefault("dropout", 0.0)
-        quick = self._quick(query, dropout, kwargs)
-        function = partial(with_dropout, causal=self._causal(module, kwargs)) if quick else function
+        quick = self._quick(module, query, key, attention_mask, dropout, kwargs)
+        function = with_dropout if quick else function
         if token_site is None and cache_site is None:
             return function(module, query, key, value, attention_mask, **kwargs)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -66,9 +65,10 @@ class PrunedAttention:
                 site.weights = weights
         return output if sees is None else output * sees[..., None, None], weights
 
-    def _quick(self, query: Tensor, dropout: float, kwargs: dict) -> bool:
+    def _quick(self, module, query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, kwargs: dict) -> bool:
         """Whether dropout is drawn our way, see ``dropped``: sdpa's, of scaled products, on a CPU."""
-        plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+        plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias", "cache"))
+        plain &= mask is not None or query.shape[-2] == key.shape[-2] or not self._causal(module, kwargs)
         return self.base == "sdpa" and dropout > 0 and plain and query.is_cpu and not torch.compiler.is_compiling()
 
     def _causal(self, module, kwargs: dict) -> bool:
@@ -122,12 +122,17 @@ class PrunedAttention:
 
 
 def with_dropout(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, **kwargs
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: Any = None, **kwargs
 ) -> tuple[Tensor, None]:
-    """An attention function with quick dropout; ``kwargs`` as transformers gives them."""
+    """sdpa's attention function with quick dropout; a query that sees nobody gets zeros, as there."""
     scaling = query.shape[-1] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
-    bias = additive(mask, query.shape[-2], causal and query.shape[-2] > 1, query.device)
-    return attend_with_dropout(query, key, value, bias, scaling, kwargs["dropout"]), None
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    bias = additive(mask, query.shape[-2], bool(causal) and query.shape[-2] > 1, query.device)
+    output = attend_with_dropout(query, key, value, bias, scaling, kwargs["dropout"])
+    if mask is None:
+        return output, None
+    sees = (mask if mask.dtype == torch.bool else mask > -torch.inf).any(-1)  # (B or 1, H or 1, N)
+    return output * sees.transpose(1, 2)[..., None], None
 
 
 def register(base: str) -> str:

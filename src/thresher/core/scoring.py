@@ -136,7 +136,7 @@ def attend_and_score(
     total: Any = 0
     rounds, half = torch.is_autocast_enabled(query.device.type), query.dtype.itemsize < 4  # the scores
     # small products are no quicker in bf16 on a CPU, and each new shape costs a new kernel
-    exact, whole = half and (rounds or query.is_cpu), half and query.is_cpu and not rounds
+    exact, whole = rounds or (half and query.is_cpu), half and query.is_cpu and not rounds
     step, outputs = heads, []  # a graph knows no sizes
     if not torch.compiler.is_compiling():
         step = max(1, CACHED // (batch * length * length))

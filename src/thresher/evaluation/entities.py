@@ -32,15 +32,24 @@ class Agreement(NamedTuple):
         return 2 * self.both / found if found else 1.0
 
 
-def entities(labels: Sequence[str | None]) -> list[Entity]:
-    """Read entities off the labels of tokens: "B-X" begins one of type X, "I-X" goes on with it, and begins
-    one where none of that type is open (as seqeval's default and transformers' "simple" do). "E-X" and "L-X" go on as
-    "I-X" does and end it; "S-X" and "U-X" are one of a single token (BIOES, BILOU). Of a type without a prefix every
-    run is an entity; "O" is none. None: the token, as [CLS], counts as "O"."""
+def prefixes_of(labels: Iterable[str]) -> tuple[str, ...]:
+    """What may stand before a type in a scheme of these labels: "B-" and "I-", and the others of BIOES and BILOU where
+    every label but "O" has one of them ("E-MAIL" beside "NAME" is a type)."""
+    return PREFIXES if all(label[:2] in PREFIXES for label in labels if label != "O") else PREFIXES[:2]
+
+
+def entities(labels: Sequence[str | None], known: Iterable[str] = ()) -> list[Entity]:
+    """Read entities off the labels of tokens; ``known``: all labels of the tagger (default: those of the text).
+
+    "B-X" begins one of type X, "I-X" goes on with it, and begins one where none of that type is open (as seqeval's
+    default and transformers' "simple" do). "E-X" and "L-X" go on as "I-X" does and end it; "S-X" and "U-X" are one of a
+    single token (BIOES, BILOU; see ``prefixes_of``). Of a type without a prefix every run is an entity; "O" is none.
+    None: the token, as [CLS], counts as "O"."""
     found: list[Entity] = []
+    prefixes = prefixes_of({*known} or {label for label in labels if label})
     opened, last = 0, None
     for i, label in enumerate([*labels, None]):
-        prefix, kind = label.split("-", 1) if label and label[:2] in PREFIXES else ("", label)
+        prefix, kind = label.split("-", 1) if label and label[:2] in prefixes else ("", label)
         own = None if kind == "O" else kind
         if last is not None and (own != last or prefix in BEGINS):
             found.append(Entity(last, opened, i))

@@ -11,17 +11,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+import transformers
 
 from ..core.compat import instructions
 from .rows import whole
 
 Measured = TypeVar("Measured")
-VERSIONS = ("torch", "transformers")  # of packages, in a row
 
 
 def has_bf16() -> bool:
@@ -73,8 +72,8 @@ def environment() -> dict[str, str]:
     """hardware, versions, command and date of a row."""
     from .. import __version__
 
-    known = [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in VERSIONS)]
-    known.append(f"thresher {__version__}")
+    known = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
+    known += [f"transformers {transformers.__version__}", f"thresher {__version__}"]
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"hardware": hardware(), "versions": ", ".join(known), "command": command(), "date": date}
 

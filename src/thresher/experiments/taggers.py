@@ -93,5 +93,6 @@ def entities_of(logits: Any, ids: list[list[int]], special: set[int], names: Map
     found = []
     for own, row in zip(ids, logits, strict=True):
         best = row.argmax(-1).tolist()
-        found.append(entities([None if one in special else names[i] for one, i in zip(own, best, strict=True)]))
+        labels = [None if one in special else names[i] for one, i in zip(own, best, strict=True)]
+        found.append(entities(labels, names.values()))
     return found

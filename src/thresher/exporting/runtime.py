@@ -219,9 +219,10 @@ def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Ite
         spec = json.loads((Path(folder) / "thresher.json").read_text())
         kind, _ = spec["format"], spec["precision"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        torch_model = (Path(folder) / "config.json").exists()
-        what = "a model of torch, which AutoModel...from_pretrained and prune() open" if torch_model else str(error)
-        raise ValueError(f"{folder} holds no exported model (thresher export makes one), but {what}") from None
+        what = f"{folder} holds no exported model (thresher export makes one)"
+        if any(Path(folder).glob("*.safetensors")):
+            raise ValueError(f"{what}, but one of torch: open that with from_pretrained and prune()") from None
+        raise ValueError(f"{what}: {error}") from None
     try:
         exported, names = _opened(Path(folder), spec, threads or torch.get_num_threads())
     except ImportError as error:
