@@ -23,7 +23,8 @@ ROWS = (  # from the top down; a room may import what stands in a lower row, and
     ("core",),
 )
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
-FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+DOORS = {SOURCE / "__init__.py", SOURCE / "__main__.py"}  # the package's names, and its command
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path not in DOORS)
 
 
 def room_of(path: Path) -> str:

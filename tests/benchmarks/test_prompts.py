@@ -15,6 +15,7 @@ from support.questions import fields
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "prompts", raising=False)  # a folder of tests has the same name
     import longcontext
     import prompts
 

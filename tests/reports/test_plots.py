@@ -73,6 +73,6 @@ def test_the_same_rows_are_the_same_file_and_a_failure_leaves_the_older_one(tmp_
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for draw, what in ((plots.bench, rows()), (plots.pareto, rows()), (plots.leaderboard, rows())):
-        with pytest.raises(ValueError, match=r"pip install 'thresher\[plot\]'"):
+        with pytest.raises(ValueError, match=r"pip install 'thresher-pruning\[plot\]'"):
             draw(what, tmp_path / "speed.png")
     assert not list(tmp_path.iterdir())
