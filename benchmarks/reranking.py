@@ -20,6 +20,7 @@ and the rows say so.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -168,6 +169,8 @@ def prune(size: Size) -> None:
         own = {"method": method, "method_options": dict(options), "distill": 1.0, "dense_model": dense}
         own |= {"epochs": 0, "prune_epochs": epochs, "lr": 5e-5, "prune_lr": 2e-4}
         job(model=dense, out=folder(name, size), **own, **common(size, size.pruning))
+        found = json.loads((folder(name, size) / "thresher.json").read_text())
+        land(size, name, {key: found[key] for key in ("rows", "predictions")})
 
 
 def timed_models(size: Size) -> dict[str, Path]:
@@ -346,7 +349,7 @@ def land(size: Size, name: str, result: dict[str, Any]) -> None:
     from thresher.evaluation.rows import whole
 
     place = RESULTS / "passages" if size.name == FULL.name else RUNS / size.name
-    step = {"quality": "measure", "time-amx": "time"}.get(name, name)
+    step = {"quality": "measure", "time": "time", "time-amx": "time"}.get(name, "prune")
     command = f"python benchmarks/reranking.py {step}"
     rows = [{**row, "command": command} for row in result["rows"]]
     with whole(place / f"minilm-l6-{name}-s0.json") as aside:
