@@ -344,13 +344,9 @@ def main() -> int:
     parser.add_argument("--engines", default=",".join(ENGINES), help="other libraries, in time (default: all)")
     parser.add_argument("--length", type=int, default=LONGEST, help="tokens of a text, in measure and time")
     given = parser.parse_args()
-    length, engines = given.length, [name for name in given.engines.split(",") if name]
-    if given.step == "time":
-        time(length, engines)
-    elif given.step == "measure":
-        measure(length)
-    else:
-        STEPS[given.step]()
+    engines = [name for name in given.engines.split(",") if name]
+    told: dict[str, tuple] = {"measure": (given.length,), "time": (given.length, engines)}
+    STEPS[given.step](*told.get(given.step, ()))
     return 0
 
 

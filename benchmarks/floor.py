@@ -317,8 +317,12 @@ def ragged(ready: bool) -> Rows:
 @torch.no_grad()
 def with_head(net: Any, tokenizer: Any, texts: Any, place: Path) -> Any:
     """``net`` with a linear head on its pooled states, fitted on labelled ``texts`` once and kept in ``place``."""
+    from safetensors.torch import load_file, save_file
+
+    from thresher.evaluation.rows import whole
+
     if place.exists():
-        net.classifier.load_state_dict(torch.load(place))
+        net.classifier.load_state_dict(load_file(place))
         return net
     from sklearn.linear_model import LogisticRegression
 
@@ -330,8 +334,8 @@ def with_head(net: Any, tokenizer: Any, texts: Any, place: Path) -> Any:
     weight, bias = torch.tensor(fitted.coef_[0]).float(), float(fitted.intercept_[0])
     net.classifier.weight.copy_(torch.stack([-weight, weight]) / 2)
     net.classifier.bias.copy_(torch.tensor([-bias, bias]) / 2)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(net.classifier.state_dict(), place)
+    with whole(place) as aside:
+        save_file({name: x.contiguous() for name, x in net.classifier.state_dict().items()}, aside)
     return net
 
 
@@ -351,7 +355,7 @@ def phone(ready: bool) -> Rows:
         if name != "dense":
             prune(net, TopK(keep=keep_for("minilm-l6", RATIOS[name]), at=AT["minilm-l6"]))
         some = data["train"].shuffle(seed=0).select(range(HEAD))
-        nets[name] = with_head(net.eval(), tokenizer, some, RUNS / f"phone-{name}-head.pt")
+        nets[name] = with_head(net.eval(), tokenizer, some, RUNS / f"phone-{name}-head.safetensors")
         for precision in ("fp32", "int8"):
             how = {"tokenizer": tokenizer, "format": "executorch", "precision": precision, "lengths": PHONE}
             run = graph_of(net, RUNS / f"phone-{name}-{precision}", max(PHONE), **how)

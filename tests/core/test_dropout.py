@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from support.families import FAMILIES
 from thresher import LTP, PruningTrainer, TopK, prune
-from thresher.core.attention import with_dropout
+from thresher.core.attention import PrunedAttention, with_dropout
 from thresher.core.dropout import Dropout, dropped, quick_dropout
 from thresher.core.scoring import attend_and_score, attend_with_dropout
 
@@ -138,3 +138,16 @@ def test_training_gives_its_modules_back(tmp_path):
         PruningTrainer(net, arguments, train_dataset=data, callbacks=[Stop()]).train()
     assert {*seen} == {Dropout}
     assert {type(module) for module in net.modules() if isinstance(module, nn.Dropout)} == {nn.Dropout}
+
+
+@pytest.mark.parametrize("layout", ("mask", "padded", "packed"))
+def test_what_does_not_train_loses_nothing(layout, monkeypatch):
+    """Also where an attention module says its chance in evaluation, when eager attention does not drop."""
+    model = FAMILIES["bert"].build()
+    model.set_attn_implementation("eager")
+    model, call = prune(model, TopK(keep=0.6), layout=layout).eval(), PrunedAttention.__call__
+    batch, found = FAMILIES["bert"].batch(seed=1), []
+    for p in (0.0, 0.5):
+        monkeypatch.setattr(PrunedAttention, "__call__", lambda *a, p=p, **more: call(*a, **(more | {"dropout": p})))
+        found.append(FAMILIES["bert"].answers(model, batch)["output"])
+    assert torch.equal(*found)

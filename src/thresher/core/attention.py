@@ -57,7 +57,8 @@ class PrunedAttention:
             sees = attention_mask.any(-1)[:, 0]  # a query that sees nobody gets zeros, for which runtimes have others
         if statistic is not None and (graph or quick):
             bias = given.bias(attention_mask, query.shape[-2])
-            output, site.scores = attend_and_score(query, key, value, bias, scaling, site.votes, statistic, dropout)
+            lost = dropout if quick else 0.0
+            output, site.scores = attend_and_score(query, key, value, bias, scaling, site.votes, statistic, lost)
             weights = None
         else:
             output, weights = function(module, query, key, value, attention_mask, **kwargs)
@@ -107,8 +108,9 @@ class PrunedAttention:
                     bias = tokens.biased(bias, sequence + i, len(q), length)
                     mask = bias if tokens.log_size is not None else mask
                 if statistic is not None:
+                    lost = kwargs["dropout"] if function is with_dropout else 0.0
                     output, score = attend_and_score(
-                        q, k, v, bias, given.logits.scaling, reduce=statistic, dropout=kwargs["dropout"]
+                        q, k, v, bias, given.logits.scaling, reduce=statistic, dropout=lost
                     )
                     scores.append(score.flatten())
                 else:

@@ -34,8 +34,9 @@ class Agreement(NamedTuple):
 
 def prefixes_of(labels: Iterable[str]) -> tuple[str, ...]:
     """What may stand before a type in a scheme of these labels: "B-" and "I-", and the others of BIOES and BILOU where
-    every label but "O" has one of them ("E-MAIL" beside "NAME" is a type)."""
-    return PREFIXES if all(label[:2] in PREFIXES for label in labels if label != "O") else PREFIXES[:2]
+    one of the labels has such a one and every label but "O" has one of all ("E-MAIL" beside "NAME" is a type)."""
+    begins = {label[:2] for label in labels if label != "O"}
+    return PREFIXES if begins <= {*PREFIXES} and begins & {*PREFIXES[:2]} else PREFIXES[:2]
 
 
 def entities(labels: Sequence[str | None], known: Iterable[str] = ()) -> list[Entity]:
