@@ -199,6 +199,8 @@ PAGES = {
 
 
 def main() -> int:
+    from thresher.evaluation.rows import whole
+
     for name, sections in PAGES.items():
         page, lines = ROOT / "docs" / name, []
         for title, told in sections.items():
@@ -207,7 +209,8 @@ def main() -> int:
         if lines:
             before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
             after = rest.partition(END)[2]
-            page.write_text(before + BEGIN + "\n" + "\n".join(lines) + END + after, encoding="utf-8")
+            with whole(page) as aside:
+                aside.write_text(before + BEGIN + "\n" + "\n".join(lines) + END + after, encoding="utf-8")
         print(f"{len(lines)} lines in {page}")
     return 0
 

@@ -133,6 +133,8 @@ def known(name: str) -> list[dict[str, Any]]:
 
 def tables() -> None:
     """Write the tables of the page between their marks."""
+    from thresher.evaluation.rows import whole
+
     text = PAGE.read_text()
     lines = ["", "Each extra in a fresh environment, with the versions of `constraints.txt`, used once:", ""]
     lines += ["| `pip install` | works | packages | MB | seconds to install |", "|---|---|---|---|---|"]
@@ -143,7 +145,8 @@ def tables() -> None:
     for name, made in (("extras", lines), ("examples", example_table())):
         marked = "\n".join([f"<!-- {name} -->", *(made if known(name) else []), f"<!-- /{name} -->"])
         text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, said=marked: said, text, flags=re.S)
-    PAGE.write_text(text)
+    with whole(PAGE) as aside:
+        aside.write_text(text)
 
 
 def example_table() -> list[str]:

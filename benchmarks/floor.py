@@ -102,6 +102,7 @@ def ratio_of(net: Any, *batches: dict) -> float:
 def keep_for(shape: str, ratio: float) -> float:
     """The share of ``TopK`` at the sites of a shape that leaves so many times fewer MACs of 128 tokens; remembered."""
     from thresher import TopK, prune, unprune
+    from thresher.evaluation.rows import whole
 
     place = OF["folder"] / "keeps.json"
     known = json.loads(place.read_text()) if place.exists() else {}
@@ -114,8 +115,8 @@ def keep_for(shape: str, ratio: float) -> float:
             low, high = (middle, high) if ratio_of(net, text(128)) > ratio else (low, middle)
             unprune(net)
         known[name] = round(high, 3)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(known))
+        with whole(place) as aside:
+            aside.write_text(json.dumps(known))
     return known[name]
 
 
@@ -144,6 +145,7 @@ def graph(net: Any, folder: str, format: str, precision: str) -> Any:
     ``export`` makes them, without tracing the model again."""
     from speed import graph_of
     from thresher import load_runtime
+    from thresher.evaluation.rows import folder_written_whole
     from thresher.exporting.export import source_of
 
     places = {one: OF["folder"] / f"{folder}-{format}-{one}" for one in ("fp32", precision)}
@@ -151,12 +153,12 @@ def graph(net: Any, folder: str, format: str, precision: str) -> Any:
     if precision == "fp32":
         return whole
     if source_of(places[precision]) != source_of(places["fp32"]):
-        shutil.rmtree(places[precision], ignore_errors=True)
-        shutil.copytree(places["fp32"], places[precision])
-        if precision == "int8":
-            in_int8(places["fp32"], places[precision], format)
-        told = json.loads((places[precision] / SPEC).read_text())
-        (places[precision] / SPEC).write_text(json.dumps(told | {"precision": precision}))
+        with folder_written_whole(places[precision], replace=True) as aside:
+            shutil.copytree(places["fp32"], aside, dirs_exist_ok=True)
+            if precision == "int8":
+                in_int8(places["fp32"], aside, format)
+            told = json.loads((aside / SPEC).read_text())
+            (aside / SPEC).write_text(json.dumps(told | {"precision": precision}))
     return load_runtime(places[precision])
 
 
@@ -416,14 +418,15 @@ def target(runtime: str, precision: str) -> None:
     """Ask ``tune`` for a share of the dense model's milliseconds on MRPC, and write what was reached."""
     from thresher import load_runtime
     from thresher.evaluation.hardware import environment
-    from thresher.evaluation.rows import row, write_rows
+    from thresher.evaluation.rows import folder_written_whole, row, write_rows
     from thresher.experiments.tune import SUMMARY, tune
 
     model = RUNS / "minilm-l6-mrpc"
     if not model.exists():
         net, tokenizer = minilm()
-        net.save_pretrained(model)
-        tokenizer.save_pretrained(model)
+        with folder_written_whole(model) as aside:
+            net.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
     given = {"data": str(DATA / "glue" / "mrpc"), "runtime": runtime, "precision": precision, "max_length": 128}
     run = load_runtime(RUNS / f"minilm-l6-dense-{runtime}-{precision}")
     name, threads = f"{runtime} {precision} dense", torch.get_num_threads()

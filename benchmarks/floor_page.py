@@ -102,11 +102,13 @@ def page() -> str:
 
 def write() -> None:
     """Exchange the tables on the page."""
+    from thresher.evaluation.rows import whole
+
     text = PAGE.read_text()
     assert BEGIN in text and END in text, f"{PAGE} has no place for tables"
-    PAGE.write_text(
-        re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: BEGIN + "\n" + page() + END, text, flags=re.S)
-    )
+    told = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: BEGIN + "\n" + page() + END, text, flags=re.S)
+    with whole(PAGE) as aside:
+        aside.write_text(told)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ sys.path.insert(0, str(HERE))
 from longcontext import PRECISIONS, RUNS, about, digest, opened, results, resume  # noqa: E402
 from run import as_json  # noqa: E402
 from thresher.evaluation.hardware import environment  # noqa: E402
+from thresher.evaluation.rows import folder_written_whole, whole  # noqa: E402
 
 MODEL, DATA = "smollm2-135m-dequantised", Path(os.environ.get("THRESHER_DATA", "data")) / "squad" / "validation.parquet"
 QUESTION = "\n\nQuestion: What is the secret number of the harbour?\nAnswer: The secret number of the harbour is"
@@ -156,8 +157,9 @@ def learn(teacher: Any, told: Any, place: Path) -> dict:
     before = trainer.evaluate()["eval_agreement"]
     trainer.train()
     found = {"agreement_untrained": before, "agreement": trainer.evaluate()["eval_agreement"], "texts": len(rows)}
-    classifier.save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    with folder_written_whole(place, replace=True) as aside:
+        classifier.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
     spent = {"processor_labels": labelled, "processor": process_time() - begun}
     return {"method": "llmlingua2", "model_trained": "minilm-l6", "epochs": EPOCHS} | found | spent
 
@@ -277,13 +279,13 @@ def main() -> int:
         made["answers"] = list(ask(asked, model, tokenizer, classifiers, half))
     if asked.only in (None, "times"):
         made["times"] = times(model, tokenizer, begun + 60 * asked.minutes, tuple(asked.lengths))
-    asked.out.mkdir(parents=True, exist_ok=True)
     for name, rows in made.items():
         known = {**about(asked), "command": f"python benchmarks/prompts.py --only {name}", **environment()}
         lines, more = (rows, {}) if name != "answers" else (summary(rows), {"prompts": rows})
         print(*lines, sep="\n")
         text = as_json({"rows": [known | line for line in lines], **more})
-        (asked.out / f"{name}.json").write_text(text, encoding="utf-8")
+        with whole(asked.out / f"{name}.json") as aside:
+            aside.write_text(text, encoding="utf-8")
     return 0
 
 

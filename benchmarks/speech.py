@@ -180,7 +180,7 @@ def measure(model: str) -> None:
 
     from thresher import unprune
     from thresher.evaluation.hardware import environment
-    from thresher.evaluation.rows import row, write_rows
+    from thresher.evaluation.rows import row, whole, write_rows
 
     (net, processor), parts = opened(model), sounds()
     calm, known = parts.pop("calm"), RUNS / f"{model}.json"  # of the dense model's errors, window by window
@@ -213,8 +213,8 @@ def measure(model: str) -> None:
                     print(said[:3], flush=True)
             unprune(net)
             write_rows(file, rows)
-            RUNS.mkdir(parents=True, exist_ok=True)
-            known.write_text(json.dumps({name: own.tolist() for name, own in base.items()}))
+            with whole(known) as aside:
+                aside.write_text(json.dumps({name: own.tolist() for name, own in base.items()}))
 
 
 def time(model: str, tiny: bool) -> None:

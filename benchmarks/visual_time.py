@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from thresher import CDPruner, DivPrune, FastV, PyramidDrop, Random, SparseVLM
 from thresher.evaluation.asking import FEATURES, measure_asking
 from thresher.evaluation.hardware import torch_threads
+from thresher.evaluation.rows import whole
 
 IMAGE, WORDS, TOKENS, CROPS = 49190, 40, 64, (9, 31)
 SHARES = (0.5, 0.25, 1 / 9, 1 / 18)
@@ -95,8 +96,8 @@ def main() -> None:
                 )
             rows += found
             if args.out is not None:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+                with whole(args.out) as aside:
+                    aside.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
