@@ -32,7 +32,8 @@ def trained(toy, out, monkeypatch, lost: dict[float, float] | None = None, **opt
             return strongest.Rung(target, target, lost[target], lost[target] - 1, lost[target] + 1, 16, keeps)
 
         monkeypatch.setattr(strongest, "judge", judge)
-    rows = jobs.train(toy.model, toy.data, out, progress=False, **BOUND | {"epochs": 0, "prune_epochs": 0} | options)
+    given = BOUND | {"epochs": 0, "prune_epochs": 0, "progress": False} | options
+    rows = jobs.train(toy.model, toy.data, out, **given)
     return rows, json.loads((out / jobs.SUMMARY).read_text())
 
 
@@ -59,6 +60,16 @@ def test_budgets_are_searched_by_halves(toy, tmp_path, monkeypatch, bears, tried
         assert 1 / pruned["flops_ratio"] == pytest.approx(chosen, rel=0.1)
         assert lines[-1].endswith("of the MACs are left, the least of those tried within a drop of 1 point")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_the_end_is_in_sight(toy, tmp_path, monkeypatch, capsys):
+    lost = dict.fromkeys(strongest.LADDER, 5.0)
+    trained(toy, tmp_path / "out", monkeypatch, lost, progress=True)
+    said = [line for line in capsys.readouterr().out.splitlines() if "more" in line]
+    announced = [line for line in said if line.startswith("budget ")]
+    assert [line.split("at most ")[1].split()[0] for line in announced] == ["2", "1", "0"], said
+    judged = [line for line in said if "loses too much; at most " in line]
+    assert [line.split("at most ")[1].split()[0] for line in judged] == ["2", "1"], said
 
 
 def test_what_has_learned_nothing_is_not_pruned(toy, tmp_path, monkeypatch):

@@ -286,6 +286,11 @@ def settled(run: Run, stage: str, make: Callable[..., Any], epochs: float | None
         trainer.add_callback(UntilTrained(after=soft))
     if pruning and not run.spec.replay:  # whose counts are known on the training rows alone
         trainer.add_callback(Watch(trainer, run.data.validation, run.data.task.metric))
+    if run.progress and epochs is None:
+        print(
+            f"{stage}: at most {trainer.args.max_steps} steps at {trainer.args.learning_rate:g}; "
+            "it ends when the loss on held-out rows falls no more"
+        )
     set_seed(run.spec.seed)
     run_trainer(trainer, run.work.folder, run.progress)
     return trainer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,10 @@ def strongest(run: Run, dense: Path, max_drop: float) -> Path:
     options = run.options({**(run.spec.method_options or {}), "target_flops": LADDER[0]})
     unprune(prune(run.model(dense), method_of(run.spec, options) or TopK(keep=1.0, at=())))  # a mistake is told here
     while learned and low < high:
-        middle = (low + high) // 2
+        middle, began = (low + high) // 2, time.time()
         target = LADDER[middle]
+        if run.progress:
+            print(f"budget {target} of the MACs; at most {still(low, high) - 1} more are tried after it")
         folder = run.work.folder / f"pruned-{target}"
         options = {**(run.spec.method_options or {}), "target_flops": target}
         try:
@@ -82,9 +85,9 @@ def strongest(run: Run, dense: Path, max_drop: float) -> Path:
             high = middle
             continue
         rungs.append(judge(run, before, folder, target, max_drop))
-        if run.progress:
-            print(told(rungs[-1]))
         best, low, high = (folder, middle + 1, high) if rungs[-1].keeps else (best, low, middle)
+        if run.progress:
+            print(told(rungs[-1]) + ahead(still(low, high), time.time() - began))
     with folder_written_whole(final) as aside:
         if best is None:
             save(run, run.model(dense), aside)
@@ -97,6 +100,18 @@ def strongest(run: Run, dense: Path, max_drop: float) -> Path:
         stage["budget"]["target_flops"] = None if best is None else float(best.name.split("-")[1])
         (aside / "stage.json").write_text(json.dumps(stage))
     return final
+
+
+def still(low: int, high: int) -> int:
+    """How many of the budgets from ``low`` to before ``high`` a search by halves tries at most."""
+    return (high - low).bit_length()
+
+
+def ahead(count: int, seconds: float) -> str:
+    """The end of a line: how many budgets may still come, and for how long at the pace of the last one."""
+    if not count:
+        return ""
+    return f"; at most {count} more, about {max(1, round(count * seconds / 60))} min if they take as long as this one"
 
 
 def judge(run: Run, before: Predictions, folder: Path, target: float, max_drop: float) -> Rung:
