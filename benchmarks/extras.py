@@ -57,7 +57,7 @@ USED = {  # what an extra is for, in a few lines; "" is the library alone
     "plot": "from thresher.reports import plots, style; import matplotlib",
     "demo": "from thresher.data.load import load_task; assert len(load_task('bbc-news').train)",
 }
-EXAMPLES = ("classify", "embed", "long_prompt", "pictures", "edge")
+EXAMPLES = ("classify", "embed", "long_prompt", "ask_picture", "pictures", "edge")
 
 
 def wheel(folder: Path) -> Path:

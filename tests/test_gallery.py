@@ -52,6 +52,14 @@ def test_pictures(tmp_path, capsys):
     assert (tmp_path / "digit.html").stat().st_size > 5000 and "of the MACs" in capsys.readouterr().out
 
 
+def test_ask_picture(capsys):
+    share = example("ask_picture").main()
+    assert share["Grid"] < share["DivPrune"] < share["FastV"] < 0.6, (
+        "distances cost, and two layers with the whole picture"
+    )
+    assert capsys.readouterr().out.count("144 of 576 visual tokens") == 2
+
+
 @pytest.mark.slow  # exports a graph
 def test_edge(tmp_path):
     assert example("edge").main(tmp_path / "graph") > 0.999
