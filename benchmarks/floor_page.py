@@ -51,6 +51,19 @@ def gains(rows: list[dict]) -> list[str]:
     return table(head, [[*key, *(of.get(size, "") for size in sizes)] for key, of in sorted(cells.items())])
 
 
+def overall(rows: list[dict]) -> list[str]:
+    """How many times less the quickest pruned model takes than torch, where torch was timed beside graphs."""
+    torch, graphs = ([row for row in rows if (row["runtime"] == "torch") == of] for of in (True, False))
+    if not (torch and graphs):
+        return []
+    slow, lines = torch[0]["latency_ms_p50"], [""]
+    for ratio in dict.fromkeys(row["recipe"] for row in graphs if row["mode"] == "pruned"):
+        best = min((row for row in graphs if row["recipe"] == ratio), key=lambda row: row["latency_ms_p50"])
+        gain = slow / best["latency_ms_p50"]
+        lines.append(f"* {ratio.split(', ')[1]}: {best['runtime']} takes {gain:.1f}x less than torch in fp32, padded")
+    return lines
+
+
 def training(rows: list[dict]) -> list[str]:
     """Tokens per second of each stage, before and after."""
     rate = {(row["model"], row["mode"], row["recipe"]): row["samples_per_second"] * row["tokens_mean"] for row in rows}
@@ -82,7 +95,7 @@ def page() -> str:
     }
     for stem, title in titles.items():
         rows = rows_of("floor", stem)
-        found += section(title, rows, gains(rows))
+        found += section(title, rows, gains(rows) + overall(rows))
         notes = [
             f"* {row['precision']} {row['recipe'].split(', ')[1]}, up to {row['max_length']} tokens: {row['note']}"
             for row in rows

@@ -123,7 +123,7 @@ def test_a_budget_that_hurts_is_told_with_a_milder_one(toy, tmp_path, monkeypatc
         return
     assert milder["target_flops"] in strongest.LADDER and milder["target_flops"] > target and milder["drop"] <= 1
     (line,) = budget_lines(summary, rows)
-    assert line.startswith(f"drop {rows[0]['quality'] - rows[1]['quality']:+.2f} points: on the validation part ")
+    assert line.startswith(f"drop {rows[0]['quality'] - rows[1]['quality']:+.2f} points: on 16 rows of the validation ")
     assert line.endswith(f"at --target-flops {milder['target_flops']:g}")
 
 

@@ -77,8 +77,9 @@ def budget_lines(summary: dict, rows: list[dict]) -> list[str]:
         return [*tried, last]
     drop = None if None in (dense["quality"], pruned["quality"]) else dense["quality"] - pruned["quality"]
     if mild:
+        where = f"{mild['examples']} rows of" if "examples" in mild else "all of"  # as older versions did
         return [
-            f"drop {drop:+.2f} points: on the validation part this model loses {mild['drop']:+.2f} at "
+            f"drop {drop:+.2f} points: on {where} the validation part this model loses {mild['drop']:+.2f} at "
             f"--target-flops {mild['target_flops']:g}"
         ]
     if drop is not None and drop > NOTICED and pruned.get("target_flops"):

@@ -18,6 +18,7 @@ import torch
 from ..api import prune, unprune
 from ..checkpoint import tensors_of
 from ..core.pruner import pruner_in
+from ..data import qa
 from ..data.models import make_method
 from ..evaluation.predict import Predictions, Text, outcome, predict, quality
 from ..evaluation.rows import folder_written_whole, whole
@@ -26,10 +27,10 @@ from ..methods.topk import TopK
 from ..search.schedules import WIDTHS
 from ..stats.bootstrap import bootstrap_interval
 from ..stats.metrics import compute_metric, trivial
-from ..training.monitor import WATCHED
+from ..training.trainer import CALIBRATION_ROWS
 from .pruning import prune_and_train
 from .spec import NOTICED
-from .stages import Run, asked, method_of, open_schedule, save, space_of
+from .stages import Run, asked, method_of, open_schedule, save, space_of, watched
 
 LADDER = (0.85, 0.7, 0.55, 0.42, 0.32, 0.24)  # shares of the dense MACs, from mild to strong
 MILD = 1.0  # points: of a drop above ``NOTICED`` the budget is told at which it would have been these
@@ -141,13 +142,14 @@ def told(rung: Rung) -> str:
 
 
 def milder(run: Run, dense: Path, folder: Path, target: float) -> dict[str, float] | None:
-    """The budget at which a model that was trained to ``target``, and lost more than ``NOTICED`` points of the
-    validation part, loses ``MILD`` at most as it is; None where it lost less, or where no budget is mild enough.
+    """The budget at which a model that was trained to ``target``, and lost more than ``NOTICED`` points, loses ``MILD``
+    at most as it is; None where it lost less, or where no budget is mild enough.
 
-    A method with thresholds or masks is calibrated anew, shares are taken of the widest schedule of the family.
+    Quality is that of at most ``WATCHED`` examples of the validation part; how many is told as well. A method with
+    thresholds or masks is calibrated anew, shares are taken of the widest schedule of the family.
     """
-    rows, metric = run.data.validation, run.data.task.metric
-    best = quality(asked(run.dense(dense), dense, rows, batch_size=run.spec.batch_size), rows, metric)
+    rows, metric = watched(run.data.validation), run.data.task.metric
+    best = quality(predict(run.dense(dense), rows, batch_size=run.spec.batch_size), rows, metric)
     net = run.finished(folder)
     if best - quality(predict(net, rows, batch_size=run.spec.batch_size), rows, metric) <= NOTICED:
         return None
@@ -157,7 +159,7 @@ def milder(run: Run, dense: Path, folder: Path, target: float) -> dict[str, floa
             continue
         lost = best - quality(predict(pruned, rows, batch_size=run.spec.batch_size), rows, metric)
         if lost <= MILD:
-            return {"target_flops": share, "drop": lost}
+            return {"target_flops": share, "drop": lost, "examples": len(set(qa.examples(rows)))}
     return None
 
 
@@ -178,7 +180,7 @@ def at_budget(run: Run, net: Any, share: float) -> Any:
         net(**batch)
         return pruner.last_record()
 
-    some = text.batches(range(min(len(text.lengths), WATCHED)), run.spec.batch_size)
+    some = text.batches(range(min(len(text.lengths), CALIBRATION_ROWS)), run.spec.batch_size)
     try:
         with torch.no_grad():
             pruner.calibrate(forward, [text.batch(rows, None, net.device) for rows in some])
