@@ -2,9 +2,9 @@
 
     python benchmarks/embedding.py tune       all-MiniLM-L6-v2, a schedule for each budget, nothing trained
     python benchmarks/embedding.py merge      the same share merged in every layer, by keys or states, nothing chosen
-    python benchmarks/embedding.py train      and trained by the dense model's vectors
+    python benchmarks/embedding.py train      and trained by the dense model's vectors, to 3x for longer as well
     python benchmarks/embedding.py measure    Cranfield and 20 Newsgroups: nDCG@10, overlap, cosine
-    python benchmarks/embedding.py time       documents per second beside dense unpadded, int8 graphs too
+    python benchmarks/embedding.py time       documents per second beside dense unpadded, graphs too
 
 ``measure`` and ``time`` cut texts to ``--length`` tokens (256).
 
@@ -39,12 +39,16 @@ MERGED = {  # by what tokens are compared: share of the tokens in each layer
 }
 BY_STATES = {"metric": "states", "rounds": 2, "min_tokens": 64}
 LONGEST, PAUSE = 256, 0.5  # tokens of a text; seconds between turns
-TEXTS, POSTS, SAME = 6000, 2000, 10  # to train on; to judge; neighbours that are judged
+POSTS, SAME = 2000, 10  # to judge; neighbours that are judged
+SHORT = {"limit": 6000, "prune_epochs": 1, "prune_lr": 1e-4}  # a training
+LONG = {"limit": None, "prune_epochs": 2, "prune_lr": 2e-4}  # of four times as many steps
+TRAINED: dict[tuple[str, str], dict[str, Any]] = {("tome-trained", budget): SHORT for budget in TARGETS}
+TRAINED |= {("tome-trained-long", "3x"): LONG}
 TIMED, REPEATS = 200, 3
 GRAPHED = {"dense": None, "tome-trained-2x": ("tome-trained", "2x"), "tome-trained-3x": ("tome-trained", "3x")}
-GRAPHS = (("onnx", "int8"), ("openvino", "int8"))
+GRAPHS = (("onnx", "int8"), ("openvino", "int8"), ("openvino", "bf16"))  # the last where the processor computes in it
 CALIBRATING = 128  # texts to train on, for int8 in OpenVINO
-WAYS = ("tuned", "topk", "top", *MERGED, "tome-trained")
+WAYS = ("tuned", "topk", "top", *MERGED, "tome-trained", "tome-trained-long")
 
 
 def folder(way: str, budget: str) -> Path:
@@ -99,11 +103,10 @@ def train() -> None:
     """Train to the budgets, as ``thresher train --task embed`` does where no method is named."""
     from thresher.experiments.train import train as job
 
-    for budget, target in TARGETS.items():
-        given = {"data": unlabelled(), "text": ("text",), "max_length": LONGEST, "limit": TEXTS, "threads": 1}
-        given |= {"task": "embed", "target_flops": target}
-        own = {"batch_size": 16, "epochs": 0, "prune_epochs": 1, "prune_lr": 1e-4}
-        job(model=pretrained("minilm-l6"), out=folder("tome-trained", budget), progress=False, **given, **own)
+    given = {"data": unlabelled(), "text": ("text",), "max_length": LONGEST, "threads": 1, "task": "embed"}
+    given |= {"batch_size": 16, "epochs": 0, "progress": False}
+    for name, own in TRAINED.items():
+        job(model=pretrained("minilm-l6"), out=folder(*name), target_flops=TARGETS[name[1]], **given | own)
 
 
 def tokens_of(texts: list[str], tokenizer: Any, length: int) -> Any:
@@ -223,12 +226,13 @@ class Peer:
 
 
 def graphs(length: int) -> dict[str, Any]:
-    """int8 graphs of the dense model and of the trained ones, by name; made where they are missing."""
+    """Graphs of the dense model and of the trained ones, by name; made where they are missing."""
     import torch
 
     from speed import graph_of
     from thresher.data.embedder import load_embedder
     from thresher.data.load import load_task
+    from thresher.evaluation.hardware import has_bf16
 
     texts = load_task(str(DATA / "20newsgroups")).train.shuffle(seed=0).select(range(CALIBRATING))["text"]
     found = {}
@@ -239,7 +243,7 @@ def graphs(length: int) -> dict[str, Any]:
         rows = tokens_of([*texts], tokenizer, length)
         calibration = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows]
         how = {"tokenizer": tokenizer, "calibration": calibration}
-        for runtime, precision in GRAPHS:
+        for runtime, precision in (one for one in GRAPHS if one[1] != "bf16" or has_bf16()):
             place = RUNS / "graphs" / f"{name}-{length}-{runtime}-{precision}"
             found[f"{name} {runtime} {precision}"] = graph_of(
                 net, place, length, format=runtime, precision=precision, **how

@@ -46,7 +46,8 @@ UNTRAINED = "untrained"  # what models that stand in for trained ones are called
 METRICS = ("mrr", "ndcg@10")
 CANDIDATES, BATCH = 100, 25  # beside the question that is timed; pairs in a forward
 CALIBRATING = 128  # pairs of the articles to train on, for int8 in OpenVINO
-GRAPHS = (("onnx", "int8"), ("openvino", "int8"))
+GRAPHS = (("onnx", "int8"), ("openvino", "int8"))  # that are judged; in a timing also those of
+WITH_AMX = ("openvino", "bf16")
 
 
 @dataclass(frozen=True)
@@ -257,10 +258,12 @@ def measure(size: Size) -> None:
 
 def graphs(size: Size) -> None:
     """Make the graphs, of trained models where these are there."""
-    opened(timed_models(size), size)
+    opened(timed_models(size), size, timed_graphs())
 
 
-def opened(places: dict[str, Path], size: Size) -> dict[tuple[str, str], dict[str, Any]]:
+def opened(
+    places: dict[str, Path], size: Size, graphs: tuple[tuple[str, str], ...] = GRAPHS
+) -> dict[tuple[str, str], dict[str, Any]]:
     """The graphs of the models of ``EXPORTED`` among ``places``, by runtime and precision; made where they are missing
     or of another model."""
     import torch
@@ -277,13 +280,20 @@ def opened(places: dict[str, Path], size: Size) -> dict[tuple[str, str], dict[st
     names = [name for name in tokenizer.model_input_names if name in pairs.column_names]
     calibration = [{name: torch.tensor([pair[name]]) for name in names} for pair in pairs]
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for runtime, precision in GRAPHS:
+    for runtime, precision in graphs:
         how = {"format": runtime, "precision": precision, "tokenizer": tokenizer, "calibration": calibration}
         for name, (net, _) in nets.items():
             place = RUNS / size.name / "graphs" / f"{places[name].name}-{runtime}-{precision}"
             graph = graph_of(net, place, max(size.widths), **how)
             found.setdefault((runtime, precision), {})[name] = graph
     return found
+
+
+def timed_graphs() -> tuple[tuple[str, str], ...]:
+    """The runtimes and precisions of the graphs that are timed on this processor."""
+    from thresher.evaluation.hardware import has_bf16
+
+    return (*GRAPHS, WITH_AMX) if has_bf16() else GRAPHS
 
 
 def candidates(size: Size, tokenizer: Any, width: int, seed: int = 0) -> Any:
@@ -316,7 +326,7 @@ def time(size: Size) -> None:
     places = timed_models(size)
     trained = places["dense"] == folder("dense", size)
     nets = {name: load(str(place)) for name, place in places.items()}
-    tokenizer, graphs = nets["dense"][1], opened(places, size)
+    tokenizer, graphs = nets["dense"][1], opened(places, size, timed_graphs())
     graphs = {w: {"pruned" if n == TIMED else n: graph for n, graph in own.items()} for w, own in graphs.items()}
     found = []
     for width in size.widths:
