@@ -22,7 +22,7 @@ from thresher.cli import app as cli
 from thresher.data.embedder import Embedder, Pooling, Projection
 from thresher.experiments.describe import describe
 from thresher.exporting import export as exporting
-from thresher.exporting.export import inputs_of
+from thresher.exporting.export import _spec_of, inputs_of
 from thresher.methods.parts.rank_bins import within
 from thresher.serving.score import Scorer
 
@@ -259,10 +259,30 @@ def test_texts_in_labels_out(exported):
 
 def test_few_widths_give_the_same_answers(exported):
     _, folder, _ = exported
+    with pytest.raises(ValueError, match=r"lengths=\(16, 65\): expected numbers of tokens from 1 to 64"):
+        load_runtime(folder, lengths=(16, 65))
     wide, plain = load_runtime(folder, lengths=(64, 16)), load_runtime(folder)
     assert [wide.width(n) for n in (3, 16, 17, 64, 65)] == [16, 16, 64, 64, 65]
     for a, b in zip(wide(TEXTS), plain(TEXTS), strict=True):
         assert a["label"] == b["label"] and a["score"] == pytest.approx(b["score"], abs=1e-5)
+
+
+def test_masks_may_be_left_out_and_of_any_kind(exported):
+    model, folder, _ = exported
+    graph, ids = load_runtime(folder), inputs_of(model, tiny_tokenizer(), 1, 9)["input_ids"]
+    expected = graph.forward(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+    for given in ({}, {"attention_mask": torch.ones_like(ids, dtype=torch.bool)}):
+        assert torch.equal(graph.forward(input_ids=ids.int(), **given)["logits"], expected)
+
+
+def test_a_model_without_positions_takes_what_is_asked_for():
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    sizes = {"position_biased_input": False, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    model = DebertaV2ForSequenceClassification(DebertaV2Config(**TEXT | sizes)).eval()
+    assert _spec_of(model, "onnx", "fp32", 1024)["max_length"] == 1024
+    limited = classifier()
+    assert _spec_of(limited, "onnx", "fp32", 9999)["max_length"] == limited.config.max_position_embeddings
 
 
 def test_plain_onnxruntime_runs_it(exported):
@@ -294,13 +314,17 @@ def test_regression_and_answers(tmp_path):
     inputs = tokenizer(question, paragraph, return_tensors="pt", return_offsets_mapping=True)
     first, last = inputs.pop("offset_mapping")[0].T
     inside = torch.tensor([part == 1 for part in inputs.sequence_ids(0)])
-    output = reader(**inputs)
+    with torch.no_grad():
+        output = reader(**inputs)
     start, end = (x[0].masked_fill(~inside, float("-inf")).softmax(0) for x in (output.start_logits, output.end_logits))
     i, j = divmod(int((start[:, None] * end[None]).triu().argmax()), len(start))
     assert (found["start"], found["end"]) == (int(first[i]), int(last[j]))
     assert found["score"] == pytest.approx(float(start[i] * end[j]), abs=1e-4)
     with pytest.raises(ValueError, match="needs paragraphs"):
         graph(question)
+    both = graph([question] * 2, [paragraph, TEXTS[0]])
+    graph.tokenizer.padding_side = "left"
+    assert graph([question] * 2, [paragraph, TEXTS[0]]) == both, "whatever side is padded"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from support.families import FAMILIES
 from support.methods import METHODS
 from support.tiny import tiny_tokenizer
-from thresher import LTP, Threshold, ToP, TopK, compiled, prune
+from thresher import LTP, Threshold, ToP, TopK, compiled, dense, prune, unprune
 from thresher.core.view import Widths
 from thresher.data.embedder import Embedder, Pooling
 from thresher.exporting.export import inputs_of, padded_layout
@@ -112,6 +112,47 @@ def test_of_equals_the_first_go_on():
     assert kept.nonzero()[:, 0].tolist() == list(range(6))
 
 
+def test_a_query_that_is_longer_than_a_site_has_room():
+    """Its tokens alone vote, at two sites, and the first one has room for fewer of them."""
+    separator, widths = 7, Widths((6, 4), capped=True)
+    model = classifier(TopK(keep=0.5, at=(0, 1), protect={"until": [separator]}))
+    assert model.token_pruner.votes == "protected"
+    for long in (2, 11):
+        given = inputs_of(model, tiny_tokenizer(), 1, LENGTH)
+        ids = given["input_ids"].clone()
+        ids[ids == separator] = separator + 1
+        ids[:, long] = separator
+        given["input_ids"] = ids
+        with padded_layout(model), torch.no_grad(), one_shape(model, widths):
+            expected = model(**given).logits
+            assert [int(site.keep.sum()) for site in model.token_pruner.record.sites] == [6, 3 if long == 2 else 4]
+            graph = torch.export.export(model, args=(), kwargs=given, strict=False)
+            torch.testing.assert_close(graph.module()(**given).logits, expected, atol=1e-5, rtol=0)
+        names = {str(node.target) for node in graph.graph.nodes}
+        assert not any("aten.item" in name or "sym_" in name or "_local_scalar" in name for name in names)
+
+
+def test_votes_in_a_graph_of_one_length_are_those_of_the_model():
+    """All rows are made there, and in the model those of the voters alone."""
+    model = classifier(TopK(keep=0.5, at=(0, 1), protect={"until": [7]}))
+    given = inputs_of(model, tiny_tokenizer(), 1, LENGTH)
+    given["input_ids"][:, 4] = 7
+    with padded_layout(model), torch.no_grad():
+        expected = model(**given).logits
+        kept = [site.keep.clone() for site in model.token_pruner.record.sites]
+        with one_shape(model, Widths(tuple(int(one.sum()) for one in kept), capped=True)):
+            torch.testing.assert_close(model(**given).logits, expected, atol=1e-5, rtol=0)
+        assert all(torch.equal(a.keep, b) for a, b in zip(model.token_pruner.record.sites, kept, strict=True))
+
+
+def test_a_module_keeps_its_own_mode():
+    model = classifier(TopK(keep=0.5)).train()
+    model.bert.embeddings.eval()
+    with padded_layout(model):
+        assert not any(module.training for module in model.modules())
+    assert model.training and not model.bert.embeddings.training
+
+
 def test_other_threads_prune_as_ever_while_a_graph_is_made():
     model = classifier(Threshold(0.0, at=(1,)))
     given, found = texts(model)[-1], []
@@ -206,6 +247,42 @@ def test_lengths_are_checked():
     for wrong in ((0,), (65,), (8.5,)):
         with pytest.raises(ValueError, match="expected numbers of tokens from 1 to 64"):
             check_lengths(wrong, 64)
+
+
+def test_what_the_code_was_not_made_for_runs_in_the_model():
+    model = classifier(TopK(keep=0.5))
+    fast, given = compiled(model, (16,), tokenizer=tiny_tokenizer(), backend="eager"), texts(model)[9]
+    with torch.no_grad(), dense(model):
+        whole = model(**given).logits
+        assert torch.equal(fast(**given).logits, whole), "as for a batch"
+    with torch.no_grad():
+        pruned = model(**given).logits
+        none = given | {"token_type_ids": None, "attention_mask": None}
+        torch.testing.assert_close(fast(**none).logits, model(input_ids=given["input_ids"]).logits)
+        assert len(fast(**given, output_hidden_states=True).hidden_states) == len(model.bert.encoder.layer) + 1
+    assert (whole - pruned).abs().max() > 1e-4
+    torch.testing.assert_close(fast(**given).logits, pruned, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("change", ["weights", "method", "mode"])
+def test_stale_code_is_refused(change):
+    model = classifier(TopK(keep=0.5))
+    fast, given = compiled(model, (16,), tokenizer=tiny_tokenizer(), backend="eager"), texts(model)[9]
+    if change == "weights":
+        with torch.no_grad():
+            model.classifier.weight.mul_(2)
+    elif change == "method":
+        prune(unprune(model), TopK(keep=0.3))
+    else:
+        model.train()
+    with pytest.raises(ValueError, match="has other weights, another method or another mode than when it was compiled"):
+        fast(**given)
+
+
+def test_a_configuration_that_asks_for_states_is_refused():
+    model = classifier(TopK(keep=0.5), output_hidden_states=True)
+    with pytest.raises(ValueError, match="asks for hidden states or attentions, which compiled code does not give"):
+        compiled(model, (8,), tokenizer=tiny_tokenizer(), backend="eager")
 
 
 @pytest.mark.slow

@@ -38,7 +38,21 @@ def test_near_lengths_share_a_batch():
 
 def test_a_query_that_does_not_fit_is_cut_evenly():
     assert sorted(map(len, QueryBatches([0] * 10, [5] * 10, 4))) == [3, 3, 4]
-    assert sorted(map(len, QueryBatches([0] * 4, [5, 5, 5, 90], 8, 40))) == [1, 3], "one row is over the budget"
+    assert sorted(map(len, QueryBatches([0] * 4, [5, 5, 5, 90], 8, 40))) == [2, 2], "one row is over the budget"
+
+
+@pytest.mark.parametrize("tokens", [2400, 600, 256, 100, 30])
+def test_long_rows_do_not_leave_others_without_a_rival(tokens):
+    """Six queries of eight candidates, one of which is over most budgets."""
+    queries, lengths = [i // 8 for i in range(48)], [300 if i % 8 == 3 else 20 + i % 5 for i in range(48)]
+    batches = [*QueryBatches(queries, lengths, 8, tokens)]
+    assert sorted(row for batch in batches for row in batch) == [*range(48)]
+    for batch in batches:
+        for row in batch:
+            assert sum(queries[other] == queries[row] for other in batch) > 1, "a loss of differences needs a rival"
+        over = len(batch) * max(lengths[row] for row in batch) > tokens
+        assert not over or len(batch) <= 3
+    assert [*map(len, QueryBatches([0], [300], 8, tokens))] == [1]
 
 
 def test_the_order_is_drawn_anew_and_can_be_drawn_again():

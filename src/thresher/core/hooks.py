@@ -392,8 +392,12 @@ class Hooks(Attachment):
             return
         if not site.anchored:
             voters = voters | site.alive & ~voters.any(1, keepdim=True)
+        one = site.anchored and pruner.protects_one
+        if call.options.widths is not None and not one:  # of one shape: all rows are made, of which the voters' count
+            site.voters = voters
+            return
         if call.panel is None or not site.anchored:  # who is protected stays: their number is the same at all sites
-            call.panel = Panel.of(voters, 1 if site.anchored and pruner.protects_one else None)
+            call.panel = Panel.of(voters, 1 if one else None)
         site.voters, site.panel = voters, call.panel
 
     def passes_by(self, pruner: TokenPruner, number: int) -> bool:

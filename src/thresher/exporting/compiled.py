@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..api import MODULE
 from ..core.pruner import token_pruner_of
 from ..data.embedder import Embedder
 from ..data.models import positions
 from .export import inputs_of, padded_layout
-from .shapes import Answer, check_encoder, check_lengths, filled, length_for, one_shape, outputs_of, widths_of
+from .shapes import LENGTHS, Answer, check_encoder, check_lengths, filled, length_for, one_shape, outputs_of, widths_of
 
 Code = Callable[..., tuple[Tensor, ...]]  # of tensors (1, N), in the order of their names
 
@@ -36,8 +37,8 @@ class Flat(nn.Module):
 
 
 class Compiled:
-    """A compiled model. One text runs in the code for the least length that has room for it; a batch, or a longer text,
-    runs in the model itself, pruned as ever.
+    """A compiled model. One text runs in the code for the least length that has room for it. All else runs in the model
+    itself: a batch, a longer text, other inputs, and what ``dense`` or ``calling`` ask for.
 
     Attributes:
         model: what was compiled.
@@ -53,28 +54,41 @@ class Compiled:
         self.device: Any = self.model.device
         self._code, self._answer = code, answer
         self._pad = getattr(self.config, "pad_token_id", None) or 0
+        self._made_of = state_of(self.model)
 
     @torch.no_grad()
-    def __call__(self, **inputs: Tensor) -> Any:
+    def __call__(self, **inputs: Tensor | None) -> Any:
         """What the model answers to input_ids, attention_mask, ... (B, N).
 
         Raises:
-            ValueError: an input that the code was not compiled with.
+            ValueError: the model has been trained, or is pruned otherwise, since the code was made.
         """
-        ids = inputs["input_ids"]
-        length = length_for(self.lengths, ids.shape[1]) if len(ids) == 1 else None
-        if length is None:
-            return self.model(**inputs)
-        if other := {*inputs} - {*self.inputs}:
-            raise ValueError(f"{', '.join(sorted(other))}: this code takes {', '.join(self.inputs)}")
-        mask = inputs.get("attention_mask", torch.ones_like(ids))  # segments are 0, as in the model
+        if state_of(self.model) != self._made_of:
+            raise ValueError(
+                f"{type(self.model).__name__} has other weights, another method or another mode than when it was "
+                "compiled: call compiled() again"
+            )
+        own = {name: x for name, x in inputs.items() if x is not None}
+        ids, pruner = own.get("input_ids"), getattr(self.model, MODULE, None)
+        usual_call = pruner is None or pruner.hooks.options == pruner.hooks.unasked
+        fits = ids is not None and len(ids) == 1 and {*own} <= {*self.inputs} and usual_call
+        length = length_for(self.lengths, ids.shape[1]) if fits and ids is not None else None
+        if ids is None or length is None:
+            return self.model(**own)
+        mask = own.get("attention_mask", torch.ones_like(ids))  # segments are 0, as in the model
         usual = {"attention_mask": mask, "pooling_mask": mask}
-        given = {name: inputs.get(name, usual.get(name, torch.zeros_like(ids))) for name in self.inputs}
+        given = {name: own.get(name, usual.get(name, torch.zeros_like(ids))) for name in self.inputs}
         whole = filled(given, length, self._pad)
         found = self._code[length](*(whole[name].to(self.device, torch.long) for name in self.inputs))
         tokens, names = ids.shape[1], self._answer.items()
         parts = {name: x[:, :tokens] if spans else x for (name, spans), x in zip(names, found, strict=True)}
         return self._answer.kind(**parts)
+
+
+def state_of(model: nn.Module) -> tuple:
+    """What code that was made of a model knows by heart: its method, its mode and its weights, by their versions."""
+    weights = sum(0 if x.is_inference() else x._version for x in (*model.parameters(), *model.buffers()))
+    return id(getattr(model, MODULE, None)), model.training, weights
 
 
 @torch.no_grad()
@@ -90,7 +104,8 @@ def compiled(
     """Compile ``model``, pruned or not, for one text at a time, of up to each of ``lengths`` tokens.
 
     Kept counts follow from the text, widths from the length, so that the answers are those of the model. Nothing is
-    compiled later, whatever changes around it: new weights and another method need new code. The model is as before.
+    compiled later, whatever changes around it: new weights and another method need new code, and are refused. The model
+    is as before.
 
     Args:
         lengths: default: 32, 64, 128, 256 and 512 as far as the positions go.
@@ -101,8 +116,9 @@ def compiled(
         backend: of ``torch.compile``.
 
     Raises:
-        ValueError: a decoder, which would answer from the padding; a model that is being trained; a length that the
-            model does not take; the method needs ``calibration``.
+        ValueError: a decoder, which would answer from the padding; a model that is being trained, or whose
+            configuration asks for hidden states or attentions; a length that the model does not take; the method needs
+            ``calibration``.
 
     Example:
         >>> fast = compiled(model, lengths=(8, 16), backend="eager")
@@ -114,7 +130,9 @@ def compiled(
         raise ValueError(
             f"{type(model).__name__} is being trained, and compiled code has no dropout: call model.eval() first"
         )
-    found, code = check_lengths(lengths, positions(model) or 512), {}
+    if model.config.output_hidden_states or model.config.output_attentions:
+        raise ValueError("the configuration asks for hidden states or attentions, which compiled code does not give")
+    found, code = check_lengths(lengths, positions(model) or max(lengths, default=LENGTHS[-1])), {}
     with padded_layout(model):
         widths, cut = widths_of(model, found, calibration)
         answer = outputs_of(model, inputs_of(model, tokenizer, 1, 2), inputs_of(model, tokenizer, 1, 3))

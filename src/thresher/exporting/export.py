@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
@@ -25,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..api import MODULE
+from ..core.attachment import at_rest
 from ..core.compat import graph_exporter
 from ..core.pruner import token_pruner_of
 from ..core.view import Widths
@@ -135,7 +137,7 @@ def _program(
 def _spec_of(model: PreTrainedModel | Embedder, format: str, precision: str, max_length: int | None) -> dict[str, Any]:
     """What thresher.json says of a graph before it is written."""
     pruner, usual = getattr(model, MODULE, None), model.longest if isinstance(model, Embedder) else 512
-    longest = min(max_length or usual, positions(model) or 512)
+    longest = min(max_length or usual, positions(model) or math.inf)
     spec: dict[str, Any] = {
         "format": format,
         "precision": precision,
@@ -247,21 +249,20 @@ def inputs_of(model: PreTrainedModel | Embedder, tokenizer: Any, batch: int, len
 @contextmanager
 def padded_layout(model: PreTrainedModel | Embedder) -> Iterator[None]:
     """In evaluation mode, pruned, and in the one layout that a graph can hold."""
-    pruner, training = getattr(model, MODULE, None), model.training
+    pruner, alone = getattr(model, MODULE, None), getattr(model, "vectors_alone", None)
     before = None if pruner is None else pruner.hooks.layout
-    model.eval()
     if isinstance(model, Embedder):
         model.vectors_alone = True
     try:
-        if pruner is not None:
-            pruner.hooks.layout = "padded"
-            pruner.hooks.passed = frozenset(site for site in range(len(pruner.sites)) if pruner.keeps_all(site))
-        with torch.no_grad(), nullcontext() if pruner is None else pruner.hooks.asking(mode="pruned"):
-            yield
+        with at_rest(model), torch.no_grad():
+            if pruner is not None:
+                pruner.hooks.layout = "padded"
+                pruner.hooks.passed = frozenset(site for site in range(len(pruner.sites)) if pruner.keeps_all(site))
+            with nullcontext() if pruner is None else pruner.hooks.asking(mode="pruned"):
+                yield
     finally:
-        model.train(training)
         if isinstance(model, Embedder):
-            model.vectors_alone = False
+            model.vectors_alone = bool(alone)
         if pruner is not None:
             pruner.hooks.layout, pruner.hooks.passed = before, frozenset()
 

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from ..api import inner_model
 from ..core.compat import executorch_methods, executorch_program
 from ..core.view import Widths
 from .shapes import filled, length_for, one_shape, row_of, spread
 
 FILE = "model.pte"
-WORDS = 1000  # rows from which an embedding is of words, and not of positions or segments
 
 
 def method_name(length: int) -> str:
@@ -49,12 +49,13 @@ class Int8Embedding(nn.Module):
 
 @contextmanager
 def int8_embeddings(model: nn.Module) -> Iterator[None]:
-    """Exchange the embeddings of words within."""
+    """Exchange the embedding of words within."""
+    words = inner_model(model).get_input_embeddings()
     found = [
         (module, name, child)
         for module in model.modules()
         for name, child in module.named_children()
-        if type(child) is nn.Embedding and child.num_embeddings >= WORDS  # a class of its own may scale
+        if child is words and type(child) is nn.Embedding  # a class of its own may scale
     ]
     try:
         for module, name, child in found:

@@ -20,6 +20,7 @@ from ..data import qa
 from ..data.embedder import PROMPTED, Prompt
 from ..data.files import reading
 from ..data.scores import judged, settle_activation
+from .shapes import check_lengths
 
 
 class Runtime:
@@ -40,18 +41,22 @@ class Runtime:
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         """logits (B, K), start_logits and end_logits (B, N) or sentence_embedding (B, C), of input_ids, ... (B, N).
 
-        ``token_type_ids`` may be left out: they are 0, as in the model; and so may ``pooling_mask``: all tokens are
-        pooled. Raises ValueError where the graph would drop token types that are not 0.
+        What may be left out: ``token_type_ids``, they are 0, as in the model; ``attention_mask``, all are tokens; and
+        ``pooling_mask``, all of them are pooled.
+
+        Raises:
+            ValueError: the graph would drop token types that are not 0.
         """
         takes, kinds = self.spec["inputs"], inputs.get("token_type_ids")
         if kinds is None and "token_type_ids" in takes:
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         if PROMPTED in takes and PROMPTED not in inputs:
             inputs[PROMPTED] = inputs["attention_mask"]
         dropped = kinds is not None and "token_type_ids" not in takes and getattr(self.config, "type_vocab_size", 0) > 1
         if dropped and kinds is not None and kinds.any():
             raise ValueError("this graph was exported for a tokenizer without token_type_ids: it would drop them")
-        output = self.exported(**{name: value for name, value in inputs.items() if name in takes})
+        output = self.exported(**{name: value.long() for name, value in inputs.items() if name in takes})
         one = "sentence_embedding" if self.embeds else "logits"
         names = ("start_logits", "end_logits") if self.answers else (one,)
         return {name: torch.as_tensor(output[name]) for name in names}
@@ -156,9 +161,9 @@ class Runtime:
             chosen = order[i : i + batch_size]
             width = self.width(len(rows[chosen[0]]["input_ids"]))
             masks = [rows[j].pop(PROMPTED) for j in chosen if PROMPTED in rows[j]]
-            inputs = self.tokenizer.pad(
-                [rows[j] for j in chosen], padding="max_length", max_length=width, return_tensors="pt"
-            )
+            side = "right" if self.answers else None  # spans count from the first token
+            form = {"padding": "max_length", "max_length": width, "padding_side": side, "return_tensors": "pt"}
+            inputs = self.tokenizer.pad([rows[j] for j in chosen], **form)
             if masks:
                 inputs[PROMPTED] = padded_masks(masks, inputs["attention_mask"])
             outputs = self.forward(**inputs)
@@ -206,7 +211,7 @@ def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Ite
             seen sees few of them.
 
     Raises:
-        ValueError: the folder holds no exported model.
+        ValueError: the folder holds no exported model, or one that does not take texts of ``lengths``.
         ImportError: the runtime is not installed.
 
     Example:
@@ -223,6 +228,9 @@ def load_runtime(folder: str | Path, *, threads: int | None = None, lengths: Ite
         if any(Path(folder).glob("*.safetensors")):
             raise ValueError(f"{what}, but one of torch: open that with from_pretrained and prune()") from None
         raise ValueError(f"{what}: {error}") from None
+    lengths = tuple(lengths)
+    if lengths:
+        check_lengths(lengths, spec["max_length"])
     try:
         exported, names = _opened(Path(folder), spec, threads or torch.get_num_threads())
     except ImportError as error:

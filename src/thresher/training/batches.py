@@ -55,13 +55,15 @@ class QueryBatches(Sampler[list[int]]):
     What is in a batch stays together. The order of the batches is drawn from torch's random numbers, so that a resumed
     training draws it again (``checkpoints.Order``).
 
-    A query with more candidates than a batch takes is cut into parts of nearly the same size.
+    A query with more candidates than a batch takes is cut into parts of nearly the same size. A candidate is not left
+    without a rival of its query where it has one: where two of them are over the budget together, they still make a
+    batch.
 
     Args:
         queries: the number of each row's query.
         lengths: tokens of each row.
         size: rows of a batch, at most.
-        tokens: padded tokens of a batch, at most, where a row is not longer; default: any.
+        tokens: padded tokens of a batch, at most, but for two or three rows that are longer; default: any.
         seed: of what is put together.
         drawn: whether the order of the batches is drawn; else it is that of their lengths.
 
@@ -108,9 +110,23 @@ class QueryBatches(Sampler[list[int]]):
         return len(rows) <= self.size and (self.tokens is None or len(rows) * self._longest(rows) <= self.tokens)
 
     def _parts(self, group: list[int]) -> list[list[int]]:
-        """A query's rows, cut where they do not fit: in halves, thirds, ..."""
-        for count in range(1, len(group) + 1):
-            parts = [group[i::count] for i in range(count)]
+        """A query's rows, cut where they do not fit: in halves, thirds, ...; those of which a budget has no room for
+        three in pairs, before that."""
+        if self._fits(group) or self.size == 1:
+            return [group[i : i + self.size] for i in range(0, len(group), self.size)]
+        wide = [row for row in group if self.tokens is not None and 3 * self.lengths[row] > self.tokens]
+        rest = [row for row in group if row not in wide]
+        if len(wide) % 2 and rest:
+            wide.append(rest.pop())
+        if len(rest) == 1 and wide:
+            wide.append(rest.pop())
+        pairs = [wide[i : i + 2] for i in range(0, len(wide) - len(wide) % 2, 2)]
+        if len(wide) % 2 and pairs and self.size > 2:
+            pairs[-1].append(wide[-1])
+        elif len(wide) % 2:
+            pairs.append(wide[-1:])
+        for count in range(1, len(rest) + 1):
+            parts = [rest[i::count] for i in range(count)]
             if all(map(self._fits, parts)):
-                return parts
-        return [[row] for row in group]
+                return pairs + parts
+        return pairs
