@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from support.decoders import LENGTHS, alone, build, difference, make, prompts, run
 from support.visual import VISUAL
-from thresher import DivPrune, KeyDiff, SnapKV, StreamingLLM, prune, unprune
+from thresher import TOVA, DivPrune, ExpectedAttention, KeyDiff, SnapKV, StreamingLLM, prune, unprune
 from thresher.caches.hooks import ours
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -37,6 +37,59 @@ def test_padding_may_lie_within_a_text(method):
     lone = alone(batch, 1)
     single = padded_turn(prune(build("llama"), make(method, "hold")), lone, 24, 33)
     assert difference([x[1:] for x in together], single) <= 1e-5
+
+
+@pytest.mark.parametrize("new", [1, 2, 10])
+@pytest.mark.parametrize("method", [SnapKV, ExpectedAttention, TOVA, KeyDiff])
+@pytest.mark.parametrize("budget", ["hold", "keep"])
+def test_a_short_turn_does_not_hang_on_longer_ones_beside_it(method, new, budget):
+    """One row brings twenty tokens to the second turn, the other a few."""
+    given = {"hold": 20, "every": 3} if budget == "hold" else {"keep": 0.5}
+    given |= {} if method is TOVA else {"observe": 8} if method in (SnapKV, ExpectedAttention) else {}
+    if method is TOVA and budget == "keep":
+        given = {"keep": 0.5}
+    batch = prompts((56, 56))
+    batch["attention_mask"][1, 30 : 50 - new] = 0
+    together = padded_turn(prune(build("llama"), method(**given, sinks=1, recent=2)), batch, 30, 50)
+    lone = alone(batch, 1)
+    single = padded_turn(prune(build("llama"), method(**given, sinks=1, recent=2)), lone, 30, 30 + new)
+    assert difference([x[1:] for x in together], single) <= 1e-5
+
+
+@torch.no_grad()
+def test_columns_without_a_token_are_not_held():
+    """Two rows that are padded in turn hold as many entries as there is room for, and bytes."""
+    model, room = build("llama"), 40
+    ids, mask = prompts((60, 60))["input_ids"], torch.zeros(2, 60, dtype=torch.long)
+    mask[0, :30] = mask[1, 28:60] = mask[0, 58:60] = 1
+    cache = DynamicCache()
+    plain = {"input_ids": ids[:, :1], "past_key_values": DynamicCache()}
+    model(**plain)
+    layers = plain["past_key_values"].layers
+    size = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values)) // 2  # of an entry of each layer
+    megabytes = 2 * room * size / 1e6
+    prune(model, KeyDiff(target_cache_mb=megabytes, every=1, sinks=1, recent=2))
+    for part in (slice(0, 30), slice(30, 60)):
+        places = (mask[:, : part.stop].cumsum(1) - 1).clamp(min=0)[:, part]
+        given = {"input_ids": ids[:, part], "attention_mask": mask[:, : part.stop], "position_ids": places}
+        model(**given, past_key_values=cache)
+    assert all(layer.counts == [32, 32] for layer in cache.layers)
+    assert sum(layer.nbytes for layer in cache.layers) <= megabytes * 1e6
+
+
+@torch.no_grad()
+def test_a_cache_of_even_heads_is_not_gone_on_with_by_uneven_ones():
+    model, cache, ids = prune(build("llama"), SnapKV(keep=20, recent=2)), DynamicCache(), prompts((40,))["input_ids"]
+    model(input_ids=ids[:, :30], past_key_values=cache)
+    prune(unprune(model), SnapKV(keep=20, recent=2, heads="adaptive"))
+    with pytest.raises(ValueError, match="as many entries in every head, and snapkv holds other numbers in each"):
+        model(input_ids=ids[:, 30:], past_key_values=cache)
+
+
+def test_chunks_of_one_token_are_refused_where_nothing_would_leave():
+    model = prune(build("llama"), SnapKV(keep=0.5))
+    with pytest.raises(ValueError, match="prefill_chunk_size=1 looks like tokens that are generated"):
+        model.generate(**prompts(), **OPTIONS, prefill_chunk_size=1)
 
 
 @pytest.mark.parametrize("method", ["snapkv", "keydiff"])

@@ -15,7 +15,7 @@ from support.tiny import save_tiny
 from thresher import SnapKV, TopK
 from thresher.experiments.bench import bench
 from thresher.experiments.compare import compare
-from thresher.experiments.decoders import ANSWERS, CLAIM, TABLE
+from thresher.experiments.decoders import ANSWERS, CLAIM, TABLE, answered
 from thresher.experiments.show import followed_texts
 from thresher.reports.prompts import bench_table, comparison_table, terminal
 
@@ -170,3 +170,13 @@ def test_a_method_of_a_cache_is_refused_where_there_is_none(tmp_path):
     for given in ({"method": "snapkv", "keep": 0.5}, {"keep": 0.5}, {"hold": 64}):
         with pytest.raises(ValueError, match="is no decoder"):
             followed_texts(folder, texts=["wheat"], **given)
+
+
+def test_an_answer_that_was_written_in_part_is_asked_for_again(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text('[{"number": 0}]\n[{"number": 1}, {"num')
+    assert answered(file) == [{"number": 0}]
+    assert file.read_text() == '[{"number": 0}]\n', "what is added stands on a line of its own"
+    file.write_text('[{"number"\n[{"number": 1}]\n')
+    with pytest.raises(ValueError, match=r"answers\.jsonl holds a line that is no list of answers"):
+        answered(file)

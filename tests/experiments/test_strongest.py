@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from datasets import Dataset
 
 from support.toy import OPTIONS, make_toy
 from thresher.cli.train import budget_lines
 from thresher.data.models import load
+from thresher.evaluation.predict import Predictions
 from thresher.experiments import stages, strongest
 from thresher.experiments import train as jobs
 
 BOUND = {name: value for name, value in OPTIONS.items() if name not in ("target_flops", "progress", "method")}
+
+EMPTY = dict.fromkeys(("kept", "tokens", "rows_used", "rows_dense"), torch.zeros(0))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +66,22 @@ def test_budgets_are_searched_by_halves(toy, tmp_path, monkeypatch, bears, tried
         assert 1 / pruned["flops_ratio"] == pytest.approx(chosen, rel=0.1)
         assert lines[-1].endswith("of the MACs are left, the least of those tried within a drop of 1 point")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_what_is_far_above_chance_has_learned():
+    """Of what is above 95 % by one answer there are less than five points left."""
+    labels = np.array([1] * 95 + [0] * 5)
+    right = Predictions(**EMPTY, logits=torch.nn.functional.one_hot(torch.tensor(labels)).float())
+    rows = Dataset.from_dict({"labels": labels.tolist()})
+    least = strongest.by_chance(right, rows, "f1")
+    assert least == pytest.approx(97.4, abs=0.1) and 100 - least < strongest.CHANCE
+    assert 100 - least >= min(strongest.CHANCE, strongest.ROOM * (100 - least))
+
+
+def test_a_random_order_is_worth_more_than_nothing():
+    rows = Dataset.from_dict({"row": [i // 2 for i in range(200)], "labels": [i % 2 for i in range(200)]})
+    said = Predictions(**EMPTY, logits=torch.zeros(200, 1))
+    assert strongest.by_chance(said, rows, "map") == pytest.approx(75, abs=3), "of two candidates"
 
 
 def test_the_end_is_in_sight(toy, tmp_path, monkeypatch, capsys):

@@ -30,6 +30,7 @@ from thresher.experiments import stages
 from thresher.experiments import train as jobs
 from thresher.experiments.bench import bench
 from thresher.experiments.evaluate import evaluate
+from thresher.experiments.workspace import Workspace
 from thresher.training.checkpoints import step_of
 
 UNTRAINED = OPTIONS | {"epochs": 0, "prune_epochs": 0}
@@ -238,6 +239,78 @@ def test_fresh_starts_anew(toy, tmp_path):
     assert (out / "mark").exists()
     rows = jobs.train(toy.model, toy.data, str(out), fresh=True, **UNTRAINED | {"seed": 3})
     assert not (out / "mark").exists() and rows[0]["seed"] == 3
+
+
+def test_a_finished_result_stays_until_the_new_one_is_there(toy, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    jobs.train(toy.model, toy.data, str(out), **UNTRAINED)
+    whole = jobs.measure
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.train(toy.model, toy.data, str(out), fresh=True, **UNTRAINED | {"seed": 3})
+    assert json.loads((out / jobs.SUMMARY).read_text())["recipe"]["seed"] != 3, "the old one is there"
+    monkeypatch.setattr(jobs, "measure", whole)
+    rows = jobs.train(toy.model, toy.data, str(out), **UNTRAINED | {"seed": 3})
+    assert rows[0]["seed"] == 3, "the same call without it goes on"
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_fresh_does_not_remove_what_it_reads(toy, tmp_path):
+    out = tmp_path / "out"
+    jobs.train(toy.model, toy.data, str(out), **UNTRAINED)
+    again = UNTRAINED | {"seed": 3, "epochs": 0}
+    with pytest.raises(ValueError, match=r"model=.*dense lies in .*, which --fresh replaces: choose another folder"):
+        jobs.train(str(out / "dense"), toy.data, str(out), fresh=True, **again)
+    assert (out / "dense" / "config.json").exists()
+
+
+@pytest.mark.parametrize("when", ["finished", "begun"])
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_changed_files_are_not_gone_on_with(toy, tmp_path, monkeypatch, what, when):
+    """Rows of the new test part may be among the old ones that were trained on."""
+    places = {"data": tmp_path / "data", "model": tmp_path / "model"}
+    for name, place in places.items():
+        shutil.copytree(getattr(toy, name), place)
+    call = (str(places["model"]), str(places["data"]), str(tmp_path / "out"))
+    if when == "begun":
+        with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+            during.setattr(jobs, "measure", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+            jobs.train(*call, **UNTRAINED)
+    else:
+        jobs.train(*call, **UNTRAINED)
+    file = places["model"] / "config.json" if what == "model" else next(places["data"].iterdir())
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(ValueError, match=rf"{what} \(.*\) changed since .* was made: choose another folder, or start"):
+        jobs.train(*call, **UNTRAINED)
+    jobs.train(*call, fresh=True, **UNTRAINED)
+
+
+def test_a_run_that_was_stopped_before_its_delivery_goes_on(toy, tmp_path, monkeypatch):
+    given = (toy.model, toy.data, str(tmp_path / "out"))
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(Workspace, "deliver", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        jobs.train(*given, **UNTRAINED)
+    rows = jobs.train(*given, **UNTRAINED)
+    assert len(rows) == 2 and not (tmp_path / "out" / "stage.json").exists()
+
+
+def test_a_model_that_is_taken_as_it_is_keeps_the_order_of_its_classes(toy, tmp_path):
+    """The data alone would sort them."""
+    model = tmp_path / "model"
+    net, tokenizer = load(toy.model)
+    net.config.id2label, net.config.label2id = {0: "wheat", 1: "chaff"}, {"wheat": 0, "chaff": 1}
+    net.config.architectures = [type(net).__name__]
+    for part in (net, tokenizer):
+        part.save_pretrained(model)
+    dense, _ = jobs.train(str(model), toy.data, str(tmp_path / "out"), **UNTRAINED | {"epochs": 0})
+    names = json.loads((tmp_path / "out" / "dense" / "config.json").read_text())["id2label"]
+    assert names == {"0": "wheat", "1": "chaff"}
+    expected = evaluate(str(model), toy.data)
+    assert dense["quality"] == pytest.approx(expected[0]["quality"])
 
 
 @pytest.mark.parametrize("fresh", [False, True])

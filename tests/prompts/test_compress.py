@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -163,6 +166,30 @@ def test_the_layer_by_default_sees_all_of_a_prompt():
     model = build("gemma3", **options)
     assert compress(model, prompts((40,))["input_ids"], GemFilter(0.4, **SMALL)).layers_run == 4
     assert compress(build("llama"), prompts((40,))["input_ids"], GemFilter(0.4, **SMALL)).layers_run == 2
+
+
+def test_threads_do_not_meet():
+    """One shortens a prompt while another one does, and a third one runs the model."""
+    model, method, given = build("llama"), GemFilter(keep=0.3, at=1, sinks=1, recent=2), prompts((60, 60))["input_ids"]
+    expected = [compress(model, row.tolist(), method).kept for row in given]
+    with torch.no_grad():
+        answer = model(input_ids=given[:, :20], use_cache=False).logits
+
+    def shorten(row: int) -> list:
+        return [compress(model, given[row].tolist(), method).kept == expected[row] for _ in range(8)]
+
+    @torch.no_grad()
+    def ask(_: int) -> list:
+        found = [model(input_ids=given[:, :20], use_cache=False).logits for _ in range(8)]
+        return [bool((one - answer).abs().max() <= 1e-5) for one in found]
+
+    before, _ = sys.getswitchinterval(), sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            jobs = [pool.submit(*one) for one in ((shorten, 0), (shorten, 1), (ask, 0))]
+            assert all(all(job.result()) for job in jobs)
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_what_is_refused():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.tiny import tiny_model, tiny_tokenizer
-from thresher import LTP, Entropy, Threshold, ToMe, TopK
+from thresher import LTP, Entropy, Threshold, ToMe, TopK, dense, prune, unprune
 from thresher.core.view import departures
 from thresher.streaming import Stream
 
@@ -147,6 +147,23 @@ def test_the_model_bounds_what_a_tokenizer_does_not():
     free = Stream(stream.model, tokenizer, 8)
     assert free.longest == stream.model.config.max_position_embeddings
     assert free(" ".join(WORDS * 100)).read == len(tokenizer(" ".join(WORDS * 100))["input_ids"]) - 2
+
+
+def test_a_model_that_is_no_longer_pruned_is_refused():
+    """The record of another forward would rank the tokens of this one."""
+    stream = stream_of(TopK(keep=0.5))
+    stream("the farmer and the grain")
+    with dense(stream.model), pytest.raises(ValueError, match="nothing was pruned, so nothing says what is remembered"):
+        stream("the wheat")
+    prune(unprune(stream.model), TopK(keep=0.3))
+    with pytest.raises(ValueError, match="dense or pruned otherwise since this Stream was made: make another one"):
+        stream("the wheat")
+
+
+def test_a_model_that_is_trained_meanwhile_answers_the_same():
+    stream, other = stream_of(TopK(keep=0.5)), stream_of(TopK(keep=0.5))
+    other.model.train()
+    assert stream("the farmer and the grain") == other("the farmer and the grain") and other.model.training
 
 
 def test_a_piece_is_a_string():

@@ -203,6 +203,11 @@ class CacheHooks(Attachment):
         if self.options.mode == "pruned":
             cache = model_kwargs.get("past_key_values")
         if cache is not None:
+            if self.method.keep is not None and getattr(generation_config, "prefill_chunk_size", None) == 1:
+                raise ValueError(
+                    f"prefill_chunk_size=1 looks like tokens that are generated, of which {self.name} lets none leave "
+                    "under keep: take larger chunks, or hold"
+                )
             assists = bool(generation_config.is_assistant)
             for layer in ours(self.adopted(cache, {})).values():
                 layer.fresh = layer.seen == 0 or not assists
@@ -256,7 +261,7 @@ class CacheHooks(Attachment):
             method.costs[rows] = measured(self, rows)
         if method.target_cache_mb is not None or method.target_ms_per_token is not None:
             size = self.trial[1] * self.architecture.base.dtype.itemsize
-            method.budget([0] * rows, False, (0, len(self.full)), self.room(cache, rows, size))
+            method.budget([0] * rows, [False] * rows, (0, len(self.full)), self.room(cache, rows, size))
 
     @property
     def prompt(self) -> Prompt | None:
@@ -286,7 +291,13 @@ class CacheHooks(Attachment):
                     "use_cache=True, or within dense(model)"
                 )
             cache = DynamicCache(config=base.config)
-        if ours(cache):
+        if known := ours(cache):
+            even = any(not isinstance(known[number], RaggedLayer) for number in self.full if number in known)
+            if self.ragged and self.layout != "mask" and even:
+                raise ValueError(
+                    f"this cache was filled by a method that holds as many entries in every head, and {name} holds "
+                    "other numbers in each: fill it from empty, or take heads='own'"
+                )
             return cache
         kind = type(cache).__name__
         if not isinstance(cache, Cache):
@@ -462,14 +473,18 @@ class CacheHooks(Attachment):
             if not remembered:
                 layer.remember(query, asks, method.window)
             assert layer.queries is not None and layer.query_position is not None
-            if layer.queries.shape[2] > asks.shape[1]:
+            # of each row its own last ones: how many came now is a matter of its batch mates
+            if not remembered or layer.queries.shape[2] > asks.shape[1]:
                 query, places = layer.queries, layer.query_position
         layer.logits = inputs.logits
         place = (self.full.index(site.number), len(self.full))
         room = self.room(call.cache, len(layer.real), layer.entry_bytes)
-        budget = method.budget(layer.arrived, call.prompt, place, room)
+        added = call.added or [2] * len(layer.real)
+        budget = method.budget(layer.arrived, [call.prompt and count > 1 for count in added], place, room)
         kept = layer.counts if budget is None else budget.kept(layer.counts)
         leave = kept != layer.counts or site.number in call.quotas
+        if budget is not None and layer.dead and layer.held >= max(budget.at):  # columns in which no row has a token
+            leave = leave or layer.held > max(layer.counts)
         if leave or method.sums_attention:
             with layer.unrolled():
                 inputs = self.shown(site)

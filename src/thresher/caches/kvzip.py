@@ -124,7 +124,7 @@ class KVzip(CachePruner):
             return {}
         ranked, totals, sizes = [], [], []
         for layer in layers.values():
-            budget = self.budget(layer.arrived, True, (0, 1), 0)
+            budget = self.budget(layer.arrived, [True] * len(layer.arrived), (0, 1), 0)
             assert budget is not None
             with layer.unrolled():
                 assert layer.position is not None and layer.received is not None

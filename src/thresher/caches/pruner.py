@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -36,6 +37,7 @@ LAYERS = ("equal", "pyramid", "adaptive")
 BUDGETS = ("keep", "hold", "target_cache_mb", "target_ms_per_token")
 STEEPNESS = 20  # of the pyramid: its last layer keeps a twentieth of the mean
 EVERY = 64  # steps between evictions while decoding
+NEVER = 1 << 60  # entries more
 _LAST = threading.local()  # .reports: the report of the last forward of each method, for the thread that ran it
 
 
@@ -189,17 +191,17 @@ class CachePruner(Pruner):
 
         return CacheHooks(model, self, "evict" if layout == "auto" else layout, original)
 
-    def budget(self, arrived: list[int], prompt: bool, place: tuple[int, int], room: int) -> Budget | None:
+    def budget(self, arrived: list[int], prompt: Sequence[bool], place: tuple[int, int], room: int) -> Budget | None:
         """How many entries the rows of one layer may hold; None: nothing is decided now.
 
         Args:
             arrived: of each row, the real tokens that came as far as this layer.
-            prompt: whether this forward brought a part of a prompt, and not what was generated.
+            prompt: of each row, whether this forward brought a part of a prompt, and not what was generated.
             place: the number of this layer among those that are pruned, and how many these are.
             room: entries of a row for which a target has room.
         """
         if self.keep is not None:
-            if not prompt:
+            if not any(prompt):
                 return None
             keep: Any = self.keep
             most = [keep if _whole(keep) else math.ceil(keep * count - 1e-9) for count in arrived]
@@ -212,7 +214,8 @@ class CachePruner(Pruner):
                     f"{self.floor + self.every - 1}: give more, or a smaller every, recent or batch"
                 )
         hold = [self.held_in(count, *place) for count in most]
-        return Budget(hold, [count + (1 if prompt else self.every) for count in hold])
+        later = NEVER if self.keep is not None else self.every
+        return Budget(hold, [count + (1 if part else later) for count, part in zip(hold, prompt, strict=True)])
 
     def held_in(self, mean: int, number: int, layers: int) -> int:
         """Entries of a row in layer ``number`` of ``layers``, of which each holds ``mean`` on the average, or less.

@@ -52,6 +52,8 @@ def contest_line(contest: dict) -> str:
 
 def budget_lines(summary: dict, rows: list[dict]) -> list[str]:
     """Say which budgets kept the bound on the drop, or by how much a budget that was asked for hurts."""
+    from ..stats.ranking import is_ranking
+
     dense, pruned = rows
     budget, mild = summary.get("budget"), summary.get("milder")
     if budget:
@@ -63,8 +65,9 @@ def budget_lines(summary: dict, rows: list[dict]) -> list[str]:
         bound = f"a drop of {budget['max_drop']:g} point{'s' * (budget['max_drop'] != 1)}"
         if "trivial" in budget:
             gain = budget["dense"] - budget["trivial"]
+            chance = "a random order" if is_ranking(dense["metric"]) else "one answer for every text"
             last = (
-                f"the dense model is {gain:.1f} points above one answer for every text on the validation part: it has "
+                f"the dense model is {gain:.1f} points above {chance} on the validation part: it has "
                 "learned too little to tell what a token is worth. The result is the dense model; train it longer "
                 "(--epochs), or give it more rows, most of all of rare classes"
             )

@@ -17,20 +17,21 @@ def tune(spec: TuneSpec, screen: Screen) -> None:
       thresher tune runs/dense --data texts.csv --target-flops 0.5 --out runs/fast
       thresher tune runs/dense --data texts.csv --max-disagreement 0.02 --out runs/safe --plot safe.png
       thresher tune a-vlm --data pictures.csv --target-flops 0.4 --out runs/fast-vlm
-      thresher tune runs/dense --data glue --config sst2 --max-drop 0.01 --method vatp --out runs/sst2
+      thresher tune runs/dense --data glue --config sst2 --max-drop 1 --method vatp --out runs/sst2
     """
     from ..experiments.cache_spec import reads
     from ..experiments.tune import tune as job
     from ..reports.asked import tune_table
     from ..reports.tables import schedules
+    from ..search.explore import LIMITS, Budget
     from ..stats import bounds
 
-    for name in ("max_disagreement", "max_drop"):
-        limit = getattr(spec, name)
-        if limit is not None and 0 < limit < 1:
-            least = bounds.least(limit, paired=name == "max_drop")
+    for name in LIMITS:
+        if (value := getattr(spec, name)) is not None:
+            budget = Budget(name, value)
+            least = bounds.least(budget.limit or 1.0, paired=budget.of_accuracy)
             screen.say(
-                f"{name}={limit:g} with 95 % confidence takes {least} texts to test on, if none of them goes wrong"
+                f"{name}={value:g} with 95 % confidence takes {least} texts to test on, if none of them goes wrong"
             )
     with screen.progress() as tell:
         rows = job(spec, progress=tell)

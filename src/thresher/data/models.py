@@ -251,8 +251,8 @@ def is_reranker(config: Any) -> bool:
     return classifies and config.num_labels == 1 and config.problem_type != "regression"
 
 
-def class_names(model: PreTrainedModel) -> list[str] | None:
+def class_names(model_or_config: Any) -> list[str] | None:
     """Return the classes of a model in their order: none of a model of numbers, None where it has no names for them."""
-    classes: Any = model.config.id2label
+    classes: Any = getattr(model_or_config, "config", model_or_config).id2label
     names = [classes[i] for i in range(len(classes))]
     return [] if len(names) == 1 else names if not all(name.startswith("LABEL_") for name in names) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields
@@ -28,6 +29,7 @@ from .cache_spec import decodes
 from .decoders import compare_decoder
 from .spec import SUMMARY, CompareSpec, TrainingSpec, TrainSpec, job
 from .train import train
+from .workspace import Claimed
 
 CLAIM, TABLE, PICTURE, PAGE = "compare.json", "compare.csv", "compare.png", "compare.html"
 BASELINES = ("random", "firstk")
@@ -120,7 +122,7 @@ def _train(run: Run, spec: CompareSpec) -> None:
         run.answers = json.loads((one.out / SUMMARY).read_text())["predictions"]["pruned"]
         run.state = "done"
     except ValueError as error:
-        if run.method == "dense":
+        if run.method == "dense" or isinstance(error, Claimed):  # which is no failure of the method
             raise
         run.reason, run.state = str(error), "failed"
 
@@ -159,6 +161,9 @@ def _claim(out: Path, settings: dict) -> None:
         names = sorted(name for name in {*there, *settings} if there.get(name) != settings.get(name))
         other = "; ".join(f"{name}: {there.get(name)!r} there, {settings.get(name)!r} asked" for name in names)
         raise ValueError(f"{out} belongs to another comparison ({other}): choose another folder")
+    if there != settings:
+        for begun in out.glob(".*.training"):  # by the other settings
+            shutil.rmtree(begun)
     with whole(file) as aside:
         aside.write_text(json.dumps(settings, indent=1) + "\n")
 

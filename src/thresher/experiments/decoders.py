@@ -25,7 +25,7 @@ from ..evaluation.decoding import MB, PRECISIONS, measure_decoding
 from ..evaluation.hardware import environment
 from ..evaluation.longcontext import FULL, WHEN, Judge, repeat_request, summary
 from ..evaluation.prompt import read_prompt
-from ..evaluation.rows import row, whole, write_csv
+from ..evaluation.rows import row, whole, write_csv, writing
 from ..reports import compare_page
 from ..reports.prompts import PromptTrace, html
 from .cache_spec import cache_method
@@ -122,8 +122,7 @@ def compare_decoder(spec: CompareSpec, *, progress: Tell | None = None) -> list[
     book = _book(spec, tokenizer)
     _claim(spec)
     file, count = spec.out / ANSWERS, spec.limit or TEXTS
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    answers = [answer for line in lines for answer in json.loads(line)]
+    answers = [answer for answer in answered(file) if answer["number"] < count]
     known = {(answer["number"], answer["task"]) for answer in answers}
     judge = Judge(net, tokenizer, methods, spec.when)
     for context in contexts(book, spec.tasks, length, count, seed=spec.seeds[0]):
@@ -132,7 +131,7 @@ def compare_decoder(spec: CompareSpec, *, progress: Tell | None = None) -> list[
         if (context.number, context.cases[0].task) in known:
             continue
         own_answers = judge(context)
-        with file.open("a", encoding="utf-8") as out:
+        with writing(spec.out), file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(own_answers) + "\n")
         answers += own_answers
     made = _rows(spec, answers, length, PRECISIONS[net.dtype])
@@ -140,6 +139,23 @@ def compare_decoder(spec: CompareSpec, *, progress: Tell | None = None) -> list[
     if made:
         compare_page.html(made, spec.out / PAGE)
     return made
+
+
+def answered(file: Path) -> list[dict]:
+    """What a file of answers holds, a list in each line; a last line that was written in part is cut off.
+
+    Raises:
+        ValueError: another line is no such list.
+    """
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        with whole(file) as aside:
+            aside.write_text("".join(lines[:-1]), encoding="utf-8")
+        lines = lines[:-1]
+    try:
+        return [answer for line in lines for answer in json.loads(line)]
+    except ValueError as error:
+        raise ValueError(f"{file} holds a line that is no list of answers ({error}): remove that line") from None
 
 
 def _methods(spec: CompareSpec, more: dict[str, dict]) -> dict[str, CachePruner]:

@@ -47,7 +47,7 @@ from ..training.preparing import Drawn, Minutes, Preparing
 from ..training.trainer import Collator, states_of
 from .spec import SUMMARY, PrepareSpec, job
 from .stages import remembering, run_trainer, watched
-from .workspace import Workspace
+from .workspace import Workspace, inputs_of
 
 BUDGETS = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85)  # shares of the MACs of the schedules that are drawn
 WHOLE = 5  # one batch in so many keeps all tokens
@@ -301,7 +301,9 @@ def save(spec: PrepareSpec, texts: Texts, net: Embedder, stage: dict[str, Any], 
         texts.tokenizer.save_pretrained(folder)
     rows = [measured_row(spec, texts, *done) for done in ((0, stage["before"]), (stage["steps"], stage["after"]))]
     (folder / "stage.json").write_text(json.dumps(stage, indent=1))
-    (folder / SUMMARY).write_text(json.dumps({"recipe": spec.saved(), "rows": rows}, indent=1))
+    (folder / SUMMARY).write_text(
+        json.dumps({"recipe": spec.saved(), "inputs": inputs_of(spec), "rows": rows}, indent=1)
+    )
 
 
 def measured_row(spec: PrepareSpec, texts: Texts, steps: int, said: dict[str, float]) -> dict:

@@ -24,7 +24,7 @@ from ..data import qa
 from ..data.embedder import Embedder, best_pooling, default_prompt_of, embedder_for, load_embedder
 from ..data.files import reading
 from ..data.load import load_task
-from ..data.models import clip, for_task, is_reranker, load, make_method
+from ..data.models import class_names, clip, for_task, is_reranker, load, make_method
 from ..data.task import DataError, Task
 from ..data.texts import load_texts
 from ..data.tokenize import tokenize
@@ -139,7 +139,8 @@ def load_data(spec: TrainSpec) -> Data:
     if spec.task == "embed":
         task = load_texts(spec, seed=0, pairs=True)
     else:
-        task = load_task(spec, labels=[] if ranks else None, need_labels=not ranks, seed=0)
+        labels = [] if ranks else classes_given(spec)
+        task = load_task(spec, labels=labels, need_labels=not ranks, seed=0)
     if task.train is None:
         raise DataError(f"{spec.data} has no training part: name a file or folder that holds train")
     tokenizer = reading(AutoTokenizer.from_pretrained, spec.model)
@@ -152,6 +153,14 @@ def load_data(spec: TrainSpec) -> Data:
             f"{len(parts['train'])} training rows leave {len(parts['validation'])} to choose on: give 20 or more"
         )
     return Data(task, **parts, tokenizer=tokenizer, max_length=max_length, cut=cut)
+
+
+def classes_given(spec: TrainSpec) -> list[str] | None:
+    """The classes of a fine-tuned model that is taken as it is, in its order; None where the data say which."""
+    model = spec.dense_model or (spec.model if spec.epochs == 0 else None)
+    config = None if model is None else reading(AutoConfig.from_pretrained, model)
+    classifies = config is not None and any("ForSequenceClassification" in one for one in config.architectures or ())
+    return (class_names(config) or None) if classifies else None
 
 
 def fine_tune(run: Run) -> Path:
@@ -173,6 +182,12 @@ def fine_tune(run: Run) -> Path:
     work.claim()
     train, held_out = run.data.train, watched(run.data.validation)
     headless = not any("ForSequenceClassification" in name for name in known.architectures or ())
+    classes = len(run.data.task.labels or [])
+    if epochs == 0 and not headless and classes and known.num_labels != classes:
+        raise DataError(
+            f"{spec.model} answers with {known.num_labels} classes, {spec.data} has {classes}: what is not trained "
+            "(--epochs 0) has to fit; leave --epochs out, or name the column of its labels"
+        )
 
     def make(**arguments: Any) -> Trainer:
         set_seed(spec.seed)

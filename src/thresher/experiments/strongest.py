@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from ..api import prune, unprune
 from ..checkpoint import tensors_of
@@ -27,6 +28,7 @@ from ..methods.topk import TopK
 from ..search.schedules import WIDTHS
 from ..stats.bootstrap import bootstrap_interval
 from ..stats.metrics import compute_metric, trivial
+from ..stats.ranking import is_ranking
 from ..training.trainer import CALIBRATION_ROWS
 from .pruning import prune_and_train
 from .spec import NOTICED
@@ -34,9 +36,11 @@ from .stages import Run, asked, method_of, open_schedule, save, space_of, watche
 
 LADDER = (0.85, 0.7, 0.55, 0.42, 0.32, 0.24)  # shares of the dense MACs, from mild to strong
 MILD = 1.0  # points: of a drop above ``NOTICED`` the budget is told at which it would have been these
-CHANCE = 5.0  # points above one answer for all texts that the dense model has to be, or a drop says nothing
+CHANCE, ROOM = 5.0, 0.2  # points that the dense model has to be above chance, or a drop says nothing; share of what
+# there is above chance that is enough, where that is less
 MARGIN = 0.5  # standard errors, of one row at least, that a drop must be below the bound: a best look flatters
 Z95 = 1.96
+ORDERS = 20  # random ones
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ def strongest(run: Run, dense: Path, max_drop: float) -> Path:
     before = asked(run.dense(dense), dense, run.data.validation, batch_size=run.spec.batch_size)
     low, high, best, start, rungs = 0, len(LADDER), None, None, []
     rows, metric = run.data.validation, run.data.task.metric
-    known, least = quality(before, rows, metric), trivial(metric, outcome(before, rows, metric)[1])
-    learned = known - least >= CHANCE
+    known, least = quality(before, rows, metric), by_chance(before, rows, metric)
+    learned = known - least >= min(CHANCE, ROOM * (100 - least))
     options = run.options({**(run.spec.method_options or {}), "target_flops": LADDER[0]})
     unprune(prune(run.model(dense), method_of(run.spec, options) or TopK(keep=1.0, at=())))  # a mistake is told here
     while learned and low < high:
@@ -113,6 +117,15 @@ def ahead(count: int, seconds: float) -> str:
     if not count:
         return ""
     return f"; at most {count} more, about {max(1, round(count * seconds / 60))} min if they take as long as this one"
+
+
+def by_chance(before: Predictions, rows: Dataset, metric: str) -> float:
+    """What one answer for every text is worth, the best there is, in points; of an order, a random one."""
+    if not is_ranking(metric):
+        return trivial(metric, outcome(before, rows, metric)[1])
+    draw = torch.Generator().manual_seed(0)
+    orders = (torch.rand(len(rows), 1, generator=draw) for _ in range(ORDERS))
+    return sum(quality(replace(before, logits=order), rows, metric) for order in orders) / ORDERS
 
 
 def judge(run: Run, before: Predictions, folder: Path, target: float, max_drop: float) -> Rung:

@@ -96,6 +96,7 @@ def measure(run: Run, dense: Path, pruned: Path) -> dict[str, Any]:
     said = {"dense": before, "pruned": after}
     return {
         "recipe": spec.saved(),
+        "inputs": run.work.inputs,
         "task": task_entry(spec, data.task, data.max_length),
         "rows": rows,
         "steps": steps,
@@ -125,9 +126,9 @@ def finish(run: Run, dense: Path, pruned: Path, summary: dict[str, Any]) -> None
             plots.training(
                 summary["history"], find_architecture(inner_model(run.finished(pruned))).depth, pruned / PICTURE
             )
-        for name in ("stage.json", "rung.json"):
-            (pruned / name).unlink(missing_ok=True)
     run.work.deliver(pruned)
+    for name in ("stage.json", "rung.json"):  # without which a run that was stopped before could not go on
+        (run.work.out / name).unlink(missing_ok=True)
 
 
 def measured_row(

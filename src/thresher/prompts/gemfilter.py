@@ -5,6 +5,7 @@ Shapes: N tokens of a prompt, H query heads, KV key heads, d channels of a head.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,12 +20,14 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from ..api import dense, inner_model
 from ..core import compat
 from ..core.architecture import Architecture, find_architecture
+from ..core.attachment import at_rest
 from ..core.attention import PREFIX, register
 from ..core.method import pruner_of
 from ..core.scoring import full_precision, repeat_heads
 from ..core.view import AttentionInputs
 from .words import Prompt, Shortener, fitting
 
+ONE = threading.RLock()  # one prompt at a time is looked at: the hooks lie on a model that threads share
 DEPTH = 13 / 32  # where the layer lies that chooses: the paper's of Llama 3.1
 
 
@@ -146,25 +149,32 @@ class Glance:
 
 @torch.no_grad()
 def shown(model: PreTrainedModel, ids: Tensor, number: int) -> AttentionInputs:
-    """What the attention of layer ``number`` is given for ``ids`` (1, N). The forward ends there."""
+    """What the attention of layer ``number`` is given for ``ids`` (1, N). The forward ends there.
+
+    The model is in evaluation mode meanwhile. One thread at a time does this; forwards of others go on as they are.
+    """
     inner = inner_model(model)
     info, glance = find_architecture(inner), Glance()
     calls: list[Any] = []
+    here = threading.get_ident()
 
-    def before(layer: Any, args: tuple, kwargs: dict) -> tuple:
+    def before(layer: Any, args: tuple, kwargs: dict) -> tuple | None:
+        if threading.get_ident() != here:
+            return None
         calls.append(layer)
         return args, kwargs | ({"cache_site": glance} if len(calls) == number + 1 else {})
 
     pruned = nullcontext() if pruner_of(inner) is None else dense(inner)
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in info.layers]
-    try:
-        with pruned, _showing(info.base):
-            info.base(input_ids=ids.to(info.base.device), use_cache=False)
-    except Seen:
-        return glance.given
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ONE:
+        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in info.layers]
+        try:
+            with at_rest(inner), pruned, _showing(info.base):
+                info.base(input_ids=ids.to(info.base.device), use_cache=False)
+        except Seen:
+            return glance.given
+        finally:
+            for handle in handles:
+                handle.remove()
     raise RuntimeError(f"layer {number} of {info.name} delivered no attention: load it with 'sdpa' or 'eager'")
 
 

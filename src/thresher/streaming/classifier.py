@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..api import inner_model
+from ..core.attachment import at_rest
 from ..core.pruner import TokenPruner, token_pruner_of
 from ..core.view import departures
 
@@ -134,9 +135,14 @@ class Stream:
         inputs = {"input_ids": ids, "attention_mask": [1] * len(ids)}
         device = inner_model(self.model).device
         given = {name: torch.tensor([row], device=device) for name, row in inputs.items() if name in self._accepted}
-        with torch.no_grad():
+        if token_pruner_of(inner_model(self.model), "Stream") is not self.pruner:
+            raise ValueError("the model is dense or pruned otherwise since this Stream was made: make another one")
+        self.pruner.record = None  # of another forward
+        with torch.no_grad(), at_rest(self.model):
             logits = self.model(**given).logits[0]
         record: Any = self.pruner.record
+        if record is None:
+            raise ValueError("nothing was pruned, so nothing says what is remembered: call it outside of dense(model)")
         inner = range(len(self.before), len(ids) - len(self.behind))
         layers, scores = departures(record.sites, len(ids))
         after = len(record.costs)  # a layer behind the last one
