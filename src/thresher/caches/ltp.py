@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,7 @@ from ..core.attachment import at_rest
 from ..core.scoring import repeat_heads
 from ..core.view import AttentionInputs
 from .listen import hear
-from .pruner import Budget, CachePruner
+from .pruner import NEVER, Budget, CachePruner
 from .view import CacheView
 
 if TYPE_CHECKING:
@@ -84,8 +84,10 @@ class LTPCache(CachePruner):
             )
 
     # --- what stays ------------------------------------------------------------------------------------------------
-    def budget(self, real: list[int], prompt: bool, place: tuple[int, int], room: int) -> Budget | None:
-        return Budget([self.floor] * len(real), [self.floor + 1] * len(real)) if prompt and self.keep != 1.0 else None
+    def budget(self, real: list[int], prompt: Sequence[bool], place: tuple[int, int], room: int) -> Budget | None:
+        if self.keep == 1.0 or not any(prompt):
+            return None
+        return Budget([self.floor] * len(real), [self.floor + (1 if part else NEVER) for part in prompt])
 
     def score(self, view: CacheView) -> Tensor:
         asks = (view.query_position[:, -self.window :] >= 0).sum(1).clamp(min=1)[:, None, None]
