@@ -414,7 +414,7 @@ class TrainSpec(MethodSpec, ServedSpec, TrainingSpec):
     )
     recipe: str | None = option("Settings of a method and a task: top-mrpc.", saved=False, metavar="M-TASK")
     distill_states: float | None = option("Weight of the dense model's states; default: 0.", metavar="BETA", min=0)
-    fresh: bool = option("Ignore what an interrupted run left.", False, saved=False, flag="--fresh")
+    fresh: bool = option("Start again, and replace a result at the end.", False, saved=False, flag="--fresh")
     seed: int = option("Of initialisation, order and dropout.", 0, metavar="N")
     threads: int | None = option("Threads of the processor; default: all.", saved=False, metavar="N", min=1)
     dense_model: str | None = None
@@ -474,7 +474,7 @@ class PrepareSpec(TaskSpec):
     bf16: bool | None = option("In bfloat16; default: where it is fast.", flag="--bf16/--no-bf16")
     batch_size: int = option("Texts in a batch.", 32, metavar="N", min=1)
     seed: int = option("Of the order of the texts and of the schedules.", 0, metavar="N")
-    fresh: bool = option("Ignore what an interrupted run left.", False, saved=False, flag="--fresh")
+    fresh: bool = option("Start again, and replace a result at the end.", False, saved=False, flag="--fresh")
     threads: int | None = option("Threads of the processor; default: all.", saved=False, metavar="N", min=1)
     label: str | None = None  # none is read
     metric: str | None = None
