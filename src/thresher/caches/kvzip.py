@@ -44,8 +44,8 @@ class CacheOptions(Options):
 class KVzip(CachePruner):
     """Keep what a repetition of the text attends to: the maximum over its queries and the query heads of a key head.
 
-    The prompt is run twice more or less, and held whole meanwhile. It serves questions that are not known yet. A later turn
-    repeats its own tokens alone: what was generated before it was repeated by nobody and leaves first.
+    The prompt is run twice more or less, and held whole meanwhile. It serves questions that are not known yet. A later
+    turn repeats its own tokens alone: what was generated before it was repeated by nobody and leaves first.
 
     | paper | here | why |
     |---|---|---|
