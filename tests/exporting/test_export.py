@@ -22,7 +22,7 @@ from thresher.cli import app as cli
 from thresher.data.embedder import Embedder, Pooling, Projection
 from thresher.experiments.describe import describe
 from thresher.exporting import export as exporting
-from thresher.exporting.export import _spec_of, inputs_of
+from thresher.exporting.export import _spec_of, completed, inputs_of
 from thresher.methods.parts.rank_bins import within
 from thresher.serving.score import Scorer
 
@@ -265,6 +265,16 @@ def test_few_widths_give_the_same_answers(exported):
     assert [wide.width(n) for n in (3, 16, 17, 64, 65)] == [16, 16, 64, 64, 65]
     for a, b in zip(wide(TEXTS), plain(TEXTS), strict=True):
         assert a["label"] == b["label"] and a["score"] == pytest.approx(b["score"], abs=1e-5)
+
+
+def test_calibration_may_leave_out_what_a_model_does_not_need():
+    ids = torch.tensor([[5, 6, 7]])
+    names = ("input_ids", "attention_mask", "token_type_ids", "pooling_mask")
+    found = completed({"input_ids": ids, "labels": torch.tensor([1])}, names)
+    assert [*found] == [*names] and torch.equal(found["attention_mask"], torch.ones_like(ids))
+    assert torch.equal(found["pooling_mask"], torch.ones_like(ids)) and not found["token_type_ids"].any()
+    mask = torch.tensor([[1, 1, 0]])
+    assert torch.equal(completed({"input_ids": ids, "attention_mask": mask}, names)["pooling_mask"], mask)
 
 
 def test_masks_may_be_left_out_and_of_any_kind(exported):

@@ -326,10 +326,39 @@ def graph_exporter(format: str, int8: bool, calibration: Any = None) -> tuple[An
             config = exporters.OnnxRuntimeDynamicConfig(per_channel=True)
             quantizer = exporters.OnnxRuntimeQuantizer(config) if int8 else None
             return exporters.OnnxExporter(), exporters.OnnxConfig(dynamic=True, quantizer=quantizer)
-        nncf = exporters.NNCFOpenVINOQuantizer(None, calibration) if int8 else None
+        nncf = _quantizer_of_linear_layers(calibration) if int8 else None
         return exporters.OpenVINOExporter(), exporters.OpenVINOConfig(dynamic=True, quantizer=nncf)
     except (ImportError, AttributeError) as error:
         raise ImportError(f"the {format} export needs pip install 'thresher-pruning[{format}]': {error}") from error
+
+
+def _quantizer_of_linear_layers(calibration: Any) -> Any:
+    """nncf's quantizer, which leaves products of two activations alone.
+
+    Where a layer shows its probabilities attention is no single operation of the graph: nncf would quantize them, and
+    OpenVINO would convert them there and back.
+    """
+    import nncf
+    from transformers import exporters
+    from transformers.exporters.quantizers.quantizer_nncf import NNCFQuantizationConfig
+
+    def constant(node: Any) -> bool:
+        while node.get_type_name() in ("Convert", "Transpose", "Reshape", "Multiply", "Subtract"):
+            node = node.input_value(0).get_node()
+        return node.get_type_name() == "Constant"
+
+    class OfLinearLayers(exporters.NNCFOpenVINOQuantizer):
+        def quantize(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            products = [node for node in model.get_ops() if node.get_type_name() == "MatMul"]
+            names = [node.get_friendly_name() for node in products if not any(map(constant, inputs_of(node)))]
+            if names:
+                self.config = NNCFQuantizationConfig(ignored_scope=nncf.IgnoredScope(names=names))
+            return super().quantize(model, *args, **kwargs)
+
+    def inputs_of(node: Any) -> list:
+        return [node.input_value(i).get_node() for i in range(2)]
+
+    return OfLinearLayers(None, calibration)
 
 
 @contextmanager

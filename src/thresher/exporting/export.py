@@ -111,9 +111,18 @@ def _graph(
     """The graph of a model for texts of any length."""
     if lengths:
         raise ValueError(f"lengths={tuple(lengths)}: a graph for {spec['format']} takes any; they are for {MOBILE}")
+    inputs = inputs_of(model, tokenizer, 2, min(16, spec["max_length"]))
+    batches = None if calibration is None else [completed(given, inputs) for given in calibration]
     with _quiet():
-        exporter, config = graph_exporter(spec["format"], spec["precision"] == "int8", calibration)
-        return exporter.export(model, inputs_of(model, tokenizer, 2, min(16, spec["max_length"])), config=config)
+        exporter, config = graph_exporter(spec["format"], spec["precision"] == "int8", batches)
+        return exporter.export(model, inputs, config=config)
+
+
+def completed(given: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The inputs of a graph: what a batch does not say is as in the model, all are tokens of the first segment."""
+    mask = given.get("attention_mask", torch.ones_like(given["input_ids"]))
+    usual = {"token_type_ids": torch.zeros_like(given["input_ids"])}
+    return {name: given.get(name, usual.get(name, mask)) for name in names}
 
 
 def _program(
