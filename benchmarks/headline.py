@@ -110,8 +110,8 @@ def reranked(results: Path) -> Iterator[Case]:
     """Candidates of a query, at a width of 256 tokens."""
     judged = rows_of(results / "passages/minilm-l6-quality-s0.json")
     timed = rows_of(results / "passages/minilm-l6-time-s0.json")
-    own = ("early", "ndcg@10", "torch")
-    for row in (r for r in judged if (r["method"], r["metric"], r["runtime"]) == own):
+    which = ("early", "ndcg@10", "torch")
+    for row in (r for r in judged if (r["method"], r["metric"], r["runtime"]) == which):
         own = [r for r in timed if (r["method"], r["mode"], r["max_length"]) == ("topk", "pruned", row["max_length"])]
         speeds = {(r["runtime"], r["precision"]): f"{r['speedup_unpadded']:.1f}" for r in own}
         kinds = (("torch", "fp32"), ("onnx", "int8"))
