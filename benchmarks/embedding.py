@@ -225,7 +225,7 @@ class Peer:
         return self.said()["seconds"]
 
 
-def graphs(length: int) -> dict[str, Any]:
+def graphs(length: int, runtimes: list[str]) -> dict[str, Any]:
     """Graphs of the dense model and of the trained ones, by name; made where they are missing."""
     import torch
 
@@ -243,7 +243,7 @@ def graphs(length: int) -> dict[str, Any]:
         rows = tokens_of([*texts], tokenizer, length)
         calibration = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows]
         how = {"tokenizer": tokenizer, "calibration": calibration}
-        for runtime, precision in (one for one in GRAPHS if one[1] != "bf16" or has_bf16()):
+        for runtime, precision in (one for one in GRAPHS if one[0] in runtimes and (one[1] != "bf16" or has_bf16())):
             place = RUNS / "graphs" / f"{name}-{length}-{runtime}-{precision}"
             found[f"{name} {runtime} {precision}"] = graph_of(
                 net, place, length, format=runtime, precision=precision, **how
@@ -251,7 +251,7 @@ def graphs(length: int) -> dict[str, Any]:
     return found
 
 
-def time(length: int, engines: list[str]) -> None:
+def time(length: int, engines: list[str], runtimes: list[str]) -> None:
     """Time documents of 20 Newsgroups, interleaved: dense in sorted batches and packed, and pruned, in torch and as
     int8 graphs; other libraries. Texts become tokens within the time of graphs and of other libraries."""
     from statistics import median
@@ -270,7 +270,7 @@ def time(length: int, engines: list[str]) -> None:
     dense, tokenizer = load_embedder(pretrained("minilm-l6"))
     rows, nets = tokens_of(texts, tokenizer, length), {"dense": plain(dense), "dense-packed": packed(dense)}
     nets |= {"-".join(name): load_embedder(str(place))[0] for name, place in models().items()}
-    opened, python = graphs(length), os.environ.get("THRESHER_PEERS")
+    opened, python = graphs(length, runtimes), os.environ.get("THRESHER_PEERS")
     vectors: dict[str, Any] = {}
     with TemporaryDirectory() as place:
         file = Path(place) / "texts.json"
@@ -346,10 +346,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--engines", default=",".join(ENGINES), help="other libraries, in time (default: all)")
+    parser.add_argument("--graphs", default="onnx,openvino", help="runtimes of graphs, in time (default: both)")
     parser.add_argument("--length", type=int, default=LONGEST, help="tokens of a text, in measure and time")
     given = parser.parse_args()
-    engines = [name for name in given.engines.split(",") if name]
-    told: dict[str, tuple] = {"measure": (given.length,), "time": (given.length, engines)}
+    engines, runtimes = ([name for name in own.split(",") if name] for own in (given.engines, given.graphs))
+    told: dict[str, tuple] = {"measure": (given.length,), "time": (given.length, engines, runtimes)}
     STEPS[given.step](*told.get(given.step, ()))
     return 0
 

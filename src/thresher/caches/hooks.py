@@ -34,7 +34,7 @@ from .costs import measured
 from .kvzip import CacheOptions, KVzip
 from .layer import Coming, PrunedLayer, last_real, ours, row_of
 from .pruner import CachePruner
-from .ragged import RaggedLayer
+from .ragged import RaggedLayer, check_ragged
 from .rope import Rotation, close_gap, rotations, two_places
 from .view import CacheView, attention_received, taken
 
@@ -203,11 +203,7 @@ class CacheHooks(Attachment):
         if self.options.mode == "pruned":
             cache = model_kwargs.get("past_key_values")
         if cache is not None:
-            if self.method.keep is not None and getattr(generation_config, "prefill_chunk_size", None) == 1:
-                raise ValueError(
-                    f"prefill_chunk_size=1 looks like tokens that are generated, of which {self.name} lets none leave "
-                    "under keep: take larger chunks, or hold"
-                )
+            self.method.check_chunks(getattr(generation_config, "prefill_chunk_size", None))
             assists = bool(generation_config.is_assistant)
             for layer in ours(self.adopted(cache, {})).values():
                 layer.fresh = layer.seen == 0 or not assists
@@ -292,12 +288,8 @@ class CacheHooks(Attachment):
                 )
             cache = DynamicCache(config=base.config)
         if known := ours(cache):
-            even = any(not isinstance(known[number], RaggedLayer) for number in self.full if number in known)
-            if self.ragged and self.layout != "mask" and even:
-                raise ValueError(
-                    f"this cache was filled by a method that holds as many entries in every head, and {name} holds "
-                    "other numbers in each: fill it from empty, or take heads='own'"
-                )
+            if self.ragged and self.layout != "mask":
+                check_ragged([known[number] for number in self.full if number in known], name)
             return cache
         kind = type(cache).__name__
         if not isinstance(cache, Cache):
@@ -473,18 +465,17 @@ class CacheHooks(Attachment):
             if not remembered:
                 layer.remember(query, asks, method.window)
             assert layer.queries is not None and layer.query_position is not None
-            # of each row its own last ones: how many came now is a matter of its batch mates
             if not remembered or layer.queries.shape[2] > asks.shape[1]:
                 query, places = layer.queries, layer.query_position
         layer.logits = inputs.logits
         place = (self.full.index(site.number), len(self.full))
         room = self.room(call.cache, len(layer.real), layer.entry_bytes)
-        added = call.added or [2] * len(layer.real)
-        budget = method.budget(layer.arrived, [call.prompt and count > 1 for count in added], place, room)
+        parts = [call.prompt and count > 1 for count in call.added or [2] * len(layer.real)]
+        budget = method.budget(layer.arrived, parts, place, room)
         kept = layer.counts if budget is None else budget.kept(layer.counts)
         leave = kept != layer.counts or site.number in call.quotas
-        if budget is not None and layer.dead and layer.held >= max(budget.at):  # columns in which no row has a token
-            leave = leave or layer.held > max(layer.counts)
+        if budget is not None and layer.held >= max(budget.at):  # columns in which no row has a token
+            leave = leave or (layer.dead and layer.held > max(layer.counts))
         if leave or method.sums_attention:
             with layer.unrolled():
                 inputs = self.shown(site)

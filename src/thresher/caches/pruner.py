@@ -191,6 +191,14 @@ class CachePruner(Pruner):
 
         return CacheHooks(model, self, "evict" if layout == "auto" else layout, original)
 
+    def check_chunks(self, size: int | None) -> None:
+        """Raise ValueError where a prompt comes in parts of ``size`` tokens that look like what is generated."""
+        if self.keep is not None and size == 1:
+            raise ValueError(
+                f"prefill_chunk_size=1 looks like tokens that are generated, of which {self.name} lets none leave "
+                "under keep: take larger chunks, or hold"
+            )
+
     def budget(self, arrived: list[int], prompt: Sequence[bool], place: tuple[int, int], room: int) -> Budget | None:
         """How many entries the rows of one layer may hold; None: nothing is decided now.
 

@@ -9,9 +9,10 @@ d channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -209,3 +210,12 @@ def _rectangle(flat: Tensor, slots: Tensor, tail: Tensor | None, empty: int) -> 
     wide = flat.new_full((*slots.shape, *flat.shape[1:]), empty)
     wide[slots] = flat
     return torch.cat([wide, tail], 2)
+
+
+def check_ragged(layers: Sequence[Any], name: str) -> None:
+    """Raise ValueError where a layer of a cache holds as many entries in every head, and method ``name`` would not."""
+    if not all(isinstance(layer, RaggedLayer) for layer in layers):
+        raise ValueError(
+            f"this cache was filled by a method that holds as many entries in every head, and {name} holds other "
+            "numbers in each: fill it from empty, or take heads='own'"
+        )

@@ -387,16 +387,13 @@ class Hooks(Attachment):
 
     def seat(self, call: CallState, site: Site) -> None:
         """Let the protected tokens alone vote at a site; a row without votes as a whole."""
-        pruner, voters = call.pruner, site.protected
+        pruner, voters, one = call.pruner, site.protected, site.anchored and call.pruner.protects_one
         if call.options.protect is None and pruner.protected_positions == ():
             return
         if not site.anchored:
             voters = voters | site.alive & ~voters.any(1, keepdim=True)
-        one = site.anchored and pruner.protects_one
-        if call.options.widths is not None and not one:  # of one shape: all rows are made, of which the voters' count
-            site.voters = voters
-            return
-        if call.panel is None or not site.anchored:  # who is protected stays: their number is the same at all sites
+        # of one shape all rows are made, of which the voters' count; who is protected stays: as many at all sites
+        if (call.options.widths is None or one) and (call.panel is None or not site.anchored):
             call.panel = Panel.of(voters, 1 if one else None)
         site.voters, site.panel = voters, call.panel
 
