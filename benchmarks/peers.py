@@ -21,7 +21,7 @@ from time import perf_counter
 from typing import Any
 
 BATCH, THREADS = 32, 2
-LONGEST = int(sys.argv[4]) if len(sys.argv) > 4 else 256  # tokens of a text
+LONGEST = int(sys.argv[4]) if __name__ == "__main__" and len(sys.argv) > 4 else 256  # tokens of a text
 Embed = Callable[[list[str]], Any]
 
 
