@@ -303,6 +303,7 @@ def time(length: int, engines: list[str], runtimes: list[str]) -> None:
                 "spread": (max(own) - min(own)) / median(own),
                 "threads": torch.get_num_threads(),
                 "max_length": length,
+                "repeats": REPEATS,
                 **environment(),
             }
             for name, own in spent.items()

@@ -45,9 +45,7 @@ def test_padding_may_lie_within_a_text(method):
 def test_a_short_turn_does_not_hang_on_longer_ones_beside_it(method, new, budget):
     """One row brings twenty tokens to the second turn, the other a few."""
     given = {"hold": 20, "every": 3} if budget == "hold" else {"keep": 0.5}
-    given |= {} if method is TOVA else {"observe": 8} if method in (SnapKV, ExpectedAttention) else {}
-    if method is TOVA and budget == "keep":
-        given = {"keep": 0.5}
+    given |= {"observe": 8} if method in (SnapKV, ExpectedAttention) else {}
     batch = prompts((56, 56))
     batch["attention_mask"][1, 30 : 50 - new] = 0
     together = padded_turn(prune(build("llama"), method(**given, sinks=1, recent=2)), batch, 30, 50)

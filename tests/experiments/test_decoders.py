@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -93,6 +94,14 @@ def test_compare_asks_over_every_cache_and_resumes(saved, tmp_path):
     assert "random-cache" in drawn(comparison_table(rows, 160))
     with pytest.raises(ValueError, match="of other targets"):
         compare(saved.dense, saved.data, out, limit=2, max_length=400, **how | {"targets": (0.5,)})
+    data = Path(saved.data)
+    known = data.read_bytes()
+    data.write_bytes(b"".join(known.splitlines(keepends=True)[:-1]))
+    try:
+        with pytest.raises(ValueError, match="of other inputs"):
+            compare(saved.dense, saved.data, out, limit=2, max_length=400, **how)
+    finally:
+        data.write_bytes(known)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ def reading(read: Callable, model: str, **options):
         line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         line = "its weights do not fit its config.json" if "ignore_mismatched_sizes" in line else line
         raise ValueError(f"{model!r} cannot be loaded, expected a model folder or a hub id: {line}") from error
+
+
+def digest_of(folder: Path, files: Iterable[Path]) -> str:
+    """Return a digest of ``files`` in a folder: their names and what they hold."""
+    told = hashlib.sha256()
+    for path in files:
+        told.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                told.update(piece)
+    return told.hexdigest()
 
 
 def find_file(model: str, name: str) -> Path | None:

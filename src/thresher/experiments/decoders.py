@@ -30,6 +30,7 @@ from ..reports import compare_page
 from ..reports.prompts import PromptTrace, html
 from .cache_spec import cache_method
 from .spec import BenchSpec, CompareSpec, ShowSpec, TaskSpec, remembered
+from .workspace import inputs_of
 
 SHARED = ("model", "method", "keep", "hold", "layout", "threads", "max_length")  # that all commands read, or check
 COLUMNS = ("config", "text", "test_split", "train_split")  # what says which texts are read of the data
@@ -183,12 +184,13 @@ def _book(spec: CompareSpec, tokenizer: Any) -> Book:
 def _claim(spec: CompareSpec) -> None:
     """Make ``out`` the folder of this comparison, or see that it is."""
     names = [*COLUMNS, "model", "data", "max_length", "methods", "targets", "tasks", "when", "seeds"]
-    settings = json.loads(json.dumps({name: getattr(spec, name) for name in names}))
+    settings = json.loads(json.dumps({name: getattr(spec, name) for name in names} | {"inputs": inputs_of(spec)}))
     file = spec.out / CLAIM
     if spec.out.exists() and any(spec.out.iterdir()) and not file.exists():
         raise ValueError(f"{spec.out} is not empty and holds no {CLAIM}: choose another folder for the comparison")
     there = json.loads(file.read_text()) if file.exists() else settings
-    other = ", ".join(sorted(name for name in names if there.get(name) != settings[name]))
+    there.setdefault("inputs", settings["inputs"])  # of an older version nothing is known
+    other = ", ".join(sorted(name for name in settings if there.get(name) != settings[name]))
     if other and (spec.out / ANSWERS).exists():
         raise ValueError(f"{spec.out} belongs to another comparison (of other {other}): choose another folder")
     with whole(file) as aside:

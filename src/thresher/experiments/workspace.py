@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..data.files import digest_of
 from ..evaluation.rows import whole, writing
 from ..serving.plan import files_digest
 from .spec import SUMMARY
@@ -95,6 +95,7 @@ class Workspace:
                 raise ValueError(f"{self.out} was filled meanwhile: empty it and call again, {result} is finished")
             self.out.rmdir()
         result.rename(self.out)
+        self.claimed.unlink(missing_ok=True)  # nothing is left to go on with
         for folder in (before, self.folder):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -124,13 +125,6 @@ def inputs_of(spec: Any) -> dict[str, str]:
 
 def data_digest(place: Path) -> str:
     """A digest of a file, or of all files in a folder that are not hidden: their names and what they hold."""
-    told = hashlib.sha256()
-    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-        name = path.relative_to(place)
-        if not path.is_file() or any(part.startswith(".") for part in name.parts):
-            continue
-        told.update(f"{name.as_posix()}\0{path.stat().st_size}\0".encode())
-        with open(path, "rb") as file:
-            while piece := file.read(1 << 20):
-                told.update(piece)
-    return told.hexdigest()
+    folder = place if place.is_dir() else place.parent
+    found = (path for path in sorted(place.rglob("*")) if path.is_file()) if place.is_dir() else [place]
+    return digest_of(folder, (x for x in found if not any(p.startswith(".") for p in x.relative_to(place).parts)))

@@ -54,7 +54,7 @@ class Compiled:
         self.device: Any = self.model.device
         self._code, self._answer = code, answer
         self._pad = getattr(self.config, "pad_token_id", None) or 0
-        self._made_of = state_of(self.model)
+        self._pruner, self._made_of = getattr(self.model, MODULE, None), state_of(self.model)
 
     @torch.no_grad()
     def __call__(self, **inputs: Tensor | None) -> Any:
@@ -63,13 +63,14 @@ class Compiled:
         Raises:
             ValueError: the model has been trained, or is pruned otherwise, since the code was made.
         """
-        if state_of(self.model) != self._made_of:
+        pruner = getattr(self.model, MODULE, None)
+        if pruner is not self._pruner or state_of(self.model) != self._made_of:
             raise ValueError(
                 f"{type(self.model).__name__} has other weights, another method or another mode than when it was "
                 "compiled: call compiled() again"
             )
         own = {name: x for name, x in inputs.items() if x is not None}
-        ids, pruner = own.get("input_ids"), getattr(self.model, MODULE, None)
+        ids = own.get("input_ids")
         usual_call = pruner is None or pruner.hooks.options == pruner.hooks.unasked
         fits = ids is not None and len(ids) == 1 and {*own} <= {*self.inputs} and usual_call
         length = length_for(self.lengths, ids.shape[1]) if fits and ids is not None else None
@@ -86,9 +87,9 @@ class Compiled:
 
 
 def state_of(model: nn.Module) -> tuple:
-    """What code that was made of a model knows by heart: its method, its mode and its weights, by their versions."""
+    """What code that was made of a model knows by heart: its mode and its weights, by their versions."""
     weights = sum(0 if x.is_inference() else x._version for x in (*model.parameters(), *model.buffers()))
-    return id(getattr(model, MODULE, None)), model.training, weights
+    return model.training, weights
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 from transformers.utils import cached_file
 
+from ..data.files import digest_of
 from ..data.labels import TEXTS
 from ..data.task import brief
 from .inputs import Contents, Source, columns_of, find_files, of_json, scan
@@ -179,15 +180,9 @@ def files_digest(model: str) -> str:
         except (OSError, ValueError) as error:
             line = str(error).strip().splitlines()[0]
             raise ValueError(f"{model!r} cannot be loaded, expected a model folder or a hub id: {line}") from None
-    told = hashlib.sha256()
-    for path in sorted([*folder.iterdir(), *folder.glob("[0-9]*_*/*")]):  # and the modules of sentence-transformers
-        if not path.is_file() or path.name.startswith(".") or path.suffix.lower() in BESIDE:
-            continue
-        told.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-        with open(path, "rb") as file:
-            while piece := file.read(1 << 20):
-                told.update(piece)
-    return told.hexdigest()
+    found = sorted([*folder.iterdir(), *folder.glob("[0-9]*_*/*")])  # and the modules of sentence-transformers
+    own = (path for path in found if path.is_file() and not path.name.startswith("."))
+    return digest_of(folder, (path for path in own if path.suffix.lower() not in BESIDE))
 
 
 def differences(here: Plan, model: str, options: dict[str, Any]) -> list[str]:
